@@ -1,0 +1,147 @@
+"""Checks of what the user passed. Every message names the argument, what was expected and what came.
+
+Nothing here reads a tensor's values on an accelerator: that would stall the stream.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+
+def views(name: str, value, minimum: int) -> list[torch.Tensor]:
+    """A ``(V, B, D)`` tensor or a sequence of V ``(B, D)`` tensors, as a list of V matrices."""
+    if isinstance(value, torch.Tensor):
+        if value.dim() != 3:
+            raise ValueError(
+                f"{name}: expected a (V, B, D) tensor or a sequence of (B, D) tensors,"
+                f" got a tensor of shape {tuple(value.shape)}"
+            )
+        matrices = list(value.unbind(0))
+        if not matrices:
+            raise ValueError(f"{name}: expected at least {minimum} views, got 0")
+    else:
+        matrices = sequence(name, value)
+    if len(matrices) < minimum:
+        raise ValueError(f"{name}: expected at least {minimum} views, got {len(matrices)}")
+    first = matrices[0]
+    for i, matrix in enumerate(matrices):
+        if matrix.dim() != 2:
+            raise ValueError(f"{name}[{i}]: expected a (B, D) tensor, got shape {tuple(matrix.shape)}")
+        if matrix.shape != first.shape:
+            raise ValueError(
+                f"{name}[{i}]: expected the shape of {name}[0], {tuple(first.shape)}, got {tuple(matrix.shape)}"
+            )
+        floating(f"{name}[{i}]", matrix)
+    if first.shape[0] == 0:
+        raise ValueError(f"{name}: expected a non-empty batch, got shape {tuple(first.shape)}")
+    if first.shape[1] == 0:
+        raise ValueError(f"{name}: expected at least one feature, got shape {tuple(first.shape)}")
+    return matrices
+
+
+def sequence(name: str, value) -> list[torch.Tensor]:
+    """A list of the tensors in ``value``."""
+    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
+        raise TypeError(f"{name}: expected tensors, got {type(value).__name__}")
+    for i, item in enumerate(value):
+        if not isinstance(item, torch.Tensor):
+            raise TypeError(f"{name}[{i}]: expected a tensor, got {type(item).__name__}")
+    return list(value)
+
+
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def floating(name: str, tensor: torch.Tensor) -> None:
+    if tensor.dtype not in FLOATING:
+        raise TypeError(
+            f"{name}: expected float64, float32, bfloat16 or float16, got {str(tensor.dtype).removeprefix('torch.')}"
+        )
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got layout {tensor.layout}")
+
+
+def same_dtype_and_device(named: dict[str, torch.Tensor], check_dtype: bool = True) -> None:
+    """All of ``named`` on one device and, unless autocast will see to it, of one dtype."""
+    (first_name, first), *rest = named.items()
+    for name, tensor in rest:
+        if tensor.device != first.device:
+            raise ValueError(f"{name}: expected the device of {first_name}, {first.device}, got {tensor.device}")
+        if check_dtype and tensor.dtype != first.dtype:
+            raise TypeError(f"{name}: expected the dtype of {first_name}, {first.dtype}, got {tensor.dtype}")
+
+
+def autocasts(device: torch.device) -> bool:
+    return torch.is_autocast_enabled(device.type)
+
+
+def choice(name: str, value, allowed: Sequence[str]) -> int:
+    """The position of ``value`` in ``allowed``."""
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
+    return allowed.index(value)
+
+
+def positive_number(name: str, value) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if not math.isfinite(value) or value <= 0:
+        raise ValueError(f"{name}: expected a finite number > 0, got {value}")
+    return float(value)
+
+
+def temperature(value) -> tuple[torch.Tensor | None, float]:
+    """``(tensor, 0)`` for a 0-dim tensor, ``(None, number)`` for a number."""
+    if not isinstance(value, torch.Tensor):
+        return None, positive_number("temperature", value)
+    scalar("temperature", value)
+    if readable(value):
+        number = value.item()
+        if not math.isfinite(number) or number <= 0:
+            raise ValueError(f"temperature: expected a finite number > 0, got {number}")
+    return value, 0.0
+
+
+def momentum(value) -> tuple[torch.Tensor | None, float]:
+    """``(tensor, 0)`` for a 0-dim tensor, ``(None, number)`` for a number in [0, 1]."""
+    if isinstance(value, torch.Tensor):
+        scalar("momentum", value)
+        number = value.item() if readable(value) else 0.0
+    else:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"momentum: expected a number or a 0-dim tensor, got {type(value).__name__}")
+        number = float(value)
+    if not 0 <= number <= 1:
+        raise ValueError(f"momentum: expected a number in [0, 1], got {number}")
+    return (value, 0.0) if isinstance(value, torch.Tensor) else (None, number)
+
+
+def scalar(name: str, tensor: torch.Tensor) -> None:
+    if tensor.dim() != 0:
+        raise ValueError(f"{name}: expected a number or a 0-dim tensor, got shape {tuple(tensor.shape)}")
+    floating(name, tensor)
+
+
+def readable(tensor: torch.Tensor) -> bool:
+    """Whether reading the value costs nothing: on the host, and not while a graph is being traced."""
+    return not torch.compiler.is_compiling() and tensor.device.type == "cpu"
+
+
+def labels(value, batch: int, device: torch.device) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"labels: expected an integer tensor, got {type(value).__name__}")
+    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(f"labels: expected integers, got {value.dtype}")
+    if tuple(value.shape) != (batch,):
+        raise ValueError(f"labels: expected shape ({batch},), one per sample, got {tuple(value.shape)}")
+    if value.device != device:
+        raise ValueError(f"labels: expected the device of views, {device}, got {value.device}")
+
+
+def queue(value, dim: int) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"queue: expected a (K, D) tensor, got {type(value).__name__}")
+    floating("queue", value)
+    if value.dim() != 2 or value.shape[0] == 0 or value.shape[1] != dim:
+        raise ValueError(f"queue: expected shape (K, {dim}) with K >= 1, got {tuple(value.shape)}")

@@ -1,0 +1,36 @@
+"""The autograd Function of the BYOL loss."""
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from selfsup_kernels import backends
+
+
+class BYOL(torch.autograd.Function):
+    """Differentiable, once, in the predictions; the targets receive no gradient."""
+
+    @staticmethod
+    def forward(ctx, impl: str, eps: float, reduction: int, stacked: bool, num: int, *tensors: torch.Tensor):
+        predictions, targets = _split(tensors, stacked, num)
+        loss, stats = backends.op("byol_forward", impl)(predictions, targets, eps, reduction)
+        ctx.save_for_backward(stats, *tensors)
+        ctx.arguments = (impl, reduction, stacked, num)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        stats, *tensors = ctx.saved_tensors
+        impl, reduction, stacked, num = ctx.arguments
+        predictions, targets = _split(tensors, stacked, num)
+        grad_predictions = backends.op("byol_backward", impl)(grad, predictions, targets, stats, reduction)
+        grads = (grad_predictions,) if stacked else grad_predictions.unbind(0)
+        return (*[None] * 5, *grads, *[None] * (len(tensors) - num))
+
+
+def _split(tensors, stacked, num):
+    """The predictions, then the targets, each as a list of (B, D) matrices."""
+    predictions, targets = tensors[:num], tensors[num:]
+    if stacked:
+        return list(predictions[0].unbind(0)), list(targets[0].unbind(0))
+    return list(predictions), list(targets)

@@ -1,0 +1,71 @@
+"""The autograd Function of the InfoNCE loss."""
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from selfsup_kernels import backends
+
+
+class InfoNCE(torch.autograd.Function):
+    """Differentiable, once, in the views and in a temperature that is a tensor."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        impl: str,
+        temperature: float,
+        objective: int,
+        core_view: int,
+        normalize: bool,
+        eps: float,
+        reduction: int,
+        stacked: bool,
+        temperature_tensor: torch.Tensor | None,
+        labels: torch.Tensor | None,
+        queue: torch.Tensor | None,
+        *views: torch.Tensor,
+    ):
+        matrices = list(views[0].unbind(0)) if stacked else list(views)
+        loss, *saved = backends.op("info_nce_forward", impl)(
+            matrices,
+            labels,
+            queue,
+            temperature_tensor,
+            temperature,
+            objective,
+            core_view,
+            normalize,
+            eps,
+            reduction,
+        )
+        ctx.save_for_backward(*saved, labels, temperature_tensor)
+        ctx.impl = impl
+        ctx.stacked = stacked
+        ctx.num_views = len(matrices)
+        ctx.dtype = matrices[0].dtype
+        ctx.arguments = (temperature, objective, core_view, normalize, reduction)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        *saved, labels, temperature_tensor = ctx.saved_tensors
+        temperature, objective, core_view, normalize, reduction = ctx.arguments
+        need_temperature = ctx.needs_input_grad[8]
+        grad_views, grad_temperature = backends.op("info_nce_backward", ctx.impl)(
+            grad,
+            *saved,
+            labels,
+            temperature_tensor,
+            temperature,
+            ctx.num_views,
+            objective,
+            core_view,
+            normalize,
+            reduction,
+            need_temperature,
+            ctx.dtype,
+        )
+        grads = (grad_views,) if ctx.stacked else grad_views.unbind(0)
+        grad_temperature = grad_temperature.to(temperature_tensor) if need_temperature else None
+        return (*[None] * 8, grad_temperature, None, None, *grads)

@@ -1,0 +1,184 @@
+"""The public functions: check the arguments, choose an implementation, apply."""
+
+import torch
+
+from selfsup_kernels import _validate as check
+from selfsup_kernels import backends, ops
+from selfsup_kernels.autograd.byol import BYOL
+from selfsup_kernels.autograd.info_nce import InfoNCE
+from selfsup_kernels.objectives import LABEL_OBJECTIVES, OBJECTIVES
+
+
+def info_nce_loss(
+    views,
+    *,
+    temperature=0.1,
+    objective="supcon_out",
+    labels=None,
+    queue=None,
+    core_view=None,
+    normalize=True,
+    eps=1e-12,
+    reduction="mean",
+    group=None,
+    impl="auto",
+):
+    r"""N-view InfoNCE loss, in memory linear in the rows.
+
+    With rows :math:`z = h / \max(|h|, \epsilon)` and :math:`S_{ij} = \langle z_i, z_j \rangle / \tau`, every row is an
+    anchor once. Its positives are the same sample's rows in the other views (with ``labels``: every other row of its
+    class), its negatives the rows of all other samples. With :math:`N_v` the log-sum-exp over the negatives of view
+    :math:`v`, :math:`P_v` the positive of view :math:`v`, and ``mean`` over the positives, the loss of an anchor of
+    view :math:`u` is, by ``objective``:
+
+    =================  =====================================  ==============================================
+    ``supcon_out``     ``LSE(all N, all P) - mean P``         NT-Xent for V = 2 (arXiv:2002.05709),
+                                                              SupCon's L_out (arXiv:2004.11362, eq. 2)
+    ``supcon_in``      ``LSE(all N, all P) - LSE(P) + log k`` SupCon's L_in (arXiv:2004.11362, eq. 3)
+    ``per_positive``   ``mean[LSE(all N, P_v) - P_v]``        pytorch-metric-learning's NTXentLoss
+    ``pairwise``       ``mean[LSE(N_u, N_v, P_v) - P_v]``     mean of the two-view NT-Xent losses
+    ``cross_view``     ``mean[LSE(N_v, P_v) - P_v]``          CMC's full graph (arXiv:1906.05849), CLIP for V = 2
+    ``decoupled``      ``LSE(all N) - mean P``                DCL (arXiv:2110.06848)
+    =================  =====================================  ==============================================
+
+    Args:
+        views: a ``(V, B, D)`` tensor or a sequence of V ``(B, D)`` tensors; V >= 2, or V >= 1 with ``labels``.
+        temperature: a positive number, or a 0-dim tensor that may require grad.
+        objective: see above.
+        labels: ``(B,)`` integers. Samples that share one are positives of each other in every view and never
+            negatives. An anchor without positives (V = 1, alone in its class) counts as zero. Not for ``pairwise``
+            and ``cross_view``, nor with ``core_view``.
+        queue: ``(K, D)`` further negatives of every anchor, without gradient; normalised like the views.
+        core_view: two different views then meet, as positives and as negatives, only if one of them is this one.
+        normalize: divide the rows by their norm. With ``False`` scores are plain inner products.
+        eps: the floor of the norm.
+        reduction: ``"mean"`` or ``"sum"`` over the anchors, or ``"none"`` for ``(V, B)``.
+        group: reserved for losses over many processes; must be None in this version.
+        impl: ``"auto"``, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``.
+
+    Returns:
+        The loss in the dtype of the views (float32 under autocast), computed in float32 at least. It is
+        differentiable once.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message says which and why.
+        RuntimeError: ``impl`` cannot be used here, or a second derivative is asked for.
+    """
+    matrices = check.views("views", views, 1 if labels is not None else 2)
+    first = matrices[0]
+    batch, dim = first.shape
+    if batch < 2 and queue is None:
+        raise ValueError("views: expected at least 2 samples (one sample has no negatives), got 1")
+    autocast = check.autocasts(first.device)
+    check.same_dtype_and_device({f"views[{i}]": m for i, m in enumerate(matrices)}, not autocast)
+    temperature_tensor, temperature = check.temperature(temperature)
+    objective = check.choice("objective", objective, OBJECTIVES)
+    reduction = check.choice("reduction", reduction, ops.REDUCTIONS)
+    eps = check.positive_number("eps", eps)
+    if labels is not None:
+        check.labels(labels, batch, first.device)
+        if OBJECTIVES[objective] not in LABEL_OBJECTIVES:
+            raise ValueError(
+                f"labels: expected an objective of {', '.join(LABEL_OBJECTIVES)}, got {OBJECTIVES[objective]!r}"
+            )
+        if core_view is not None:
+            raise ValueError("core_view: expected None together with labels")
+    if core_view is not None and (
+        isinstance(core_view, bool) or not isinstance(core_view, int) or not 0 <= core_view < len(matrices)
+    ):
+        raise ValueError(f"core_view: expected an integer in [0, {len(matrices)}), got {core_view!r}")
+    if queue is not None:
+        check.queue(queue, dim)
+        check.same_dtype_and_device({"views[0]": first, "queue": queue}, not autocast)
+        queue = queue.detach()
+    if temperature_tensor is not None and temperature_tensor.device not in (first.device, torch.device("cpu")):
+        raise ValueError(
+            f"temperature: expected the device of views, {first.device}, got {temperature_tensor.device}"
+        )
+    if group is not None:
+        raise RuntimeError("group: losses over many processes are not part of this version; expected None")
+    impl = backends.select(impl, first)
+
+    stacked = isinstance(views, torch.Tensor)
+    if autocast:
+        matrices, queue = _one_dtype(matrices, queue)
+        views = views.to(matrices[0].dtype) if stacked else views
+    loss = InfoNCE.apply(
+        impl,
+        temperature,
+        objective,
+        -1 if core_view is None else core_view,
+        bool(normalize),
+        eps,
+        reduction,
+        stacked,
+        temperature_tensor,
+        labels,
+        queue,
+        *([views] if stacked else matrices),
+    )
+    return loss if autocast else loss.to(first.dtype)
+
+
+def byol_loss(predictions, targets, *, eps=1e-12, reduction="mean", impl="auto"):
+    r"""BYOL's regression loss over V views (arXiv:2006.07733, eq. 2), in one pass each way.
+
+    Pairs ``(B, D)``: :math:`2 - 2 \cos(p_a, t_a)` per row. V views: an anchor :math:`(u, a)` has the mean of
+    :math:`2 - 2 \cos(p_{u,a}, t_{v,a})` over the other views :math:`v \ne u`; for V = 2 this is half of BYOL's
+    symmetrised loss, that is the mean of its two terms.
+
+    Args:
+        predictions: ``(B, D)``, ``(V, B, D)`` with V >= 2, or a sequence of V ``(B, D)`` tensors.
+        targets: the same shape; never receives a gradient.
+        eps: the floor of each norm (``1e-12`` as in ``F.normalize``; ``cosine_similarity`` has ``1e-8``).
+        reduction: ``"mean"``, ``"sum"``, or ``"none"`` for ``(B,)`` or ``(V, B)``.
+        impl: ``"auto"``, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``.
+
+    Returns:
+        The loss in the dtype of the predictions (float32 under autocast). It is differentiable once.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message says which and why.
+        RuntimeError: ``impl`` cannot be used here, or a second derivative is asked for.
+    """
+    pairs = isinstance(predictions, torch.Tensor) and predictions.dim() == 2
+    p = check.views("predictions", predictions.unsqueeze(0) if pairs else predictions, 1 if pairs else 2)
+    if pairs and not isinstance(targets, torch.Tensor):
+        raise TypeError(f"targets: expected a (B, D) tensor like predictions, got {type(targets).__name__}")
+    paired_target = pairs and targets.dim() == 2
+    t = check.views("targets", targets.unsqueeze(0) if paired_target else targets, 1)
+    if len(p) != len(t) or p[0].shape != t[0].shape or pairs != paired_target:
+        raise ValueError(
+            f"targets: expected the shape of predictions, {len(p)} view(s) of {tuple(p[0].shape)},"
+            f" got {len(t)} of {tuple(t[0].shape)}"
+        )
+    autocast = check.autocasts(p[0].device)
+    named = {f"predictions[{i}]": x for i, x in enumerate(p)} | {f"targets[{i}]": x for i, x in enumerate(t)}
+    check.same_dtype_and_device(named, not autocast)
+    reduction = check.choice("reduction", reduction, ops.REDUCTIONS)
+    eps = check.positive_number("eps", eps)
+    impl = backends.select(impl, p[0])
+
+    dtype = p[0].dtype
+    stacked = not pairs and isinstance(predictions, torch.Tensor) and isinstance(targets, torch.Tensor)
+    if stacked and predictions.dtype == targets.dtype:
+        tensors = [predictions, targets.detach()]
+    else:
+        stacked = False
+        if autocast:
+            both, _ = _one_dtype([*p, *t], None)
+            p, t = both[: len(p)], both[len(p) :]
+        tensors = [*p, *(x.detach() for x in t)]
+    loss = BYOL.apply(impl, eps, reduction, stacked, 1 if stacked else len(p), *tensors)
+    if pairs and loss.dim():
+        loss = loss.squeeze(0)
+    return loss if autocast else loss.to(dtype)
+
+
+def _one_dtype(matrices, queue):
+    """Under autocast, operands of different dtypes meet in float32 (in float64 if one is), as PyTorch's losses do."""
+    dtypes = {m.dtype for m in matrices} | ({queue.dtype} if queue is not None else set())
+    if len(dtypes) == 1:
+        return matrices, queue
+    wide = torch.float64 if torch.float64 in dtypes else torch.float32
+    return [m.to(wide) for m in matrices], None if queue is None else queue.to(wide)

@@ -1,0 +1,158 @@
+"""Every dispatcher op of the package: its schema and its fake kernel.
+
+One op per hot call. An op has one overload per implementation (``info_nce_forward.cpu``,
+``info_nce_forward.reference``), all of the same signature, so that the layer above picks one by name and the
+tests can drive each of them. Schemas and fakes live here, in Python, so that importing the package never needs a
+compiler: the C++ libraries only add implementations to what is defined here.
+
+The ops themselves are not differentiable; ``selfsup_kernels.autograd`` wraps them.
+"""
+
+import torch
+
+from selfsup_kernels.objectives import OBJECTIVES
+
+NAMESPACE = "selfsup_kernels"
+IMPLS = ("reference", "cpu")
+"""Implementations that have ops. ``triton`` and ``cuda`` join this tuple when their kernels exist."""
+
+SCHEMAS = {
+    # loss is () or (V, B) by `reduction`. The other outputs are what the backward needs: z, the (normalised) rows in
+    # the accumulation dtype; rnorm, 1/max(|h|, eps) (negative where the floor eps was taken); logw and coef, the
+    # coefficient tables of the objective; zq, the rows of the queue; order, the samples sorted by label.
+    "info_nce_forward": (
+        "(Tensor[] views, Tensor? labels, Tensor? queue, Tensor? temperature_tensor, float temperature,"
+        " int objective, int core_view, bool normalize, float eps, int reduction)"
+        " -> (Tensor loss, Tensor z, Tensor rnorm, Tensor logw, Tensor coef, Tensor zq, Tensor order)"
+    ),
+    # grad_temperature is a 0-dim float64 tensor; 0 unless need_temperature.
+    "info_nce_backward": (
+        "(Tensor grad, Tensor z, Tensor rnorm, Tensor logw, Tensor coef, Tensor zq, Tensor order, Tensor? labels,"
+        " Tensor? temperature_tensor, float temperature, int num_views, int objective, int core_view, bool normalize,"
+        " int reduction, bool need_temperature, ScalarType dtype) -> (Tensor grad_views, Tensor grad_temperature)"
+    ),
+    # stats is (3, V, B): 1/max(|p|, eps), 1/max(|t|, eps) (both negative where the floor was taken) and the sum of the
+    # anchor's cosines.
+    "byol_forward": (
+        "(Tensor[] predictions, Tensor[] targets, float eps, int reduction) -> (Tensor loss, Tensor stats)"
+    ),
+    "byol_backward": (
+        "(Tensor grad, Tensor[] predictions, Tensor[] targets, Tensor stats, int reduction) -> Tensor"
+    ),
+    # seed: a 0-dim int64 tensor turns stochastic rounding on (for bfloat16 and float16 targets).
+    "ema_update_": (
+        "(Tensor(a!)[] targets, Tensor[] sources, Tensor? momentum_tensor, float momentum, Tensor? seed) -> ()"
+    ),
+}
+
+REDUCTIONS = ("none", "mean", "sum")
+"""The position of a reduction in this tuple is its number in the ops."""
+
+_library = torch.library.Library(NAMESPACE, "DEF")
+for _name, _schema in SCHEMAS.items():
+    for _impl in IMPLS:
+        _library.define(f"{_name}.{_impl}{_schema}")
+
+
+def get(name: str, impl: str):
+    """The op ``name`` as implemented by ``impl``."""
+    return getattr(getattr(getattr(torch.ops, NAMESPACE), name), impl)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64 inputs, float32 for every other floating dtype."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _info_nce_forward_fake(
+    views, labels, queue, temperature_tensor, temperature, objective, core_view, normalize, eps, reduction
+):
+    num_views, batch, dim = len(views), views[0].shape[0], views[0].shape[1]
+    rows = num_views * batch
+    acc = accumulation_dtype(views[0].dtype)
+    new = views[0].new_empty
+    # With labels views no longer matter, so one column of negatives; the queue is one more.
+    columns = (1 if labels is not None else num_views) + (queue is not None)
+    return (
+        new((num_views, batch) if REDUCTIONS[reduction] == "none" else (), dtype=acc),
+        new((rows, dim), dtype=acc),
+        new((rows,), dtype=acc),
+        new((rows, columns), dtype=torch.float64),
+        new((rows, 4 if labels is not None else num_views), dtype=torch.float64),
+        new((0 if queue is None else queue.shape[0], dim), dtype=acc),
+        new((0 if labels is None else batch,), dtype=torch.int64),
+    )
+
+
+def _info_nce_backward_fake(
+    grad,
+    z,
+    rnorm,
+    logw,
+    coef,
+    zq,
+    order,
+    labels,
+    temperature_tensor,
+    temperature,
+    num_views,
+    objective,
+    core_view,
+    normalize,
+    reduction,
+    need_temperature,
+    dtype,
+):
+    return (
+        z.new_empty((num_views, z.shape[0] // num_views, z.shape[1]), dtype=dtype),
+        z.new_empty((), dtype=torch.float64),
+    )
+
+
+def _byol_forward_fake(predictions, targets, eps, reduction):
+    num_views, batch = len(predictions), predictions[0].shape[0]
+    acc = accumulation_dtype(predictions[0].dtype)
+    new = predictions[0].new_empty
+    return (
+        new((num_views, batch) if REDUCTIONS[reduction] == "none" else (), dtype=acc),
+        new((3, num_views, batch), dtype=acc),
+    )
+
+
+def _byol_backward_fake(grad, predictions, targets, stats, reduction):
+    return predictions[0].new_empty((len(predictions), *predictions[0].shape))
+
+
+def _ema_update_fake(targets, sources, momentum_tensor, momentum, seed):
+    return None
+
+
+_FAKES = {
+    "info_nce_forward": _info_nce_forward_fake,
+    "info_nce_backward": _info_nce_backward_fake,
+    "byol_forward": _byol_forward_fake,
+    "byol_backward": _byol_backward_fake,
+    "ema_update_": _ema_update_fake,
+}
+for _name, _fake in _FAKES.items():
+    for _impl in IMPLS:
+        torch.library.register_fake(f"{NAMESPACE}::{_name}.{_impl}", _fake, lib=_library)
+
+
+def register_reference() -> None:
+    """Register the eager implementations, for every device."""
+    from selfsup_kernels.reference import byol, ema, info_nce
+
+    for name, function in {
+        "info_nce_forward": info_nce.forward,
+        "info_nce_backward": info_nce.backward,
+        "byol_forward": byol.forward,
+        "byol_backward": byol.backward,
+        "ema_update_": ema.update_,
+    }.items():
+        _library.impl(f"{name}.reference", function, "CompositeExplicitAutograd")
+
+
+register_reference()
+
+assert len(OBJECTIVES) == 6  # the numbers of the objectives are part of the ops' contract with the C++ sources

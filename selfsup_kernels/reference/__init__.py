@@ -1,0 +1,1 @@
+"""Eager PyTorch: the specification of every op (dense, differentiable by autograd) and its portable implementation."""

@@ -1,0 +1,49 @@
+"""The BYOL loss over V views in eager PyTorch, linear in V: the ops ``byol_*.reference``.
+
+With unit rows only the sum of the targets matters: over the other views ``v != u``,
+``sum_v (2 - 2 <p_u, t_v>) = 2 (V - 1) - 2 <p_u, T - t_u>`` with ``T = sum_v t_v``.
+"""
+
+import torch
+
+
+def forward(predictions, targets, eps, reduction):
+    p, t = _wide(predictions), _wide(targets)
+    rp, rt = _reciprocal_norm(p, eps), _reciprocal_norm(t, eps)
+    cosines = (p * rp.abs().unsqueeze(-1) * _opposite(t * rt.abs().unsqueeze(-1))).sum(-1)
+    loss = 2 - 2 * cosines / max(len(predictions) - 1, 1)
+    if reduction:
+        loss = loss.mean() if reduction == 1 else loss.sum()
+    return loss, torch.stack([rp, rt, cosines])
+
+
+def backward(grad, predictions, targets, stats, reduction):
+    p, t = _wide(predictions), _wide(targets)
+    rp, rt, cosines = stats
+    g = grad.expand(cosines.shape) * (-2 / max(len(predictions) - 1, 1))
+    g = g / cosines.numel() if reduction == 1 else g
+    unit = p * rp.abs().unsqueeze(-1)
+    along = torch.where(rp > 0, cosines, 0)  # below the floor the norm is a constant: no projection
+    dp = _opposite(t * rt.abs().unsqueeze(-1)) - unit * along.unsqueeze(-1)
+    dp = dp * (g * rp.abs()).unsqueeze(-1)
+    dtype = predictions[0].dtype
+    if dtype == torch.float16:  # dp / eps of a zero row is finite in float32 only
+        limit = torch.finfo(dtype).max
+        dp = torch.where((rp > 0).unsqueeze(-1), dp, dp.clamp(-limit, limit))
+    return dp.to(dtype)
+
+
+def _wide(views):
+    dtype = torch.float64 if views[0].dtype == torch.float64 else torch.float32
+    return torch.stack([v.detach().to(dtype) for v in views])
+
+
+def _reciprocal_norm(x, eps):
+    """1 / max(|x|, eps), negative where the floor was taken."""
+    norm = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64)
+    return torch.where(norm < eps, -1 / eps, 1 / norm).to(x.dtype)
+
+
+def _opposite(unit):
+    """What each view is compared with: the sum of the other views, or with one view (pairs) its own partner."""
+    return unit if len(unit) == 1 else unit.sum(0) - unit
