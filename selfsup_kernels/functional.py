@@ -92,9 +92,7 @@ def info_nce_loss(
         check.same_dtype_and_device({"views[0]": first, "queue": queue}, not autocast)
         queue = queue.detach()
     if temperature_tensor is not None and temperature_tensor.device not in (first.device, torch.device("cpu")):
-        raise ValueError(
-            f"temperature: expected the device of views, {first.device}, got {temperature_tensor.device}"
-        )
+        raise ValueError(f"temperature: expected the device of views, {first.device}, got {temperature_tensor.device}")
     if group is not None:
         raise RuntimeError("group: losses over many processes are not part of this version; expected None")
     impl = backends.select(impl, first)

@@ -36,9 +36,7 @@ SCHEMAS = {
     "byol_forward": (
         "(Tensor[] predictions, Tensor[] targets, float eps, int reduction) -> (Tensor loss, Tensor stats)"
     ),
-    "byol_backward": (
-        "(Tensor grad, Tensor[] predictions, Tensor[] targets, Tensor stats, int reduction) -> Tensor"
-    ),
+    "byol_backward": ("(Tensor grad, Tensor[] predictions, Tensor[] targets, Tensor stats, int reduction) -> Tensor"),
     # seed: a 0-dim int64 tensor turns stochastic rounding on (for bfloat16 and float16 targets).
     "ema_update_": (
         "(Tensor(a!)[] targets, Tensor[] sources, Tensor? momentum_tensor, float momentum, Tensor? seed) -> ()"

@@ -22,9 +22,7 @@ _CHUNK_ELEMENTS = 1 << 22
 """Scores held at a time: 16 MB in float32."""
 
 
-def forward(
-    views, labels, queue, temperature_tensor, temperature, objective, core_view, normalize, eps, reduction
-):
+def forward(views, labels, queue, temperature_tensor, temperature, objective, core_view, normalize, eps, reduction):
     num_views, batch = len(views), views[0].shape[0]
     device = views[0].device
     acc = torch.float64 if views[0].dtype == torch.float64 else torch.float32
@@ -40,10 +38,7 @@ def forward(
             order = torch.argsort(labels)
             loss, logw, coef = _label_tables(z, zq, scale, labels.repeat(num_views), name)
         loss = loss.to(acc)
-        if reduction == 0:
-            loss = loss.view(num_views, batch)
-        else:
-            loss = loss.mean() if reduction == 1 else loss.sum()
+        loss = loss.view(num_views, batch) if reduction == 0 else loss.mean() if reduction == 1 else loss.sum()
     return loss, z, rnorm, logw, coef, zq, order
 
 
