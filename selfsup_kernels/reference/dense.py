@@ -52,19 +52,20 @@ def info_nce_loss(
     losses = []
     for u in range(num_views):
         # Row a of `negatives[v]` and `positives[v]` holds anchor (u, a)'s scores with view v, -inf where not one.
-        negatives, positives = {}, {}
+        negatives, positives, is_positive = {}, {}, {}
         for v in negative_views(u, num_views, core, objective):
             negatives[v] = scores[u, :, v].masked_fill(same, -torch.inf)
         for v in positive_views(u, num_views, core) if labels is None else range(num_views):
             own = (sample[:, None] == sample[None, :]) if v == u else torch.zeros_like(same)
-            positives[v] = scores[u, :, v].masked_fill(~same | own, -torch.inf)
+            is_positive[v] = same & ~own
+            positives[v] = scores[u, :, v].masked_fill(~is_positive[v], -torch.inf)
         extra = [] if queue is None else [queue_scores[u]]
-        losses.append(_anchor_losses(objective, u, negatives, positives, extra))
+        losses.append(_anchor_losses(objective, u, negatives, positives, is_positive, extra))
     loss = torch.stack(losses)
     return loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()
 
 
-def _anchor_losses(objective, u, negatives, positives, queue):
+def _anchor_losses(objective, u, negatives, positives, is_positive, queue):
     """Per-anchor loss (B,) from the scores of one anchor view, by view of the other side; -inf marks an absent pair."""
     if objective in ("pairwise", "cross_view"):
         terms = []
@@ -75,8 +76,7 @@ def _anchor_losses(objective, u, negatives, positives, queue):
 
     negative = torch.cat([*negatives.values(), *queue], -1)
     positive = torch.cat(list(positives.values()), -1)
-    is_positive = positive > -torch.inf
-    is_positive |= positive.isnan()
+    is_positive = torch.cat(list(is_positive.values()), -1)
     count = is_positive.sum(-1).to(positive.dtype)
     mean = positive.masked_fill(~is_positive, 0).sum(-1) / count.clamp_min(1)
     if objective == "supcon_out":

@@ -165,13 +165,13 @@ def _coefficients(name, u, core_view, num_views, n, p):
         logw[:, positive] = each
         logw[:, shared] = each.logsumexp(-1, keepdim=True)
         coef[:, positive] = -torch.sigmoid(rest - pos) / count
-        return torch.nn.functional.softplus(rest - pos, threshold=700).mean(-1), logw, coef
+        return _log_ratio(rest, pos).mean(-1), logw, coef
     used = negative + queue
     rest = n[:, used].logsumexp(-1, keepdim=True)
     if name == "per_positive":
         logw[:, used] = (-torch.logaddexp(rest, pos)).logsumexp(-1, keepdim=True) - math.log(count)
         coef[:, positive] = -torch.sigmoid(rest - pos) / count
-        return torch.nn.functional.softplus(rest - pos, threshold=700).mean(-1), logw, coef
+        return _log_ratio(rest, pos).mean(-1), logw, coef
     if name == "decoupled":
         den = rest
         coef[:, positive] = -1 / count
@@ -187,6 +187,11 @@ def _coefficients(name, u, core_view, num_views, n, p):
             loss = (den - inside)[:, 0] + math.log(count)
     logw[:, used] = torch.where(den == -torch.inf, -torch.inf, -den)
     return loss, logw, coef
+
+
+def _log_ratio(rest, pos):
+    """``logaddexp(rest, pos) - pos`` without cancellation; NaN, as that is, where the positive's score is infinite."""
+    return torch.nn.functional.softplus(torch.where(pos < torch.inf, rest - pos, torch.nan), threshold=700)
 
 
 def _label_tables(z, zq, scale, groups, name):
@@ -209,7 +214,7 @@ def _label_tables(z, zq, scale, groups, name):
         den = n if name == "decoupled" else torch.logaddexp(n, lsep)
         weight = torch.where(den == -torch.inf, -torch.inf, -den)
         if name == "per_positive":
-            term = torch.nn.functional.softplus(n[:, None] - scores, threshold=700)
+            term = _log_ratio(n[:, None], scores)
             value = term.masked_fill(~positive, 0).sum(-1) / safe
             each = -torch.logaddexp(n[:, None], scores)
             weight = each.masked_fill(~positive, -torch.inf).logsumexp(-1) - safe.log()
