@@ -30,7 +30,7 @@ def forward(views, labels, queue, temperature_tensor, temperature, objective, co
     with torch.autocast(device.type, enabled=False):
         scale = _scale(temperature_tensor, temperature, device)
         z, rnorm = _rows(torch.cat([v.to(acc) for v in views]), normalize, eps)
-        zq = z.new_empty((0, z.shape[1])) if queue is None else _rows(queue.to(acc), normalize, eps)[0]
+        zq = z.new_empty((0, z.shape[1])) if queue is None else _rows(queue.to(acc).contiguous(), normalize, eps)[0]
         if labels is None:
             order = torch.empty(0, dtype=torch.int64, device=device)
             loss, logw, coef = _view_tables(z, zq, scale, num_views, name, core_view)
@@ -136,10 +136,9 @@ def _view_tables(z, zq, scale, num_views, name, core_view):
     for chunk in _chunks(rows, rows + len(zq)):
         scores = (scale.to(z.dtype) * (z[chunk] @ z.T)).view(-1, num_views, batch)
         index = sample[chunk, None, None].expand(-1, num_views, 1)
-        negatives[chunk, :num_views] = scores.scatter_(2, index, -torch.inf).logsumexp(-1).double()
+        negatives[chunk, :num_views] = _logsumexp(scores.scatter_(2, index, -torch.inf))
         if len(zq):
-            queue_scores = scale.to(z.dtype) * (z[chunk] @ zq.T)
-            negatives[chunk, -1] = queue_scores.logsumexp(-1).double()
+            negatives[chunk, -1] = _logsumexp(scale.to(z.dtype) * (z[chunk] @ zq.T))
     zv = z.view(num_views, batch, -1)
     positives = torch.stack([(zv * zv[v]).sum(-1) for v in range(num_views)], -1).double() * scale
     tables = [
@@ -147,6 +146,14 @@ def _view_tables(z, zq, scale, num_views, name, core_view):
         for u in range(num_views)
     ]
     return tuple(torch.cat(column) for column in zip(*tables, strict=True))
+
+
+def _logsumexp(scores):
+    """Over the last dimension, in float64 from the sum on: rounding the result to float32 at scores of 1 / temperature
+    would make probabilities that do not sum to one, and the gradient of the temperature is a difference of scores."""
+    largest = scores.amax(-1)
+    largest = torch.where(largest.isinf(), 0, largest)
+    return (scores - largest.unsqueeze(-1)).exp().sum(-1).double().log() + largest
 
 
 def _coefficients(name, u, core_view, num_views, n, p):
