@@ -23,13 +23,13 @@ def backward(grad, predictions, targets, stats, reduction):
     g = grad.expand(cosines.shape) * (-2 / max(len(predictions) - 1, 1))
     g = g / cosines.numel() if reduction == 1 else g
     unit = p * rp.abs().unsqueeze(-1)
-    along = torch.where(rp > 0, cosines, 0)  # below the floor the norm is a constant: no projection
+    along = torch.where(rp < 0, 0, cosines)  # below the floor the norm is a constant: no projection
     dp = _opposite(t * rt.abs().unsqueeze(-1)) - unit * along.unsqueeze(-1)
     dp = dp * (g * rp.abs()).unsqueeze(-1)
     dtype = predictions[0].dtype
     if dtype == torch.float16:  # dp / eps of a zero row is finite in float32 only
         limit = torch.finfo(dtype).max
-        dp = torch.where((rp > 0).unsqueeze(-1), dp, dp.clamp(-limit, limit))
+        dp = torch.where((rp < 0).unsqueeze(-1), dp.clamp(-limit, limit), dp)
     return dp.to(dtype)
 
 
