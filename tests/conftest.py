@@ -1,0 +1,46 @@
+"""Fixtures: one run per implementation, a fixed thread count, and memory that is never zero by accident."""
+
+import hypothesis
+import pytest
+import torch
+from helpers import EXTENSION_REQUIRED, IMPLS
+
+from selfsup_kernels import backends
+
+# Without deadlines, since a first call may compile; derandomized, so that a failure is a failure on every run.
+hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, max_examples=200, database=None)
+hypothesis.settings.load_profile("suite")
+
+
+def pytest_report_header(config):
+    missing = backends.unavailable("cpu")
+    return f"implementations: {', '.join(IMPLS)}" + (f"; no cpu: {missing}" if missing else "")
+
+
+def pytest_sessionstart(session):
+    if EXTENSION_REQUIRED and "cpu" not in IMPLS:
+        pytest.exit(f"the C++ extension is required here: {backends.unavailable('cpu')}", returncode=1)
+
+
+@pytest.fixture(params=IMPLS)
+def impl(request):
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    """Tests that change the number of threads leave it as it was."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(request):
+    """``torch.empty`` gives NaN (or the largest integer), so that an element never written shows."""
+    if request.node.get_closest_marker("unpoisoned"):
+        yield
+        return
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -1,0 +1,172 @@
+"""What the tests share: implementations, random inputs, a brute force written out in loops, and error bounds."""
+
+import math
+import os
+
+import torch
+
+from selfsup_kernels import backends, info_nce_loss, ops
+from selfsup_kernels.objectives import LABEL_OBJECTIVES, OBJECTIVES
+from selfsup_kernels.reference import dense
+
+EXTENSION_REQUIRED = os.environ.get("SELFSUP_KERNELS_REQUIRE_EXTENSION", "0") not in ("", "0")
+IMPLS = [impl for impl in ops.IMPLS if backends.unavailable(impl) is None]
+PAIRED_OBJECTIVES = [o for o in OBJECTIVES if o not in LABEL_OBJECTIVES]
+LOW_PRECISION = [torch.bfloat16, torch.float16]
+
+FLOAT64_BOUND = 1e-9
+FLOAT32_BOUND = 2e-4
+
+
+def randn(*shape, dtype=torch.float32, seed=0):
+    """Normal numbers that are exact in ``dtype``, the same on every machine and for every dtype up to rounding."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def random_labels(batch, classes, seed=0):
+    return torch.randint(classes, (batch,), generator=torch.Generator().manual_seed(seed)) * 7 - 3
+
+
+def run(function, views, temperature, upstream=None, **arguments):
+    """(loss, gradient of the views, gradient of the temperature) as detached tensors.
+
+    ``views`` is the (V, B, D) tensor; ``upstream`` weighs the loss' elements (ones by default).
+    """
+    views = views.detach().clone().requires_grad_()
+    temperature = torch.as_tensor(temperature, dtype=views.dtype).requires_grad_()
+    loss = function(views, temperature=temperature, **arguments)
+    weight = torch.ones_like(loss) if upstream is None else upstream.to(loss.dtype)
+    grad, grad_temperature = torch.autograd.grad(loss, (views, temperature), weight)
+    return loss.detach(), grad, grad_temperature
+
+
+def compare_info_nce(impl, views, temperature=0.1, floor=0.0, cancels=False, **arguments):
+    """Check values and gradients (rows, temperature) of ``impl`` against the dense loss in float64.
+
+    The bound for float32 and lower precision is twice the error of the dense loss in the same dtype, or the dtype's
+    own floor (``bound``) where that is larger. Every input of both is exactly the same number. ``cancels`` says that
+    the temperature's gradient is a small sum of large terms (``temperature_rounding``).
+    """
+    dtype = views.dtype
+    queue = arguments.pop("queue", None)
+    temperature = torch.tensor(temperature, dtype=dtype)
+
+    def low(function, **extra):
+        return run(function, views, temperature, queue=queue, **arguments, **extra)
+
+    ours = low(info_nce_loss, impl=impl)
+    wide_queue = None if queue is None else queue.double()
+    truth = run(dense.info_nce_loss, views.double(), temperature.double(), queue=wide_queue, **arguments)
+    eager = ours if dtype == torch.float64 else low(dense.info_nce_loss)
+    floors = {"loss": floor, "grad": floor, "temperature": floor}
+    if cancels:
+        floors["temperature"] = temperature_rounding(views, temperature, queue=wide_queue, **arguments)
+    for name, got, want, yardstick in zip(floors, ours, truth, eager, strict=True):
+        assert got.dtype == dtype
+        assert_within(name, got, want, None if dtype == torch.float64 else yardstick, floors[name])
+
+
+def temperature_rounding(views, temperature, **arguments):
+    """What rounding alone does to the mean loss' gradient of the temperature: unit rows and products held in ``dtype``.
+
+    A scalar whose terms cancel has no norm to be relative to, and eager may hit it by luck. The first part is 3.5
+    standard deviations of it when every element of the unit rows is rounded (to first order), the second one rounding,
+    eps / 2, of each term: their absolute values sum to at most 2 / temperature^2.
+    """
+    eps, t = torch.finfo(views.dtype).eps, temperature.double().requires_grad_()
+    rows = torch.nn.functional.normalize(views.double(), dim=-1).requires_grad_()
+    loss = dense.info_nce_loss(rows, temperature=t, normalize=False, **arguments)
+    (grad_temperature,) = torch.autograd.grad(loss, t, create_graph=True)
+    (slope,) = torch.autograd.grad(grad_temperature, rows)
+    return eps * ((slope * rows).norm().item() + 1 / t.item() ** 2)
+
+
+def bound(dtype, want):
+    """The error that an ideal kernel may make in ``dtype``: relative to the norm, and the grid near zero."""
+    norm = want.double().norm().item()
+    if dtype == torch.float64:
+        return FLOAT64_BOUND * norm
+    if dtype == torch.float32:
+        return FLOAT32_BOUND * norm
+    # One rounding of the result is eps / 2 of each element; twice that. fp16 gradients reach down to its smallest
+    # number, below which the spacing is absolute.
+    info = torch.finfo(dtype)
+    return info.eps * norm + info.tiny * info.eps * math.sqrt(want.numel())
+
+
+def assert_within(name, got, want, eager=None, floor=0.0):
+    """``got`` is as near to ``want`` as its dtype allows, or at most twice as far as ``eager`` is."""
+    assert got.shape == want.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(want.shape)}"
+    assert got.isfinite().all() or not want.isfinite().all(), f"{name}: not finite"
+    error = (got.double() - want.double()).norm().item()
+    allowed = max(bound(got.dtype, want), floor)
+    if eager is not None:
+        eager_error = (eager.double() - want.double()).norm().item()
+        allowed = max(allowed, 2 * eager_error if math.isfinite(eager_error) else 0.0)
+    assert error <= allowed, (
+        f"{name}: error {error:.3e} > {allowed:.3e} (norm {want.double().norm().item():.3e}, {got.dtype})"
+    )
+
+
+def brute_force(views, *, temperature, objective, labels=None, queue=None, core_view=None, normalize=True, eps=1e-12):
+    """(V, B) losses straight from the table of the objectives: loops over anchors, views and samples.
+
+    Shares nothing with the package, not even which views meet. Differentiable by autograd.
+    """
+    num_views, batch = len(views), len(views[0])
+
+    def row(h):
+        norm = (h * h).sum().sqrt()
+        return h / (norm if norm > eps else eps) if normalize else h
+
+    z = [[row(views[v][b]) for b in range(batch)] for v in range(num_views)]
+    extra = [] if queue is None else [row(q).detach() for q in queue]
+
+    def lse(scores):
+        return torch.logsumexp(torch.stack(scores), 0)
+
+    def mean(values):
+        return sum(values) / len(values)
+
+    def meets(u, v):
+        return core_view is None or u == v or core_view in (u, v)
+
+    def anchor(u, a):
+        def score(v, b):
+            return (z[u][a] * z[v][b]).sum() / temperature
+
+        def is_positive(v, b):
+            if labels is not None:
+                return labels[a] == labels[b] and (v, b) != (u, a)
+            return b == a and v != u and meets(u, v)
+
+        def is_negative(v, b):
+            if labels is not None:
+                return bool(labels[a] != labels[b])
+            return b != a and meets(u, v) and not (v == u and objective == "cross_view")
+
+        everything = [(v, b) for v in range(num_views) for b in range(batch)]
+        positive = [score(v, b) for v, b in everything if is_positive(v, b)]
+        of_queue = [(z[u][a] * q).sum() / temperature for q in extra]
+        negative = [score(v, b) for v, b in everything if is_negative(v, b)] + of_queue
+        if not positive:
+            return score(u, a) * 0
+        if objective == "supcon_out":
+            return lse(negative + positive) - mean(positive)
+        if objective == "supcon_in":
+            return lse(negative + positive) - lse(positive) + math.log(len(positive))
+        if objective == "per_positive":
+            return mean([lse([*negative, p]) - p for p in positive])
+        if objective == "decoupled":
+            return lse(negative) - mean(positive)
+        terms = []
+        for v in range(num_views):
+            if not is_positive(v, a):
+                continue
+            columns = {v} if objective == "cross_view" else {u, v}
+            negative = [score(w, b) for w in columns for b in range(batch) if b != a] + of_queue
+            terms.append(lse([*negative, score(v, a)]) - score(v, a))
+        return mean(terms)
+
+    return torch.stack([torch.stack([anchor(u, a) for a in range(batch)]) for u in range(num_views)])

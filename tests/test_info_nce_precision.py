@@ -1,0 +1,171 @@
+"""InfoNCE where arithmetic is hard: low precision, near-zero loss, scores at the far end, zero rows, NaN and Inf."""
+
+from itertools import product
+
+import pytest
+import torch
+from helpers import LOW_PRECISION, assert_within, compare_info_nce, randn, random_labels, run
+
+from selfsup_kernels import info_nce_loss
+from selfsup_kernels.objectives import LABEL_OBJECTIVES, OBJECTIVES
+from selfsup_kernels.reference import dense
+
+
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
+@pytest.mark.parametrize("temperature", [0.5, 0.02])
+@pytest.mark.parametrize("size", [(2, 129, 64), (3, 17, 33), (5, 20, 70)], ids=str)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_low_precision(impl, objective, size, temperature, dtype):
+    compare_info_nce(impl, randn(*size, dtype=dtype), temperature, objective=objective)
+
+
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
+@pytest.mark.parametrize("objective", LABEL_OBJECTIVES)
+def test_low_precision_labels_and_queue(impl, objective, dtype):
+    views, queue = randn(2, 50, 32, dtype=dtype), randn(20, 32, dtype=dtype, seed=1)
+    compare_info_nce(impl, views, objective=objective, labels=random_labels(50, 7), queue=queue)
+
+
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
+def test_low_precision_unnormalised(impl, dtype):
+    compare_info_nce(impl, 0.2 * randn(2, 50, 32, dtype=dtype), 0.5, normalize=False)
+
+
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
+def test_low_precision_gradient_of_a_large_batch(impl, dtype):
+    """The mean over many anchors makes every weight tiny: smaller than fp16's smallest number, were it rounded."""
+    compare_info_nce(impl, randn(2, 1500, 16, dtype=dtype), 0.5)
+
+
+@pytest.mark.parametrize("temperature", [0.4, 0.2, 0.1])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_near_zero_loss(impl, objective, temperature):
+    """Positives all but identical, negatives opposite: losses down to 1e-8, where ``softmax - 1`` has no digits left.
+
+    Stricter than elsewhere: the eager float32 loss, which loses its digits here, is not the yardstick.
+    """
+    direction = randn(32, seed=3)
+    views = torch.stack([direction, -direction]).expand(2, 2, 32) + 0.05 * randn(2, 2, 32, seed=4)
+    got = run(info_nce_loss, views, temperature, objective=objective, impl=impl)
+    exact = torch.tensor(temperature).double()
+    want = run(dense.info_nce_loss, views.double(), exact, objective=objective)
+    if objective != "decoupled":
+        assert want[0] < 0.03
+    assert_within("grad", got[1], want[1])
+    assert_within("temperature", got[2], want[2])
+    # The loss is a difference of scores of size 1 / temperature.
+    assert_within("loss", got[0], want[0], floor=4 * torch.finfo(torch.float32).eps / temperature)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("positive", ["same", "opposite", "orthogonal"])
+@pytest.mark.parametrize("temperature", [0.1, 0.0128, 0.01, 0.005, 0.002])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_negatives_opposite_to_the_anchor(impl, objective, temperature, positive, dtype):
+    """Every negative at the lowest score there is: a sum of exponentials with a fixed reference comes out as zero."""
+    direction = torch.zeros(24, dtype=torch.float64)
+    direction[0] = 1
+    views = -direction + 0.01 * randn(3, 19, 24, dtype=torch.float64)
+    views[0, 5] = direction
+    if positive == "same":
+        views[1:, 5] = direction + 0.01 * randn(2, 24, dtype=torch.float64, seed=1)
+    if positive == "orthogonal":
+        views[1:, 5] = torch.roll(direction, 1)
+    compare_info_nce(impl, views.to(dtype), temperature, objective=objective, cancels=True)
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.005])
+@pytest.mark.parametrize("objective", LABEL_OBJECTIVES)
+def test_negatives_opposite_with_labels_and_queue(impl, objective, temperature):
+    direction = torch.zeros(24)
+    direction[0] = 1
+    views = -direction + 0.01 * randn(2, 19, 24)
+    views[:, :2] += 2 * direction
+    labels = torch.tensor([7, 7] + [3] * 17)
+    queue = -direction + 0.01 * randn(9, 24, seed=1)
+    for extra in ({"labels": labels, "queue": queue}, {"labels": labels}, {"queue": queue}):
+        compare_info_nce(impl, views, temperature, objective=objective, cancels=True, **extra)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *LOW_PRECISION])
+@pytest.mark.parametrize("temperature", [0.1, 0.005])
+def test_identical_rows(impl, temperature, dtype):
+    """All rows equal: the loss is the logarithm of the number of columns at any temperature."""
+    views = randn(1, 1, 16, dtype=dtype).expand(3, 10, 16)
+    loss = info_nce_loss(views, temperature=temperature, impl=impl)
+    assert_within("loss", loss, torch.tensor(29.0).double().log())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("eps", [1e-12, 1e-6])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_zero_rows(impl, objective, eps, dtype):
+    views = randn(3, 9, 8, dtype=dtype)
+    views[1, 4] = 0
+    views[2, 4] = 0
+    views[0, 1] = 0
+    compare_info_nce(impl, views, objective=objective, eps=eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_rows_below_the_floor_are_divided_by_it(impl, dtype):
+    views = randn(2, 9, 8, dtype=dtype)
+    views[:, :4] *= 1e-3
+    compare_info_nce(impl, views, eps=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *LOW_PRECISION])
+@pytest.mark.parametrize("zero", [slice(2, 3), slice(None)], ids=["one sample", "all"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_zero_rows_are_finite_in_every_dtype(impl, objective, zero, dtype):
+    views = randn(2, 9, 8, dtype=dtype)
+    views[:, zero] = 0
+    for result in run(info_nce_loss, views, 0.07, objective=objective, impl=impl):
+        assert result.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW_PRECISION])
+@pytest.mark.parametrize("size", [1e-3, 1e3])
+def test_length_of_the_rows_does_not_matter(impl, size, dtype):
+    """Also where the squares of the elements leave fp16's range."""
+    views = randn(2, 9, 8, dtype=torch.float32).to(dtype)
+    scaled = (views.double() * size).to(dtype)
+    compare_info_nce(impl, scaled)
+
+
+def nonfinite(x):
+    """0 finite, 1 NaN, 2 +Inf, 3 -Inf."""
+    return x.isnan().int() + 2 * x.isposinf().int() + 3 * x.isneginf().int()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=["nan", "inf", "-inf"])
+@pytest.mark.parametrize("where", ["views", "queue"])
+@pytest.mark.parametrize(
+    ("objective", "form"),
+    [*product(OBJECTIVES, ["plain", "core", "unnormalised"]), *product(LABEL_OBJECTIVES, ["labels"])],
+)
+def test_nan_and_inf_reach_what_they_reach_in_the_dense_loss(impl, objective, form, where, value):
+    views, queue = randn(3, 70, 8), randn(5, 8, seed=1)
+    (views[1] if where == "views" else queue)[2, 3] = value
+    arguments = {
+        "objective": objective,
+        "queue": queue if where == "queue" else None,
+        "normalize": form != "unnormalised",
+    }
+    if form == "core":
+        arguments["core_view"] = 0
+    if form == "labels":
+        arguments["labels"] = random_labels(70, 12)
+    upstream = torch.ones(3, 70)
+    got = run(info_nce_loss, views, 0.1, upstream, reduction="none", impl=impl, **arguments)
+    want = run(dense.info_nce_loss, views, 0.1, upstream, reduction="none", **arguments)
+    assert not want[0].isfinite().all()
+    assert torch.equal(nonfinite(got[0]), nonfinite(want[0]))
+    if form == "unnormalised":
+        # Autograd spreads 0 * Inf further than the equations do; a row without a loss still gets no plausible gradient.
+        assert not got[1][~want[0].isfinite()].isfinite().all(-1).any()
+    else:
+        assert torch.equal(got[1].isfinite(), want[1].isfinite())
+    assert not got[2].isfinite()
+    finite = want[0].isfinite()
+    assert_within("finite losses", got[0][finite], want[0][finite].double())

@@ -1,0 +1,180 @@
+"""Strides, offsets and containers do not matter; neither do threads; memory is linear in the rows."""
+
+import pytest
+import torch
+from helpers import randn, random_labels
+from torch.profiler import ProfilerActivity, profile
+
+from selfsup_kernels import byol_loss, info_nce_loss
+from selfsup_kernels.reference import info_nce as reference
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def layouts(x):
+    """The numbers of ``x`` (V, B, D) in other memory."""
+    num_views, batch, dim = x.shape
+    yield "contiguous", x.contiguous()
+    yield "transposed", x.transpose(1, 2).contiguous().transpose(1, 2)
+    yield "views last", x.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    big = torch.full((num_views + 2, batch + 3, dim + 5), torch.nan, dtype=x.dtype)
+    big[1:-1, 2:-1, 3:-2] = x
+    yield "inside a bigger tensor", big[1:-1, 2:-1, 3:-2]
+    wide = torch.full((num_views, 2 * batch, 3 * dim), torch.nan, dtype=x.dtype)
+    wide[:, ::2, ::3] = x
+    yield "every other element", wide[:, ::2, ::3]
+    flat = torch.full((1 + x.numel(),), torch.nan, dtype=x.dtype)
+    flat[1:] = x.flatten()
+    yield "not aligned", flat[1:].view(x.shape)
+
+
+def gradients(loss_function, x):
+    """Loss and gradient, for a (V, B, D) tensor and for the list of its views."""
+    stacked = x.detach().requires_grad_()
+    as_list = [v.detach().requires_grad_() for v in x.detach()]
+    loss = loss_function(stacked)
+    loss.sum().backward()
+    other = loss_function(as_list)
+    other.sum().backward()
+    assert torch.equal(loss, other)
+    assert torch.equal(stacked.grad, torch.stack([v.grad for v in as_list]))
+    return loss.detach(), stacked.grad
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [(2, 37, 19), (3, 16, 32), (2, 5, 1)], ids=str)
+def test_info_nce_layouts_agree_bit_for_bit(impl, size, dtype):
+    x = randn(*size, dtype=dtype)
+    want = gradients(lambda v: info_nce_loss(v, reduction="none", impl=impl), x)
+    for name, other in layouts(x):
+        got = gradients(lambda v: info_nce_loss(v, reduction="none", impl=impl), other)
+        assert torch.equal(got[0], want[0]), name
+        assert torch.equal(got[1], want[1]), name
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [(2, 37, 19), (3, 16, 32), (2, 5, 1)], ids=str)
+def test_byol_layouts_agree_bit_for_bit(impl, size, dtype):
+    x, target = randn(*size, dtype=dtype), randn(*size, dtype=dtype, seed=1)
+    want = gradients(lambda v: byol_loss(v, target, reduction="none", impl=impl), x)
+    for (name, other), (target_name, other_target) in zip(layouts(x), reversed(list(layouts(target))), strict=True):
+        got = gradients(lambda v, t=other_target: byol_loss(v, t, reduction="none", impl=impl), other)
+        assert torch.equal(got[0], want[0]), (name, target_name)
+        assert torch.equal(got[1], want[1]), (name, target_name)
+
+
+def test_layout_of_labels_queue_and_upstream_gradient(impl):
+    views, queue, labels = randn(2, 21, 12), randn(9, 12, seed=1), random_labels(21, 5)
+    upstream = randn(2, 21, seed=2)
+    results = []
+    for strided in (False, True):
+        x = views.clone().requires_grad_()
+        arguments = {
+            "queue": queue.T.contiguous().T if strided else queue,
+            "labels": labels.repeat_interleave(3)[::3] if strided else labels,
+        }
+        loss = info_nce_loss(x, reduction="none", impl=impl, **arguments)
+        loss.backward(upstream.T.contiguous().T if strided else upstream)
+        results.append((loss, x.grad))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+
+
+def test_views_of_different_strides_and_one_tensor_twice(impl):
+    x = randn(3, 15, 10)
+    mixed = [x[0], x[1].T.contiguous().T, torch.cat([x[2], x[2]], 1)[:, :10]]
+    assert torch.equal(info_nce_loss(mixed, impl=impl), info_nce_loss(x, impl=impl))
+    same = x[0].clone().requires_grad_()
+    info_nce_loss([same, same], impl=impl).backward()
+    apart = x[:1].expand(2, -1, -1).contiguous().requires_grad_()
+    info_nce_loss(apart, impl=impl).backward()
+    torch.testing.assert_close(same.grad, apart.grad.sum(0))
+
+
+def test_expanded_views(impl):
+    """One row for all: stride zero, as ``expand`` leaves it."""
+    row = randn(1, 1, 8)
+    got = gradients(lambda v: info_nce_loss(v, reduction="none", impl=impl), row.expand(2, 6, 8))
+    want = gradients(lambda v: info_nce_loss(v, reduction="none", impl=impl), row.expand(2, 6, 8).contiguous())
+    assert torch.equal(got[0], want[0])
+    assert torch.equal(got[1], want[1])
+
+
+def test_gradient_only_where_it_is_asked_for(impl):
+    x, y = randn(2, 9, 6).unbind(0)
+    x = x.clone().requires_grad_()
+    info_nce_loss([x, y], impl=impl).backward()
+    both = torch.stack([x.detach(), y]).requires_grad_()
+    info_nce_loss(both, impl=impl).backward()
+    assert torch.equal(x.grad, both.grad[0])
+    assert y.grad is None
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("form", ["plain", "labels", "queue", "core"])
+@pytest.mark.parametrize("size", [(2, 2, 1), (2, 300, 65), (3, 129, 128), (5, 67, 33), (2, 1100, 16)], ids=str)
+def test_same_bits_with_any_number_of_threads(impl, size, form):
+    views = randn(*size)
+    arguments = {
+        "plain": {},
+        "labels": {"labels": random_labels(size[1], 9)},
+        "queue": {"queue": randn(300, size[2], seed=1)},
+        "core": {"core_view": 1, "objective": "pairwise"},
+    }[form]
+    results = []
+    # The reference leaves its sums to PyTorch, which may split them by threads: it only has to repeat itself.
+    for threads in (1, 2, 2, 3) if impl != "reference" else (2, 2):
+        torch.set_num_threads(threads)
+        x, t = views.clone().requires_grad_(), torch.tensor(0.07, requires_grad=True)
+        loss = info_nce_loss(x, temperature=t, reduction="none", impl=impl, **arguments)
+        loss.sum().backward()
+        results.append((loss.detach(), x.grad, t.grad))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("size", [(2, 2, 1), (3, 1000, 33)], ids=str)
+def test_byol_same_bits_with_any_number_of_threads(impl, size):
+    results = []
+    for threads in (1, 2, 3) if impl != "reference" else (2, 2):
+        torch.set_num_threads(threads)
+        p = randn(*size).requires_grad_()
+        loss = byol_loss(p, randn(*size, seed=1), impl=impl)
+        loss.backward()
+        results.append((loss.detach(), p.grad))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def peak_bytes(function):
+    """The most memory that ``function`` held at once, from the allocator's own events."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        function()
+    held = peak = 0
+    for event in trace.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
+
+
+@pytest.mark.parametrize("form", ["plain", "pairwise", "labels"])
+def test_memory_is_linear_in_the_rows(impl, form, monkeypatch):
+    """At M = 16384 the matrix of similarities would be 1 GB in float32; the kernels hold tables and tiles."""
+    rows, dim = (2048 if impl == "reference" else 16384), 32
+    # The reference holds chunks of scores, whose size is a constant: made small, its memory shows at few rows.
+    monkeypatch.setattr(reference, "_CHUNK_ELEMENTS", 2**16)
+    views = randn(2, rows // 2, dim).requires_grad_()
+    labels = random_labels(rows // 2, 50) if form == "labels" else None
+    objective = "pairwise" if form == "pairwise" else "supcon_in"
+
+    def step():
+        info_nce_loss(views, labels=labels, objective=objective, impl=impl).backward()
+
+    # Unit rows, gradient and scratch: 8 times the rows. The float64 tables and their scratch: 64 doubles a row. Beside
+    # them what does not grow: tiles of all threads, or some float64 temporaries of a chunk.
+    allowed = rows * (8 * 4 * dim + 64 * 8) + 2**23
+    assert 4 * rows * dim < peak_bytes(step) < allowed < 4 * rows * rows
