@@ -60,7 +60,7 @@ def extension(setuptools_extension, include_dirs, library_dirs, sanitize=False):
     return setuptools_extension(
         "selfsup_kernels._C",
         sources=list(SOURCES),
-        include_dirs=["csrc", *include_dirs],
+        include_dirs=[str(PACKAGE.parent / "csrc"), *include_dirs],
         library_dirs=list(library_dirs),
         libraries=list(LIBRARIES),
         extra_compile_args=[*COMPILE_FLAGS, *extra],

@@ -22,5 +22,5 @@ def positive_views(u: int, num_views: int, core_view: int) -> list[int]:
 
 
 def negative_views(u: int, num_views: int, core_view: int, objective: str) -> list[int]:
-    """The views in which an anchor of view ``u`` has negatives (its own only where the objective has intra-view ones)."""
+    """The views in which an anchor of view ``u`` has negatives (its own too, but for ``cross_view``)."""
     return [v for v in range(num_views) if interacts(u, v, core_view) and not (v == u and objective == "cross_view")]

@@ -1,0 +1,374 @@
+// The ops info_nce_forward.cpu and info_nce_backward.cpu. `selfsup_kernels/ops.py` states what goes in and out.
+#include "cpu/info_nce_labels.h"
+#include "cpu/info_nce_pairs.h"
+#include "cpu/rows.h"
+
+namespace selfsup_kernels {
+
+namespace {
+
+// 1 / temperature; NaN, which no loss survives, where the temperature is not a positive number. Rounded to the arithmetic
+// type: positives and negatives must see the same temperature, whichever type their scores are computed in.
+double scale_of(const std::optional<Tensor>& tensor, double temperature, ScalarType dtype) {
+  double t = tensor ? read_number(*tensor) : temperature;
+  double scale = t > 0 && std::isfinite(t) ? 1 / t : NAN;
+  return dtype == ScalarType::Double ? scale : static_cast<float>(scale);
+}
+
+LabelObjective label_objective(int64_t objective) {
+  switch (static_cast<Objective>(objective)) {
+    case Objective::SupconOut:
+      return LabelObjective::SupconOut;
+    case Objective::SupconIn:
+      return LabelObjective::SupconIn;
+    case Objective::PerPositive:
+      return LabelObjective::PerPositive;
+    case Objective::Decoupled:
+      return LabelObjective::Decoupled;
+    default:
+      STD_TORCH_CHECK(false, "this objective takes no labels");
+  }
+}
+
+Layout layout_of(int64_t views, int64_t batch, int64_t objective, int64_t core, bool queue) {
+  Layout layout;
+  layout.rule = {static_cast<Objective>(objective), static_cast<int>(views), static_cast<int>(core), queue ? 1 : 0};
+  layout.batch = batch;
+  layout.rows = views * batch;
+  layout.cut_blocks();
+  return layout;
+}
+
+int64_t read_label(const Tensor& labels, int64_t i) {
+  const char* p = static_cast<const char*>(labels.data_ptr());
+  int64_t k = i * labels.stride(0);
+  switch (labels.scalar_type()) {
+    case ScalarType::Long:
+      return reinterpret_cast<const int64_t*>(p)[k];
+    case ScalarType::Int:
+      return reinterpret_cast<const int32_t*>(p)[k];
+    case ScalarType::Short:
+      return reinterpret_cast<const int16_t*>(p)[k];
+    case ScalarType::Char:
+      return reinterpret_cast<const int8_t*>(p)[k];
+    case ScalarType::Byte:
+      return reinterpret_cast<const uint8_t*>(p)[k];
+    default:
+      STD_TORCH_CHECK(false, "labels: expected int64, int32, int16, int8 or uint8");
+  }
+}
+
+// The samples by label (`order`, filled where `sort`), and the rows in that order: row = place in `order` * views + view.
+Layout label_layout(const Tensor& labels, int64_t views, bool queue, int64_t* order, bool sort) {
+  Layout layout;
+  int64_t batch = labels.size(0);
+  layout.rule = {Objective::SupconOut, 1, -1, queue ? 1 : 0};
+  layout.batch = batch;
+  layout.rows = views * batch;
+  layout.labels = true;
+  std::vector<int64_t> label(batch);
+  for (int64_t i = 0; i < batch; ++i) label[i] = read_label(labels, i);
+  if (sort) {
+    for (int64_t i = 0; i < batch; ++i) order[i] = i;
+    std::stable_sort(order, order + batch, [&](int64_t a, int64_t b) { return label[a] < label[b]; });
+  }
+  layout.class_begin.resize(layout.rows);
+  layout.class_end.resize(layout.rows);
+  for (int64_t first = 0; first < batch;) {
+    int64_t stop = first + 1;
+    while (stop < batch && label[order[stop]] == label[order[first]]) ++stop;
+    for (int64_t row = first * views; row < stop * views; ++row) {
+      layout.class_begin[row] = first * views;
+      layout.class_end[row] = stop * views;
+    }
+    first = stop;
+  }
+  layout.cut_blocks();
+  return layout;
+}
+
+// Where the row of (view, sample number in row order) lies, and which sample that is.
+struct RowMap {
+  const int64_t* order;  // null without labels
+  int64_t views, batch;
+
+  int64_t view(int64_t row) const { return order ? row % views : row / batch; }
+  int64_t sample(int64_t row) const { return order ? order[row / views] : row % batch; }
+};
+
+// The largest |S| that rows of these norms allow: scale for unit rows, else by the longest finite row.
+template <typename T>
+double score_bound(const T* z, int64_t rows, const T* zq, int64_t queue, int64_t dim, double scale, bool normalize) {
+  if (normalize) return scale;
+  auto longest = [dim](const T* p, int64_t count) {
+    std::vector<double> square(count);
+    parallel(count, 1024, [&](int64_t i) { square[i] = kernels<T>().dot(p + i * dim, p + i * dim, dim); });
+    double top = 0;
+    for (double s : square)
+      if (std::isfinite(s)) top = std::max(top, s);
+    return top;
+  };
+  double own = longest(z, rows);
+  return scale * std::max(own, std::sqrt(own * longest(zq, queue)));
+}
+
+// z <- the rows (unit rows if `normalize`) in the order of `map`.
+template <typename T>
+void load_rows(const RowReader<T>& reader, RowMap map, int64_t rows, bool normalize, double eps, T* z, T* rnorm) {
+  const int64_t dim = reader.width;
+  torch::stable::parallel_for(0, rows, std::max<int64_t>(1, 16384 / dim), [&](int64_t begin, int64_t end) {
+    std::vector<T> scratch(2 * dim);
+    for (int64_t i = begin; i < end; ++i) {
+      const T* h = reader.read(map.view(i), map.sample(i), scratch.data());
+      if (normalize) {
+        T r = kernels<T>().unit_row(h, dim, eps, z + i * dim);
+        if (rnorm) rnorm[i] = r;
+      } else {
+        std::copy_n(h, dim, z + i * dim);
+        if (rnorm) rnorm[i] = 1;
+      }
+    }
+  });
+}
+
+// The losses and tables of the objectives that tell views apart. loss is by row, like logw and coef.
+template <typename T>
+void view_tables(
+    const Layout& layout,
+    const T* z,
+    int64_t dim,
+    double scale,
+    const std::vector<double>& n,
+    double* loss,
+    double* logw,
+    double* coef) {
+  const int64_t batch = layout.batch, rows = layout.rows;
+  const int views = layout.rule.views, columns = layout.rule.columns();
+  torch::stable::parallel_for(0, batch, 64, [&](int64_t begin, int64_t end) {
+    std::vector<double> negatives(columns), positives(static_cast<size_t>(views) * views);
+    for (int64_t a = begin; a < end; ++a) {
+      for (int u = 0; u < views; ++u)
+        for (int v = 0; v < u; ++v)
+          positives[u * views + v] = positives[v * views + u] =
+              scale * kernels<T>().dot(z + (u * batch + a) * dim, z + (v * batch + a) * dim, dim);
+      for (int u = 0; u < views; ++u) {
+        int64_t i = u * batch + a;
+        for (int c = 0; c < columns; ++c) negatives[c] = n[c * rows + i];
+        loss[i] = anchor_loss(
+            layout.rule, u, negatives.data(), &positives[u * views], logw + i * columns, coef + i * views);
+      }
+    }
+  });
+}
+
+// dz += the positives' part: every row meets its sample's rows in the other views, as anchor and as positive.
+template <typename T>
+void view_positives(
+    const Layout& layout, const T* z, int64_t dim, const double* coef, const std::vector<double>& g, T* dz) {
+  const int64_t batch = layout.batch;
+  const int views = layout.rule.views;
+  parallel(batch, std::max<int64_t>(1, 4096 / dim), [&](int64_t a) {
+    for (int u = 0; u < views; ++u) {
+      for (int v = 0; v < views; ++v) {
+        int64_t i = u * batch + a, j = v * batch + a;
+        if (i == j) continue;
+        double c = g[i] * coef[i * views + v] + g[j] * coef[j * views + u];
+        kernels<T>().add_scaled(dz + i * dim, z + j * dim, static_cast<T>(c), dim);
+      }
+    }
+  });
+}
+
+struct Tables {
+  Tensor loss, z, rnorm, logw, coef, zq, order;
+};
+
+template <typename T>
+Tables forward(
+    const std::vector<Tensor>& views,
+    const std::optional<Tensor>& labels,
+    const std::optional<Tensor>& queue,
+    double scale,
+    int64_t objective,
+    int64_t core,
+    bool normalize,
+    double eps,
+    int64_t reduction) {
+  const int64_t count = views.size(), batch = views[0].size(0), dim = views[0].size(1), rows = count * batch;
+  const int64_t queued = queue ? queue->size(0) : 0;
+  const ScalarType f64 = ScalarType::Double;
+
+  Tensor order = cpu_empty({labels ? batch : 0}, ScalarType::Long);
+  Layout layout = labels ? label_layout(*labels, count, queue.has_value(), data<int64_t>(order), true)
+                         : layout_of(count, batch, objective, core, queue.has_value());
+  const RowMap map{labels ? data<int64_t>(order) : nullptr, count, batch};
+  const int64_t columns = layout.rule.columns();
+
+  Tables out{
+      reduction == 0 ? cpu_empty({count, batch}, scalar_type<T>) : cpu_empty({}, scalar_type<T>),
+      cpu_empty({rows, dim}, scalar_type<T>),
+      cpu_empty({rows}, scalar_type<T>),
+      cpu_empty({rows, columns}, f64),
+      cpu_empty({rows, labels ? 4 : count}, f64),
+      cpu_empty({queued, dim}, scalar_type<T>),
+      order};
+  T *z = data<T>(out.z), *zq = data<T>(out.zq);
+  load_rows<T>(RowReader<T>(views), map, rows, normalize, eps, z, data<T>(out.rnorm));
+  if (queue) load_rows<T>(RowReader<T>({*queue}), RowMap{nullptr, 1, queued}, queued, normalize, eps, zq, nullptr);
+
+  const double bound = score_bound(z, rows, zq, queued, dim, scale, normalize);
+  std::vector<double> n = Pairs<T>(layout, z, dim, zq, queued, scale, bound).log_sums();
+
+  std::vector<double> loss(rows);
+  if (labels)
+    label_tables<T>(
+        layout, z, dim, scale, label_objective(objective), n, loss.data(), data<double>(out.logw), data<double>(out.coef));
+  else
+    view_tables<T>(layout, z, dim, scale, n, loss.data(), data<double>(out.logw), data<double>(out.coef));
+
+  T* result = data<T>(out.loss);
+  if (reduction == 0) {
+    for (int64_t i = 0; i < rows; ++i) result[map.view(i) * batch + map.sample(i)] = static_cast<T>(loss[i]);
+  } else {
+    double total = 0;
+    for (double l : loss) total += l;
+    *result = static_cast<T>(reduction == 1 ? total / static_cast<double>(rows) : total);
+  }
+  return out;
+}
+
+template <typename T>
+std::tuple<Tensor, Tensor> backward(
+    const Tensor& grad,
+    const Tensor& z_tensor,
+    const Tensor& rnorm,
+    const Tensor& logw,
+    const Tensor& coef,
+    const Tensor& zq_tensor,
+    const Tensor& order,
+    const std::optional<Tensor>& labels,
+    double scale,
+    int64_t count,
+    int64_t objective,
+    int64_t core,
+    bool normalize,
+    int64_t reduction,
+    ScalarType dtype) {
+  const int64_t rows = z_tensor.size(0), dim = z_tensor.size(1), batch = rows / count, queued = zq_tensor.size(0);
+  T *z = data<T>(z_tensor), *zq = data<T>(zq_tensor);
+  const bool queue = queued > 0;
+  Layout layout = labels ? label_layout(*labels, count, queue, data<int64_t>(order), false)
+                         : layout_of(count, batch, objective, core, queue);
+  const RowMap map{labels ? data<int64_t>(order) : nullptr, count, batch};
+
+  std::vector<double> g(rows);
+  Upstream upstream(grad, reduction, rows);
+  for (int64_t i = 0; i < rows; ++i) g[i] = upstream.at(map.view(i), map.sample(i));
+
+  // In the order of the rows and the arithmetic type; this is the result itself where the user's rows are the same.
+  Tensor dz_tensor = cpu_empty({count, batch, dim}, scalar_type<T>);
+  T* dz = data<T>(dz_tensor);
+  parallel(rows, std::max<int64_t>(1, 16384 / dim), [&](int64_t i) { std::fill_n(dz + i * dim, dim, T(0)); });
+
+  const double bound = score_bound(z, rows, zq, queued, dim, scale, normalize);
+  const double from_queue =
+      Pairs<T>(layout, z, dim, zq, queued, scale, bound).gradient(data<double>(logw), g, dz);
+  if (labels)
+    label_gradient<T>(layout, z, dim, scale, label_objective(objective), data<double>(coef), g, dz);
+  else
+    view_positives<T>(layout, z, dim, data<double>(coef), g, dz);
+
+  const Storage storage = storage_of(dtype);
+  const bool in_place = !labels && dtype == scalar_type<T>;
+  Tensor result = in_place ? dz_tensor : cpu_empty({count, batch, dim}, dtype);
+  char* to = static_cast<char*>(result.data_ptr());
+  std::vector<double> along(rows);
+  parallel(rows, std::max<int64_t>(1, 16384 / dim), [&](int64_t i) {
+    T r = normalize ? data<T>(rnorm)[i] : T(0);
+    along[i] = kernels<T>().finish_row(z + i * dim, dz + i * dim, dim, static_cast<T>(scale), r);
+    if (in_place) return;
+    int64_t row = map.view(i) * batch + map.sample(i);
+    kernels<T>().narrow(dz + i * dim, dim, r < 0, to + row * dim * item_size(storage), storage);
+  });
+
+  // d loss / d scale = sum <z_i, dz_i> / scale, a pair of the batch counted for both of its rows, one with the queue once.
+  double total = 0;
+  for (double a : along) total += a;
+  double grad_scale = 0.5 * (total / scale - from_queue) + from_queue;
+  Tensor grad_temperature = cpu_empty({}, ScalarType::Double);
+  *data<double>(grad_temperature) = -scale * scale * grad_scale;
+  return {result, grad_temperature};
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_nce_forward(
+    std::vector<Tensor> views,
+    std::optional<Tensor> labels,
+    std::optional<Tensor> queue,
+    std::optional<Tensor> temperature_tensor,
+    double temperature,
+    int64_t objective,
+    int64_t core_view,
+    bool normalize,
+    double eps,
+    int64_t reduction) {
+  STD_TORCH_CHECK(!views.empty() && views[0].dim() == 2, "info_nce_forward: expected a list of matrices");
+  auto run = views[0].scalar_type() == ScalarType::Double ? forward<double> : forward<float>;
+  Tables t = run(
+      views,
+      labels,
+      queue,
+      scale_of(temperature_tensor, temperature, views[0].scalar_type()),
+      objective,
+      core_view,
+      normalize,
+      eps,
+      reduction);
+  return {t.loss, t.z, t.rnorm, t.logw, t.coef, t.zq, t.order};
+}
+
+std::tuple<Tensor, Tensor> info_nce_backward(
+    Tensor grad,
+    Tensor z,
+    Tensor rnorm,
+    Tensor logw,
+    Tensor coef,
+    Tensor zq,
+    Tensor order,
+    std::optional<Tensor> labels,
+    std::optional<Tensor> temperature_tensor,
+    double temperature,
+    int64_t num_views,
+    int64_t objective,
+    int64_t core_view,
+    bool normalize,
+    int64_t reduction,
+    bool need_temperature,
+    ScalarType dtype) {
+  (void)need_temperature;  // it falls out of products that are needed anyway
+  auto run = z.scalar_type() == ScalarType::Double ? backward<double> : backward<float>;
+  return run(
+      grad,
+      z,
+      rnorm,
+      logw,
+      coef,
+      zq,
+      order,
+      labels,
+      scale_of(temperature_tensor, temperature, z.scalar_type()),
+      num_views,
+      objective,
+      core_view,
+      normalize,
+      reduction,
+      dtype);
+}
+
+}  // namespace selfsup_kernels
+
+STABLE_TORCH_LIBRARY_IMPL(selfsup_kernels, CPU, m) {
+  m.impl("info_nce_forward.cpu", TORCH_BOX(&selfsup_kernels::info_nce_forward));
+  m.impl("info_nce_backward.cpu", TORCH_BOX(&selfsup_kernels::info_nce_backward));
+}

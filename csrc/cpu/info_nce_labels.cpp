@@ -1,0 +1,182 @@
+#include "cpu/info_nce_labels.h"
+
+namespace selfsup_kernels {
+
+namespace {
+
+// Calls visit(first row, rows of the piece, first column, columns of the piece, tile) for the tiles of every class with
+// itself; each piece of rows meets all of its class in one thread.
+template <typename T, typename Visit>
+void class_tiles(const Layout& layout, T* z, int64_t dim, const Visit& visit) {
+  constexpr int64_t limit = 256;
+  struct Piece {
+    int64_t begin, end, class_end, class_begin;
+  };
+  std::vector<Piece> pieces;
+  for (int64_t first = 0; first < layout.rows; first = layout.class_end[first]) {
+    int64_t stop = layout.class_end[first];
+    if (stop - first < 2) continue;
+    Blocks blocks = cut(stop - first, limit);
+    for (int64_t k = 0; k < blocks.count(); ++k)
+      pieces.push_back({first + blocks.begin[k], first + blocks.begin[k + 1], stop, first});
+  }
+  // Small classes are many: a thread takes a run of them.
+  Scratch<T> memory(limit * limit);
+  int64_t grain = std::max<int64_t>(1, static_cast<int64_t>(pieces.size()) / (8 * threads()));
+  torch::stable::parallel_for(0, pieces.size(), grain, [&](int64_t begin, int64_t end) {
+    T* values = memory.at(thread_index());
+    for (int64_t k = begin; k < end; ++k) {
+      const Piece& piece = pieces[k];
+      int64_t rows = piece.end - piece.begin;
+      Tensor anchors = matrix(z + piece.begin * dim, rows, dim, dim, 1);
+      for (int64_t from = piece.class_begin; from < piece.class_end; from += limit) {
+        int64_t cols = std::min(limit, piece.class_end - from);
+        Tensor tile = matrix(values, rows, cols, cols, 1);
+        multiply(tile, anchors, matrix(z + from * dim, dim, cols, 1, dim));
+        visit(piece.begin, rows, from, cols, values, tile);
+      }
+    }
+  });
+}
+
+// Calls part(begin, count) for the tile columns of a row but its own: at most two runs.
+template <typename Part>
+void but_itself(int64_t row, int64_t from, int64_t cols, const Part& part) {
+  int64_t own = row - from;
+  if (own < 0 || own >= cols) return part(0, cols);
+  if (own > 0) part(0, own);
+  if (own + 1 < cols) part(own + 1, cols - own - 1);
+}
+
+struct RowSums {
+  double linear = 0;           // sum of x
+  double top = -INFINITY;      // running maximum of x
+  double exponential = 0;      // sum of exp(x - top)
+  double soft[2] = {0, 0};     // sum of softplus(n - x), of sigmoid(n - x)
+};
+
+}  // namespace
+
+template <typename T>
+void label_tables(
+    const Layout& layout,
+    T* z,
+    int64_t dim,
+    double scale,
+    LabelObjective objective,
+    const std::vector<double>& n,
+    double* loss,
+    double* logw,
+    double* coef) {
+  const int64_t rows = layout.rows, columns = layout.rule.columns();
+  const Kernels<T>& kernel = kernels<T>();
+  const T s = static_cast<T>(scale);
+  std::vector<RowSums> sums(rows);
+  auto negatives = [&](int64_t i) {
+    double total = n[i];
+    for (int64_t c = 1; c < columns; ++c) total = log_add(total, n[c * rows + i]);
+    return total;
+  };
+  class_tiles<T>(
+      layout,
+      z,
+      dim,
+      [&](int64_t begin, int64_t count, int64_t from, int64_t cols, T* values, const Tensor&) {
+        for (int64_t r = 0; r < count; ++r) {
+          RowSums& sum = sums[begin + r];
+          T rest = static_cast<T>(negatives(begin + r));
+          but_itself(begin + r, from, cols, [&](int64_t first, int64_t length) {
+            const T* row = values + r * cols + first;
+            if (objective == LabelObjective::PerPositive) {
+              kernel.label_softplus(row, length, s, rest, sum.soft);
+              return;
+            }
+            double high = static_cast<double>(kernel.row_max(row, length)) * scale;
+            if (high > sum.top) {
+              sum.exponential *= std::exp(sum.top - high);
+              sum.top = high;
+            }
+            double part[2] = {0, 0};
+            kernel.label_sums(row, length, s, static_cast<T>(sum.top), part);
+            sum.linear += part[0];
+            sum.exponential += part[1];
+          });
+        }
+      });
+
+  parallel(rows, 1024, [&](int64_t i) {
+    const RowSums& sum = sums[i];
+    const double count = static_cast<double>(layout.class_end[i] - layout.class_begin[i] - 1);
+    const double rest = negatives(i), inside = sum.top + std::log(sum.exponential);
+    double weight = NAN, value = NAN, den = objective == LabelObjective::Decoupled ? rest : log_add(rest, inside);
+    switch (objective) {
+      case LabelObjective::SupconOut:
+      case LabelObjective::Decoupled:
+        value = den - sum.linear / count;
+        weight = -den;
+        break;
+      case LabelObjective::SupconIn:
+        value = softplus(rest - inside) + std::log(count);
+        weight = -den;
+        break;
+      case LabelObjective::PerPositive:
+        value = sum.soft[0] / count;
+        // mean of exp(-Den_p), Den_p = log(e^rest + e^x): exp(-rest) times the mean of sigmoid(rest - x)
+        weight = std::log(sum.soft[1] / count) - rest;
+        break;
+    }
+    if (rest == -INFINITY && (objective == LabelObjective::PerPositive || objective == LabelObjective::Decoupled))
+      weight = -INFINITY;
+    const bool alone = count < 1;
+    loss[i] = alone ? 0 : value;
+    for (int64_t c = 0; c < columns; ++c) logw[i * columns + c] = alone ? -INFINITY : weight;
+    coef[4 * i] = den;
+    coef[4 * i + 1] = inside;
+    coef[4 * i + 2] = alone ? 0 : 1 / count;
+    coef[4 * i + 3] = rest;
+  });
+}
+
+template <typename T>
+void label_gradient(
+    const Layout& layout,
+    T* z,
+    int64_t dim,
+    double scale,
+    LabelObjective objective,
+    const double* coef,
+    const std::vector<double>& g,
+    T* dz) {
+  const int64_t rows = layout.rows;
+  const Kernels<T>& kernel = kernels<T>();
+  std::vector<T> weight(rows), share(rows), ref(rows);
+  for (int64_t i = 0; i < rows; ++i) {
+    const double den = coef[4 * i], inside = coef[4 * i + 1], rest = coef[4 * i + 3];
+    share[i] = static_cast<T>(g[i] * coef[4 * i + 2]);
+    if (objective == LabelObjective::SupconIn)  // exp(x - den) - exp(x - inside), without the cancellation
+      std::tie(ref[i], weight[i]) = split_reference<T>(inside, g[i] * sigmoid(rest - inside));
+    else
+      std::tie(ref[i], weight[i]) = split_reference<T>(objective == LabelObjective::PerPositive ? rest : den, g[i]);
+  }
+  auto at = [&](int64_t i) { return LabelRow<T>{&weight[i], &share[i], &ref[i]}; };
+  class_tiles<T>(
+      layout,
+      z,
+      dim,
+      [&](int64_t begin, int64_t count, int64_t from, int64_t cols, T* values, const Tensor& tile) {
+        kernel.label_gradient(values, cols, count, cols, static_cast<T>(scale), objective, at(begin), at(from));
+        for (int64_t i = std::max(begin, from); i < std::min(begin + count, from + cols); ++i)
+          values[(i - begin) * cols + (i - from)] = 0;
+        multiply_add(matrix(dz + begin * dim, count, dim, dim, 1), tile, matrix(z + from * dim, cols, dim, dim, 1));
+      });
+}
+
+#define SK_INSTANTIATE(T)                                                                                             \
+  template void label_tables<T>(                                                                                      \
+      const Layout&, T*, int64_t, double, LabelObjective, const std::vector<double>&, double*, double*, double*);     \
+  template void label_gradient<T>(                                                                                    \
+      const Layout&, T*, int64_t, double, LabelObjective, const double*, const std::vector<double>&, T*);
+SK_INSTANTIATE(float)
+SK_INSTANTIATE(double)
+
+}  // namespace selfsup_kernels

@@ -1,0 +1,326 @@
+// The quadratic work of InfoNCE, for any objective: sums of exponentials over the negatives, and their gradient.
+//
+// One exponential serves a pair in both directions: e = exp(S - ref) with one reference point for all rows, chosen so
+// that nothing overflows. A row whose sum is then too small to be trusted (very low temperatures, all negatives far
+// away) is done again by itself, with its own reference point.
+#pragma once
+
+#include "cpu/info_nce_layout.h"
+#include "cpu/kernels.h"
+
+namespace selfsup_kernels {
+
+template <typename T>
+struct Limits;
+template <>
+struct Limits<float> {
+  static constexpr double headroom = 70;       // exp(70) times 1e8 terms is below float's limit
+  static constexpr double smallest_sum = 1e-30;  // terms below float's range are then below 1e-8 of the sum
+  static constexpr double largest_logw = 69.1;   // -log(smallest_sum)
+};
+template <>
+struct Limits<double> {
+  static constexpr double headroom = 600;
+  static constexpr double smallest_sum = 1e-250;
+  static constexpr double largest_logw = 575.7;
+};
+
+template <typename T>
+class Pairs {
+ public:
+  // z: layout.rows x dim; zq: queue x dim. `bound` is at least every |S|.
+  Pairs(const Layout& layout, T* z, int64_t dim, T* zq, int64_t queue, double scale, double bound)
+      : layout_(layout),
+        kernel_(kernels<T>()),
+        dim_(dim),
+        queue_(queue),
+        scale_(static_cast<T>(scale)),
+        ref_(static_cast<T>(bound > Limits<T>::headroom ? bound - Limits<T>::headroom : 0)),
+        blocks_(layout.blocks),
+        queue_blocks_(cut(queue, 256)),
+        z_(z, dim, blocks_),
+        zq_(zq, dim, queue_blocks_),
+        tiles_(blocks_.longest(), std::max(blocks_.longest(), queue_blocks_.longest())) {
+    for (int64_t i = 0; i < blocks_.count(); ++i)
+      segments_.push_back(layout.segments(blocks_.begin[i], blocks_.begin[i + 1]));
+  }
+
+  // N[c * rows + i]: log-sum-exp of row i's negatives in column c (a view, or the queue last). -Inf where there are none.
+  std::vector<double> log_sums() {
+    const int64_t rows = layout_.rows, columns = layout_.rule.columns();
+    std::vector<double> n(columns * rows, 0.0);
+    Scratch<T> column_sums(blocks_.longest());
+    tournament(blocks_.count(), [&](int64_t i, int64_t j, int64_t thread) {
+      if (!layout_.wanted(segments_[i], segments_[j])) return;
+      auto& tile = scores(thread, i, j);
+      for (const auto& a : segments_[i]) {
+        for (const auto& b : segments_[j]) {
+          if (!layout_.meets(a.column, b.column)) continue;
+          const T* s = tile.values + (a.begin - blocks_.begin[i]) * tile.cols + (b.begin - blocks_.begin[j]);
+          // A tile of a block with itself has both triangles: its row sums are all there is.
+          T* sums = i == j ? nullptr : column_sums.at(thread);
+          if (sums) std::fill(sums, sums + (b.end - b.begin), T(0));
+          kernel_.exp_sums(
+              s,
+              tile.cols,
+              a.end - a.begin,
+              b.end - b.begin,
+              scale_,
+              ref_,
+              &n[b.column * rows + a.begin],
+              sums);
+          if (sums)
+            for (int64_t k = 0; k < b.end - b.begin; ++k) n[a.column * rows + b.begin + k] += sums[k];
+        }
+      }
+    });
+    if (queue_ > 0) {
+      torch::stable::parallel_for(0, blocks_.count(), 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          for (int64_t q = 0; q < queue_blocks_.count(); ++q) {
+            auto& tile = tiles_.get(thread_index(), blocks_.rows(i), queue_blocks_.rows(q));
+            multiply(tile.plain, z_.plain[i], zq_.turned[q]);
+            kernel_.exp_sums(
+                tile.values,
+                tile.cols,
+                tile.rows,
+                tile.cols,
+                scale_,
+                ref_,
+                &n[layout_.queue_column() * rows + blocks_.begin[i]],
+                nullptr);
+          }
+        }
+      });
+    }
+
+    std::vector<int64_t> again;
+    for (int64_t i = 0; i < rows; ++i)
+      if (has_small_sum(n, i)) again.push_back(i);
+    parallel(rows * columns, 4096, [&](int64_t k) { n[k] = n[k] > 0 || n[k] != n[k] ? ref_ + std::log(n[k]) : -INFINITY; });
+    exact_log_sums(again, n);
+    return n;
+  }
+
+  // dz += sum_j G_ij z_j over the negatives of all rows, G_ij = e^S (g_i w_ij + g_j w_ji) with w = exp(logw).
+  // logw is rows x columns, g the upstream gradient of each row. Returns sum <z_i, the queue's part of dz_i>.
+  double gradient(const double* logw, const std::vector<double>& g, T* dz) {
+    double from_queue = queue_ > 0 ? queue_gradient(logw, g, dz) : 0;
+
+    const int64_t rows = layout_.rows, columns = layout_.rule.columns(), views = layout_.rule.views;
+    std::vector<T> weight(views * rows);
+    std::vector<char> apart(rows, 0);
+    parallel(rows, 1024, [&](int64_t i) {
+      for (int64_t c = 0; c < views; ++c) apart[i] |= logw[i * columns + c] + ref_ > Limits<T>::largest_logw;
+      for (int64_t c = 0; c < views; ++c)
+        weight[c * rows + i] = apart[i] ? T(0) : static_cast<T>(g[i] * std::exp(logw[i * columns + c] + ref_));
+    });
+
+    BlockMatrix<T> out(dz, dim_, blocks_);
+    tournament(blocks_.count(), [&](int64_t i, int64_t j, int64_t thread) {
+      if (!layout_.wanted(segments_[i], segments_[j])) return;
+      auto& tile = scores(thread, i, j);
+      for (const auto& a : segments_[i]) {
+        for (const auto& b : segments_[j]) {
+          T* s = tile.values + (a.begin - blocks_.begin[i]) * tile.cols + (b.begin - blocks_.begin[j]);
+          if (!layout_.meets(a.column, b.column)) {
+            for (int64_t r = 0; r < a.end - a.begin; ++r) std::fill_n(s + r * tile.cols, b.end - b.begin, T(0));
+            continue;
+          }
+          kernel_.exp_gradient(
+              s,
+              tile.cols,
+              a.end - a.begin,
+              b.end - b.begin,
+              scale_,
+              ref_,
+              &weight[b.column * rows + a.begin],
+              &weight[a.column * rows + b.begin]);
+        }
+      }
+      multiply_add(out.plain[i], tile.plain, z_.plain[j]);
+      if (i != j) multiply_add(out.plain[j], tile.turned, z_.plain[i]);
+    });
+
+    std::vector<int64_t> again;
+    for (int64_t i = 0; i < rows; ++i)
+      if (apart[i]) again.push_back(i);
+    exact_gradient(again, logw, g, dz);
+    return from_queue;
+  }
+
+ private:
+  using Tile = typename Tiles<T>::Tile;
+
+  // The inner products of two blocks, -Inf where the pair is none of negatives.
+  Tile& scores(int64_t thread, int64_t i, int64_t j) {
+    Tile& tile = tiles_.get(thread, blocks_.rows(i), blocks_.rows(j));
+    multiply(tile.plain, z_.plain[i], z_.turned[j]);
+    exclude(tile, segments_[j], [&](int64_t r) { return blocks_.begin[i] + r; });
+    return tile;
+  }
+
+  template <typename RowOf>
+  void exclude(Tile& tile, const std::vector<Layout::Segment>& columns, RowOf row_of) const {
+    for (int64_t r = 0; r < tile.rows; ++r)
+      layout_.excluded(row_of(r), columns, [&](int64_t c) { tile.values[r * tile.cols + c] = -INFINITY; });
+  }
+
+  int column_of(int64_t row) const { return layout_.labels ? 0 : static_cast<int>(row / layout_.batch); }
+
+  bool has_small_sum(const std::vector<double>& sums, int64_t row) const {
+    const int64_t rows = layout_.rows;
+    int u = column_of(row);
+    // The only sample of its problem, or a class that is everyone, has no negatives to look for.
+    bool some = layout_.labels ? layout_.class_end[row] - layout_.class_begin[row] < rows : layout_.batch > 1;
+    for (int c = 0; some && c < layout_.rule.views; ++c)
+      if (layout_.meets(u, c) && sums[c * rows + row] < Limits<T>::smallest_sum) return true;
+    return queue_ > 0 && sums[layout_.queue_column() * rows + row] < Limits<T>::smallest_sum;
+  }
+
+  // Rows `which`, gathered in pieces: visit(piece's rows, their z as a tensor, thread).
+  template <typename Visit>
+  void gather(const std::vector<int64_t>& which, const Visit& visit) {
+    int64_t limit = blocks_.longest(), pieces = (static_cast<int64_t>(which.size()) + limit - 1) / limit;
+    Scratch<T> memory(limit * dim_);
+    torch::stable::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t piece = begin; piece < end; ++piece) {
+        int64_t thread = thread_index();
+        std::vector<int64_t> rows(
+            which.begin() + piece * limit,
+            which.begin() + std::min<int64_t>((piece + 1) * limit, static_cast<int64_t>(which.size())));
+        T* packed = memory.at(thread);
+        for (size_t r = 0; r < rows.size(); ++r) std::copy_n(z_.rows + rows[r] * dim_, dim_, packed + r * dim_);
+        visit(rows, matrix(packed, rows.size(), dim_, dim_, 1), thread);
+      }
+    });
+  }
+
+  // N of the given rows, each with a running maximum of its own.
+  void exact_log_sums(const std::vector<int64_t>& which, std::vector<double>& n) {
+    const int64_t all = layout_.rows, columns = layout_.rule.columns();
+    gather(which, [&](const std::vector<int64_t>& rows, const Tensor& z, int64_t thread) {
+      std::vector<double> top(rows.size() * columns, -INFINITY), total(rows.size() * columns, 0.0);
+      auto take = [&](const T* s, int64_t count, int64_t slot) {
+        double high = static_cast<double>(kernel_.row_max(s, count)) * scale_;
+        if (high > top[slot]) {
+          total[slot] *= std::exp(top[slot] - high);
+          top[slot] = high;
+        }
+        // All -Inf: nothing to add, unless a NaN hides among them, which the sum below finds.
+        T ref = top[slot] == -INFINITY ? T(0) : static_cast<T>(top[slot]);
+        double sum = 0;
+        kernel_.exp_sums(s, count, 1, count, scale_, ref, &sum, nullptr);
+        total[slot] += sum;
+      };
+      for (int64_t j = 0; j < blocks_.count(); ++j) {
+        Tile& tile = tiles_.get(thread, rows.size(), blocks_.rows(j));
+        multiply(tile.plain, z, z_.turned[j]);
+        exclude(tile, segments_[j], [&](int64_t r) { return rows[r]; });
+        for (size_t r = 0; r < rows.size(); ++r)
+          for (const auto& b : segments_[j])
+            take(tile.values + r * tile.cols + (b.begin - blocks_.begin[j]), b.end - b.begin, r * columns + b.column);
+      }
+      for (int64_t q = 0; q < queue_blocks_.count(); ++q) {
+        Tile& tile = tiles_.get(thread, rows.size(), queue_blocks_.rows(q));
+        multiply(tile.plain, z, zq_.turned[q]);
+        for (size_t r = 0; r < rows.size(); ++r)
+          take(tile.values + r * tile.cols, tile.cols, r * columns + layout_.queue_column());
+      }
+      for (size_t r = 0; r < rows.size(); ++r)
+        for (int64_t c = 0; c < columns; ++c) {
+          int64_t slot = r * columns + c;
+          n[c * all + rows[r]] = top[slot] == -INFINITY && total[slot] == 0 ? -INFINITY
+                                                                           : (top[slot] == -INFINITY ? 0 : top[slot]) +
+                                                                                 std::log(total[slot]);
+        }
+    });
+  }
+
+  // As `gradient`, for the given rows as anchors: their own part, then what they add to every other row. Each exponent is
+  // S + logw <= 0, so nothing overflows.
+  void exact_gradient(const std::vector<int64_t>& which, const double* logw, const std::vector<double>& g, T* dz) {
+    if (which.empty()) return;
+    const int64_t columns = layout_.rule.columns();
+    auto weigh = [&](Tile& tile, const std::vector<int64_t>& rows, int64_t j) {
+      exclude(tile, segments_[j], [&](int64_t r) { return rows[r]; });
+      for (size_t r = 0; r < rows.size(); ++r) {
+        for (const auto& b : segments_[j]) {
+          auto [ref, weight] = split_reference<T>(-logw[rows[r] * columns + b.column], g[rows[r]]);
+          T* s = tile.values + r * tile.cols + (b.begin - blocks_.begin[j]);
+          kernel_.exp_rows(s, tile.cols, 1, b.end - b.begin, scale_, &ref, &weight);
+        }
+      }
+    };
+    gather(which, [&](const std::vector<int64_t>& rows, const Tensor& z, int64_t thread) {
+      Tensor sum = cpu_empty({static_cast<int64_t>(rows.size()), dim_}, scalar_type<T>);
+      std::fill_n(data<T>(sum), rows.size() * dim_, T(0));
+      for (int64_t j = 0; j < blocks_.count(); ++j) {
+        Tile& tile = tiles_.get(thread, rows.size(), blocks_.rows(j));
+        multiply(tile.plain, z, z_.turned[j]);
+        weigh(tile, rows, j);
+        multiply_add(sum, tile.plain, z_.plain[j]);
+      }
+      for (size_t r = 0; r < rows.size(); ++r)
+        kernel_.add_scaled(dz + rows[r] * dim_, data<T>(sum) + r * dim_, T(1), dim_);
+    });
+
+    // Now by blocks of columns, so that each thread again owns what it adds to.
+    const int64_t count = which.size(), limit = blocks_.longest();
+    Tensor packed = cpu_empty({count, dim_}, scalar_type<T>);
+    for (int64_t r = 0; r < count; ++r) std::copy_n(z_.rows + which[r] * dim_, dim_, data<T>(packed) + r * dim_);
+    Blocks pieces = cut(count, limit);
+    BlockMatrix<T> anchors(data<T>(packed), dim_, pieces);
+    BlockMatrix<T> out(dz, dim_, blocks_);
+    torch::stable::parallel_for(0, blocks_.count(), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t j = begin; j < end; ++j) {
+        for (int64_t k = 0; k < pieces.count(); ++k) {
+          std::vector<int64_t> rows(which.begin() + pieces.begin[k], which.begin() + pieces.begin[k + 1]);
+          Tile& tile = tiles_.get(thread_index(), rows.size(), blocks_.rows(j));
+          multiply(tile.plain, anchors.plain[k], z_.turned[j]);
+          weigh(tile, rows, j);
+          multiply_add(out.plain[j], tile.turned, anchors.plain[k]);
+        }
+      }
+    });
+  }
+
+  // dz <- the queue's part. The queue takes no gradient, so each row needs only its own weight, and has its own reference.
+  double queue_gradient(const double* logw, const std::vector<double>& g, T* dz) {
+    const int64_t columns = layout_.rule.columns();
+    BlockMatrix<T> out(dz, dim_, blocks_);
+    std::vector<double> along(blocks_.count(), 0.0);
+    torch::stable::parallel_for(0, blocks_.count(), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t first = blocks_.begin[i], rows = blocks_.rows(i);
+        std::vector<T> ref(rows), weight(rows);
+        for (int64_t r = 0; r < rows; ++r) {
+          std::tie(ref[r], weight[r]) =
+              split_reference<T>(-logw[(first + r) * columns + layout_.queue_column()], g[first + r]);
+        }
+        for (int64_t q = 0; q < queue_blocks_.count(); ++q) {
+          Tile& tile = tiles_.get(thread_index(), rows, queue_blocks_.rows(q));
+          multiply(tile.plain, z_.plain[i], zq_.turned[q]);
+          kernel_.exp_rows(tile.values, tile.cols, rows, tile.cols, scale_, ref.data(), weight.data());
+          multiply_add(out.plain[i], tile.plain, zq_.plain[q]);
+        }
+        for (int64_t r = first; r < first + rows; ++r) along[i] += kernel_.dot(z_.rows + r * dim_, dz + r * dim_, dim_);
+      }
+    });
+    double total = 0;
+    for (double a : along) total += a;
+    return total;
+  }
+
+  const Layout& layout_;
+  const Kernels<T>& kernel_;
+  const int64_t dim_, queue_;
+  const T scale_, ref_;
+  const Blocks &blocks_;
+  const Blocks queue_blocks_;
+  const BlockMatrix<T> z_, zq_;
+  Tiles<T> tiles_;
+  std::vector<std::vector<Layout::Segment>> segments_;
+};
+
+}  // namespace selfsup_kernels

@@ -1,0 +1,32 @@
+// The Python module selfsup_kernels._C. Importing it registers the CPU kernels of the ops; what it binds itself is what
+// has no tensor schema.
+#include <pybind11/pybind11.h>
+
+#include "cpu/kernels.h"
+
+#define SK_STRING_(x) #x
+#define SK_STRING(x) SK_STRING_(x)
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "CPU kernels of selfsup_kernels.";
+  m.def(
+      "cpu_capability",
+      [] { return std::string(selfsup_kernels::kernel_table().name); },
+      "The instruction set that the CPU kernels use here: default, avx2 or avx512.");
+  m.def(
+      "build_info",
+      [] {
+        pybind11::dict info;
+#if defined(__clang__)
+        info["compiler"] = "clang " __clang_version__;
+#elif defined(__GNUC__)
+        info["compiler"] = "gcc " __VERSION__;
+#else
+        info["compiler"] = "unknown";
+#endif
+        info["torch_target"] = SK_STRING(TORCH_TARGET_VERSION);
+        info["cplusplus"] = static_cast<long>(__cplusplus);
+        return info;
+      },
+      "How this library was compiled.");
+}

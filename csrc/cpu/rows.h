@@ -1,0 +1,93 @@
+// Reading the user's rows: any stride, any floating dtype, into the arithmetic type.
+#pragma once
+
+#include <cmath>
+
+#include "cpu/kernels.h"
+#include "cpu/tiles.h"
+
+namespace selfsup_kernels {
+
+inline Storage storage_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return Storage::Float;
+    case ScalarType::Double:
+      return Storage::Double;
+    case ScalarType::BFloat16:
+      return Storage::BFloat16;
+    case ScalarType::Half:
+      return Storage::Float16;
+    default:
+      STD_TORCH_CHECK(false, "expected a float64, float32, bfloat16 or float16 tensor");
+  }
+}
+
+inline int64_t item_size(Storage storage) {
+  return storage == Storage::Double ? 8 : storage == Storage::Float ? 4 : 2;
+}
+
+template <typename T>
+struct RowReader {
+  struct Source {
+    const char* base;
+    int64_t row_stride, col_stride;  // bytes
+  };
+  std::vector<Source> sources;
+  Storage storage;
+  int64_t width;
+
+  explicit RowReader(const std::vector<Tensor>& matrices)
+      : storage(storage_of(matrices[0].scalar_type())), width(matrices[0].size(1)) {
+    int64_t item = item_size(storage);
+    for (const Tensor& m : matrices) {
+      STD_TORCH_CHECK(m.is_cpu() && m.dim() == 2 && m.size(1) == width, "expected CPU matrices of one width");
+      STD_TORCH_CHECK(m.scalar_type() == matrices[0].scalar_type(), "expected matrices of one dtype");
+      sources.push_back({static_cast<const char*>(m.data_ptr()), m.stride(0) * item, m.stride(1) * item});
+    }
+  }
+
+  // Whether rows can be used where they lie.
+  bool direct(int64_t source) const {
+    return item_size(storage) == sizeof(T) && (sources[source].col_stride == sizeof(T) || width == 1);
+  }
+
+  // The row as T: in place where it can be, else in `scratch` (2 * width numbers).
+  const T* read(int64_t source, int64_t row, T* scratch) const {
+    const Source& from = sources[source];
+    const char* p = from.base + row * from.row_stride;
+    if (direct(source)) return reinterpret_cast<const T*>(p);
+    int64_t item = item_size(storage);
+    if (from.col_stride != item) {
+      char* packed = reinterpret_cast<char*>(scratch + width);
+      for (int64_t k = 0; k < width; ++k) std::memcpy(packed + k * item, p + k * from.col_stride, item);
+      p = packed;
+    }
+    kernels<T>().widen(p, storage, width, scratch);
+    return scratch;
+  }
+};
+
+// A number from a tensor of one element, at `offset` elements from its start.
+inline double read_number(const Tensor& t, int64_t offset = 0) {
+  Storage storage = storage_of(t.scalar_type());
+  const char* p = static_cast<const char*>(t.data_ptr()) + offset * item_size(storage);
+  if (storage == Storage::Double) return *reinterpret_cast<const double*>(p);
+  float value;
+  kernels<float>().widen(p, storage, 1, &value);
+  return value;
+}
+
+// The upstream gradient of each of rows * cols values, and what it is to be multiplied by: () for a reduced loss.
+struct Upstream {
+  const Tensor& grad;
+  double factor;
+
+  Upstream(const Tensor& grad, int64_t reduction, int64_t count)
+      : grad(grad), factor(reduction == 1 ? 1.0 / static_cast<double>(count) : 1.0) {}
+  double at(int64_t row, int64_t col) const {
+    return factor * (grad.dim() == 0 ? read_number(grad) : read_number(grad, row * grad.stride(0) + col * grad.stride(1)));
+  }
+};
+
+}  // namespace selfsup_kernels

@@ -1,0 +1,143 @@
+// Vectors of one instruction set, in GCC/Clang vector extensions.
+//
+// Included once by each kernels_<capability>.cpp, which has named the instruction set in a target pragma and defined
+// SK_ARCH (a namespace) and SK_VECTOR_BYTES. Everything here must live in that namespace, and no standard header may be
+// included below the pragma: an inline function compiled for AVX-512 must never be the copy that the linker keeps for
+// everyone.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__F16C__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+namespace selfsup_kernels::SK_ARCH {
+
+template <typename T>
+constexpr int lanes = SK_VECTOR_BYTES / sizeof(T);
+
+template <typename T>
+struct VecOf;
+template <>
+struct VecOf<float> {
+  typedef float type __attribute__((vector_size(SK_VECTOR_BYTES)));
+  typedef int32_t integer __attribute__((vector_size(SK_VECTOR_BYTES)));
+};
+template <>
+struct VecOf<double> {
+  typedef double type __attribute__((vector_size(SK_VECTOR_BYTES)));
+  typedef int64_t integer __attribute__((vector_size(SK_VECTOR_BYTES)));
+};
+template <typename T>
+using Vec = typename VecOf<T>::type;
+template <typename T>
+using IntVec = typename VecOf<T>::integer;
+
+template <typename T>
+inline Vec<T> load(const T* p) {
+  Vec<T> v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+template <typename T>
+inline void store(T* p, Vec<T> v) {
+  std::memcpy(p, &v, sizeof(v));
+}
+
+template <typename T>
+inline Vec<T> broadcast(T x) {
+  return x - Vec<T>{};
+}
+
+template <typename T>
+inline Vec<T> select(IntVec<T> mask, Vec<T> yes, Vec<T> no) {
+  return (Vec<T>)((mask & (IntVec<T>)yes) | (~mask & (IntVec<T>)no));
+}
+
+// Sum of the lanes in a fixed order: the same bits however the rows were shared out.
+template <typename T>
+inline T sum(Vec<T> v) {
+  T lane[lanes<T>];
+  store<T>(lane, v);
+  for (int width = lanes<T> / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
+  return lane[0];
+}
+
+// exp with relative error below 2 ulp on the range of normal results. Results below it are 0, above it Inf; NaN stays.
+inline Vec<float> exp(Vec<float> x) {
+  typedef Vec<float> V;
+  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
+  V shifted = x * 1.44269504088896341f + magic;
+  V n = shifted - magic;
+  V f = x - n * 0.693359375f;
+  f = f - n * -2.12194440e-4f;
+  V p = f * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * f + 8.3334519073e-3f;
+  p = p * f + 4.1665795894e-2f;
+  p = p * f + 1.6666665459e-1f;
+  p = p * f + 5.0000001201e-1f;
+  p = p * (f * f) + (f + 1.0f);
+  IntVec<float> power = ((IntVec<float>)shifted + 127) << 23;  // the magic's own bits shift out
+  V y = p * (V)power;
+  y = select<float>(x < -87.33f, V{}, y);
+  return select<float>(x > 88.37f, broadcast<float>(__builtin_inff()), y);
+}
+
+inline Vec<double> exp(Vec<double> x) {
+  typedef Vec<double> V;
+  const double magic = 6755399441055744.0;  // 1.5 * 2^52
+  V shifted = x * 1.4426950408889634074 + magic;
+  V n = shifted - magic;
+  V f = x - n * 6.93147180369123816490e-01;
+  f = f - n * 1.90821492927058770002e-10;
+  V p = f * (1.0 / 6227020800.0) + 1.0 / 479001600.0;  // Taylor to f^13: below 1e-17 on |f| <= ln(2)/2
+  p = p * f + 1.0 / 39916800.0;
+  p = p * f + 1.0 / 3628800.0;
+  p = p * f + 1.0 / 362880.0;
+  p = p * f + 1.0 / 40320.0;
+  p = p * f + 1.0 / 5040.0;
+  p = p * f + 1.0 / 720.0;
+  p = p * f + 1.0 / 120.0;
+  p = p * f + 1.0 / 24.0;
+  p = p * f + 1.0 / 6.0;
+  p = p * f + 0.5;
+  p = p * (f * f) + (f + 1.0);
+  IntVec<double> power = ((IntVec<double>)shifted + 1023) << 52;
+  V y = p * (V)power;
+  y = select<double>(x < -708.3, V{}, y);
+  return select<double>(x > 709.0, broadcast<double>(__builtin_inf()), y);
+}
+
+// log of a positive normal number; 0 gives -Inf. The reduced argument is in [sqrt(1/2), sqrt(2)).
+inline Vec<float> log(Vec<float> x) {
+  typedef Vec<float> V;
+  IntVec<float> bits = (IntVec<float>)x - 0x3f3504f3;  // sqrt(1/2)
+  V n = __builtin_convertvector(bits >> 23, V);
+  V m = (V)((bits & 0x007fffff) + 0x3f3504f3) - 1.0f;
+  V p = m * 7.0376836292e-2f - 1.1514610310e-1f;
+  p = p * m + 1.1676998740e-1f;
+  p = p * m - 1.2420140846e-1f;
+  p = p * m + 1.4249322787e-1f;
+  p = p * m - 1.6668057665e-1f;
+  p = p * m + 2.0000714765e-1f;
+  p = p * m - 2.4999993993e-1f;
+  p = p * m + 3.3333331174e-1f;
+  V square = m * m;
+  V y = p * m * square + n * -2.12194440e-4f - 0.5f * square;
+  y = m + y + n * 0.693359375f;
+  return select<float>(x == 0.0f, broadcast<float>(-__builtin_inff()), y);
+}
+
+inline Vec<double> log(Vec<double> x) {
+  // Lane by lane: float64 is for checking, not for speed.
+  double lane[lanes<double>];
+  store<double>(lane, x);
+  for (double& v : lane) v = __builtin_log(v);
+  return load<double>(lane);
+}
+
+}  // namespace selfsup_kernels::SK_ARCH

@@ -1,0 +1,178 @@
+// Tiles of inner products: how the rows are cut into blocks, who works on which pair of blocks when, and the products
+// themselves, through the matrix library behind `aten`.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+namespace selfsup_kernels {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <typename T>
+constexpr ScalarType scalar_type = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
+
+inline Tensor cpu_empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  return torch::stable::empty(
+      torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()),
+      dtype,
+      std::nullopt,
+      torch::stable::Device(torch::headeronly::DeviceType::CPU));
+}
+
+template <typename T>
+T* data(const Tensor& t) {
+  return static_cast<T*>(t.data_ptr());
+}
+
+// A matrix over memory that it does not own.
+template <typename T>
+Tensor matrix(T* p, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride) {
+  int64_t sizes[] = {rows, cols}, strides[] = {row_stride, col_stride};
+  return torch::stable::from_blob(
+      p,
+      torch::headeronly::IntHeaderOnlyArrayRef(sizes, 2),
+      torch::headeronly::IntHeaderOnlyArrayRef(strides, 2),
+      torch::stable::Device(torch::headeronly::DeviceType::CPU),
+      scalar_type<T>);
+}
+
+// out <- a b
+inline void multiply(const Tensor& out, const Tensor& a, const Tensor& b) {
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
+}
+// out <- out + a b
+inline void multiply_add(const Tensor& out, const Tensor& a, const Tensor& b) {
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), 1, 1));
+}
+
+inline int64_t threads() { return torch::stable::get_num_threads(); }
+inline int64_t thread_index() {
+  uint32_t index;
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_get_thread_idx(&index));
+  return index;
+}
+
+// Rows 0..size cut into ranges: begin[i] .. begin[i + 1].
+struct Blocks {
+  std::vector<int64_t> begin{0};
+
+  int64_t count() const { return static_cast<int64_t>(begin.size()) - 1; }
+  int64_t rows(int64_t i) const { return begin[i + 1] - begin[i]; }
+  int64_t longest() const {
+    int64_t n = 0;
+    for (int64_t i = 0; i < count(); ++i) n = std::max(n, rows(i));
+    return n;
+  }
+  // Adds size more rows in pieces of nearly equal length, none over `limit`.
+  void add_even(int64_t size, int64_t limit) {
+    int64_t pieces = (size + limit - 1) / limit, start = begin.back();
+    for (int64_t k = 1; k <= pieces; ++k) begin.push_back(start + size * k / pieces);
+  }
+};
+
+// The longest block for so many rows. Large tiles run the product at full rate and stay in the second-level cache; with
+// few rows smaller ones leave work for every thread. It depends on nothing else, so that results do not either.
+inline int64_t block_limit(int64_t rows) { return rows >= 4096 ? 256 : rows >= 1024 ? 128 : 64; }
+
+inline Blocks cut(int64_t size, int64_t limit) {
+  Blocks blocks;
+  blocks.add_even(size, limit);
+  return blocks;
+}
+
+// Calls visit(i, j, thread) for every pair of blocks i <= j, in parallel, so that no two calls at a time share a block
+// and the calls that touch a block come in an order that does not depend on the number of threads: first each block with
+// itself, then the rounds of a round-robin tournament.
+template <typename Visit>
+void tournament(int64_t blocks, const Visit& visit) {
+  torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) visit(i, i, thread_index());
+  });
+  int64_t players = blocks + blocks % 2;  // an odd one out sits against nobody
+  for (int64_t round = 0; round + 1 < players; ++round) {
+    torch::stable::parallel_for(0, players / 2, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t pair = begin; pair < end; ++pair) {
+        // The circle method: the last player stays, the others turn.
+        int64_t turn = players - 1;
+        int64_t i = pair == 0 ? players - 1 : (round + pair) % turn;
+        int64_t j = (round + turn - pair) % turn;
+        if (i < blocks && j < blocks) visit(std::min(i, j), std::max(i, j), thread_index());
+      }
+    });
+  }
+}
+
+template <typename Visit>
+void parallel(int64_t count, int64_t grain, const Visit& visit) {
+  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) visit(i);
+  });
+}
+
+// The blocks of one matrix as tensors, made once: making one costs as much as multiplying a small tile.
+template <typename T>
+struct BlockMatrix {
+  std::vector<Tensor> plain, turned;
+  T* rows;
+  int64_t width;
+
+  BlockMatrix(T* rows, int64_t width, const Blocks& blocks) : rows(rows), width(width) {
+    for (int64_t i = 0; i < blocks.count(); ++i) {
+      T* p = rows + blocks.begin[i] * width;
+      plain.push_back(matrix(p, blocks.rows(i), width, width, 1));
+      turned.push_back(matrix(p, width, blocks.rows(i), 1, width));
+    }
+  }
+};
+
+// Scratch memory, `size` numbers for each thread.
+template <typename T>
+class Scratch {
+ public:
+  explicit Scratch(int64_t size)
+      : size_((size + 63) / 64 * 64),
+        // A caller that is itself inside a parallel region runs everything here as one of that region's threads.
+        memory_(cpu_empty({std::max(threads(), thread_index() + 1), size_}, scalar_type<T>)) {}
+  T* at(int64_t thread) const { return data<T>(memory_) + thread * size_; }
+
+ private:
+  int64_t size_;
+  Tensor memory_;
+};
+
+// One scratch tile for each thread, and tensors over it in the shapes that come up.
+template <typename T>
+class Tiles {
+ public:
+  struct Tile {
+    int64_t rows, cols;
+    T* values;  // rows x cols, contiguous
+    Tensor plain, turned;
+  };
+
+  Tiles(int64_t rows, int64_t cols) : memory_(rows * cols), tiles_(std::max(threads(), thread_index() + 1)) {}
+
+  Tile& get(int64_t thread, int64_t rows, int64_t cols) {
+    std::vector<Tile>& mine = tiles_[thread];
+    for (Tile& tile : mine)
+      if (tile.rows == rows && tile.cols == cols) return tile;
+    T* p = memory_.at(thread);
+    mine.push_back({rows, cols, p, matrix(p, rows, cols, cols, 1), matrix(p, cols, rows, 1, cols)});
+    return mine.back();
+  }
+
+ private:
+  Scratch<T> memory_;
+  std::vector<std::vector<Tile>> tiles_;
+};
+
+}  // namespace selfsup_kernels
