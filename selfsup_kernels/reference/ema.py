@@ -1,4 +1,7 @@
-"""The moving average in eager PyTorch: the op ``ema_update_.reference``."""
+"""The moving average in eager PyTorch: the op ``ema_update_.reference``.
+
+``t <- m t + (1 - m) s``, as ``t + (1 - m) (s - t)``, in float32 at least (arXiv:2006.07733, eq. 1).
+"""
 
 import torch
 
@@ -6,7 +9,7 @@ import torch
 def update_(targets, sources, momentum_tensor, momentum, seed):
     weight = 1 - (momentum if momentum_tensor is None else momentum_tensor.detach().double())
     for i, (target, source) in enumerate(zip(targets, sources, strict=True)):
-        if target.numel() == 0 or target is source:
+        if target.numel() == 0 or _same(target, source):
             continue
         if not target.is_floating_point():
             target.copy_(source)
@@ -14,20 +17,33 @@ def update_(targets, sources, momentum_tensor, momentum, seed):
         wide = torch.float64 if target.dtype == torch.float64 else torch.float32
         step = torch.as_tensor(weight, dtype=wide, device=target.device)
         value = torch.lerp(target.detach().to(wide), source.detach().to(wide), step)
-        if seed is not None and target.dtype in (torch.bfloat16, torch.float16):
+        if seed is not None and target.dtype in _BITS:
             value = _round_stochastically(value, target.dtype, seed, i)
         target.copy_(value)
 
 
+def _same(target, source):
+    return target is source or (target.dtype == source.dtype and target.is_set_to(source))
+
+
+_BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16}
+
+
 def _round_stochastically(value, dtype, seed, stream):
-    """Round float32 to one of its two neighbours in ``dtype``, up with probability its distance from the lower one."""
-    down = value.to(dtype)
-    above = down.float().abs() > value.abs()
-    # `down` is rounded to nearest; step back towards zero where that went past the value.
-    down = torch.where(above, torch.nextafter(down, torch.zeros_like(down)), down)
-    up = torch.nextafter(down, torch.copysign(torch.full_like(down, torch.inf), value.to(dtype)))
-    share = (value - down.float()) / (up.float() - down.float())
-    generator = torch.Generator(device=value.device).manual_seed(int(seed) * 1_000_003 + stream)
-    draw = torch.rand(value.shape, generator=generator, device=value.device)
-    rounded = torch.where(draw < share, up, down)
-    return torch.where(value.isfinite() & up.isfinite(), rounded, value.to(dtype))
+    """Round float32 to one of its two neighbours in ``dtype``, with a probability that makes the mean exact.
+
+    The neighbours come from the bits: both formats are sign and magnitude, so that the next number away from zero is
+    the next integer, from one subnormal to another and on into the normal numbers. Where that is infinity the value
+    is rounded to nearest.
+    """
+    nearest = value.to(dtype)
+    bits = nearest.view(_BITS[dtype])
+    inner = torch.where(nearest.float().abs() > value.abs(), bits - 1, bits)  # the neighbour towards zero
+    near, far = inner.view(dtype).double(), (inner + 1).view(dtype).double()
+    share = (value.double() - near) / (far - near)
+    generator = torch.Generator(device=value.device).manual_seed((int(seed) + stream * 0x9E3779B97F4A7C15) % (1 << 63))
+    # float64 draws: float32's are multiples of 2^-24, coarser than the share of a number far below the smallest one.
+    draw = torch.rand(value.shape, generator=generator, device=value.device, dtype=torch.float64)
+    rounded = torch.where(draw < share, inner + 1, inner).view(dtype)
+    # Not where(isfinite(far)): NaN and infinity have no neighbours to choose from either.
+    return torch.where(value.isfinite() & far.isfinite(), rounded, nearest)
