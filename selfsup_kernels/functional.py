@@ -2,11 +2,15 @@
 
 import torch
 
+from selfsup_kernels import _tensor_lists as lists
 from selfsup_kernels import _validate as check
 from selfsup_kernels import backends, ops
 from selfsup_kernels.autograd.byol import BYOL
 from selfsup_kernels.autograd.info_nce import InfoNCE
 from selfsup_kernels.objectives import LABEL_OBJECTIVES, OBJECTIVES
+from selfsup_kernels.stats import ContrastiveStats, contrastive_stats
+
+__all__ = ["ContrastiveStats", "byol_loss", "contrastive_stats", "ema_update_", "info_nce_loss"]
 
 
 def info_nce_loss(
@@ -180,3 +184,66 @@ def _one_dtype(matrices, queue):
         return matrices, queue
     wide = torch.float64 if torch.float64 in dtypes else torch.float32
     return [m.to(wide) for m in matrices], None if queue is None else queue.to(wide)
+
+
+@torch.no_grad()
+def ema_update_(targets, sources, momentum, *, stochastic_rounding=False, generator=None, impl="auto"):
+    r"""Exponential moving average of many tensors at once, in place.
+
+    :math:`t \leftarrow m\, t + (1 - m)\, s` for every pair (arXiv:2006.07733, eq. 1; arXiv:1911.05722, eq. 2), computed
+    as :math:`t + (1 - m)(s - t)` in float32, or float64 for a float64 target. A source may have another floating dtype
+    than its target. Tensors of integers and bools are copied. Gradients do not flow, and the tensors may require grad.
+
+    A bfloat16 target with :math:`m = 0.999` does not move under round-to-nearest: the step is below half the spacing
+    of its numbers. Keep float32 targets, or turn ``stochastic_rounding`` on.
+
+    Args:
+        targets: tensors, or an ``nn.Module``.
+        sources: as many tensors of the same shapes on the same device, or an ``nn.Module`` with the same parameters
+            and buffers by name. Of a tensor that has several names (tied weights) the first one counts.
+        momentum: a number in [0, 1], or a 0-dim floating tensor. A tensor on an accelerator is not read by the host,
+            and so not checked: for schedules in captured graphs. Under ``torch.compile`` no tensor is read; schedules
+            want one there too, because every new number compiles anew.
+        stochastic_rounding: round bfloat16 and float16 targets up or down at random so that the expectation is exact.
+        generator: where its random numbers come from; None for the default one of the device.
+        impl: ``"auto"``, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``.
+
+    Tensors without elements are skipped, an empty list is a no-op, and so is a source that is its destination.
+    Sources may share memory with each other.
+
+    Everything is checked before anything is written: a refused update has changed nothing. While ``torch.compile``
+    traces, memory has no addresses, so that what concerns it (destinations given twice, overlaps) is not checked.
+
+    Raises:
+        ValueError: lists of different length, shapes that differ, more than one device, names that differ, a
+            destination that appears twice, or a momentum outside [0, 1].
+        TypeError: not tensors, dtypes that are not averaged, or an integer tensor with a source of another dtype.
+        RuntimeError: a destination is expanded or partly overlaps a source or another destination; ``impl`` cannot be
+            used here.
+    """
+    if isinstance(targets, torch.nn.Module) or isinstance(sources, torch.nn.Module):
+        targets, sources, names = lists.match_modules(targets, sources)
+    else:
+        targets, sources = lists.tensor_list("targets", targets), lists.tensor_list("sources", sources)
+        names = None
+    ema_update_pairs_(targets, sources, names, momentum, stochastic_rounding, generator, impl)
+
+
+def ema_update_pairs_(targets, sources, names, momentum, stochastic_rounding, generator, impl) -> None:
+    """:func:`ema_update_` of lists whose tensors have ``names`` for the messages; call it without grad mode."""
+    momentum_tensor, momentum = check.momentum(momentum)
+    targets, sources = lists.check_update(targets, sources, names)
+    impl = backends.select(impl, targets[0] if targets else torch.empty(0))
+    if not targets:
+        return
+    device = targets[0].device
+    if momentum_tensor is not None and momentum_tensor.device not in (device, torch.device("cpu")):
+        raise ValueError(f"momentum: expected the device of targets, {device}, got {momentum_tensor.device}")
+    seed = None
+    if stochastic_rounding:
+        # On the device, so that a captured graph draws anew. Not random_(): torch.compile cannot trace it.
+        seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=device, generator=generator)
+    backends.op("ema_update_", impl)(targets, sources, momentum_tensor, momentum, seed)
+    if impl != "reference" and not torch.compiler.is_compiling():
+        # What autograd saved of a target is outdated now, and backward must notice. Eager operations count themselves.
+        torch.autograd.graph.increment_version([t for t in targets if not t.is_inference()])
