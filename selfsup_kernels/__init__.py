@@ -4,7 +4,26 @@ See :mod:`selfsup_kernels.functional` for the losses, :mod:`selfsup_kernels.modu
 :mod:`selfsup_kernels.methods` for whole methods, and ``python -m selfsup_kernels info`` for what this machine runs.
 """
 
-from selfsup_kernels.functional import byol_loss, info_nce_loss
+from selfsup_kernels import backends, functional, methods
+from selfsup_kernels.ema import EMA, cosine_momentum
+from selfsup_kernels.functional import ContrastiveStats, byol_loss, contrastive_stats, ema_update_, info_nce_loss
+from selfsup_kernels.modules import BYOLLoss, InfoNCELoss
+from selfsup_kernels.objectives import OBJECTIVES
 from selfsup_kernels.version import __version__
 
-__all__ = ["__version__", "byol_loss", "info_nce_loss"]
+__all__ = [
+    "EMA",
+    "OBJECTIVES",
+    "BYOLLoss",
+    "ContrastiveStats",
+    "InfoNCELoss",
+    "__version__",
+    "backends",
+    "byol_loss",
+    "contrastive_stats",
+    "cosine_momentum",
+    "ema_update_",
+    "functional",
+    "info_nce_loss",
+    "methods",
+]

@@ -1,0 +1,192 @@
+"""A moving-average copy of a model, and the schedule of its momentum."""
+
+import copy
+import math
+import warnings
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from selfsup_kernels import _tensor_lists as lists
+from selfsup_kernels import _validate as check
+from selfsup_kernels import backends
+from selfsup_kernels.functional import ema_update_pairs_
+
+BUFFERS = ("copy", "average", "ignore")
+
+
+class EMA(nn.Module):
+    r"""The exponential moving average of a model: ``module``, a copy that :meth:`update` moves towards the model.
+
+    :math:`t \leftarrow m\, t + (1 - m)\, s` for every parameter (arXiv:2006.07733, eq. 1). The copy is a submodule, so
+    it moves with ``.to()``, is part of the ``state_dict`` and follows ``train()`` and ``eval()`` of a module that owns
+    this one; it starts in the mode of the model. Its parameters do not require grad: an optimizer that is given them
+    leaves them alone. The model itself is held without being registered, so that it is neither saved nor counted here.
+
+    The model is read anew on every update: parameters that were moved, replaced or resized since are noticed, and a
+    model whose names no longer match is refused. A model that is compiled (``torch.compile``) or wrapped in
+    DataParallel or DistributedDataParallel stands for the module inside. Tied weights are updated once.
+
+    Args:
+        model: what to average.
+        momentum: :math:`m` of updates that do not give their own; a number in [0, 1].
+        buffers: what an update does with buffers (BatchNorm's running statistics). ``"copy"`` takes the model's,
+            ``"average"`` averages floating ones as parameters and copies the others, ``"ignore"`` leaves them to
+            ``module``, which keeps its own statistics where it runs in training mode.
+        dtype: the floating dtype of the copy; None keeps the model's. A bfloat16 or float16 model wants a float32
+            copy: in its own dtype the steps of a momentum near 1 round to nothing.
+        stochastic_rounding: the other way out; see :func:`selfsup_kernels.ema_update_`.
+        impl: as in :func:`selfsup_kernels.ema_update_`.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message says which and why.
+    """
+
+    def __init__(self, model, momentum=0.996, *, buffers="copy", dtype=None, stochastic_rounding=False, impl="auto"):
+        super().__init__()
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+        check.choice("buffers", buffers, BUFFERS)
+        check.choice("impl", impl, backends.CHOICES)
+        if dtype is not None and dtype not in check.FLOATING:
+            raise TypeError(f"dtype: expected None, float64, float32, bfloat16 or float16, got {dtype!r}")
+        tensor, number = check.momentum(momentum)
+        if tensor is not None:
+            raise TypeError("momentum: expected a number here; update() takes a tensor")
+        self.momentum = number
+        self.buffer_policy = buffers
+        self.stochastic_rounding = stochastic_rounding
+        self.impl = impl
+
+        model = _inner(model)
+        object.__setattr__(self, "_model", model)  # past nn.Module's own, which would register it
+        self.module = copy.deepcopy(model).requires_grad_(False)
+        for parameter in self.module.parameters():
+            parameter.grad = None  # deepcopy copies gradients too
+        if dtype is not None:
+            self.module._apply(lambda x: x.to(dtype) if x.is_floating_point() else x)
+        low = {p.dtype for p in self.module.parameters()} & {torch.bfloat16, torch.float16}
+        if low and not stochastic_rounding:
+            warnings.warn(
+                f"EMA: the copy is {low.pop()}, in which the steps of a momentum near 1 round to nothing; use"
+                " dtype=torch.float32 or stochastic_rounding=True",
+                stacklevel=2,
+            )
+
+    @torch.no_grad()
+    def update(self, momentum=None):
+        """One step towards the model.
+
+        Args:
+            momentum: a number in [0, 1], or a 0-dim tensor (as in :func:`selfsup_kernels.ema_update_`); None for the
+                one given at construction.
+
+        Raises:
+            ValueError: the model's names, shapes or device no longer fit the copy's. Nothing has changed then.
+        """
+        own, own_buffers = lists.named_tensors(self.module)
+        theirs, their_buffers = lists.named_tensors(self._model)
+        if self.buffer_policy == "average":
+            own, theirs = own | own_buffers, theirs | their_buffers
+        copies: tuple = ([], [])
+        if self.buffer_policy == "copy":  # checked before the parameters are written
+            copies = lists.check_update(*lists.match(own_buffers, their_buffers), averaged=False)
+        ema_update_pairs_(
+            *lists.match(own, theirs),
+            self.momentum if momentum is None else momentum,
+            self.stochastic_rounding,
+            None,
+            self.impl,
+        )
+        if copies[0]:
+            torch._foreach_copy_(*copies)
+
+    def forward(self, *args, **kwargs):
+        """``module(*args, **kwargs)``."""
+        return self.module(*args, **kwargs)
+
+    def load_state_dict(self, state_dict, strict=True, assign=False):
+        """As ``nn.Module.load_state_dict``, but a refused load has changed nothing.
+
+        Loaded as part of a larger module, this one is subject to that module's ``load_state_dict``.
+
+        Raises:
+            RuntimeError: names (with ``strict``), shapes or kinds of dtypes differ; the message names all of them.
+        """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict: expected a dictionary, got {type(state_dict).__name__}")
+        own = self.state_dict()
+        problems = []
+        if strict:
+            problems += [f"{name} is missing" for name in own if name not in state_dict]
+            problems += [f"{name} is unexpected" for name in state_dict if name not in own]
+        problems += [
+            f"{name} is {_kind(state_dict[name])}, expected {_kind(tensor)}"
+            for name, tensor in own.items()
+            if name in state_dict and not _loads(state_dict[name], tensor)
+        ]
+        if problems:
+            raise RuntimeError("state_dict: does not fit this EMA: " + "; ".join(problems))
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def extra_repr(self):
+        rounding = ", stochastic_rounding=True" if self.stochastic_rounding else ""
+        return f"momentum={self.momentum:g}, buffers={self.buffer_policy!r}{rounding}"
+
+
+def _inner(model: nn.Module) -> nn.Module:
+    """The module inside the wrappers of torch.compile and of data parallelism."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod
+        else:
+            return model
+
+
+def _loads(new, own) -> bool:
+    if not isinstance(own, torch.Tensor):  # a module's extra state: its own business
+        return True
+    return isinstance(new, torch.Tensor) and _kind(new) == _kind(own)
+
+
+def _kind(value) -> str:
+    """What must agree for a tensor to be loaded into another one. Floating dtypes convert into each other."""
+    if not isinstance(value, torch.Tensor):
+        return type(value).__name__
+    kind = "floating" if value.is_floating_point() else str(value.dtype).removeprefix("torch.")
+    return f"{kind} {tuple(value.shape)}" + (" on meta" if value.is_meta else "")
+
+
+def cosine_momentum(step, max_steps, base=0.996, final=1.0):
+    r"""BYOL's momentum schedule (arXiv:2006.07733, section 3.3): a half cosine from ``base`` to ``final``.
+
+    :math:`m_k = m_K - (m_K - m_0) (\cos(\pi k / K) + 1) / 2` at step :math:`k` of :math:`K`; with ``final = 1`` this is
+    the paper's :math:`1 - (1 - m_0)(\cos(\pi k / K) + 1) / 2`. Past the last step it stays at ``final``.
+
+    Args:
+        step: a number >= 0, or a 0-dim tensor: then the result is one too, on its device, and the value is not read.
+        max_steps: a number > 0.
+        base, final: numbers in [0, 1].
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message says which and why.
+    """
+    max_steps = check.positive_number("max_steps", max_steps)
+    for name, value in (("base", base), ("final", final)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name}: expected a number in [0, 1], got {value}")
+    if isinstance(step, torch.Tensor):
+        if step.dim() != 0:
+            raise ValueError(f"step: expected a number or a 0-dim tensor, got shape {tuple(step.shape)}")
+        progress = (step.float() / max_steps).clamp(0, 1)
+        return final - (final - base) * ((math.pi * progress).cos() + 1) / 2
+    if isinstance(step, bool) or not isinstance(step, (int, float)):
+        raise TypeError(f"step: expected a number or a 0-dim tensor, got {type(step).__name__}")
+    if not step >= 0:
+        raise ValueError(f"step: expected a number >= 0, got {step}")
+    return final - (final - base) * (math.cos(math.pi * min(step / max_steps, 1)) + 1) / 2

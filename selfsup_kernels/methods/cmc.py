@@ -1,0 +1,96 @@
+"""CMC: contrastive multiview coding."""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from selfsup_kernels.methods._views import collect_views
+from selfsup_kernels.modules import InfoNCELoss
+
+
+class CMC(nn.Module):
+    r"""Contrastive multiview coding (arXiv:1906.05849) over two or more views.
+
+    Every view :math:`v` of a sample is encoded, :math:`z_v = g_v(f_v(x_v))`, normalised, and contrasted with every
+    other view within the batch (the paper's full graph; with ``core_view`` its core view graph):
+
+    .. math:: L = \operatorname{mean}_{u \ne v, a}
+        -\log \frac{\exp(\langle z_{u,a}, z_{v,a} \rangle / \tau)}{\sum_b \exp(\langle z_{u,a}, z_{v,b} \rangle / \tau)}
+
+    Two views, each with its encoder, are the loss of CLIP. Other objectives let an anchor's views share a denominator.
+
+    Departures: the mean over the ordered pairs of views where the paper adds them up, and the negatives are the other
+    samples of the batch where the paper draws them from a memory bank for NCE.
+
+    Args:
+        encoder: one module for all views, or a sequence of one per view.
+        projector: the same choice, independently; ``nn.Identity()`` for none. Its outputs are ``(B, D)``.
+        temperature: :math:`\tau`; where training starts if it is learnable.
+        objective, core_view, learnable_temperature, max_scale, eps, impl: as in :class:`selfsup_kernels.InfoNCELoss`.
+
+    Attributes:
+        encoder, projector: a module, or an ``nn.ModuleList`` of one per view.
+        loss: the :class:`selfsup_kernels.InfoNCELoss`.
+    """
+
+    def __init__(
+        self,
+        encoder,
+        projector,
+        temperature=0.07,
+        *,
+        objective="cross_view",
+        core_view=None,
+        learnable_temperature=False,
+        max_scale=None,
+        eps=1e-12,
+        impl="auto",
+    ):
+        super().__init__()
+        self.encoder = _shared_or_per_view("encoder", encoder)
+        self.projector = _shared_or_per_view("projector", projector)
+        counts = {len(m) for m in (self.encoder, self.projector) if isinstance(m, nn.ModuleList)}
+        if len(counts) > 1:
+            raise ValueError(f"projector: expected as many as encoders, {len(self.encoder)}, got {len(self.projector)}")
+        self.num_views = counts.pop() if counts else None
+        self.loss = InfoNCELoss(
+            temperature,
+            learnable_temperature=learnable_temperature,
+            max_scale=max_scale,
+            objective=objective,
+            core_view=core_view,
+            eps=eps,
+            impl=impl,
+        )
+
+    def embed(self, x, view=0):
+        """The ``(B, D)`` embedding of inputs of one view, not normalised."""
+        return _of_view(self.projector, view)(_of_view(self.encoder, view)(x))
+
+    def forward(self, *views):
+        """The loss of two or more views of one batch, ``forward([x1, x2, ...])`` or ``forward(x1, x2, ...)``.
+
+        Raises:
+            ValueError: fewer than two views, not as many as encoders, or embeddings of different shapes.
+        """
+        views = collect_views(views)
+        if self.num_views is not None and len(views) != self.num_views:
+            raise ValueError(f"views: expected {self.num_views}, one per encoder or projector, got {len(views)}")
+        return self.loss([self.embed(x, v) for v, x in enumerate(views)])
+
+
+def _shared_or_per_view(name, value) -> nn.Module:
+    if isinstance(value, nn.ModuleList) or (isinstance(value, Sequence) and not isinstance(value, str)):
+        if len(value) < 2:
+            raise ValueError(f"{name}: expected a module, or one per view for at least 2 views, got {len(value)}")
+        for i, module in enumerate(value):
+            if not isinstance(module, nn.Module):
+                raise TypeError(f"{name}[{i}]: expected an nn.Module, got {type(module).__name__}")
+        return nn.ModuleList(value)
+    if not isinstance(value, nn.Module):
+        raise TypeError(f"{name}: expected an nn.Module or one per view, got {type(value).__name__}")
+    return value
+
+
+def _of_view(module, view):
+    return module[view] if isinstance(module, nn.ModuleList) else module

@@ -1,0 +1,140 @@
+"""The losses as modules: they hold arguments, ``forward`` calls the functional."""
+
+import math
+
+import torch
+from torch import nn
+
+from selfsup_kernels import _validate as check
+from selfsup_kernels import backends, ops
+from selfsup_kernels.functional import byol_loss, info_nce_loss
+from selfsup_kernels.objectives import OBJECTIVES
+
+
+class InfoNCELoss(nn.Module):
+    r"""N-view InfoNCE as a module; see :func:`selfsup_kernels.info_nce_loss` for the equations and the arguments.
+
+    Args:
+        temperature: a positive number; where training starts if it is learnable.
+        learnable_temperature: train ``logit_scale``, a 0-dim parameter that holds the logarithm of the scale
+            :math:`1 / \tau` as in CLIP (arXiv:2103.00020, section 2.3), so that the temperature stays positive.
+            Weight decay pulls it towards a temperature of 1: exclude it from weight decay.
+        max_scale: with a learnable temperature, the largest scale; CLIP has 100. As there, the parameter itself is
+            clamped, here before every forward in training mode. None: no limit.
+        objective, core_view, normalize, eps, reduction, group, impl: as in :func:`selfsup_kernels.info_nce_loss`.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message says which and why.
+    """
+
+    def __init__(
+        self,
+        temperature=0.1,
+        *,
+        learnable_temperature=False,
+        max_scale=None,
+        objective="supcon_out",
+        core_view=None,
+        normalize=True,
+        eps=1e-12,
+        reduction="mean",
+        group=None,
+        impl="auto",
+    ):
+        super().__init__()
+        temperature = check.positive_number("temperature", temperature)
+        check.choice("objective", objective, OBJECTIVES)
+        check.choice("reduction", reduction, ops.REDUCTIONS)
+        check.choice("impl", impl, backends.CHOICES)
+        if core_view is not None and (isinstance(core_view, bool) or not isinstance(core_view, int) or core_view < 0):
+            raise ValueError(f"core_view: expected None or an integer >= 0, got {core_view!r}")
+        if max_scale is not None:
+            if not learnable_temperature:
+                raise ValueError("max_scale: expected None without learnable_temperature")
+            max_scale = check.positive_number("max_scale", max_scale)
+            if 1 / temperature > max_scale * (1 + 1e-6):
+                raise ValueError(
+                    f"max_scale: expected at least 1 / temperature = {1 / temperature:g}, got {max_scale:g}"
+                )
+        if learnable_temperature:
+            self.logit_scale = nn.Parameter(torch.tensor(-math.log(temperature), dtype=torch.float32))
+        else:
+            self.register_parameter("logit_scale", None)
+        self._temperature = temperature
+        self.max_scale = max_scale
+        self.objective = objective
+        self.core_view = core_view
+        self.normalize = normalize
+        self.eps = check.positive_number("eps", eps)
+        self.reduction = reduction
+        self.group = group
+        self.impl = impl
+
+    @property
+    def temperature(self):
+        """A number, or with a learnable temperature a 0-dim tensor that carries its gradient."""
+        if self.logit_scale is None:
+            return self._temperature
+        limit = None if self.max_scale is None else math.log(self.max_scale)
+        return (-(self.logit_scale if limit is None else self.logit_scale.clamp(max=limit))).exp()
+
+    def forward(self, *views, labels=None, queue=None):
+        """The loss of ``forward(views)``, a ``(V, B, D)`` tensor or a sequence, or of ``forward(z0, z1, ...)``."""
+        if self.training and self.max_scale is not None:
+            with torch.no_grad():  # not only in `temperature`: beyond the limit clamp has no gradient to come back by
+                self.logit_scale.clamp_(max=math.log(self.max_scale))
+        return info_nce_loss(
+            views[0] if len(views) == 1 else list(views),
+            temperature=self.temperature,
+            objective=self.objective,
+            labels=labels,
+            queue=queue,
+            core_view=self.core_view,
+            normalize=self.normalize,
+            eps=self.eps,
+            reduction=self.reduction,
+            group=self.group,
+            impl=self.impl,
+        )
+
+    def extra_repr(self):
+        learnable = self.logit_scale is not None
+        parts = [f"temperature={float(self.temperature):.4g}"] + (["learnable_temperature=True"] if learnable else [])
+        defaults = {
+            "max_scale": None,
+            "objective": "",
+            "core_view": None,
+            "normalize": True,
+            "eps": 1e-12,
+            "reduction": "mean",
+            "impl": "auto",
+        }
+        values = {name: getattr(self, name) for name in defaults}
+        return ", ".join(parts + [f"{name}={v!r}" for name, v in values.items() if v != defaults[name]])
+
+
+class BYOLLoss(nn.Module):
+    """BYOL's regression loss as a module; see :func:`selfsup_kernels.byol_loss`.
+
+    Args:
+        eps, reduction, impl: as there.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message says which and why.
+    """
+
+    def __init__(self, *, eps=1e-12, reduction="mean", impl="auto"):
+        super().__init__()
+        check.choice("reduction", reduction, ops.REDUCTIONS)
+        check.choice("impl", impl, backends.CHOICES)
+        self.eps = check.positive_number("eps", eps)
+        self.reduction = reduction
+        self.impl = impl
+
+    def forward(self, predictions, targets):
+        return byol_loss(predictions, targets, eps=self.eps, reduction=self.reduction, impl=self.impl)
+
+    def extra_repr(self):
+        return f"eps={self.eps:g}, reduction={self.reduction!r}" + (
+            f", impl={self.impl!r}" if self.impl != "auto" else ""
+        )
