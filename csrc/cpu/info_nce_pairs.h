@@ -7,6 +7,7 @@
 
 #include "cpu/info_nce_layout.h"
 #include "cpu/kernels.h"
+#include "cpu/tournament.h"
 
 namespace selfsup_kernels {
 

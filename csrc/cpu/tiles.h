@@ -89,28 +89,6 @@ inline Blocks cut(int64_t size, int64_t limit) {
   return blocks;
 }
 
-// Calls visit(i, j, thread) for every pair of blocks i <= j, in parallel, so that no two calls at a time share a block
-// and the calls that touch a block come in an order that does not depend on the number of threads: first each block with
-// itself, then the rounds of a round-robin tournament.
-template <typename Visit>
-void tournament(int64_t blocks, const Visit& visit) {
-  torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) visit(i, i, thread_index());
-  });
-  int64_t players = blocks + blocks % 2;  // an odd one out sits against nobody
-  for (int64_t round = 0; round + 1 < players; ++round) {
-    torch::stable::parallel_for(0, players / 2, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t pair = begin; pair < end; ++pair) {
-        // The circle method: the last player stays, the others turn.
-        int64_t turn = players - 1;
-        int64_t i = pair == 0 ? players - 1 : (round + pair) % turn;
-        int64_t j = (round + turn - pair) % turn;
-        if (i < blocks && j < blocks) visit(std::min(i, j), std::max(i, j), thread_index());
-      }
-    });
-  }
-}
-
 template <typename Visit>
 void parallel(int64_t count, int64_t grain, const Visit& visit) {
   torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
