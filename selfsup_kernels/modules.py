@@ -75,13 +75,16 @@ class InfoNCELoss(nn.Module):
         """A number, or with a learnable temperature a 0-dim tensor that carries its gradient."""
         if self.logit_scale is None:
             return self._temperature
-        limit = None if self.max_scale is None else math.log(self.max_scale)
-        return (-(self.logit_scale if limit is None else self.logit_scale.clamp(max=limit))).exp()
+        if self.max_scale is None:
+            return (-self.logit_scale).exp()
+        # Not clamp: it has no gradient beyond the limit, and saves the parameter, which forward() clamps in place.
+        excess = (self.logit_scale.detach() - math.log(self.max_scale)).clamp(min=0)
+        return (excess - self.logit_scale).exp()
 
     def forward(self, *views, labels=None, queue=None):
         """The loss of ``forward(views)``, a ``(V, B, D)`` tensor or a sequence, or of ``forward(z0, z1, ...)``."""
         if self.training and self.max_scale is not None:
-            with torch.no_grad():  # not only in `temperature`: beyond the limit clamp has no gradient to come back by
+            with torch.no_grad():  # not only in `temperature`: the parameter must not drift off beyond the limit
                 self.logit_scale.clamp_(max=math.log(self.max_scale))
         return info_nce_loss(
             views[0] if len(views) == 1 else list(views),
@@ -99,10 +102,13 @@ class InfoNCELoss(nn.Module):
 
     def extra_repr(self):
         learnable = self.logit_scale is not None
-        parts = [f"temperature={float(self.temperature):.4g}"] + (["learnable_temperature=True"] if learnable else [])
+        temperature = self.temperature
+        if learnable:
+            temperature = math.nan if temperature.is_meta else temperature.item()
+        parts = [f"temperature={temperature:.4g}"] + (["learnable_temperature=True"] if learnable else [])
         defaults = {
             "max_scale": None,
-            "objective": "",
+            "objective": "",  # always shown
             "core_view": None,
             "normalize": True,
             "eps": 1e-12,
