@@ -144,11 +144,11 @@ def byol_loss(predictions, targets, *, eps=1e-12, reduction="mean", impl="auto")
         RuntimeError: ``impl`` cannot be used here, or a second derivative is asked for.
     """
     pairs = isinstance(predictions, torch.Tensor) and predictions.dim() == 2
-    p = check.views("predictions", predictions.unsqueeze(0) if pairs else predictions, 1 if pairs else 2)
+    p = check.views("predictions", [predictions] if pairs else predictions, 1 if pairs else 2)
     if pairs and not isinstance(targets, torch.Tensor):
         raise TypeError(f"targets: expected a (B, D) tensor like predictions, got {type(targets).__name__}")
     paired_target = pairs and targets.dim() == 2
-    t = check.views("targets", targets.unsqueeze(0) if paired_target else targets, 1)
+    t = check.views("targets", [targets] if paired_target else targets, 1)
     if len(p) != len(t) or p[0].shape != t[0].shape or pairs != paired_target:
         raise ValueError(
             f"targets: expected the shape of predictions, {len(p)} view(s) of {tuple(p[0].shape)},"

@@ -71,7 +71,7 @@ Tensor backward(
   const T* rp = data<T>(stats);
   const T* rt = rp + views * batch;
   const T* cosines = rt + views * batch;
-  const Upstream upstream(grad, reduction, views * batch);
+  const Upstream upstream(grad, reduction, views, batch);
   const double factor = -2.0 / static_cast<double>(std::max<int64_t>(views - 1, 1));
 
   const ScalarType dtype = predictions[0].scalar_type();

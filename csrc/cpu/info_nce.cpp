@@ -262,7 +262,7 @@ std::tuple<Tensor, Tensor> backward(
   const RowMap map{labels ? data<int64_t>(order) : nullptr, count, batch};
 
   std::vector<double> g(rows);
-  Upstream upstream(grad, reduction, rows);
+  const Upstream upstream(grad, reduction, count, batch);
   for (int64_t i = 0; i < rows; ++i) g[i] = upstream.at(map.view(i), map.sample(i));
 
   // In the order of the rows and the arithmetic type; this is the result itself where the user's rows are the same.

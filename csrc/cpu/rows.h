@@ -78,16 +78,26 @@ inline double read_number(const Tensor& t, int64_t offset = 0) {
   return value;
 }
 
-// The upstream gradient of each of rows * cols values, and what it is to be multiplied by: () for a reduced loss.
+// The upstream gradient of each of rows * cols losses: () for a reduced loss, else (rows, cols).
 struct Upstream {
-  const Tensor& grad;
-  double factor;
+  std::vector<double> values;
+  int64_t row_stride = 0, col_stride = 0;
 
-  Upstream(const Tensor& grad, int64_t reduction, int64_t count)
-      : grad(grad), factor(reduction == 1 ? 1.0 / static_cast<double>(count) : 1.0) {}
-  double at(int64_t row, int64_t col) const {
-    return factor * (grad.dim() == 0 ? read_number(grad) : read_number(grad, row * grad.stride(0) + col * grad.stride(1)));
+  Upstream(const Tensor& grad, int64_t reduction, int64_t rows, int64_t cols) {
+    const double factor = reduction == 1 ? 1.0 / static_cast<double>(rows * cols) : 1.0;
+    if (grad.dim() == 0) {
+      values = {factor * read_number(grad)};
+      return;
+    }
+    row_stride = cols;
+    col_stride = 1;
+    values.resize(rows * cols);
+    const int64_t from_row = grad.stride(0), from_col = grad.stride(1);
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < cols; ++j)
+        values[i * cols + j] = factor * read_number(grad, i * from_row + j * from_col);
   }
+  double at(int64_t row, int64_t col) const { return values[row * row_stride + col * col_stride]; }
 };
 
 }  // namespace selfsup_kernels
