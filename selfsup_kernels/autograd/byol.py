@@ -1,9 +1,9 @@
 """The autograd Function of the BYOL loss."""
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from selfsup_kernels import backends
+from selfsup_kernels.autograd._once import once
 
 
 class BYOL(torch.autograd.Function):
@@ -18,9 +18,9 @@ class BYOL(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        stats, *tensors = ctx.saved_tensors
+    @once
+    def backward(ctx, saved, grad):
+        stats, *tensors = saved
         impl, reduction, stacked, num = ctx.arguments
         predictions, targets = _split(tensors, stacked, num)
         grad_predictions = backends.op("byol_backward", impl)(grad, predictions, targets, stats, reduction)

@@ -1,9 +1,9 @@
 """The autograd Function of the InfoNCE loss."""
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from selfsup_kernels import backends
+from selfsup_kernels.autograd._once import once
 
 
 class InfoNCE(torch.autograd.Function):
@@ -38,7 +38,8 @@ class InfoNCE(torch.autograd.Function):
             eps,
             reduction,
         )
-        ctx.save_for_backward(*saved, labels, temperature_tensor)
+        ctx.save_for_backward(*saved, labels, temperature_tensor, *views)  # views: for `once` alone
+        ctx.num_saved = len(saved)
         ctx.impl = impl
         ctx.stacked = stacked
         ctx.num_views = len(matrices)
@@ -47,14 +48,14 @@ class InfoNCE(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        *saved, labels, temperature_tensor = ctx.saved_tensors
+    @once
+    def backward(ctx, saved, grad):
+        labels, temperature_tensor = saved[ctx.num_saved : ctx.num_saved + 2]
         temperature, objective, core_view, normalize, reduction = ctx.arguments
         need_temperature = ctx.needs_input_grad[8]
         grad_views, grad_temperature = backends.op("info_nce_backward", ctx.impl)(
             grad,
-            *saved,
+            *saved[: ctx.num_saved],
             labels,
             temperature_tensor,
             temperature,
