@@ -73,7 +73,7 @@ def same_dtype_and_device(named: dict[str, torch.Tensor], check_dtype: bool = Tr
 
 
 def autocasts(device: torch.device) -> bool:
-    return torch.is_autocast_enabled(device.type)
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
 def choice(name: str, value, allowed: Sequence[str]) -> int:
@@ -86,7 +86,7 @@ def choice(name: str, value, allowed: Sequence[str]) -> int:
 def positive_number(name: str, value) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if not math.isfinite(value) or value <= 0:
+    if not 0 < value < math.inf:  # comparisons, since torch.compile can follow them where the number is symbolic
         raise ValueError(f"{name}: expected a finite number > 0, got {value}")
     return float(value)
 

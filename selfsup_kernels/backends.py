@@ -30,9 +30,15 @@ def load_extension():
         return None, f"the C++ extension does not load ({error}). {_build.built_for()}"
 
 
-@functools.cache
+# Files are read and a library is loaded there: nothing for torch.compile to look into.
+@torch.compiler.assume_constant_result
 def unavailable(impl: str) -> str | None:
     """None where ``impl`` can run on this machine, else the reason and what to do about it."""
+    return _unavailable(impl)
+
+
+@functools.cache
+def _unavailable(impl):
     if impl == "reference":
         return None
     if impl == "cpu":
