@@ -62,8 +62,6 @@ class EMA(nn.Module):
         model = _inner(model)
         object.__setattr__(self, "_model", model)  # past nn.Module's own, which would register it
         self.module = copy.deepcopy(model).requires_grad_(False)
-        for parameter in self.module.parameters():
-            parameter.grad = None  # deepcopy copies gradients too
         if dtype is not None:
             self.module._apply(lambda x: x.to(dtype) if x.is_floating_point() else x)
         low = {p.dtype for p in self.module.parameters()} & {torch.bfloat16, torch.float16}

@@ -122,8 +122,11 @@ def test_byol_target_moves_exactly_by_ema(impl):
 def test_byol_gradient_stops_at_the_target(impl):
     method = byol(impl)
     method.target.module.requires_grad_(True)  # even if somebody turns it on
+    outputs = []
+    method.target.register_forward_hook(lambda module, args, output: outputs.append(output))
     x1, x2 = (x.requires_grad_() for x in batches(0))
     method(x1, x2).backward()
+    assert [t.requires_grad for t in outputs] == [False, False]  # no graph is kept for the target either
     assert all(p.grad is None for p in method.target.parameters())
     for name, p in (*method.online.named_parameters(), *method.predictor.named_parameters()):
         assert p.grad is not None, name
