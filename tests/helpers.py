@@ -21,7 +21,7 @@ FLOAT32_BOUND = 2e-4
 def randn(*shape, dtype=torch.float32, seed=0):
     """Normal numbers that are exact in ``dtype``, the same on every machine and for every dtype up to rounding."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
 def random_labels(batch, classes, seed=0):

@@ -165,7 +165,9 @@ def test_nan_and_inf_reach_what_they_reach_in_the_dense_loss(impl, objective, fo
         # Autograd spreads 0 * Inf further than the equations do; a row without a loss still gets no plausible gradient.
         assert not got[1][~want[0].isfinite()].isfinite().all(-1).any()
     else:
-        assert torch.equal(got[1].isfinite(), want[1].isfinite())
+        # View 2 never meets view 1 around core view 0: what it gets of it is 0 * NaN, if it is multiplied at all.
+        met = slice(0, 2) if form == "core" and where == "views" else slice(None)
+        assert torch.equal(got[1][met].isfinite(), want[1][met].isfinite())
     assert not got[2].isfinite()
     finite = want[0].isfinite()
     assert_within("finite losses", got[0][finite], want[0][finite].double())
