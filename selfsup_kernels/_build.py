@@ -70,8 +70,9 @@ def extension(setuptools_extension, include_dirs, library_dirs, sanitize=False):
     )
 
 
-def write_record(**facts) -> None:
-    RECORD.write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n")
+def write_record(folder, **facts) -> None:
+    """Write the record, with this machine's facts, into ``folder``, where the library lies."""
+    (Path(folder) / RECORD.name).write_text(json.dumps(facts | machine(), indent=2, sort_keys=True) + "\n")
 
 
 def record() -> dict:
