@@ -21,6 +21,7 @@ def test_temperatures(impl, objective, temperature, num_views, dtype):
     compare_info_nce(impl, views, temperature, objective=objective)
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -76,6 +77,7 @@ def check_against_loops(impl, views, temperature, **arguments):
             assert_within(name, ours, want)
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("classes", [1, 4, 40, 10**6])
 @pytest.mark.parametrize("num_views", [1, 3])

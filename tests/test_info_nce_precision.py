@@ -11,6 +11,7 @@ from selfsup_kernels.objectives import LABEL_OBJECTIVES, OBJECTIVES
 from selfsup_kernels.reference import dense
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("dtype", LOW_PRECISION)
 @pytest.mark.parametrize("temperature", [0.5, 0.02])
 @pytest.mark.parametrize("size", [(2, 129, 64), (3, 17, 33), (5, 20, 70)], ids=str)
@@ -57,6 +58,7 @@ def test_near_zero_loss(impl, objective, temperature):
     assert_within("loss", got[0], want[0], floor=4 * torch.finfo(torch.float32).eps / temperature)
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("positive", ["same", "opposite", "orthogonal"])
 @pytest.mark.parametrize("temperature", [0.1, 0.0128, 0.01, 0.005, 0.002])
@@ -74,6 +76,7 @@ def test_negatives_opposite_to_the_anchor(impl, objective, temperature, positive
     compare_info_nce(impl, views.to(dtype), temperature, objective=objective, cancels=True)
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("temperature", [0.01, 0.005])
 @pytest.mark.parametrize("objective", LABEL_OBJECTIVES)
 def test_negatives_opposite_with_labels_and_queue(impl, objective, temperature):
@@ -138,6 +141,7 @@ def nonfinite(x):
     return x.isnan().int() + 2 * x.isposinf().int() + 3 * x.isneginf().int()
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=["nan", "inf", "-inf"])
 @pytest.mark.parametrize("where", ["views", "queue"])
 @pytest.mark.parametrize(
