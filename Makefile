@@ -1,0 +1,84 @@
+# Every target works alone on a fresh machine: it makes .venv and builds the extension where they are missing or stale.
+#
+#   make setup | demo | bench | test | lint | asan | compat | clean
+#
+# With PYTHON given on the command line (make test PYTHON=python3) that interpreter is used as it is: it needs torch
+# and the tools listed in pyproject.toml, and only the extension is built, in place.
+
+TORCH ?= torch==2.13.0
+TRITON ?= triton==3.7.1
+COMPAT_TORCH ?= torch==2.11.0
+COMPAT_TRITON ?= triton==3.6.0
+
+ifeq ($(origin PYTHON),command line)
+PY := $(PYTHON)
+DEPENDENCIES :=
+else
+PYTHON ?= python3
+PY := .venv/bin/python
+DEPENDENCIES := .venv/.dependencies
+endif
+
+# Written by setup.py at the end of a build.
+BUILT := selfsup_kernels/_build_info.json
+SOURCES := setup.py selfsup_kernels/_build.py selfsup_kernels/version.py $(wildcard csrc/*/*)
+# The op tests: what depends on the library, and on torch. Not those of the build, the demo and the command line.
+OP_TESTS := tests/test_ops.py tests/test_info_nce.py tests/test_info_nce_precision.py tests/test_byol.py \
+  tests/test_ema.py tests/test_memory_layout.py tests/test_properties.py tests/test_compile.py tests/test_bad_input.py
+
+export SELFSUP_KERNELS_REQUIRE_EXTENSION := 1
+
+.PHONY: setup demo bench test lint asan compat clean
+
+setup: $(BUILT)
+
+# The one list of what is needed is pyproject.toml's; pip's own TOML reader serves Python 3.10, which has none.
+EXTRAS = from pip._vendor import tomli; \
+  extras = tomli.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; \
+  print(*sorted(set(sum(extras.values(), []))), sep="\n")
+
+.venv/.dependencies: pyproject.toml Makefile
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	$(PY) -c '$(EXTRAS)' > .venv/requirements.txt
+	$(PY) -m pip install "$(TORCH)" "$(TRITON)" -r .venv/requirements.txt
+	touch $@
+
+$(BUILT): $(DEPENDENCIES) $(SOURCES)
+ifeq ($(DEPENDENCIES),)
+	$(PY) setup.py build_ext --inplace
+else
+	$(PY) -m pip install --no-build-isolation --no-deps -e .
+endif
+
+demo: setup
+	$(PY) -m selfsup_kernels demo --out out/demo
+
+bench: setup
+	$(PY) -m pytest benchmarks --benchmark-columns=min,median,iqr,rounds --benchmark-group-by=group
+
+test: setup
+	$(PY) -m pytest tests --durations=10
+
+lint: $(DEPENDENCIES)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m clang_format --dry-run -Werror $(wildcard csrc/*/*)
+
+# The same sources under AddressSanitizer and UBSan, in a copy of the tree, under the tests marked `sanitize`.
+asan: $(DEPENDENCIES)
+	bash tests/sanitizer/run.sh "$(abspath $(dir $(PY)))/$(notdir $(PY))"
+
+# The library that was built against $(TORCH), not rebuilt, under $(COMPAT_TORCH).
+compat: setup .venv-compat/.dependencies
+	.venv-compat/bin/python -m selfsup_kernels info
+	.venv-compat/bin/python -m pytest $(OP_TESTS)
+
+.venv-compat/.dependencies: pyproject.toml Makefile
+	test -x .venv-compat/bin/python || $(PYTHON) -m venv .venv-compat
+	.venv-compat/bin/python -m pip install "$(COMPAT_TORCH)" "$(COMPAT_TRITON)" pytest hypothesis numpy rich
+	touch $@
+
+clean:
+	rm -rf build dist out .venv .venv-compat *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -f $(BUILT) selfsup_kernels/*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

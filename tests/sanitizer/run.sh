@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# Builds the extension with AddressSanitizer and UBSan in a copy of the tree (build/asan), shows that an error would be
+# reported, and runs the tests marked `sanitize` on the C++ kernels. Usage: run.sh PYTHON
+set -euo pipefail
+python=$1
+root=$(cd "$(dirname "$0")/../.." && pwd)
+tree=$root/build/asan
+cxx=${CXX:-g++}
+
+# The copy keeps the times of the files, so that only what changed is compiled again.
+mkdir -p "$tree"
+rm -rf "$tree/selfsup_kernels" "$tree/tests" "$tree/csrc"
+cd "$root"
+tar -cf - --exclude='*.so' --exclude=_build_info.json --exclude=__pycache__ \
+  setup.py pyproject.toml README.md LICENSE csrc selfsup_kernels tests | tar -xf - -C "$tree"
+cd "$tree"
+export SELFSUP_KERNELS_SANITIZE=1 SELFSUP_KERNELS_REQUIRE_EXTENSION=1
+"$python" setup.py --quiet build_ext --inplace
+
+# libstdc++ too: the sanitizer looks up __cxa_throw when it starts, before Python has loaded anything in C++.
+preload=""
+for library in libasan.so libubsan.so libstdc++.so.6; do
+  preload+=" $("$cxx" -print-file-name=$library)"
+done
+export LD_PRELOAD="$preload" PYTHONMALLOC=malloc PYTHONPATH="$tree"
+# Python and torch keep memory on purpose; new and delete of torch's own libraries are not instrumented.
+export ASAN_OPTIONS=detect_leaks=0:alloc_dealloc_mismatch=0 UBSAN_OPTIONS=print_stacktrace=1
+
+flags=$("$python" -c 'from selfsup_kernels import _build; print(*_build.SANITIZER_FLAGS)')
+LD_PRELOAD="" "$cxx" $flags -shared -fPIC -w tests/sanitizer/broken.cpp -o broken.so
+expect() {
+  local report
+  if report=$("$python" -c "import ctypes; ctypes.CDLL('./broken.so').$1($2)" 2>&1) || ! grep -q "$3" <<<"$report"; then
+    echo "the sanitizers did not report $1: $report" >&2
+    exit 1
+  fi
+}
+expect read_past_the_end 4 "AddressSanitizer: heap-buffer-overflow"
+expect overflow 1 "runtime error: signed integer overflow"
+"$python" -c 'import ctypes; ctypes.CDLL("./broken.so").read_past_the_end(3)'
+
+"$python" -c 'from selfsup_kernels import _build, backends
+assert _build.record()["sanitized"] and str(_build.PACKAGE).startswith("'"$tree"'"), _build.PACKAGE
+assert backends.unavailable("cpu") is None, backends.unavailable("cpu")'
+# The widest instruction set with everything, the others with all but the slow random cases.
+"$python" -m pytest tests -m sanitize -k "not reference" --durations=5
+for capability in avx2 default; do
+  SELFSUP_KERNELS_CPU_CAPABILITY=$capability \
+    "$python" -m pytest tests -m sanitize -k "not reference" --ignore=tests/test_properties.py --ignore=tests/test_ops.py
+done
