@@ -1,0 +1,188 @@
+"""What this machine runs, what is missing, why, and the command that mends it."""
+
+import importlib
+import json
+import os
+import platform
+import shutil
+import sys
+
+IMPLEMENTATIONS = {
+    "reference": "eager PyTorch, blockwise, every device",
+    "cpu": "C++ kernels for the CPU",
+    "triton": "Triton kernels for GPUs",
+    "cuda": "CUDA C++ kernels for NVIDIA GPUs",
+}
+
+INSTALL_COMPILER = {
+    "apt-get": "apt-get install -y g++",
+    "dnf": "dnf install -y gcc-c++",
+    "apk": "apk add g++",
+    "xcode-select": "xcode-select --install",
+}
+
+
+def main(as_json=False) -> int:
+    facts = collect()
+    print(json.dumps(facts, indent=2) if as_json else render(facts))
+    return 0
+
+
+def collect() -> dict:
+    """Everything that ``info`` prints, as plain data. Never raises: a probe that fails says so in its place."""
+    return {
+        "selfsup_kernels": _probe(_package_version),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": _probe(lambda: importlib.import_module("torch").__version__),
+        "triton": _probe(_triton_version),
+        "cpu": cpu(),
+        "cuda": _probe(_cuda),
+        "implementations": {name: _probe(lambda name=name: _implementation(name)) for name in IMPLEMENTATIONS},
+        "auto": _probe(_auto),
+        "extension": _probe(_extension),
+    }
+
+
+def cpu() -> dict:
+    """The processor, and how much of it torch uses. Also printed beside every number of the demo."""
+    return {
+        "model": _probe(_cpu_model),
+        "cores": os.cpu_count(),
+        "threads": _probe(lambda: importlib.import_module("torch").get_num_threads()),
+        "capability": _probe(lambda: importlib.import_module("torch").backends.cpu.get_cpu_capability()),
+    }
+
+
+def _probe(function):
+    try:
+        return function()
+    except Exception as error:  # whatever is broken here is what the reader wants to know
+        return {"error": f"{type(error).__name__}: {error}"}
+
+
+def _package_version():
+    from selfsup_kernels.version import __version__
+
+    return __version__
+
+
+def _triton_version():
+    try:
+        return importlib.import_module("triton").__version__
+    except ImportError:
+        return None
+
+
+def _cpu_model():
+    try:
+        with open("/proc/cpuinfo") as file:
+            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _cuda():
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return [
+        {"name": d.name, "capability": f"{d.major}.{d.minor}", "memory_gib": round(d.total_memory / 2**30, 1)}
+        for d in devices
+    ]
+
+
+def _implementation(name):
+    from selfsup_kernels import backends
+
+    reason = backends.unavailable(name)
+    if reason is None or backends.REBUILD not in reason:
+        return {"available": reason is None, "reason": reason, "mend": None}
+    why = reason.removesuffix(backends.REBUILD).removesuffix("To mend it, run: ").strip()
+    if compiler() is not None:
+        return {"available": False, "reason": why, "mend": backends.REBUILD}
+    # Without a compiler a rebuild would fail as the build did, so the one command begins with getting one.
+    install = INSTALL_COMPILER.get(next(filter(shutil.which, INSTALL_COMPILER), None), "install g++ or clang")
+    return {
+        "available": False,
+        "reason": f"{why} No C++ compiler is on PATH.",
+        "mend": f"{install} && {backends.REBUILD}",
+    }
+
+
+def compiler() -> str | None:
+    return next(filter(None, map(shutil.which, (os.environ.get("CXX") or "c++", "g++", "clang++"))), None)
+
+
+def _auto():
+    import torch
+
+    from selfsup_kernels import backends
+
+    return backends.select("auto", torch.empty(0))
+
+
+def _extension():
+    from selfsup_kernels import _build, backends
+
+    module, reason = backends.load_extension()
+    facts = {"loaded": module is not None, "reason": reason, "compiler": compiler(), "record": _build.record()}
+    if module is not None:
+        facts["cpu_capability"] = _probe(lambda: module.cpu_capability())
+        facts["build_info"] = _probe(lambda: dict(module.build_info()))
+    return facts
+
+
+def render(facts) -> str:
+    lines = [
+        f"selfsup_kernels  {_text(facts['selfsup_kernels'])}",
+        f"Python           {facts['python']} on {facts['platform']}",
+        f"torch            {_text(facts['torch'])}",
+        f"triton           {_text(facts['triton'] or 'not installed')}",
+        f"CPU              {describe_cpu(facts['cpu'])}",
+    ]
+    cuda = facts["cuda"]
+    if isinstance(cuda, list):
+        names = [f"{d['name']} (compute capability {d['capability']}, {d['memory_gib']} GiB)" for d in cuda]
+        lines.append(f"CUDA devices     {', '.join(names) or 'none'}")
+    else:
+        lines.append(f"CUDA devices     {_text(cuda)}")
+
+    lines += ["", f"Implementations (impl='auto' on CPU tensors: {_text(facts['auto'])})"]
+    for name, state in facts["implementations"].items():
+        available = state.get("available", False)
+        lines.append(f"  {name:<10} {'yes' if available else 'no ':<4} {IMPLEMENTATIONS[name]}")
+        if not available:
+            lines.append(f"             why:  {state.get('reason') or _text(state)}")
+        if state.get("mend"):
+            lines.append(f"             mend: {state['mend']}")
+
+    extension = facts["extension"]
+    lines += ["", f"C++ extension    {'loaded' if extension.get('loaded') else 'not loaded'}"]
+    if "error" in extension:
+        lines.append(f"  {_text(extension)}")
+    if "cpu_capability" in extension:
+        lines.append(f"  kernels run as  {_text(extension['cpu_capability'])}")
+    for title in ("build_info", "record"):
+        if extension.get(title):
+            lines.append(f"  {'build' if title == 'build_info' else 'build record'}")
+            lines += [f"    {key:<14} {value}" for key, value in sorted(extension[title].items())]
+    return "\n".join(lines)
+
+
+def describe_cpu(facts) -> str:
+    return (
+        f"{_text(facts['model'])}, {facts['cores']} cores, {_text(facts['threads'])} threads in torch"
+        f" ({_text(facts['capability'])})"
+    )
+
+
+def _text(value) -> str:
+    return f"unknown ({value['error']})" if isinstance(value, dict) and "error" in value else str(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main("--json" in sys.argv[1:]))
