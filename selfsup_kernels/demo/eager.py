@@ -1,0 +1,52 @@
+"""The eager side of every comparison: the losses as a careful PyTorch user writes them today.
+
+``reference.dense`` is the specification and favours clarity; timing against it would flatter the kernels. Here one
+matrix product makes all similarities, the diagonal is filled in place, and the positives come from a sum over the
+views instead of a second mask.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def info_nce_loss(views, temperature):
+    """N-view NT-Xent (``supcon_out``): ``(V, B, D)`` -> the mean over all V * B anchors."""
+    num_views, batch, dim = views.shape
+    z = F.normalize(views.reshape(num_views * batch, dim), dim=-1)
+    scores = (z / temperature) @ z.T
+    scores.fill_diagonal_(-torch.inf)
+    by_view = z.view(num_views, batch, dim)
+    others = by_view.sum(0) - by_view
+    positive = (by_view * others).sum(-1) / ((num_views - 1) * temperature)
+    return (scores.logsumexp(-1) - positive.flatten()).mean()
+
+
+def byol_loss(predictions, targets):
+    """Mean of ``2 - 2 cos`` over all pairs of different views."""
+    p = [F.normalize(x, dim=-1) for x in predictions]
+    t = [F.normalize(x.detach(), dim=-1) for x in targets]
+    pairs = [(u, v) for u in range(len(p)) for v in range(len(t)) if u != v]
+    return torch.stack([(2 - 2 * (p[u] * t[v]).sum(-1)).mean() for u, v in pairs]).mean()
+
+
+class InfoNCELoss(nn.Module):
+    def __init__(self, temperature):
+        super().__init__()
+        self.temperature = temperature
+
+    def forward(self, views):
+        return info_nce_loss(views if isinstance(views, torch.Tensor) else torch.stack(tuple(views)), self.temperature)
+
+
+class BYOLLoss(nn.Module):
+    def forward(self, predictions, targets):
+        return byol_loss(predictions, targets)
+
+
+@torch.no_grad()
+def ema_update_(target, source, momentum):
+    """The moving average of a module: one ``_foreach_lerp_`` for the parameters, copies of the buffers."""
+    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), 1 - momentum)
+    for old, new in zip(target.buffers(), source.buffers(), strict=True):
+        old.copy_(new)

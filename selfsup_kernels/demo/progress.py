@@ -1,0 +1,56 @@
+"""A progress bar on a terminal, plain lines elsewhere."""
+
+import sys
+import time
+
+
+class Progress:
+    """``with Progress() as p: p.stage("name", steps); p.advance()``."""
+
+    def __init__(self, stream=None):
+        self.stream = stream or sys.stdout
+        self.live = None
+        if self.stream.isatty():
+            from rich import progress
+            from rich.console import Console
+
+            self.live = progress.Progress(
+                progress.TextColumn("{task.description}"),
+                progress.BarColumn(),
+                progress.MofNCompleteColumn(),
+                progress.TimeElapsedColumn(),
+                progress.TextColumn("{task.fields[note]}"),
+                console=Console(file=self.stream),
+            )
+        self.task = None
+        self.done = self.total = 0
+
+    def __enter__(self):
+        self.begin = time.monotonic()
+        if self.live:
+            self.live.start()
+        return self
+
+    def __exit__(self, *exception):
+        if self.live:
+            self.live.stop()
+
+    def stage(self, name, total):
+        self.name, self.total, self.done = name, total, 0
+        if self.live:
+            self.task = self.live.add_task(name, total=total, note="")
+        else:
+            self._line("")
+
+    def advance(self, note=""):
+        self.done += 1
+        if self.live:
+            self.live.update(self.task, advance=1, note=note)
+        elif self.done % max(1, self.total // 4) == 0 or self.done == self.total:
+            self._line(note)
+
+    def _line(self, note):
+        seconds = time.monotonic() - self.begin
+        print(
+            f"[{seconds:5.0f} s] {self.name}  {self.done}/{self.total}  {note}".rstrip(), file=self.stream, flush=True
+        )
