@@ -1,0 +1,275 @@
+"""``python -m selfsup_kernels demo``: the whole of it once, quickly, and its parts on cases with known answers."""
+# ruff: noqa: E402  (the demo's modules import what the loop below checks for)
+
+import base64
+import contextlib
+import io
+import json
+import re
+import time
+
+import pytest
+import torch
+
+for _name in ("sklearn", "matplotlib", "rich", "jinja2", "psutil"):
+    pytest.importorskip(_name, reason="the demo's dependencies are not installed")
+
+import numpy as np
+from matplotlib import image
+
+import selfsup_kernels as sk
+from selfsup_kernels import demo
+from selfsup_kernels.__main__ import main
+from selfsup_kernels.demo import (
+    agreement,
+    data,
+    eager,
+    evaluate,
+    findings,
+    memory,
+    plots,
+    progress,
+    report,
+    sweep,
+    train,
+    worker,
+)
+from selfsup_kernels.reference import dense
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """One quick demo: what it printed, its summary, its page and its picture."""
+    folder = tmp_path_factory.mktemp("demo")
+    printed = io.StringIO()
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with contextlib.redirect_stdout(printed):
+            arguments = ["demo", "--quick", "--out", str(folder / "out"), "--figure", str(folder / "figure.png")]
+            assert main(arguments) == 0
+    finally:
+        torch.set_num_threads(before)
+    return {
+        "printed": printed.getvalue(),
+        "summary": json.loads((folder / "out" / "summary.json").read_text()),
+        "page": (folder / "out" / "report.html").read_text(encoding="utf-8"),
+        "figure": folder / "figure.png",
+    }
+
+
+def test_curves_agree(quick):
+    for name, facts in quick["summary"]["agreement"].items():
+        assert facts["holds"], (name, facts)
+        assert 0 <= facts["checks"]["gradient_ours_eager"] < 1e-5
+        assert facts["float64_curves"]["all"] < 1e-12
+        assert facts["float32_curves"]["all"] < 0.05  # a dozen steps: rounding has not grown far yet
+        assert facts["control_curves"]["all"] > 0  # the nudge of the control did something
+    assert quick["summary"]["agreement"]["byol"]["checks"]["ema_ours_eager"] < 1e-6
+
+
+def test_summary_has_every_number(quick):
+    summary = quick["summary"]
+    assert summary["data"] == {"train": 1257, "test": 540}
+    assert len(summary["accuracy"]) == 7
+    for cases in summary["accuracy"].values():
+        assert set(cases) == {"/".join(case) for case in evaluate.CASES}
+        assert all(0 < value <= 1 for value in cases.values())
+    # Raw pixels are known to be strong on these digits: if they are not, the evaluation is broken.
+    assert summary["accuracy"]["raw pixels"]["clean/all/knn"] > 0.96
+    for name, times in summary["step_seconds"].items():
+        assert set(times) == {"encoder", "loss", "optimizer"} | ({"ema"} if "BYOL" in name else set())
+        assert all(value > 0 for value in times.values())
+    assert [case["batch"] for case in summary["sweep"]["cases"]] == list(sweep.QUICK_SIZES)
+    for case in summary["sweep"]["cases"]:
+        assert set(case["seconds"]) == {"eager", "ours"}
+
+
+def test_page_stands_alone(quick):
+    page = quick["page"]
+    sources = re.findall(r'src="([^"]*)"', page)
+    assert len(sources) == 9
+    for source in sources:
+        kind, _, content = source.partition(",")
+        assert kind == "data:image/png;base64"
+        pixels = image.imread(io.BytesIO(base64.b64decode(content)))
+        assert min(pixels.shape[:2]) > 100
+        assert pixels[..., :3].std() > 0.01  # something is drawn
+    assert not re.search(r"https?://|<script|<link|@import|url\(", page)
+    assert "width=device-width" in page
+    assert quick["summary"]["device"]["cpu"]["model"] in page
+    assert "A quick run" in page
+
+
+def test_picture_and_printed_table(quick):
+    assert image.imread(quick["figure"]).shape[1] > 1000
+    for word in ("Train Contrastive, eager", "raw pixels", "agrees with eager to rounding", "Report: "):
+        assert word in quick["printed"]
+
+
+@pytest.mark.parametrize("num_views", [2, 4])
+def test_eager_losses_are_the_specification(num_views):
+    views = torch.randn(num_views, 6, 5, dtype=torch.float64)
+    torch.testing.assert_close(eager.info_nce_loss(views, 0.3), dense.info_nce_loss(views, temperature=0.3))
+    targets = torch.randn_like(views)
+    torch.testing.assert_close(eager.byol_loss(views, targets), dense.byol_loss(views, targets))
+
+
+@pytest.mark.parametrize("part", ["value", "gradient", "byol", "ema"])
+def test_a_wrong_kernel_is_noticed(part, monkeypatch):
+    """The check fails where ours is off by a thousandth, in any of the things it compares."""
+    right_loss, right_byol = sk.info_nce_loss, sk.byol_loss
+
+    def wrong_loss(views, **options):
+        value = right_loss(views, **options)
+        return value * 1.001 if part == "value" else value + 0.001 * (views - views.detach()).sum()
+
+    name = "contrastive" if part in ("value", "gradient") else "byol"
+    if name == "contrastive":
+        monkeypatch.setattr(agreement.sk, "info_nce_loss", wrong_loss)
+    elif part == "byol":
+        monkeypatch.setattr(agreement.sk, "byol_loss", lambda p, t: right_byol(p, t) * 1.001)
+    else:
+        update = sk.methods.BYOL.update_target
+        monkeypatch.setattr(sk.methods.BYOL, "update_target", lambda self, momentum: update(self, momentum * 0.99))
+    recipe = train.Recipe(views=2, steps=3, learning_rate=1e-3, batch=16)
+    images = torch.rand(32, 1, 8, 8)
+    run = train.train(name, "ours", images, recipe, 0, check_every=1)
+    assert not agreement.holds(run.checks, {"all": 0.0})
+    monkeypatch.undo()
+    run = train.train(name, "ours", images, recipe, 0, check_every=1)
+    assert agreement.holds(run.checks, {"all": 0.0})
+    assert not agreement.holds(run.checks, {"all": 1e-6})
+
+
+def test_nan_is_no_agreement():
+    checks = {}
+    for value in (1e-8, float("nan"), 1e-8):
+        agreement._worst(checks, "loss_ours_eager", value)
+    assert not agreement.holds(checks, {"all": 0.0})
+    assert not agreement.holds({}, {"all": 0.0})
+
+
+def test_time_of_the_loss_is_told_from_the_encoder():
+    class Slow(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, seconds):
+            time.sleep(seconds)
+            ctx.seconds = seconds
+            ctx.shape = x.shape
+            return x.sum() if x.dim() == 2 else x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            time.sleep(2 * ctx.seconds)
+            return gradient.expand(ctx.shape).clone(), None
+
+    clock = train._TimedLoss(lambda views: Slow.apply(views[0] + views[1], 0.02))
+    x = torch.randn(4, 3, requires_grad=True)
+    rows = [Slow.apply(x.unsqueeze(0), 0.05).squeeze(0) for _ in range(2)]
+    clock(rows).backward()
+    assert 0.06 <= clock.seconds < 0.25  # 0.02 + 0.04, and none of the encoder's 0.3
+
+
+def test_batches_follow_the_seed():
+    images = torch.rand(20, 1, 8, 8)
+    first, again, other = (list(data.batches(images, 8, 2, 4, seed)) for seed in (0, 0, 1))
+    for a, b, c in zip(first, again, other, strict=True):
+        assert len(a) == 2
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+        assert not torch.equal(a[0], c[0])
+        assert not torch.equal(a[0], a[1])
+
+
+def test_split_keeps_the_test_digits_apart():
+    digits = data.load_digits()
+    assert torch.equal(digits.test, data.load_digits().test)
+    train_rows = {row.numpy().tobytes() for row in digits.train}
+    assert sum(row.numpy().tobytes() in train_rows for row in digits.test) == 0
+    assert digits.test_labels.bincount().min() >= 50
+
+
+def test_verdicts():
+    judged = object.__new__(evaluate.Evaluation)
+    case = evaluate.CASES[0]
+    base = np.arange(400) % 2 == 0
+    judged.correct = {
+        "base": {case: base.astype(float)},
+        "more": {case: (base | (np.arange(400) < 100)).astype(float)},
+        "one more": {case: (base | (np.arange(400) < 2)).astype(float)},
+    }
+    assert judged.verdict("more", "base", case) == "better"
+    assert judged.verdict("base", "more", case) == "worse"
+    assert judged.verdict("one more", "base", case) == judged.verdict("base", "base", case) == "no difference"
+
+
+def test_peak_of_a_known_allocation():
+    size = 64 << 20
+    peak = memory.peak_growth(lambda: torch.ones(size, dtype=torch.uint8))
+    if peak is None:
+        pytest.skip("this system does not tell a process its peak memory")
+    assert 0.9 * size < peak < 1.5 * size
+
+
+def test_a_failing_worker_says_why():
+    with pytest.raises(RuntimeError, match=r"(?s)worker loss nothing.*KeyError: 'nothing'"):
+        worker.run("loss", "nothing", 8)
+
+
+def test_sweep_leaves_out_what_does_not_fit(monkeypatch):
+    monkeypatch.setattr(worker, "run", lambda *arguments: 1)
+    monkeypatch.setattr(memory, "available", lambda: 0)
+    (row,) = sweep.run([16], budget=60)
+    assert row["left_out"] == {"eager": "memory"}
+    assert set(row["seconds"]) == set(row["peak_bytes"]) == {"ours"}
+    (row,) = sweep.run([16], budget=-1)
+    assert row["left_out"] == {"eager": "memory", "ours": "time"}
+    assert row["seconds"] == {}
+    summary = {"sweep": {"cases": [row], "views": 4, "dim": 128}}
+    assert list(report.sweep_rows(summary)) == [["16", "left out (memory)", "left out (time)", "-", "-", "-"]]
+    plots.png(plots.sweep([row], "seconds"))
+
+
+def test_findings_speak_against_us_too(quick):
+    summary = json.loads(json.dumps(quick["summary"]))
+    summary["auto"], summary["mend"] = "reference", "the command"
+    summary["agreement"]["byol"]["holds"] = False
+    for case in summary["sweep"]["cases"]:
+        case["seconds"] = {"eager": 1.0, "ours": 2.0}
+    verdicts = summary["verdicts"]["BYOL, ours"]["raw pixels"]
+    verdicts.update(dict.fromkeys(verdicts, "worse"))
+    text = "\n".join(findings.findings(summary))
+    for words in (
+        "BYOL, 2 views: DOES NOT AGREE",
+        "features better than raw pixels in 0 of 8 cases, WORSE in 8",
+        "SLOWER than eager at batch 64, 128",
+        "kernels are not installed",
+        "the command",
+    ):
+        assert words in text
+
+
+def test_missing_dependencies_are_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(demo, "missing", lambda: ["sklearn", "rich"])
+    assert main(["demo"]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "sklearn, rich" in error
+    assert "pip install selfsup-kernels[demo]" in error
+    monkeypatch.undo()
+    monkeypatch.setattr(demo, "NEEDS", ("json", "no_such_package"))
+    assert demo.missing() == ["no_such_package"]
+
+
+def test_progress_bar_on_a_terminal():
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    stream = Terminal()
+    with progress.Progress(stream) as bar:
+        bar.stage("Train", 2)
+        bar.advance("loss 1.5")
+        bar.advance("loss 1.25")
+    assert "Train" in stream.getvalue()
+    assert "2/2" in stream.getvalue()
