@@ -50,7 +50,8 @@ SK_HOST_DEVICE inline double sigmoid(double x) {
 }
 
 // Returns the anchor's loss; writes logw (columns()) and coef (views). u is the anchor's view.
-SK_HOST_DEVICE inline double anchor_loss(ViewRule rule, int u, const double* n, const double* p, double* logw, double* coef) {
+SK_HOST_DEVICE inline double anchor_loss(
+    ViewRule rule, int u, const double* n, const double* p, double* logw, double* coef) {
   const int views = rule.views, columns = rule.columns();
   const double count = rule.positives(u);
   const double log_count = log(count);

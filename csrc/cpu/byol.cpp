@@ -15,8 +15,7 @@ struct SampleReader {
   explicit SampleReader(const RowReader<T>& reader)
       : reader(reader), scratch(2 * reader.width * reader.sources.size()), rows(reader.sources.size()) {}
   const T* const* read(int64_t sample) {
-    for (size_t v = 0; v < rows.size(); ++v)
-      rows[v] = reader.read(v, sample, scratch.data() + 2 * v * reader.width);
+    for (size_t v = 0; v < rows.size(); ++v) rows[v] = reader.read(v, sample, scratch.data() + 2 * v * reader.width);
     return rows.data();
   }
 };
@@ -114,7 +113,8 @@ Tensor backward(
 
 std::tuple<Tensor, Tensor> byol_forward(
     std::vector<Tensor> predictions, std::vector<Tensor> targets, double eps, int64_t reduction) {
-  STD_TORCH_CHECK(!predictions.empty() && predictions.size() == targets.size(), "byol_forward: expected two equal lists");
+  STD_TORCH_CHECK(
+      !predictions.empty() && predictions.size() == targets.size(), "byol_forward: expected two equal lists");
   auto run = predictions[0].scalar_type() == ScalarType::Double ? forward<double> : forward<float>;
   return run(predictions, targets, eps, reduction);
 }

@@ -41,7 +41,8 @@ bool same_dense_layout(const Tensor& a, const Tensor& b) {
   return true;
 }
 
-void add_strided(std::vector<Span>& spans, Span first, const Tensor& t, const Tensor& s, int64_t t_item, int64_t s_item) {
+void add_strided(
+    std::vector<Span>& spans, Span first, const Tensor& t, const Tensor& s, int64_t t_item, int64_t s_item) {
   // The innermost dimension in one span if both are packed there, else element by element.
   const int64_t dims = t.dim();
   const bool packed = t.stride(dims - 1) == 1 && s.stride(dims - 1) == 1;
@@ -89,7 +90,8 @@ void ema_update_(
   std::vector<Span> spans;
   for (size_t i = 0; i < targets.size(); ++i) {
     const Tensor &t = targets[i], &s = sources[i];
-    STD_TORCH_CHECK(t.is_cpu() && s.is_cpu() && t.numel() == s.numel() && t.dim() == s.dim(), "ema_update_: shapes differ");
+    STD_TORCH_CHECK(
+        t.is_cpu() && s.is_cpu() && t.numel() == s.numel() && t.dim() == s.dim(), "ema_update_: shapes differ");
     if (t.numel() == 0 || (t.data_ptr() == s.data_ptr() && t.scalar_type() == s.scalar_type())) continue;
     if (!is_floating(t.scalar_type()) || !is_floating(s.scalar_type())) {
       copy_any(t, s);

@@ -7,8 +7,8 @@ namespace selfsup_kernels {
 
 namespace {
 
-// 1 / temperature; NaN, which no loss survives, where the temperature is not a positive number. Rounded to the arithmetic
-// type: positives and negatives must see the same temperature, whichever type their scores are computed in.
+// 1 / temperature; NaN, which no loss survives, where the temperature is not a positive number. Rounded to the
+// arithmetic type: positives and negatives must see the same temperature, whichever type their scores are computed in.
 double scale_of(const std::optional<Tensor>& tensor, double temperature, ScalarType dtype) {
   double t = tensor ? read_number(*tensor) : temperature;
   double scale = t > 0 && std::isfinite(t) ? 1 / t : NAN;
@@ -58,7 +58,8 @@ int64_t read_label(const Tensor& labels, int64_t i) {
   }
 }
 
-// The samples by label (`order`, filled where `sort`), and the rows in that order: row = place in `order` * views + view.
+// The samples by label (`order`, filled where `sort`), and the rows in that order: row = place in `order` * views +
+// view.
 Layout label_layout(const Tensor& labels, int64_t views, bool queue, int64_t* order, bool sort) {
   Layout layout;
   int64_t batch = labels.size(0);
@@ -154,8 +155,8 @@ void view_tables(
       for (int u = 0; u < views; ++u) {
         int64_t i = u * batch + a;
         for (int c = 0; c < columns; ++c) negatives[c] = n[c * rows + i];
-        loss[i] = anchor_loss(
-            layout.rule, u, negatives.data(), &positives[u * views], logw + i * columns, coef + i * views);
+        loss[i] =
+            anchor_loss(layout.rule, u, negatives.data(), &positives[u * views], logw + i * columns, coef + i * views);
       }
     }
   });
@@ -222,7 +223,15 @@ Tables forward(
   std::vector<double> loss(rows);
   if (labels)
     label_tables<T>(
-        layout, z, dim, scale, label_objective(objective), n, loss.data(), data<double>(out.logw), data<double>(out.coef));
+        layout,
+        z,
+        dim,
+        scale,
+        label_objective(objective),
+        n,
+        loss.data(),
+        data<double>(out.logw),
+        data<double>(out.coef));
   else
     view_tables<T>(layout, z, dim, scale, n, loss.data(), data<double>(out.logw), data<double>(out.coef));
 
@@ -271,8 +280,7 @@ std::tuple<Tensor, Tensor> backward(
   parallel(rows, std::max<int64_t>(1, 16384 / dim), [&](int64_t i) { std::fill_n(dz + i * dim, dim, T(0)); });
 
   const double bound = score_bound(z, rows, zq, queued, dim, scale, normalize);
-  const double from_queue =
-      Pairs<T>(layout, z, dim, zq, queued, scale, bound).gradient(data<double>(logw), g, dz);
+  const double from_queue = Pairs<T>(layout, z, dim, zq, queued, scale, bound).gradient(data<double>(logw), g, dz);
   if (labels)
     label_gradient<T>(layout, z, dim, scale, label_objective(objective), data<double>(coef), g, dz);
   else
@@ -291,7 +299,8 @@ std::tuple<Tensor, Tensor> backward(
     kernels<T>().narrow(dz + i * dim, dim, r < 0, to + row * dim * item_size(storage), storage);
   });
 
-  // d loss / d scale = sum <z_i, dz_i> / scale, a pair of the batch counted for both of its rows, one with the queue once.
+  // d loss / d scale = sum <z_i, dz_i> / scale, a pair of the batch counted for both of its rows, one with the queue
+  // once.
   double total = 0;
   for (double a : along) total += a;
   double grad_scale = 0.5 * (total / scale - from_queue) + from_queue;
@@ -315,16 +324,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_nce_forw
     int64_t reduction) {
   STD_TORCH_CHECK(!views.empty() && views[0].dim() == 2, "info_nce_forward: expected a list of matrices");
   auto run = views[0].scalar_type() == ScalarType::Double ? forward<double> : forward<float>;
-  Tables t = run(
-      views,
-      labels,
-      queue,
-      scale_of(temperature_tensor, temperature, views[0].scalar_type()),
-      objective,
-      core_view,
-      normalize,
-      eps,
-      reduction);
+  Tables t =
+      run(views,
+          labels,
+          queue,
+          scale_of(temperature_tensor, temperature, views[0].scalar_type()),
+          objective,
+          core_view,
+          normalize,
+          eps,
+          reduction);
   return {t.loss, t.z, t.rnorm, t.logw, t.coef, t.zq, t.order};
 }
 

@@ -1,16 +1,21 @@
 #include "cpu/info_nce_labels.h"
 
+#include "cpu/products.h"
+
 namespace selfsup_kernels {
 
 namespace {
 
-// Calls visit(first row, rows of the piece, first column, columns of the piece, tile) for the tiles of every class with
-// itself; each piece of rows meets all of its class in one thread.
+// Classes of no more rows than this are many and small: plain loops beat calls of a matrix library.
+constexpr int64_t small_class = 16;
+
+// Calls visit(first row, first column, tile) for the tiles of every class with itself; each piece of rows meets all of
+// its class in one thread, in order.
 template <typename T, typename Visit>
 void class_tiles(const Layout& layout, T* z, int64_t dim, const Visit& visit) {
   constexpr int64_t limit = 256;
   struct Piece {
-    int64_t begin, end, class_end, class_begin;
+    int64_t begin, end, class_begin, class_end;
   };
   std::vector<Piece> pieces;
   for (int64_t first = 0; first < layout.rows; first = layout.class_end[first]) {
@@ -18,23 +23,31 @@ void class_tiles(const Layout& layout, T* z, int64_t dim, const Visit& visit) {
     if (stop - first < 2) continue;
     Blocks blocks = cut(stop - first, limit);
     for (int64_t k = 0; k < blocks.count(); ++k)
-      pieces.push_back({first + blocks.begin[k], first + blocks.begin[k + 1], stop, first});
+      pieces.push_back({first + blocks.begin[k], first + blocks.begin[k + 1], first, stop});
   }
-  // Small classes are many: a thread takes a run of them.
-  Scratch<T> memory(limit * limit);
-  int64_t grain = std::max<int64_t>(1, static_cast<int64_t>(pieces.size()) / (8 * threads()));
-  torch::stable::parallel_for(0, pieces.size(), grain, [&](int64_t begin, int64_t end) {
-    T* values = memory.at(thread_index());
-    for (int64_t k = begin; k < end; ++k) {
-      const Piece& piece = pieces[k];
-      int64_t rows = piece.end - piece.begin;
-      Tensor anchors = matrix(z + piece.begin * dim, rows, dim, dim, 1);
-      for (int64_t from = piece.class_begin; from < piece.class_end; from += limit) {
-        int64_t cols = std::min(limit, piece.class_end - from);
-        Tensor tile = matrix(values, rows, cols, cols, 1);
-        multiply(tile, anchors, matrix(z + from * dim, dim, cols, 1, dim));
-        visit(piece.begin, rows, from, cols, values, tile);
-      }
+  // A thread takes a run of classes. At least two tasks: see parallel_products.
+  const int64_t count = pieces.size();
+  Tiles<T> tiles(limit, limit);
+  parallel(count == 0 ? 0 : std::max<int64_t>(count, 2), std::max<int64_t>(1, count / (8 * threads())), [&](int64_t k) {
+    if (k >= count) return;
+    const Piece& piece = pieces[k];
+    const int64_t rows = piece.end - piece.begin;
+    if (piece.class_end - piece.class_begin <= small_class) {
+      T values[small_class * small_class];
+      for (int64_t i = 0; i < rows; ++i)
+        for (int64_t j = 0; j < rows; ++j)
+          values[i * rows + j] = kernels<T>().dot(z + (piece.begin + i) * dim, z + (piece.begin + j) * dim, dim);
+      Tile<T> tile{rows, rows, values, nullptr, Tensor(), Tensor(), nullptr, Tensor()};
+      visit(piece.begin, piece.begin, tile);
+      return;
+    }
+    Tensor anchors = matrix(z + piece.begin * dim, rows, dim, dim, 1);
+    for (int64_t from = piece.class_begin; from < piece.class_end; from += limit) {
+      const int64_t cols = std::min(limit, piece.class_end - from);
+      Tile<T>& tile = tiles.get(thread_index(), rows, cols);
+      T* p = z + from * dim;
+      multiply<T>(tile, anchors, matrix(p, cols, dim, dim, 1), matrix(p, dim, cols, 1, dim), dim);
+      visit(piece.begin, from, tile);
     }
   });
 }
@@ -49,10 +62,10 @@ void but_itself(int64_t row, int64_t from, int64_t cols, const Part& part) {
 }
 
 struct RowSums {
-  double linear = 0;           // sum of x
-  double top = -INFINITY;      // running maximum of x
-  double exponential = 0;      // sum of exp(x - top)
-  double soft[2] = {0, 0};     // sum of softplus(n - x), of sigmoid(n - x)
+  double linear = 0;        // sum of x
+  double top = -INFINITY;   // running maximum of x
+  double exponential = 0;   // sum of exp(x - top)
+  double soft[2] = {0, 0};  // sum of softplus(n - x), of sigmoid(n - x)
 };
 
 }  // namespace
@@ -77,32 +90,28 @@ void label_tables(
     for (int64_t c = 1; c < columns; ++c) total = log_add(total, n[c * rows + i]);
     return total;
   };
-  class_tiles<T>(
-      layout,
-      z,
-      dim,
-      [&](int64_t begin, int64_t count, int64_t from, int64_t cols, T* values, const Tensor&) {
-        for (int64_t r = 0; r < count; ++r) {
-          RowSums& sum = sums[begin + r];
-          T rest = static_cast<T>(negatives(begin + r));
-          but_itself(begin + r, from, cols, [&](int64_t first, int64_t length) {
-            const T* row = values + r * cols + first;
-            if (objective == LabelObjective::PerPositive) {
-              kernel.label_softplus(row, length, s, rest, sum.soft);
-              return;
-            }
-            double high = static_cast<double>(kernel.row_max(row, length)) * scale;
-            if (high > sum.top) {
-              sum.exponential *= std::exp(sum.top - high);
-              sum.top = high;
-            }
-            double part[2] = {0, 0};
-            kernel.label_sums(row, length, s, static_cast<T>(sum.top), part);
-            sum.linear += part[0];
-            sum.exponential += part[1];
-          });
+  class_tiles<T>(layout, z, dim, [&](int64_t begin, int64_t from, const Tile<T>& tile) {
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      RowSums& sum = sums[begin + r];
+      T rest = static_cast<T>(negatives(begin + r));
+      but_itself(begin + r, from, tile.cols, [&](int64_t first, int64_t length) {
+        const T* row = tile.values + r * tile.cols + first;
+        if (objective == LabelObjective::PerPositive) {
+          kernel.label_softplus(row, length, s, rest, sum.soft);
+          return;
         }
+        double high = static_cast<double>(kernel.row_max(row, length)) * scale;
+        if (high > sum.top) {
+          sum.exponential *= std::exp(sum.top - high);
+          sum.top = high;
+        }
+        double part[2] = {0, 0};
+        kernel.label_sums(row, length, s, static_cast<T>(sum.top), part);
+        sum.linear += part[0];
+        sum.exponential += part[1];
       });
+    }
+  });
 
   parallel(rows, 1024, [&](int64_t i) {
     const RowSums& sum = sums[i];
@@ -159,22 +168,33 @@ void label_gradient(
       std::tie(ref[i], weight[i]) = split_reference<T>(objective == LabelObjective::PerPositive ? rest : den, g[i]);
   }
   auto at = [&](int64_t i) { return LabelRow<T>{&weight[i], &share[i], &ref[i]}; };
-  class_tiles<T>(
-      layout,
-      z,
-      dim,
-      [&](int64_t begin, int64_t count, int64_t from, int64_t cols, T* values, const Tensor& tile) {
-        kernel.label_gradient(values, cols, count, cols, static_cast<T>(scale), objective, at(begin), at(from));
-        for (int64_t i = std::max(begin, from); i < std::min(begin + count, from + cols); ++i)
-          values[(i - begin) * cols + (i - from)] = 0;
-        multiply_add(matrix(dz + begin * dim, count, dim, dim, 1), tile, matrix(z + from * dim, cols, dim, dim, 1));
-      });
+  class_tiles<T>(layout, z, dim, [&](int64_t begin, int64_t from, const Tile<T>& tile) {
+    const int64_t count = tile.rows, cols = tile.cols;
+    T* values = tile.values;
+    kernel.label_gradient(values, cols, count, cols, static_cast<T>(scale), objective, at(begin), at(from));
+    for (int64_t i = std::max(begin, from); i < std::min(begin + count, from + cols); ++i)
+      values[(i - begin) * cols + (i - from)] = 0;
+    T *out = dz + begin * dim, *p = z + from * dim;
+    if (!tile.plain.defined()) {
+      for (int64_t i = 0; i < count; ++i)
+        for (int64_t j = 0; j < cols; ++j) kernel.add_scaled(out + i * dim, p + j * dim, values[i * cols + j], dim);
+      return;
+    }
+    multiply_add<T>(
+        matrix(out, count, dim, dim, 1),
+        tile.plain,
+        matrix(p, cols, dim, dim, 1),
+        matrix(p, dim, cols, 1, dim),
+        count,
+        cols,
+        dim);
+  });
 }
 
-#define SK_INSTANTIATE(T)                                                                                             \
-  template void label_tables<T>(                                                                                      \
-      const Layout&, T*, int64_t, double, LabelObjective, const std::vector<double>&, double*, double*, double*);     \
-  template void label_gradient<T>(                                                                                    \
+#define SK_INSTANTIATE(T)                                                                                         \
+  template void label_tables<T>(                                                                                  \
+      const Layout&, T*, int64_t, double, LabelObjective, const std::vector<double>&, double*, double*, double*); \
+  template void label_gradient<T>(                                                                                \
       const Layout&, T*, int64_t, double, LabelObjective, const double*, const std::vector<double>&, T*);
 SK_INSTANTIATE(float)
 SK_INSTANTIATE(double)

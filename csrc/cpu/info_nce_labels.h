@@ -7,8 +7,8 @@
 namespace selfsup_kernels {
 
 // From n, the log-sum-exp of each row's negatives ([column][row], the queue last), to the losses and the tables of the
-// backward: logw (rows x columns) and coef (rows x 4): log-denominator, log-sum-exp of the positives, 1 / count of them,
-// log-sum-exp of all negatives. A row without positives has loss 0 and pushes nothing away.
+// backward: logw (rows x columns) and coef (rows x 4): log-denominator, log-sum-exp of the positives, 1 / count of
+// them, log-sum-exp of all negatives. A row without positives has loss 0 and pushes nothing away.
 template <typename T>
 void label_tables(
     const Layout& layout,

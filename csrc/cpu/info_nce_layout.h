@@ -8,9 +8,9 @@
 
 namespace selfsup_kernels {
 
-// Without labels the rows are view by view, row = view * batch + sample: the negatives of one view are one column of the
-// tables, and the rows of one sample are excluded. With labels they are sorted by class, and views no longer matter: one
-// column of negatives, and the rows of one class are excluded.
+// Without labels the rows are view by view, row = view * batch + sample: the negatives of one view are one column of
+// the tables, and the rows of one sample are excluded. With labels they are sorted by class, and views no longer
+// matter: one column of negatives, and the rows of one class are excluded.
 struct Layout {
   struct Segment {
     int column;  // of the tables
@@ -55,8 +55,10 @@ struct Layout {
 
   // Whether the tile rows i x rows j holds any negatives.
   bool wanted(const std::vector<Segment>& i, const std::vector<Segment>& j) const {
-    if (labels) return !(class_begin[i[0].begin] <= j[0].begin && j[0].end <= class_end[i[0].begin] &&
-                         class_begin[i[0].begin] == class_begin[i[0].end - 1]);
+    if (labels)
+      return !(
+          class_begin[i[0].begin] <= j[0].begin && j[0].end <= class_end[i[0].begin] &&
+          class_begin[i[0].begin] == class_begin[i[0].end - 1]);
     for (const Segment& a : i)
       for (const Segment& b : j)
         if (meets(a.column, b.column)) return true;
@@ -80,8 +82,8 @@ struct Layout {
   }
 };
 
-// weight * exp(x - ref) as weight' * exp(x - ref') with ref' a T: what rounding takes from the reference point, which may be
-// large at low temperatures, goes into the weight.
+// weight * exp(x - ref) as weight' * exp(x - ref') with ref' a T: what rounding takes from the reference point, which
+// may be large at low temperatures, goes into the weight.
 template <typename T>
 std::pair<T, T> split_reference(double ref, double weight) {
   T rounded = static_cast<T>(ref);

@@ -7,6 +7,7 @@
 
 #include "cpu/info_nce_layout.h"
 #include "cpu/kernels.h"
+#include "cpu/products.h"
 #include "cpu/tournament.h"
 
 namespace selfsup_kernels {
@@ -15,7 +16,7 @@ template <typename T>
 struct Limits;
 template <>
 struct Limits<float> {
-  static constexpr double headroom = 70;       // exp(70) times 1e8 terms is below float's limit
+  static constexpr double headroom = 70;         // exp(70) times 1e8 terms is below float's limit
   static constexpr double smallest_sum = 1e-30;  // terms below float's range are then below 1e-8 of the sum
   static constexpr double largest_logw = 69.1;   // -log(smallest_sum)
 };
@@ -46,7 +47,8 @@ class Pairs {
       segments_.push_back(layout.segments(blocks_.begin[i], blocks_.begin[i + 1]));
   }
 
-  // N[c * rows + i]: log-sum-exp of row i's negatives in column c (a view, or the queue last). -Inf where there are none.
+  // N[c * rows + i]: log-sum-exp of row i's negatives in column c (a view, or the queue last). -Inf where there are
+  // none.
   std::vector<double> log_sums() {
     const int64_t rows = layout_.rows, columns = layout_.rule.columns();
     std::vector<double> n(columns * rows, 0.0);
@@ -62,35 +64,26 @@ class Pairs {
           T* sums = i == j ? nullptr : column_sums.at(thread);
           if (sums) std::fill(sums, sums + (b.end - b.begin), T(0));
           kernel_.exp_sums(
-              s,
-              tile.cols,
-              a.end - a.begin,
-              b.end - b.begin,
-              scale_,
-              ref_,
-              &n[b.column * rows + a.begin],
-              sums);
+              s, tile.cols, a.end - a.begin, b.end - b.begin, scale_, ref_, &n[b.column * rows + a.begin], sums);
           if (sums)
             for (int64_t k = 0; k < b.end - b.begin; ++k) n[a.column * rows + b.begin + k] += sums[k];
         }
       }
     });
     if (queue_ > 0) {
-      torch::stable::parallel_for(0, blocks_.count(), 1, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-          for (int64_t q = 0; q < queue_blocks_.count(); ++q) {
-            auto& tile = tiles_.get(thread_index(), blocks_.rows(i), queue_blocks_.rows(q));
-            multiply(tile.plain, z_.plain[i], zq_.turned[q]);
-            kernel_.exp_sums(
-                tile.values,
-                tile.cols,
-                tile.rows,
-                tile.cols,
-                scale_,
-                ref_,
-                &n[layout_.queue_column() * rows + blocks_.begin[i]],
-                nullptr);
-          }
+      parallel_products(blocks_.count(), [&](int64_t i) {
+        for (int64_t q = 0; q < queue_blocks_.count(); ++q) {
+          auto& tile = tiles_.get(thread_index(), blocks_.rows(i), queue_blocks_.rows(q));
+          multiply(tile, z_, i, zq_, q);
+          kernel_.exp_sums(
+              tile.values,
+              tile.cols,
+              tile.rows,
+              tile.cols,
+              scale_,
+              ref_,
+              &n[layout_.queue_column() * rows + blocks_.begin[i]],
+              nullptr);
         }
       });
     }
@@ -98,7 +91,8 @@ class Pairs {
     std::vector<int64_t> again;
     for (int64_t i = 0; i < rows; ++i)
       if (has_small_sum(n, i)) again.push_back(i);
-    parallel(rows * columns, 4096, [&](int64_t k) { n[k] = n[k] > 0 || n[k] != n[k] ? ref_ + std::log(n[k]) : -INFINITY; });
+    parallel(
+        rows * columns, 4096, [&](int64_t k) { n[k] = n[k] > 0 || n[k] != n[k] ? ref_ + std::log(n[k]) : -INFINITY; });
     exact_log_sums(again, n);
     return n;
   }
@@ -123,14 +117,20 @@ class Pairs {
       auto& tile = scores(thread, i, j);
       for (const auto& a : segments_[i]) {
         for (const auto& b : segments_[j]) {
-          T* s = tile.values + (a.begin - blocks_.begin[i]) * tile.cols + (b.begin - blocks_.begin[j]);
+          const int64_t top = a.begin - blocks_.begin[i], left = b.begin - blocks_.begin[j];
+          T* s = tile.values + top * tile.cols + left;
+          T* turned = i == j ? nullptr : tile.turned_values + left * tile.rows + top;
           if (!layout_.meets(a.column, b.column)) {
             for (int64_t r = 0; r < a.end - a.begin; ++r) std::fill_n(s + r * tile.cols, b.end - b.begin, T(0));
+            for (int64_t c = 0; turned && c < b.end - b.begin; ++c)
+              std::fill_n(turned + c * tile.rows, a.end - a.begin, T(0));
             continue;
           }
           kernel_.exp_gradient(
               s,
               tile.cols,
+              turned,
+              tile.rows,
               a.end - a.begin,
               b.end - b.begin,
               scale_,
@@ -139,8 +139,8 @@ class Pairs {
               &weight[a.column * rows + b.begin]);
         }
       }
-      multiply_add(out.plain[i], tile.plain, z_.plain[j]);
-      if (i != j) multiply_add(out.plain[j], tile.turned, z_.plain[i]);
+      multiply_add<T>(out.plain[i], tile.plain, z_.plain[j], z_.turned[j], tile.rows, tile.cols, dim_);
+      if (i != j) multiply_add<T>(out.plain[j], tile.turned, z_.plain[i], z_.turned[i], tile.cols, tile.rows, dim_);
     });
 
     std::vector<int64_t> again;
@@ -151,18 +151,21 @@ class Pairs {
   }
 
  private:
-  using Tile = typename Tiles<T>::Tile;
-
   // The inner products of two blocks, -Inf where the pair is none of negatives.
-  Tile& scores(int64_t thread, int64_t i, int64_t j) {
-    Tile& tile = tiles_.get(thread, blocks_.rows(i), blocks_.rows(j));
-    multiply(tile.plain, z_.plain[i], z_.turned[j]);
+  Tile<T>& scores(int64_t thread, int64_t i, int64_t j) {
+    Tile<T>& tile = tiles_.get(thread, blocks_.rows(i), blocks_.rows(j));
+    multiply(tile, z_, i, z_, j);
     exclude(tile, segments_[j], [&](int64_t r) { return blocks_.begin[i] + r; });
     return tile;
   }
 
+  static void turn(Tile<T>& tile) {
+    for (int64_t r = 0; r < tile.rows; ++r)
+      for (int64_t c = 0; c < tile.cols; ++c) tile.turned_values[c * tile.rows + r] = tile.values[r * tile.cols + c];
+  }
+
   template <typename RowOf>
-  void exclude(Tile& tile, const std::vector<Layout::Segment>& columns, RowOf row_of) const {
+  void exclude(Tile<T>& tile, const std::vector<Layout::Segment>& columns, RowOf row_of) const {
     for (int64_t r = 0; r < tile.rows; ++r)
       layout_.excluded(row_of(r), columns, [&](int64_t c) { tile.values[r * tile.cols + c] = -INFINITY; });
   }
@@ -184,16 +187,14 @@ class Pairs {
   void gather(const std::vector<int64_t>& which, const Visit& visit) {
     int64_t limit = blocks_.longest(), pieces = (static_cast<int64_t>(which.size()) + limit - 1) / limit;
     Scratch<T> memory(limit * dim_);
-    torch::stable::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t piece = begin; piece < end; ++piece) {
-        int64_t thread = thread_index();
-        std::vector<int64_t> rows(
-            which.begin() + piece * limit,
-            which.begin() + std::min<int64_t>((piece + 1) * limit, static_cast<int64_t>(which.size())));
-        T* packed = memory.at(thread);
-        for (size_t r = 0; r < rows.size(); ++r) std::copy_n(z_.rows + rows[r] * dim_, dim_, packed + r * dim_);
-        visit(rows, matrix(packed, rows.size(), dim_, dim_, 1), thread);
-      }
+    parallel_products(pieces, [&](int64_t piece) {
+      int64_t thread = thread_index();
+      std::vector<int64_t> rows(
+          which.begin() + piece * limit,
+          which.begin() + std::min<int64_t>((piece + 1) * limit, static_cast<int64_t>(which.size())));
+      T* packed = memory.at(thread);
+      for (size_t r = 0; r < rows.size(); ++r) std::copy_n(z_.rows + rows[r] * dim_, dim_, packed + r * dim_);
+      visit(rows, matrix(packed, rows.size(), dim_, dim_, 1), thread);
     });
   }
 
@@ -215,35 +216,35 @@ class Pairs {
         total[slot] += sum;
       };
       for (int64_t j = 0; j < blocks_.count(); ++j) {
-        Tile& tile = tiles_.get(thread, rows.size(), blocks_.rows(j));
-        multiply(tile.plain, z, z_.turned[j]);
+        Tile<T>& tile = tiles_.get(thread, rows.size(), blocks_.rows(j));
+        multiply<T>(tile, z, z_.plain[j], z_.turned[j], dim_);
         exclude(tile, segments_[j], [&](int64_t r) { return rows[r]; });
         for (size_t r = 0; r < rows.size(); ++r)
           for (const auto& b : segments_[j])
             take(tile.values + r * tile.cols + (b.begin - blocks_.begin[j]), b.end - b.begin, r * columns + b.column);
       }
       for (int64_t q = 0; q < queue_blocks_.count(); ++q) {
-        Tile& tile = tiles_.get(thread, rows.size(), queue_blocks_.rows(q));
-        multiply(tile.plain, z, zq_.turned[q]);
+        Tile<T>& tile = tiles_.get(thread, rows.size(), queue_blocks_.rows(q));
+        multiply<T>(tile, z, zq_.plain[q], zq_.turned[q], dim_);
         for (size_t r = 0; r < rows.size(); ++r)
           take(tile.values + r * tile.cols, tile.cols, r * columns + layout_.queue_column());
       }
       for (size_t r = 0; r < rows.size(); ++r)
         for (int64_t c = 0; c < columns; ++c) {
           int64_t slot = r * columns + c;
-          n[c * all + rows[r]] = top[slot] == -INFINITY && total[slot] == 0 ? -INFINITY
-                                                                           : (top[slot] == -INFINITY ? 0 : top[slot]) +
-                                                                                 std::log(total[slot]);
+          n[c * all + rows[r]] = top[slot] == -INFINITY && total[slot] == 0
+                                     ? -INFINITY
+                                     : (top[slot] == -INFINITY ? 0 : top[slot]) + std::log(total[slot]);
         }
     });
   }
 
-  // As `gradient`, for the given rows as anchors: their own part, then what they add to every other row. Each exponent is
-  // S + logw <= 0, so nothing overflows.
+  // As `gradient`, for the given rows as anchors: their own part, then what they add to every other row. Each exponent
+  // is S + logw <= 0, so nothing overflows.
   void exact_gradient(const std::vector<int64_t>& which, const double* logw, const std::vector<double>& g, T* dz) {
     if (which.empty()) return;
     const int64_t columns = layout_.rule.columns();
-    auto weigh = [&](Tile& tile, const std::vector<int64_t>& rows, int64_t j) {
+    auto weigh = [&](Tile<T>& tile, const std::vector<int64_t>& rows, int64_t j) {
       exclude(tile, segments_[j], [&](int64_t r) { return rows[r]; });
       for (size_t r = 0; r < rows.size(); ++r) {
         for (const auto& b : segments_[j]) {
@@ -257,10 +258,10 @@ class Pairs {
       Tensor sum = cpu_empty({static_cast<int64_t>(rows.size()), dim_}, scalar_type<T>);
       std::fill_n(data<T>(sum), rows.size() * dim_, T(0));
       for (int64_t j = 0; j < blocks_.count(); ++j) {
-        Tile& tile = tiles_.get(thread, rows.size(), blocks_.rows(j));
-        multiply(tile.plain, z, z_.turned[j]);
+        Tile<T>& tile = tiles_.get(thread, rows.size(), blocks_.rows(j));
+        multiply<T>(tile, z, z_.plain[j], z_.turned[j], dim_);
         weigh(tile, rows, j);
-        multiply_add(sum, tile.plain, z_.plain[j]);
+        multiply_add<T>(sum, tile.plain, z_.plain[j], z_.turned[j], tile.rows, tile.cols, dim_);
       }
       for (size_t r = 0; r < rows.size(); ++r)
         kernel_.add_scaled(dz + rows[r] * dim_, data<T>(sum) + r * dim_, T(1), dim_);
@@ -273,40 +274,38 @@ class Pairs {
     Blocks pieces = cut(count, limit);
     BlockMatrix<T> anchors(data<T>(packed), dim_, pieces);
     BlockMatrix<T> out(dz, dim_, blocks_);
-    torch::stable::parallel_for(0, blocks_.count(), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t j = begin; j < end; ++j) {
-        for (int64_t k = 0; k < pieces.count(); ++k) {
-          std::vector<int64_t> rows(which.begin() + pieces.begin[k], which.begin() + pieces.begin[k + 1]);
-          Tile& tile = tiles_.get(thread_index(), rows.size(), blocks_.rows(j));
-          multiply(tile.plain, anchors.plain[k], z_.turned[j]);
-          weigh(tile, rows, j);
-          multiply_add(out.plain[j], tile.turned, anchors.plain[k]);
-        }
+    parallel_products(blocks_.count(), [&](int64_t j) {
+      for (int64_t k = 0; k < pieces.count(); ++k) {
+        std::vector<int64_t> rows(which.begin() + pieces.begin[k], which.begin() + pieces.begin[k + 1]);
+        Tile<T>& tile = tiles_.get(thread_index(), rows.size(), blocks_.rows(j));
+        multiply(tile, anchors, k, z_, j);
+        weigh(tile, rows, j);
+        turn(tile);
+        multiply_add<T>(out.plain[j], tile.turned, anchors.plain[k], anchors.turned[k], tile.cols, tile.rows, dim_);
       }
     });
   }
 
-  // dz <- the queue's part. The queue takes no gradient, so each row needs only its own weight, and has its own reference.
+  // dz <- the queue's part. The queue takes no gradient, so each row needs only its own weight, and has its own
+  // reference.
   double queue_gradient(const double* logw, const std::vector<double>& g, T* dz) {
     const int64_t columns = layout_.rule.columns();
     BlockMatrix<T> out(dz, dim_, blocks_);
     std::vector<double> along(blocks_.count(), 0.0);
-    torch::stable::parallel_for(0, blocks_.count(), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t first = blocks_.begin[i], rows = blocks_.rows(i);
-        std::vector<T> ref(rows), weight(rows);
-        for (int64_t r = 0; r < rows; ++r) {
-          std::tie(ref[r], weight[r]) =
-              split_reference<T>(-logw[(first + r) * columns + layout_.queue_column()], g[first + r]);
-        }
-        for (int64_t q = 0; q < queue_blocks_.count(); ++q) {
-          Tile& tile = tiles_.get(thread_index(), rows, queue_blocks_.rows(q));
-          multiply(tile.plain, z_.plain[i], zq_.turned[q]);
-          kernel_.exp_rows(tile.values, tile.cols, rows, tile.cols, scale_, ref.data(), weight.data());
-          multiply_add(out.plain[i], tile.plain, zq_.plain[q]);
-        }
-        for (int64_t r = first; r < first + rows; ++r) along[i] += kernel_.dot(z_.rows + r * dim_, dz + r * dim_, dim_);
+    parallel_products(blocks_.count(), [&](int64_t i) {
+      const int64_t first = blocks_.begin[i], rows = blocks_.rows(i);
+      std::vector<T> ref(rows), weight(rows);
+      for (int64_t r = 0; r < rows; ++r) {
+        std::tie(ref[r], weight[r]) =
+            split_reference<T>(-logw[(first + r) * columns + layout_.queue_column()], g[first + r]);
       }
+      for (int64_t q = 0; q < queue_blocks_.count(); ++q) {
+        Tile<T>& tile = tiles_.get(thread_index(), rows, queue_blocks_.rows(q));
+        multiply(tile, z_, i, zq_, q);
+        kernel_.exp_rows(tile.values, tile.cols, rows, tile.cols, scale_, ref.data(), weight.data());
+        multiply_add<T>(out.plain[i], tile.plain, zq_.plain[q], zq_.turned[q], tile.rows, tile.cols, dim_);
+      }
+      for (int64_t r = first; r < first + rows; ++r) along[i] += kernel_.dot(z_.rows + r * dim_, dz + r * dim_, dim_);
     });
     double total = 0;
     for (double a : along) total += a;
@@ -317,7 +316,7 @@ class Pairs {
   const Kernels<T>& kernel_;
   const int64_t dim_, queue_;
   const T scale_, ref_;
-  const Blocks &blocks_;
+  const Blocks& blocks_;
   const Blocks queue_blocks_;
   const BlockMatrix<T> z_, zq_;
   Tiles<T> tiles_;

@@ -25,16 +25,23 @@ struct Kernels {
   // ---- InfoNCE, on a tile of inner products S (rows x cols, leading dimension ld); x = scale * S ----
 
   // row_sum[i] += sum_j exp(x_ij - ref), col_sum[j] += sum_i of the same (not if null). An entry of -Inf counts 0.
-  void (*exp_sums)(
-      const T* s, int64_t ld, int64_t rows, int64_t cols, T scale, T ref, double* row_sum, T* col_sum);
+  void (*exp_sums)(const T* s, int64_t ld, int64_t rows, int64_t cols, T scale, T ref, double* row_sum, T* col_sum);
 
-  // S <- exp(x - ref) * (row_weight[i] + col_weight[j]).
+  // S <- exp(x - ref) * (row_weight[i] + col_weight[j]), and its transpose (not if null).
   void (*exp_gradient)(
-      T* s, int64_t ld, int64_t rows, int64_t cols, T scale, T ref, const T* row_weight, const T* col_weight);
+      T* s,
+      int64_t ld,
+      T* turned,
+      int64_t turned_ld,
+      int64_t rows,
+      int64_t cols,
+      T scale,
+      T ref,
+      const T* row_weight,
+      const T* col_weight);
 
   // S <- exp(x - row_ref[i]) * row_weight[i].
-  void (*exp_rows)(
-      T* s, int64_t ld, int64_t rows, int64_t cols, T scale, const T* row_ref, const T* row_weight);
+  void (*exp_rows)(T* s, int64_t ld, int64_t rows, int64_t cols, T scale, const T* row_ref, const T* row_weight);
 
   // The largest number in the row; NaN is passed over (the sums that follow carry it), -Inf if there is none.
   T (*row_max)(const T* row, int64_t n);
@@ -63,8 +70,8 @@ struct Kernels {
   T (*dot)(const T* a, const T* b, int64_t d);
   // y <- y + a x.
   void (*add_scaled)(T* y, const T* x, T a, int64_t d);
-  // dz <- scale * dz; then, with rnorm != 0, through the normalisation: (dz - z <z, dz>) |rnorm|, without the projection
-  // where rnorm < 0. Returns <z, scale dz>.
+  // dz <- scale * dz; then, with rnorm != 0, through the normalisation: (dz - z <z, dz>) |rnorm|, without the
+  // projection where rnorm < 0. Returns <z, scale dz>.
   T (*finish_row)(const T* z, T* dz, int64_t d, T scale, T rnorm);
 
   // ---- BYOL, one sample: p[v], t[v] are its rows in the V views ----

@@ -26,8 +26,7 @@ constexpr T infinity = static_cast<T>(__builtin_inf());
 // ---------------------------------------------------------------- InfoNCE tiles
 
 template <typename T, int R>
-inline void exp_sums_rows(
-    const T* s, int64_t ld, int64_t cols, T scale, T ref, double* row_sum, T* col_sum) {
+inline void exp_sums_rows(const T* s, int64_t ld, int64_t cols, T scale, T ref, double* row_sum, T* col_sum) {
   constexpr int W = lanes<T>;
   Vec<T> total[R] = {};
   int64_t j = 0;
@@ -68,17 +67,54 @@ inline void map_row(T* row, int64_t n, F f) {
   for (; j + W <= n; j += W) store<T>(row + j, f(load<T>(row + j), [j](const T* p) { return load<T>(p + j); }));
   if (j < n) {
     int64_t rest = n - j;
-    store_part<T>(
-        row + j, rest, f(load_part<T>(row + j, rest, 0), [j, rest](const T* p) { return load_part<T>(p + j, rest, 0); }));
+    store_part<T>(row + j, rest, f(load_part<T>(row + j, rest, 0), [j, rest](const T* p) {
+                    return load_part<T>(p + j, rest, 0);
+                  }));
   }
 }
 
 template <typename T>
 void exp_gradient(
-    T* s, int64_t ld, int64_t rows, int64_t cols, T scale, T ref, const T* row_weight, const T* col_weight) {
-  for (int64_t i = 0; i < rows; ++i) {
+    T* s,
+    int64_t ld,
+    T* turned,
+    int64_t turned_ld,
+    int64_t rows,
+    int64_t cols,
+    T scale,
+    T ref,
+    const T* row_weight,
+    const T* col_weight) {
+  constexpr int W = lanes<T>;
+  auto one_row = [=](int64_t i, int64_t from) {
     T weight = row_weight[i];
-    map_row<T>(s + i * ld, cols, [=](Vec<T> x, auto at) { return exp(x * scale - ref) * (at(col_weight) + weight); });
+    const T* columns = col_weight + from;
+    map_row<T>(s + i * ld + from, cols - from, [=](Vec<T> x, auto at) {
+      return exp(x * scale - ref) * (at(columns) + weight);
+    });
+  };
+  if (!turned) {
+    for (int64_t i = 0; i < rows; ++i) one_row(i, 0);
+    return;
+  }
+  // Squares of W x W go through the registers once for both results.
+  const int64_t whole_rows = rows / W * W, whole_cols = cols / W * W;
+  for (int64_t i = 0; i < whole_rows; i += W) {
+    for (int64_t j = 0; j < whole_cols; j += W) {
+      Vec<T> square[W], columns = load<T>(col_weight + j);
+      for (int r = 0; r < W; ++r) {
+        square[r] = exp(load<T>(s + (i + r) * ld + j) * scale - ref) * (columns + row_weight[i + r]);
+        store<T>(s + (i + r) * ld + j, square[r]);
+      }
+      transpose<T>(square);
+      for (int c = 0; c < W; ++c) store<T>(turned + (j + c) * turned_ld + i, square[c]);
+    }
+  }
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t from = i < whole_rows ? whole_cols : 0;
+    if (from == cols) continue;
+    one_row(i, from);
+    for (int64_t j = from; j < cols; ++j) turned[j * turned_ld + i] = s[i * ld + j];
   }
 }
 
@@ -185,14 +221,7 @@ void label_gradient_of(T* s, int64_t ld, int64_t rows, int64_t cols, T scale, La
 
 template <typename T>
 void label_gradient(
-    T* s,
-    int64_t ld,
-    int64_t rows,
-    int64_t cols,
-    T scale,
-    LabelObjective objective,
-    LabelRow<T> row,
-    LabelRow<T> col) {
+    T* s, int64_t ld, int64_t rows, int64_t cols, T scale, LabelObjective objective, LabelRow<T> row, LabelRow<T> col) {
   using O = LabelObjective;
   switch (objective) {
     case O::SupconOut:
@@ -474,13 +503,26 @@ void ema_span(
 
 template <typename T>
 constexpr Kernels<T> make_kernels() {
-  return {exp_sums<T>,   exp_gradient<T>, exp_rows<T>,   row_max<T>, label_sums<T>, label_softplus<T>, label_gradient<T>,
-          unit_row<T>,   dot<T>,          add_scaled<T>, finish_row<T>, byol_forward<T>, byol_backward<T>,
-          widen<T>,      narrow<T>};
+  return {
+      exp_sums<T>,
+      exp_gradient<T>,
+      exp_rows<T>,
+      row_max<T>,
+      label_sums<T>,
+      label_softplus<T>,
+      label_gradient<T>,
+      unit_row<T>,
+      dot<T>,
+      add_scaled<T>,
+      finish_row<T>,
+      byol_forward<T>,
+      byol_backward<T>,
+      widen<T>,
+      narrow<T>};
 }
 
 #define SK_EMA_ROW(Target) \
-  { ema_span<Target, float>, ema_span<Target, double>, ema_span<Target, BFloat16>, ema_span<Target, Float16> }
+  {ema_span<Target, float>, ema_span<Target, double>, ema_span<Target, BFloat16>, ema_span<Target, Float16>}
 
 }  // namespace selfsup_kernels::SK_ARCH
 

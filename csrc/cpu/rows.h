@@ -23,9 +23,7 @@ inline Storage storage_of(ScalarType dtype) {
   }
 }
 
-inline int64_t item_size(Storage storage) {
-  return storage == Storage::Double ? 8 : storage == Storage::Float ? 4 : 2;
-}
+inline int64_t item_size(Storage storage) { return storage == Storage::Double ? 8 : storage == Storage::Float ? 4 : 2; }
 
 template <typename T>
 struct RowReader {
@@ -94,8 +92,7 @@ struct Upstream {
     values.resize(rows * cols);
     const int64_t from_row = grad.stride(0), from_col = grad.stride(1);
     for (int64_t i = 0; i < rows; ++i)
-      for (int64_t j = 0; j < cols; ++j)
-        values[i * cols + j] = factor * read_number(grad, i * from_row + j * from_col);
+      for (int64_t j = 0; j < cols; ++j) values[i * cols + j] = factor * read_number(grad, i * from_row + j * from_col);
   }
   double at(int64_t row, int64_t col) const { return values[row * row_stride + col * col_stride]; }
 };

@@ -57,6 +57,38 @@ inline Vec<T> select(IntVec<T> mask, Vec<T> yes, Vec<T> no) {
   return (Vec<T>)((mask & (IntVec<T>)yes) | (~mask & (IntVec<T>)no));
 }
 
+// The lanes of a and b that one stage of a transpose exchanges: in pairs of runs of `Run` lanes, a keeps its even runs
+// and takes b's, or (Upper) b keeps its odd runs and takes a's.
+template <typename T, int Run, bool Upper>
+inline Vec<T> exchange(Vec<T> a, Vec<T> b) {
+  IntVec<T> index{};
+  for (int k = 0; k < lanes<T>; ++k) {
+    const bool odd = (k / Run) % 2;
+    index[k] = Upper ? (odd ? lanes<T> + k : k + Run) : (odd ? lanes<T> + k - Run : k);
+  }
+#if defined(__clang__)
+  Vec<T> result{};
+  for (int k = 0; k < lanes<T>; ++k) result[k] = index[k] < lanes<T> ? a[index[k]] : b[index[k] - lanes<T>];
+  return result;
+#else
+  return __builtin_shuffle(a, b, index);
+#endif
+}
+
+// Transposes a square of lanes<T> vectors in place: log2 stages, each exchanging runs of half the length.
+template <typename T, int Run = lanes<T> / 2>
+inline void transpose(Vec<T>* rows) {
+  if constexpr (Run > 0) {
+    for (int i = 0; i < lanes<T>; ++i) {
+      if ((i / Run) % 2) continue;
+      Vec<T> a = rows[i], b = rows[i + Run];
+      rows[i] = exchange<T, Run, false>(a, b);
+      rows[i + Run] = exchange<T, Run, true>(a, b);
+    }
+    transpose<T, Run / 2>(rows);
+  }
+}
+
 // Sum of the lanes in a fixed order: the same bits however the rows were shared out.
 template <typename T>
 inline T sum(Vec<T> v) {

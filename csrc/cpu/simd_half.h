@@ -110,7 +110,7 @@ inline void store_stochastically(Float16* p, Vec<float> v, FloatBits random) {
   // Below 2^-14 the steps are 2^-24: scale them to integers, add a fraction in [0, 1), cut.
   Vec<float> steps = (Vec<float>)bits * 16777216.0f;
   Vec<float> fraction = __builtin_convertvector(random >> 8, Vec<float>) * 5.9604644775390625e-8f;
-  FloatBits whole = (FloatBits)__builtin_convertvector(steps, IntVec<float>);
+  FloatBits whole = (FloatBits) __builtin_convertvector(steps, IntVec<float>);
   Vec<float> rest = steps - __builtin_convertvector((IntVec<float>)whole, Vec<float>);
   FloatBits subnormal = whole + ((FloatBits)(fraction < rest) & 1);
   FloatBits is_small = (FloatBits)(bits < (113u << 23));

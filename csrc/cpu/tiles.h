@@ -24,9 +24,9 @@ using torch::stable::Tensor;
 template <typename T>
 constexpr ScalarType scalar_type = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
 
-// Asks for large pages behind a large new tensor. Fresh memory costs a page fault for every page first written, which for
-// 4 KB pages takes several times as long as the writing itself. Only whole large pages inside the tensor are named, and
-// all of them will be written, so no more memory is used.
+// Asks for large pages behind a large new tensor. Fresh memory costs a page fault for every page first written, which
+// for 4 KB pages takes several times as long as the writing itself. Only whole large pages inside the tensor are named,
+// and all of them will be written, so no more memory is used.
 inline void use_large_pages(void* p, int64_t bytes) {
 #if defined(__linux__)
   constexpr uintptr_t page = 2 << 20;
@@ -42,7 +42,12 @@ inline Tensor cpu_empty(std::initializer_list<int64_t> sizes, ScalarType dtype) 
       dtype,
       std::nullopt,
       torch::stable::Device(torch::headeronly::DeviceType::CPU));
-  if (t.numel() >= 1 << 20) use_large_pages(t.data_ptr(), t.numel() * (dtype == ScalarType::Double || dtype == ScalarType::Long ? 8 : dtype == ScalarType::Float ? 4 : 2));
+  if (t.numel() >= 1 << 20)
+    use_large_pages(
+        t.data_ptr(),
+        t.numel() * (dtype == ScalarType::Double || dtype == ScalarType::Long ? 8
+                     : dtype == ScalarType::Float                             ? 4
+                                                                              : 2));
   return t;
 }
 
@@ -61,15 +66,6 @@ Tensor matrix(T* p, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_
       torch::headeronly::IntHeaderOnlyArrayRef(strides, 2),
       torch::stable::Device(torch::headeronly::DeviceType::CPU),
       scalar_type<T>);
-}
-
-// out <- a b
-inline void multiply(const Tensor& out, const Tensor& a, const Tensor& b) {
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
-}
-// out <- out + a b
-inline void multiply_add(const Tensor& out, const Tensor& a, const Tensor& b) {
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), 1, 1));
 }
 
 inline int64_t threads() { return torch::stable::get_num_threads(); }
@@ -114,6 +110,16 @@ void parallel(int64_t count, int64_t grain, const Visit& visit) {
   });
 }
 
+// visit(task) for tasks that multiply matrices. Always a parallel region where there are threads, even for one task, so
+// that the matrix library runs on one thread inside and sums in the same order however many threads there are.
+template <typename Visit>
+void parallel_products(int64_t tasks, const Visit& visit) {
+  if (tasks == 0) return;
+  parallel(std::max<int64_t>(tasks, 2), 1, [&](int64_t task) {
+    if (task < tasks) visit(task);
+  });
+}
+
 // The blocks of one matrix as tensors, made once: making one costs as much as multiplying a small tile.
 template <typename T>
 struct BlockMatrix {
@@ -143,32 +149,6 @@ class Scratch {
  private:
   int64_t size_;
   Tensor memory_;
-};
-
-// One scratch tile for each thread, and tensors over it in the shapes that come up.
-template <typename T>
-class Tiles {
- public:
-  struct Tile {
-    int64_t rows, cols;
-    T* values;  // rows x cols, contiguous
-    Tensor plain, turned;
-  };
-
-  Tiles(int64_t rows, int64_t cols) : memory_(rows * cols), tiles_(std::max(threads(), thread_index() + 1)) {}
-
-  Tile& get(int64_t thread, int64_t rows, int64_t cols) {
-    std::vector<Tile>& mine = tiles_[thread];
-    for (Tile& tile : mine)
-      if (tile.rows == rows && tile.cols == cols) return tile;
-    T* p = memory_.at(thread);
-    mine.push_back({rows, cols, p, matrix(p, rows, cols, cols, 1), matrix(p, cols, rows, 1, cols)});
-    return mine.back();
-  }
-
- private:
-  Scratch<T> memory_;
-  std::vector<std::vector<Tile>> tiles_;
 };
 
 }  // namespace selfsup_kernels

@@ -10,9 +10,9 @@
 
 namespace selfsup_kernels {
 
-// Calls visit(i, j, thread) for every pair of blocks i <= j, in parallel, so that no two calls at a time share a block and
-// the calls that touch a block come in an order that does not depend on the number of threads: first each block with
-// itself, then the rounds of a round-robin tournament, in which nobody plays twice in a round.
+// Calls visit(i, j, thread) for every pair of blocks i <= j, in parallel, so that no two calls at a time share a block
+// and the calls that touch a block come in an order that does not depend on the number of threads: first each block
+// with itself, then the rounds of a round-robin tournament, in which nobody plays twice in a round.
 //
 // Threads take the games in one global order and start one as soon as both its blocks have played all their earlier
 // games. There is no barrier between rounds (on a busy machine one late thread would hold up all), and no deadlock: a

@@ -1,0 +1,126 @@
+// Matrix products of tiles, through the libraries that torch brings.
+//
+// Two are used. `mm` is torch's BLAS. oneDNN, reached through the op behind a fused linear layer, is about twice as
+// fast in float32 on AMD's AVX-512 processors, for which the BLAS in torch's wheels (MKL) has no such code; on Intel's
+// the two are alike. The choice depends on the processor and the shape alone, so results repeat.
+#pragma once
+
+#include <cstdlib>
+#include <cstring>
+
+#include "cpu/kernels.h"
+#include "cpu/tiles.h"
+
+// Declared here, weakly: a torch built without oneDNN has no such symbol, and then `mm` serves.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_cpu__linear_pointwise(
+    AtenTensorHandle x,
+    AtenTensorHandle weight,
+    AtenTensorHandle* bias,
+    const char* attr,
+    const double** scalars,
+    int64_t scalars_len,
+    const char** algorithm,
+    AtenTensorHandle* result);
+
+namespace selfsup_kernels {
+
+// SELFSUP_KERNELS_MATMUL = blas | onednn overrides the choice.
+inline bool prefers_onednn() {
+  static const bool answer = [] {
+    if (aoti_torch_cpu__linear_pointwise == nullptr) return false;
+    const char* asked = std::getenv("SELFSUP_KERNELS_MATMUL");
+    if (asked != nullptr && asked[0] != 0) return std::strcmp(asked, "onednn") == 0;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    return __builtin_cpu_is("amd") && __builtin_cpu_supports("avx512f");
+#else
+    return false;
+#endif
+  }();
+  return answer;
+}
+
+// Small products cost less to run than oneDNN's op costs to call.
+template <typename T>
+bool use_onednn(int64_t m, int64_t n, int64_t k) {
+  return sizeof(T) == sizeof(float) && 2 * m * n * k >= 3'000'000 && prefers_onednn();
+}
+
+// a w^T, both contiguous or plain views of contiguous matrices.
+inline Tensor onednn_product(const Tensor& a, const Tensor& w) {
+  AtenTensorHandle result;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_cpu__linear_pointwise(a.get(), w.get(), nullptr, "none", nullptr, 0, nullptr, &result));
+  return Tensor(result);
+}
+
+// A scratch tile: rows x cols, and room for its transpose.
+template <typename T>
+struct Tile {
+  int64_t rows, cols;
+  T *values, *turned_values;
+  Tensor plain, turned;  // rows x cols, cols x rows, both contiguous
+  T* own;
+  Tensor own_plain;
+};
+
+// One scratch tile for each thread, and tensors over it in the shapes that come up.
+template <typename T>
+class Tiles {
+ public:
+  Tiles(int64_t rows, int64_t cols)
+      : plain_(rows * cols), turned_(rows * cols), tiles_(std::max(threads(), thread_index() + 1)) {}
+
+  Tile<T>& get(int64_t thread, int64_t rows, int64_t cols) {
+    std::vector<Tile<T>>& mine = tiles_[thread];
+    for (Tile<T>& tile : mine)
+      if (tile.rows == rows && tile.cols == cols) return tile;
+    T *p = plain_.at(thread), *q = turned_.at(thread);
+    Tensor plain = matrix(p, rows, cols, cols, 1);
+    mine.push_back({rows, cols, p, q, plain, matrix(q, cols, rows, rows, 1), p, plain});
+    return mine.back();
+  }
+
+ private:
+  Scratch<T> plain_, turned_;
+  std::vector<std::vector<Tile<T>>> tiles_;
+};
+
+// tile <- a b^T, for rows a and rows b; `b_turned` is b's transposed view.
+template <typename T>
+void multiply(Tile<T>& tile, const Tensor& a, const Tensor& b, const Tensor& b_turned, int64_t width) {
+  if (use_onednn<T>(tile.rows, tile.cols, width)) {
+    tile.plain = onednn_product(a, b);
+    tile.values = data<T>(tile.plain);
+  } else {
+    tile.plain = tile.own_plain;
+    tile.values = tile.own;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(tile.plain.get(), a.get(), b_turned.get()));
+  }
+}
+
+// out <- out + a b, for a contiguous a (rows x inner) and rows b (inner x width); `b_turned` is b's transposed view.
+template <typename T>
+void multiply_add(
+    const Tensor& out,
+    const Tensor& a,
+    const Tensor& b,
+    const Tensor& b_turned,
+    int64_t rows,
+    int64_t inner,
+    int64_t width) {
+  if (use_onednn<T>(rows, inner, width)) {
+    Tensor product = onednn_product(a, b_turned);
+    kernels<T>().add_scaled(data<T>(out), data<T>(product), T(1), rows * width);
+  } else {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), 1, 1));
+  }
+}
+
+// The same for blocks: tile <- rows a[i] times rows b[j].
+template <typename T>
+void multiply(Tile<T>& tile, const BlockMatrix<T>& a, int64_t i, const BlockMatrix<T>& b, int64_t j) {
+  multiply<T>(tile, a.plain[i], b.plain[j], b.turned[j], a.width);
+}
+
+}  // namespace selfsup_kernels
