@@ -1,0 +1,119 @@
+"""Writes the README's tables from the committed results: no number there without a file.
+
+    python benchmarks/tables.py [--check]
+
+Between ``<!-- results:NAME -->`` and ``<!-- end -->`` in README.md stands the table NAME of the results folder that the
+marker names. ``--check`` fails where the README differs from what the files say.
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+MARKER = re.compile(r"(<!-- results:(\S+)/(\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def load(folder, name):
+    return json.loads((ROOT / "benchmarks" / "results" / folder / f"{name}.json").read_text())
+
+
+def median(row, name):
+    return row["times"][name]["p50_ms"]
+
+
+def milliseconds(value):
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def times_table(title, rows, label, rivals):
+    """One line a row: our time, then each rival's time and how many times ours that is."""
+    lines = [f"| {title} | selfsup_kernels | " + " | ".join(rivals) + " |", "|---|" + "---|" * (1 + len(rivals))]
+    for row in rows:
+        ours = median(row, "selfsup_kernels")
+        cells = [f"{milliseconds(median(row, r))} ms ({median(row, r) / ours:.1f}x)" for r in rivals]
+        lines.append(f"| {label(row)} | {milliseconds(ours)} ms | " + " | ".join(cells) + " |")
+    return lines
+
+
+def info_nce(data):
+    def label(row):
+        return f"B = {row['batch']}, D = {row['dim']}, {row['part'].replace('both', 'forward + backward')}"
+
+    lines = times_table("InfoNCE, two views, float32", data["rows"], label, ["eager", "compile"])
+    lines[0] += " rate / matrix product |"
+    lines[1] += "---|"
+    for i, row in enumerate(data["rows"]):
+        lines[2 + i] += f" {row['gflops']:.0f} / {row['matrix_product_gflops']:.0f} GFLOP/s |"
+    return lines
+
+
+def byol(data):
+    def label(row):
+        return f"B = {row['batch']}, D = {row['dim']}, {row['part'].replace('both', 'forward + backward')}"
+
+    return times_table("BYOL loss, pairs, float32", data["rows"], label, ["eager", "compile"])
+
+
+def ema(data):
+    lines = ["| EMA, ResNet-50, float32 target | selfsup_kernels | rival | bandwidth |", "|---|---|---|---|"]
+    for row in data["rows"]:
+        ours = median(row, "selfsup_kernels")
+        rival = next(n for n in row["times"] if n not in ("selfsup_kernels", "the op alone"))
+        lines.append(
+            f"| {row['source']} source | {milliseconds(ours)} ms | `{rival}` {milliseconds(median(row, rival))} ms"
+            f" ({median(row, rival) / ours:.2f}x) | {row['gb_per_s']:.0f} of {row['in_place_gb_per_s']:.0f} GB/s |"
+        )
+    return lines
+
+
+def memory(data):
+    lines = ["| rows, D = 128 | | time | memory above the inputs | times the embeddings |", "|---|---|---|---|---|"]
+    for row in data["rows"]:
+        lines.append(
+            f"| {row['rows']} | {row['name']} | {milliseconds(row['ms'])} ms |"
+            f" {row['peak_bytes_above_inputs'] / 1e6:.0f} MB | {row['ratio']:.1f}x |"
+        )
+    return lines
+
+
+TABLES = {"info_nce": info_nce, "byol": byol, "ema": ema, "memory": memory}
+
+
+def device_line(header):
+    return (
+        f"{header['device']}, {header['threads']} threads, {header['cpu_capability']}, torch {header['torch']},"
+        f" measured {header['date']}."
+    )
+
+
+def fill(text):
+    def table(match):
+        data = load(match.group(2), match.group(3))
+        return (
+            match.group(1)
+            + "\n".join([*TABLES[match.group(3)](data), "", device_line(data["header"]), ""])
+            + match.group(4)
+        )
+
+    return MARKER.sub(table, text)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args()
+    readme = ROOT / "README.md"
+    before = readme.read_text()
+    after = fill(before)
+    if args.check:
+        if before != after:
+            sys.exit("README.md differs from benchmarks/results: run python benchmarks/tables.py")
+    else:
+        readme.write_text(after)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+// The moving average on a stretch of memory. Included by kernels_impl.h; see simd.h for the rules.
+#pragma once
+
+#include "cpu/simd_half.h"
+#include "cpu/simd_part.h"
+
+namespace selfsup_kernels::SK_ARCH {
+
+// 32 random bits for each lane's element number: an integer hash (C. Wellons' "lowbias32" construction), keyed twice.
+inline FloatBits hash(FloatBits x) {
+  x ^= x >> 16;
+  x *= 0x21f0aaadu;
+  x ^= x >> 15;
+  x *= 0xd35a2d97u;
+  return x ^ (x >> 15);
+}
+
+inline FloatBits random_bits(int64_t seed, uint32_t stream, uint64_t element) {
+  FloatBits index{};
+  for (int k = 0; k < lanes<float>; ++k) index[k] = static_cast<uint32_t>(element + k);
+  uint32_t key = stream * 0x9e3779b9u ^ static_cast<uint32_t>(seed);
+  uint32_t high = static_cast<uint32_t>(element >> 32) * 0x85ebca6bu ^ static_cast<uint32_t>(uint64_t(seed) >> 32);
+  return hash(hash(index + key) + hash(FloatBits{} + high));
+}
+
+// t + w (s - t), from whichever end is nearer, so that w = 0 and w = 1 give t and s exactly (as torch.lerp does).
+template <typename T>
+inline Vec<T> lerp(Vec<T> t, Vec<T> s, T w) {
+  return w < T(0.5) ? t + (s - t) * w : s - (s - t) * (T(1) - w);
+}
+
+template <typename Target, typename A>
+inline void store_target(Target* p, Vec<A> v, const int64_t* seed, uint32_t stream, uint64_t element) {
+  if constexpr (sizeof(Target) == 2) {
+    if (seed) return store_stochastically(p, v, random_bits(*seed, stream, element));
+  }
+  store_as(p, v);
+}
+
+// The source as a vector of the arithmetic type; a float64 on either side makes that double.
+template <typename A, typename S>
+inline Vec<A> load_source(const S* p) {
+  if constexpr (sizeof(A) == sizeof(S) || (sizeof(A) == 4 && sizeof(S) == 2)) {
+    return load_as<A>(p);
+  } else if constexpr (sizeof(S) == 8) {
+    Vec<A> v;
+    for (int k = 0; k < lanes<A>; ++k) v[k] = static_cast<A>(p[k]);
+    return v;
+  } else {
+    float wide[lanes<float>];
+    if constexpr (sizeof(S) == 4) {
+      std::memcpy(wide, p, lanes<A> * sizeof(float));
+    } else {
+      S part[lanes<float>] = {};
+      std::memcpy(part, p, lanes<A> * sizeof(S));
+      store<float>(wide, load_as<float>(part));
+    }
+    Vec<A> v;
+    for (int k = 0; k < lanes<A>; ++k) v[k] = wide[k];
+    return v;
+  }
+}
+
+template <typename Target, typename Source>
+void ema_span(
+    void* target, const void* source, int64_t n, double weight, const int64_t* seed, uint32_t stream, uint64_t offset) {
+  using A = std::conditional_t<sizeof(Target) == 8, double, float>;
+  constexpr int W = lanes<A>;
+  Target* t = static_cast<Target*>(target);
+  const Source* s = static_cast<const Source*>(source);
+  A w = static_cast<A>(weight);
+  int64_t j = 0;
+  for (; j + W <= n; j += W)
+    store_target<Target, A>(t + j, lerp<A>(load_as<A>(t + j), load_source<A>(s + j), w), seed, stream, offset + j);
+  if (j < n) {
+    Target old[W] = {};
+    Source now[W] = {};
+    std::memcpy(old, t + j, (n - j) * sizeof(Target));
+    std::memcpy(now, s + j, (n - j) * sizeof(Source));
+    store_target<Target, A>(old, lerp<A>(load_as<A>(old), load_source<A>(now), w), seed, stream, offset + j);
+    std::memcpy(t + j, old, (n - j) * sizeof(Target));
+  }
+}
+
+}  // namespace selfsup_kernels::SK_ARCH
