@@ -73,7 +73,12 @@ def same_dtype_and_device(named: dict[str, torch.Tensor], check_dtype: bool = Tr
 
 
 def autocasts(device: torch.device) -> bool:
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return _has_autocast(device.type) and torch.is_autocast_enabled(device.type)
+
+
+@torch.compiler.assume_constant_result  # torch.compile of torch 2.11 cannot follow it
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
 
 
 def choice(name: str, value, allowed: Sequence[str]) -> int:

@@ -1,5 +1,11 @@
 """Fixtures: one run per implementation, a fixed thread count, and memory that is never zero by accident."""
 
+import os
+
+# Threads that wait shall sleep: on a shared machine, spinning makes small parallel regions a hundred times slower.
+# Before torch is imported, since OpenMP reads it once.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import hypothesis
 import pytest
 import torch

@@ -151,7 +151,7 @@ def test_byol_same_bits_with_any_number_of_threads(impl, size):
 
 def peak_bytes(function):
     """The most memory that ``function`` held at once, from the allocator's own events."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as trace:
         function()
     held = peak = 0
     for event in trace.profiler.kineto_results.events():
