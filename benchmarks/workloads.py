@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import selfsup_kernels as sk
-from selfsup_kernels import ops
+from selfsup_kernels import backends
 
 TEMPERATURE = 0.1
 
@@ -116,7 +116,7 @@ def our_ema(targets, sources):
 
 def our_ema_op(targets, sources):
     """The kernel alone, without the checks of the public function."""
-    ops.get("ema_update_", "cpu")(targets, sources, None, MOMENTUM, None)
+    backends.op("ema_update_", backends.select("auto", targets[0]))(targets, sources, None, MOMENTUM, None)
 
 
 EMA = {

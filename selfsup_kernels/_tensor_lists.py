@@ -92,11 +92,31 @@ def check_update(
         # Guards on the shapes make these checks once per graph. Addresses do not exist while tracing.
         _check_pairs(targets, sources, names, averaged)
         return targets, sources
+    global _accepted
+    signature = _signature(targets, sources)
+    if signature is not None and signature == _accepted:
+        return targets, sources
     if not _all_fine(targets, sources):
         _check_pairs(targets, sources, names, averaged)
+        signature = None
     if not targets or targets[0].device.type == "meta":
         return targets, sources
-    return _check_memory(targets, sources, names)
+    kept = _check_memory(targets, sources, names)
+    _accepted = signature if len(kept[0]) == len(targets) else None
+    return kept
+
+
+_accepted = None
+"""The signature of the last lists that passed whole. A training loop brings the same tensors every step."""
+
+
+def _signature(targets, sources):
+    """Which tensors these are and where they lie; None if some are not tensors. An object that was re-allocated, resized
+    or replaced has another one. Ids alone would not do: they are used again."""
+    both = targets + sources
+    if not _PLAIN.issuperset(map(type, both)):
+        return None
+    return list(map(id, both)), list(map(Tensor.data_ptr, both)), list(map(_nbytes, both))
 
 
 _device, _dtype, _layout, _nbytes = map(attrgetter, ("device", "dtype", "layout", "nbytes"))

@@ -174,9 +174,10 @@ def render(facts) -> str:
 
 
 def describe_cpu(facts) -> str:
+    cores, threads = facts["cores"], facts["threads"]
     return (
-        f"{_text(facts['model'])}, {facts['cores']} cores, {_text(facts['threads'])} threads in torch"
-        f" ({_text(facts['capability'])})"
+        f"{_text(facts['model'])}, {cores} core{'s' * (cores != 1)}, {_text(threads)} thread{'s' * (threads != 1)} in"
+        f" torch ({_text(facts['capability'])})"
     )
 
 

@@ -69,9 +69,13 @@ void ema_span(
   Target* t = static_cast<Target*>(target);
   const Source* s = static_cast<const Source*>(source);
   A w = static_cast<A>(weight);
+  constexpr int64_t ahead = 256;  // elements: two streams per thread are more than the hardware's prefetchers fill
   int64_t j = 0;
-  for (; j + W <= n; j += W)
+  for (; j + W <= n; j += W) {
+    __builtin_prefetch(t + j + ahead, 1);
+    __builtin_prefetch(s + j + ahead, 0);
     store_target<Target, A>(t + j, lerp<A>(load_as<A>(t + j), load_source<A>(s + j), w), seed, stream, offset + j);
+  }
   if (j < n) {
     Target old[W] = {};
     Source now[W] = {};

@@ -25,7 +25,7 @@ def _implementation(summary):
         mend = f" To build them: {summary['mend']}" if summary["mend"] else ""
         yield (
             "The C++ kernels are not installed here: 'ours' is the package's eager reference, computed in blocks. It"
-            f" saves memory, not time.{mend}"
+            f" saves memory at large batches, not time.{mend}"
         )
 
 
