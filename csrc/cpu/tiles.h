@@ -95,7 +95,7 @@ struct Blocks {
 
 // The longest block for so many rows. Large tiles run the product at full rate and stay in the second-level cache; with
 // few rows smaller ones leave work for every thread. It depends on nothing else, so that results do not either.
-inline int64_t block_limit(int64_t rows) { return rows >= 4096 ? 256 : rows >= 1024 ? 128 : 64; }
+inline int64_t block_limit(int64_t rows) { return rows >= 2048 ? 256 : rows >= 512 ? 128 : 64; }
 
 inline Blocks cut(int64_t size, int64_t limit) {
   Blocks blocks;
