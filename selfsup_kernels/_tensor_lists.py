@@ -111,12 +111,15 @@ _accepted = None
 
 
 def _signature(targets, sources):
-    """Which tensors these are and where they lie; None if some are not tensors. An object that was re-allocated, resized
-    or replaced has another one. Ids alone would not do: they are used again."""
+    """Which tensors these are and where they lie; None if some have no memory of their own. An object that was
+    re-allocated, resized or replaced has another signature. Ids alone would not do: they are used again."""
     both = targets + sources
     if not _PLAIN.issuperset(map(type, both)):
         return None
-    return list(map(id, both)), list(map(Tensor.data_ptr, both)), list(map(_nbytes, both))
+    try:
+        return list(map(id, both)), list(map(Tensor.data_ptr, both)), list(map(_nbytes, both))
+    except RuntimeError:  # sparse tensors
+        return None
 
 
 _device, _dtype, _layout, _nbytes = map(attrgetter, ("device", "dtype", "layout", "nbytes"))
