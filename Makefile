@@ -40,7 +40,7 @@ EXTRAS = from pip._vendor import tomli; \
 .venv/.dependencies: pyproject.toml Makefile
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	$(PY) -c '$(EXTRAS)' > .venv/requirements.txt
-	$(PY) -m pip install "$(TORCH)" "$(TRITON)" -r .venv/requirements.txt
+	$(PY) -m pip install --quiet "$(TORCH)" "$(TRITON)" -r .venv/requirements.txt
 	touch $@
 
 $(BUILT): $(DEPENDENCIES) $(SOURCES)
@@ -62,7 +62,7 @@ test: setup
 lint: $(DEPENDENCIES)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m clang_format --dry-run -Werror $(wildcard csrc/*/*)
+	$(PY) -c 'from clang_format import clang_format; clang_format()' --dry-run -Werror $(wildcard csrc/*/*)
 
 # The same sources under AddressSanitizer and UBSan, in a copy of the tree, under the tests marked `sanitize`.
 asan: $(DEPENDENCIES)
