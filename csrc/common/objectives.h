@@ -39,11 +39,16 @@ struct ViewRule {
 
 // log(exp(a) + exp(b)); -Inf is the empty sum; NaN stays.
 SK_HOST_DEVICE inline double log_add(double a, double b) {
+  if (a != a || b != b) return a + b;
   double high = a < b ? b : a, low = a < b ? a : b;
   if (high == -INFINITY || (high == INFINITY && low == high)) return high;
   return high + log1p(exp(low - high));
 }
 SK_HOST_DEVICE inline double softplus(double x) { return x > 0 ? x + log1p(exp(-x)) : log1p(exp(x)); }
+// log(exp(rest) + exp(positive)) - positive; NaN, as that is, where the positive's score is infinite.
+SK_HOST_DEVICE inline double log_ratio(double rest, double positive) {
+  return positive == INFINITY ? NAN : softplus(rest - positive);
+}
 SK_HOST_DEVICE inline double sigmoid(double x) {
   double y = exp(x > 0 ? -x : x);
   return (x > 0 ? 1 : y) / (1 + y);
@@ -69,7 +74,7 @@ SK_HOST_DEVICE inline double anchor_loss(
       logw[v] = -log_add(rest, p[v]) - log_count;
       total = log_add(total, logw[v]);
       coef[v] = -sigmoid(rest - p[v]) / count;
-      loss += softplus(rest - p[v]);
+      loss += log_ratio(rest, p[v]);
     }
     if (rule.objective == Objective::Pairwise) logw[u] = total;
     if (rule.queues) logw[views] = total;
@@ -93,16 +98,16 @@ SK_HOST_DEVICE inline double anchor_loss(
       if (!rule.positive(u, v)) continue;
       weight = log_add(weight, -log_add(rest, p[v]) - log_count);
       coef[v] = -sigmoid(rest - p[v]) / count;
-      loss += softplus(rest - p[v]) / count;
+      loss += log_ratio(rest, p[v]) / count;
     }
   } else {
     double den = rule.objective == Objective::Decoupled ? rest : log_add(rest, inside);
     weight = den == -INFINITY ? -INFINITY : -den;
     // With one positive, den - p without the cancellation.
     if (rule.objective == Objective::SupconIn)
-      loss = softplus(rest - inside) + log_count;
+      loss = log_ratio(rest, inside) + log_count;
     else if (rule.objective == Objective::SupconOut && count == 1)
-      loss = softplus(rest - inside);
+      loss = log_ratio(rest, inside);
     else
       loss = den - sum / count;
     for (int v = 0; v < views; ++v) {

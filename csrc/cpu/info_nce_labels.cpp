@@ -100,7 +100,7 @@ void label_tables(
           kernel.label_softplus(row, length, s, rest, sum.soft);
           return;
         }
-        double high = static_cast<double>(kernel.row_max(row, length)) * scale;
+        double high = kernel.row_max(row, length) * s;  // rounded to T, as the reference of the exponentials is
         if (high > sum.top) {
           sum.exponential *= std::exp(sum.top - high);
           sum.top = high;
@@ -125,7 +125,7 @@ void label_tables(
         weight = -den;
         break;
       case LabelObjective::SupconIn:
-        value = softplus(rest - inside) + std::log(count);
+        value = log_ratio(rest, inside) + std::log(count);
         weight = -den;
         break;
       case LabelObjective::PerPositive:

@@ -204,13 +204,13 @@ class Pairs {
     gather(which, [&](const std::vector<int64_t>& rows, const Tensor& z, int64_t thread) {
       std::vector<double> top(rows.size() * columns, -INFINITY), total(rows.size() * columns, 0.0);
       auto take = [&](const T* s, int64_t count, int64_t slot) {
-        double high = static_cast<double>(kernel_.row_max(s, count)) * scale_;
+        double high = kernel_.row_max(s, count) * scale_;  // rounded to T, as the reference of the exponentials is
         if (high > top[slot]) {
           total[slot] *= std::exp(top[slot] - high);
           top[slot] = high;
         }
         // All -Inf: nothing to add, unless a NaN hides among them, which the sum below finds.
-        T ref = top[slot] == -INFINITY ? T(0) : static_cast<T>(top[slot]);
+        T ref = std::isinf(top[slot]) ? T(0) : static_cast<T>(top[slot]);
         double sum = 0;
         kernel_.exp_sums(s, count, 1, count, scale_, ref, &sum, nullptr);
         total[slot] += sum;
@@ -234,7 +234,7 @@ class Pairs {
           int64_t slot = r * columns + c;
           n[c * all + rows[r]] = top[slot] == -INFINITY && total[slot] == 0
                                      ? -INFINITY
-                                     : (top[slot] == -INFINITY ? 0 : top[slot]) + std::log(total[slot]);
+                                     : (std::isinf(top[slot]) ? 0 : top[slot]) + std::log(total[slot]);
         }
     });
   }

@@ -152,7 +152,8 @@ template <typename T>
 void label_softplus(const T* row, int64_t n, T scale, T negatives, double* sums) {
   Vec<T> soft{}, share{};
   visit_row<T>(row, n, [&](Vec<T> s, IntVec<T> valid) {
-    Vec<T> d = negatives - s * scale;
+    Vec<T> x = s * scale;
+    Vec<T> d = negatives - select<T>((IntVec<T>)(x == infinity<T>), x - x, x);
     IntVec<T> above = (IntVec<T>)(d > T(0));
     Vec<T> y = exp(select<T>(above, -d, d));
     Vec<T> softplus = log_plus_one<T>(y) + select<T>(above, d, Vec<T>{});
