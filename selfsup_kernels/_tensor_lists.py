@@ -92,32 +92,41 @@ def check_update(
         # Guards on the shapes make these checks once per graph. Addresses do not exist while tracing.
         _check_pairs(targets, sources, names, averaged)
         return targets, sources
-    global _accepted
-    signature = _signature(targets, sources)
-    if signature is not None and signature == _accepted:
+    signature = _signature(targets, sources, averaged)
+    key = (len(targets), signature[1][0]) if targets and signature is not None else None
+    if key is not None and _accepted.get(key) == signature:
         return targets, sources
     if not _all_fine(targets, sources):
         _check_pairs(targets, sources, names, averaged)
-        signature = None
     if not targets or targets[0].device.type == "meta":
         return targets, sources
     kept = _check_memory(targets, sources, names)
-    _accepted = signature if len(kept[0]) == len(targets) else None
+    if key is not None and len(kept[0]) == len(targets):
+        if len(_accepted) >= _MOST_ACCEPTED:
+            _accepted.clear()
+        _accepted[key] = signature
     return kept
 
 
-_accepted = None
-"""The signature of the last lists that passed whole. A training loop brings the same tensors every step."""
+_accepted: dict[tuple[int, int], tuple] = {}
+"""Signatures of lists that passed whole, by length and first address: a training loop brings the same every step."""
+_MOST_ACCEPTED = 16
 
 
-def _signature(targets, sources):
-    """Which tensors these are and where they lie; None if some have no memory of their own. An object that was
-    re-allocated, resized or replaced has another signature. Ids alone would not do: they are used again."""
+def _signature(targets, sources, averaged):
+    """All that the checks depend on; None if some are not plain tensors with memory of their own."""
     both = targets + sources
     if not _PLAIN.issuperset(map(type, both)):
         return None
     try:
-        return list(map(id, both)), list(map(Tensor.data_ptr, both)), list(map(_nbytes, both))
+        # Memory of another device has other addresses.
+        return (
+            averaged,
+            list(map(Tensor.data_ptr, both)),
+            list(map(Tensor.size, both)),
+            list(map(Tensor.stride, both)),
+            list(map(_dtype, both)),
+        )
     except RuntimeError:  # sparse tensors
         return None
 

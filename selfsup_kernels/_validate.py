@@ -50,6 +50,7 @@ def sequence(name: str, value) -> list[torch.Tensor]:
     return list(value)
 
 
+LABELS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -73,12 +74,8 @@ def same_dtype_and_device(named: dict[str, torch.Tensor], check_dtype: bool = Tr
 
 
 def autocasts(device: torch.device) -> bool:
-    return _has_autocast(device.type) and torch.is_autocast_enabled(device.type)
-
-
-@torch.compiler.assume_constant_result  # torch.compile of torch 2.11 cannot follow it
-def _has_autocast(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type)
+    # The meta device has no autocast, and asking for it is an error.
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
 def choice(name: str, value, allowed: Sequence[str]) -> int:
@@ -136,8 +133,10 @@ def readable(tensor: torch.Tensor) -> bool:
 def labels(value, batch: int, device: torch.device) -> None:
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"labels: expected an integer tensor, got {type(value).__name__}")
-    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
-        raise TypeError(f"labels: expected integers, got {value.dtype}")
+    if value.dtype not in LABELS or value.layout != torch.strided:
+        raise TypeError(
+            f"labels: expected a dense tensor of int64, int32, int16, int8 or uint8, got {value.dtype}, {value.layout}"
+        )
     if tuple(value.shape) != (batch,):
         raise ValueError(f"labels: expected shape ({batch},), one per sample, got {tuple(value.shape)}")
     if value.device != device:

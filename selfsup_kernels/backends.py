@@ -30,21 +30,28 @@ def load_extension():
         return None, f"the C++ extension does not load ({error}). {_build.built_for()}"
 
 
-# Files are read and a library is loaded there: nothing for torch.compile to look into.
-@torch.compiler.assume_constant_result
+_reasons: dict[str, str | None] = {}
+
+
 def unavailable(impl: str) -> str | None:
     """None where ``impl`` can run on this machine, else the reason and what to do about it."""
-    return _unavailable(impl)
+    if impl not in _reasons:
+        _reasons[impl] = _find_reason(impl)
+    return _reasons[impl]
 
 
-@functools.cache
-def _unavailable(impl):
+def _find_reason(impl):
     if impl == "reference":
         return None
     if impl == "cpu":
         _, reason = load_extension()
         return None if reason is None else f"{reason} To mend it, run: {REBUILD}"
     return f"impl={impl!r} is not part of this version. Use impl='auto', 'cpu' or 'reference'."
+
+
+# Asked once here, so that torch.compile, which cannot follow the loading of a library, only ever finds the answers.
+for _impl in CHOICES[1:]:
+    unavailable(_impl)
 
 
 def select(impl: str, tensor: torch.Tensor) -> str:

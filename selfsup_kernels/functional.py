@@ -164,17 +164,24 @@ def byol_loss(predictions, targets, *, eps=1e-12, reduction="mean", impl="auto")
     dtype = p[0].dtype
     stacked = not pairs and isinstance(predictions, torch.Tensor) and isinstance(targets, torch.Tensor)
     if stacked and predictions.dtype == targets.dtype:
-        tensors = [predictions, targets.detach()]
+        tensors = [predictions, _constant(targets)]
     else:
         stacked = False
         if autocast:
             both, _ = _one_dtype([*p, *t], None)
             p, t = both[: len(p)], both[len(p) :]
-        tensors = [*p, *(x.detach() for x in t)]
+        tensors = [*p, *map(_constant, t)]
     loss = BYOL.apply(impl, eps, reduction, stacked, 1 if stacked else len(p), *tensors)
     if pairs and loss.dim():
         loss = loss.squeeze(0)
     return loss if autocast else loss.to(dtype)
+
+
+def _constant(target):
+    """The target without gradient; a copy where it was made under ``inference_mode``, which autograd cannot save."""
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not target.is_inference():
+        return target.detach()
+    return target.clone()
 
 
 def _one_dtype(matrices, queue):

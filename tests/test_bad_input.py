@@ -156,13 +156,13 @@ def test_impl_that_cannot_run_says_why_and_what_to_do(monkeypatch):
     with pytest.raises(RuntimeError, match=r"impl='triton'.*auto"):
         info_nce_loss(VIEWS, impl="triton")
     monkeypatch.setattr(backends, "load_extension", lambda: (None, "the C++ extension was not built: no compiler."))
-    backends._unavailable.cache_clear()
+    backends._reasons.clear()
     try:
         with pytest.raises(RuntimeError, match=r"impl='cpu'.*no compiler.*pip install"):
             info_nce_loss(VIEWS, impl="cpu")
         assert torch.equal(info_nce_loss(VIEWS), info_nce_loss(VIEWS, impl="reference"))
     finally:
-        backends._unavailable.cache_clear()
+        backends._reasons.clear()
 
 
 def test_impl_cpu_refuses_tensors_elsewhere():
@@ -256,3 +256,14 @@ def test_arguments_are_left_as_they_were(impl):
     assert torch.equal(x, VIEWS)
     assert torch.equal(queue, randn(3, 8))
     assert torch.equal(labels, LABELS)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64, torch.bool, torch.float32])
+def test_labels_of_other_dtypes(impl, dtype):
+    with pytest.raises(TypeError, match="labels"):
+        info_nce_loss(torch.randn(2, 3, 4), labels=torch.ones(3).to(dtype), impl=impl)
+
+
+def test_sparse_labels(impl):
+    with pytest.raises(TypeError, match="labels"):
+        info_nce_loss(torch.randn(2, 3, 4), labels=torch.tensor([1, 0, 2]).to_sparse(), impl=impl)

@@ -146,3 +146,25 @@ def test_targets_never_receive_a_gradient(impl):
 
 def test_one_sample_is_enough(impl):
     compare(impl, randn(2, 1, 8), randn(2, 1, 8, seed=1))
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("num_views", [1, 2, 3])
+@pytest.mark.parametrize(("size", "dtype"), [(1e19, torch.float32), (1e30, torch.bfloat16), (1e-22, torch.float32)])
+def test_long_and_short_rows(impl, num_views, size, dtype):
+    """The product of two norms leaves the range of float32; the cosine does not."""
+    p, t = (randn(num_views, 6, 40, seed=seed).mul(size).to(dtype) for seed in (0, 1))
+    if num_views == 1:
+        p, t = p[0], t[0]
+    loss = byol_loss(p, t, eps=1e-30, reduction="none", impl=impl)
+    want = dense.byol_loss(p.double(), t.double(), eps=1e-30, reduction="none")
+    torch.testing.assert_close(loss.double(), want, rtol=torch.finfo(dtype).eps, atol=2e-6)
+
+
+def test_targets_made_under_inference_mode(impl):
+    p = randn(2, 5, 8).requires_grad_()
+    with torch.inference_mode():
+        t = randn(2, 5, 8, seed=1)
+    byol_loss(p, t, impl=impl).backward()
+    want = torch.autograd.grad(dense.byol_loss(p, t.clone()), p)[0]
+    torch.testing.assert_close(p.grad, want)

@@ -175,3 +175,23 @@ def test_nan_and_inf_reach_what_they_reach_in_the_dense_loss(impl, objective, fo
     assert not got[2].isfinite()
     finite = want[0].isfinite()
     assert_within("finite losses", got[0][finite], want[0][finite].double())
+
+
+@pytest.mark.parametrize("upstream", [1.0, 1e-4, 1e-10, 1e6])
+def test_similar_rows_under_a_small_upstream_gradient(impl, upstream):
+    """Near collapse at a low temperature the negatives' weights are tiny; a loss weight must not push them to zero."""
+    views = randn(1, 1, 32) + 0.02 * randn(2, 300, 32, seed=1)
+    _, grad, _ = run(info_nce_loss, views, 0.01, torch.tensor(upstream), impl=impl)
+    _, want, _ = run(dense.info_nce_loss, views.double(), 0.01, torch.tensor(upstream))
+    _, eager, _ = run(dense.info_nce_loss, views, 0.01, torch.tensor(upstream))
+    assert_within("grad", grad, want, eager)
+
+
+def test_rows_whose_squares_overflow(impl):
+    views = torch.zeros(2, 3, 4)
+    views[0, 0, 0] = 3e19
+    views[1, :, 0] = torch.tensor([1.0, -1.0, -2.0])
+    views[0, 1:, 1] = 1
+    got = info_nce_loss(views, normalize=False, reduction="none", impl=impl)
+    want = dense.info_nce_loss(views.double(), normalize=False, reduction="none")
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)

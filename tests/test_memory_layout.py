@@ -178,3 +178,20 @@ def test_memory_is_linear_in_the_rows(impl, form, monkeypatch):
     # them what does not grow: tiles of all threads, or some float64 temporaries of a chunk.
     allowed = rows * (8 * 4 * dim + 64 * 8) + 2**23
     assert 4 * rows * dim < peak_bytes(step) < allowed < 4 * rows * rows
+
+
+def test_same_bits_with_any_number_of_threads_on_one_wide_block(impl):
+    """A single tile must not be shared out by the matrix library either."""
+    if impl == "reference":
+        return  # whole rows go through torch's own product, whose order of summation is torch's affair
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            results.append(gradients(lambda x: info_nce_loss(x, impl=impl), randn(2, 16, 4096, dtype=torch.float64)))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for one, two in zip(results[0], other, strict=True):
+            assert torch.equal(one, two)

@@ -1,4 +1,5 @@
-// The op ema_update_.cpu: one call for any list of tensors, one pass over their memory, no temporaries.
+// The op ema_update_.cpu: one call for any list of tensors, one pass over their memory, no temporaries (but for pairs
+// in different memory layouts).
 #include "cpu/rows.h"
 
 namespace selfsup_kernels {
@@ -12,16 +13,10 @@ struct Span {
   int64_t count;
   uint32_t stream;
   uint64_t offset;  // of the first element in its tensor
-  EmaSpan update;   // null: copy the bytes
-  int64_t item;
+  EmaSpan update;
 };
 
 constexpr int64_t span_length = 1 << 15;
-
-void check_overlap_free(const Tensor& t) {
-  for (int64_t d = 0; d < t.dim(); ++d)
-    STD_TORCH_CHECK(t.size(d) <= 1 || t.stride(d) != 0, "ema_update_: expanded destination");
-}
 
 // Whether both lie in memory in the same order without holes, so that they can be read as vectors.
 bool same_dense_layout(const Tensor& a, const Tensor& b) {
@@ -41,38 +36,18 @@ bool same_dense_layout(const Tensor& a, const Tensor& b) {
   return true;
 }
 
-void add_strided(
-    std::vector<Span>& spans, Span first, const Tensor& t, const Tensor& s, int64_t t_item, int64_t s_item) {
-  // The innermost dimension in one span if both are packed there, else element by element.
-  const int64_t dims = t.dim();
-  const bool packed = t.stride(dims - 1) == 1 && s.stride(dims - 1) == 1;
-  const int64_t inner = packed ? t.size(dims - 1) : 1, outer = t.numel() / inner;
-  const int64_t walked = packed ? dims - 1 : dims;
-  std::vector<int64_t> index(dims, 0);
-  for (int64_t k = 0; k < outer; ++k) {
-    Span span = first;
-    int64_t at_target = 0, at_source = 0;
-    for (int64_t d = 0; d < walked; ++d) {
-      at_target += index[d] * t.stride(d);
-      at_source += index[d] * s.stride(d);
-    }
-    span.target += at_target * t_item;
-    span.source += at_source * s_item;
-    span.count = inner;
-    span.offset = static_cast<uint64_t>(k) * inner;
-    spans.push_back(span);
-    for (int64_t d = walked - 1; d >= 0 && ++index[d] == t.size(d); --d) index[d] = 0;
-  }
-}
-
 bool is_floating(ScalarType t) {
   return t == ScalarType::Float || t == ScalarType::Double || t == ScalarType::BFloat16 || t == ScalarType::Half;
 }
 
-void copy_any(const Tensor& target, const Tensor& source) {
-  Tensor to = target;
-  torch::stable::copy_(to, source);
+bool same_shape(const Tensor& a, const Tensor& b) {
+  if (a.dim() != b.dim()) return false;
+  for (int64_t d = 0; d < a.dim(); ++d)
+    if (a.size(d) != b.size(d)) return false;
+  return true;
 }
+
+void copy(Tensor to, const Tensor& from) { torch::stable::copy_(to, from); }
 
 }  // namespace
 
@@ -88,38 +63,34 @@ void ema_update_(
   const KernelTable& table = kernel_table();
 
   std::vector<Span> spans;
+  std::vector<Tensor> keep;                           // the sources, or their packed copies, until the work is done
+  std::vector<std::pair<Tensor, Tensor>> write_back;  // (target, its packed copy)
   for (size_t i = 0; i < targets.size(); ++i) {
-    const Tensor &t = targets[i], &s = sources[i];
-    STD_TORCH_CHECK(
-        t.is_cpu() && s.is_cpu() && t.numel() == s.numel() && t.dim() == s.dim(), "ema_update_: shapes differ");
+    Tensor t = targets[i], s = sources[i];
+    STD_TORCH_CHECK(t.is_cpu() && s.is_cpu() && same_shape(t, s), "ema_update_: expected CPU tensors of one shape");
     if (t.numel() == 0 || (t.data_ptr() == s.data_ptr() && t.scalar_type() == s.scalar_type())) continue;
     if (!is_floating(t.scalar_type()) || !is_floating(s.scalar_type())) {
-      copy_any(t, s);
+      copy(t, s);
       continue;
     }
-    check_overlap_free(t);
-    const Storage to = storage_of(t.scalar_type()), from = storage_of(s.scalar_type());
-    const int64_t t_item = item_size(to), s_item = item_size(from);
-    Span span{
-        static_cast<char*>(t.mutable_data_ptr()),
-        static_cast<const char*>(s.const_data_ptr()),
-        t.numel(),
-        static_cast<uint32_t>(i),
-        0,
-        table.ema[static_cast<int>(to)][static_cast<int>(from)],
-        t_item};
     if (!same_dense_layout(t, s)) {
-      add_strided(spans, span, t, s, t_item, s_item);
-      continue;
+      // Rare (channels_last against contiguous, a column of a matrix): through packed copies of the two.
+      s = torch::stable::contiguous(s);
+      if (!t.is_contiguous()) {
+        t = torch::stable::contiguous(t);
+        write_back.push_back({targets[i], t});
+      }
     }
-    for (int64_t k = 0; k < t.numel(); k += span_length) {
-      Span piece = span;
-      piece.target += k * t_item;
-      piece.source += k * s_item;
-      piece.count = std::min(span_length, t.numel() - k);
-      piece.offset = k;
-      spans.push_back(piece);
-    }
+    const Storage to = storage_of(t.scalar_type()), from = storage_of(s.scalar_type());
+    keep.push_back(s);
+    for (int64_t k = 0; k < t.numel(); k += span_length)
+      spans.push_back(
+          {static_cast<char*>(t.mutable_data_ptr()) + k * item_size(to),
+           static_cast<const char*>(s.const_data_ptr()) + k * item_size(from),
+           std::min(span_length, t.numel() - k),
+           static_cast<uint32_t>(i),
+           static_cast<uint64_t>(k),
+           table.ema[static_cast<int>(to)][static_cast<int>(from)]});
   }
 
   // Threads take runs of spans of about equal total length.
@@ -133,6 +104,7 @@ void ema_update_(
       span.update(span.target, span.source, span.count, weight, seed, span.stream, span.offset);
     }
   });
+  for (const auto& [target, values] : write_back) copy(target, values);
 }
 
 }  // namespace selfsup_kernels

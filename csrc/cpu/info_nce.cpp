@@ -103,7 +103,12 @@ double score_bound(const T* z, int64_t rows, const T* zq, int64_t queue, int64_t
   if (normalize) return scale;
   auto longest = [dim](const T* p, int64_t count) {
     std::vector<double> square(count);
-    parallel(count, 1024, [&](int64_t i) { square[i] = kernels<T>().dot(p + i * dim, p + i * dim, dim); });
+    parallel(count, 1024, [&](int64_t i) {
+      square[i] = kernels<T>().dot(p + i * dim, p + i * dim, dim);
+      if (std::isfinite(square[i])) return;
+      square[i] = 0;  // too long for T, or not finite at all
+      for (const T* x = p + i * dim; x < p + (i + 1) * dim; ++x) square[i] += static_cast<double>(*x) * *x;
+    });
     double top = 0;
     for (double s : square)
       if (std::isfinite(s)) top = std::max(top, s);
@@ -272,7 +277,15 @@ std::tuple<Tensor, Tensor> backward(
 
   std::vector<double> g(rows);
   const Upstream upstream(grad, reduction, count, batch);
-  for (int64_t i = 0; i < rows; ++i) g[i] = upstream.at(map.view(i), map.sample(i));
+  double largest = 0;
+  for (int64_t i = 0; i < rows; ++i) {
+    g[i] = upstream.at(map.view(i), map.sample(i));
+    if (std::isfinite(g[i])) largest = std::max(largest, std::abs(g[i]));
+  }
+  // A mean over many rows makes g small, and its products with small weights would leave T's range. Everything below
+  // runs on g times `boost`; the last step divides by it.
+  const double boost = largest > 0 ? 0x1p20 / largest : 1;
+  for (double& value : g) value *= boost;
 
   // In the order of the rows and the arithmetic type; this is the result itself where the user's rows are the same.
   Tensor dz_tensor = cpu_empty({count, batch, dim}, scalar_type<T>);
@@ -280,7 +293,8 @@ std::tuple<Tensor, Tensor> backward(
   parallel(rows, std::max<int64_t>(1, 16384 / dim), [&](int64_t i) { std::fill_n(dz + i * dim, dim, T(0)); });
 
   const double bound = score_bound(z, rows, zq, queued, dim, scale, normalize);
-  const double from_queue = Pairs<T>(layout, z, dim, zq, queued, scale, bound).gradient(data<double>(logw), g, dz);
+  const double from_queue =
+      1 / boost * Pairs<T>(layout, z, dim, zq, queued, scale, bound).gradient(data<double>(logw), g, dz);
   if (labels)
     label_gradient<T>(layout, z, dim, scale, label_objective(objective), data<double>(coef), g, dz);
   else
@@ -293,7 +307,7 @@ std::tuple<Tensor, Tensor> backward(
   std::vector<double> along(rows);
   parallel(rows, std::max<int64_t>(1, 16384 / dim), [&](int64_t i) {
     T r = normalize ? data<T>(rnorm)[i] : T(0);
-    along[i] = kernels<T>().finish_row(z + i * dim, dz + i * dim, dim, static_cast<T>(scale), r);
+    along[i] = kernels<T>().finish_row(z + i * dim, dz + i * dim, dim, static_cast<T>(scale / boost), r);
     if (in_place) return;
     int64_t row = map.view(i) * batch + map.sample(i);
     kernels<T>().narrow(dz + i * dim, dim, r < 0, to + row * dim * item_size(storage), storage);

@@ -1,6 +1,7 @@
 // How the rows of an InfoNCE problem are ordered, and which pairs of them are negatives of each other.
 #pragma once
 
+#include <limits>
 #include <tuple>
 
 #include "common/objectives.h"

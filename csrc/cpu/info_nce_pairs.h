@@ -37,7 +37,7 @@ class Pairs {
         dim_(dim),
         queue_(queue),
         scale_(static_cast<T>(scale)),
-        ref_(static_cast<T>(bound > Limits<T>::headroom ? bound - Limits<T>::headroom : 0)),
+        ref_(static_cast<T>(std::clamp(bound - Limits<T>::headroom, 0.0, double(std::numeric_limits<T>::max())))),
         blocks_(layout.blocks),
         queue_blocks_(cut(queue, 256)),
         z_(z, dim, blocks_),

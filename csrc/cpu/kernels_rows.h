@@ -35,16 +35,32 @@ inline double square_norm(const float* h, int64_t d) {
   return total;
 }
 
-// 1 / max(|h|, eps), negative where the floor was taken. NaN stays NaN.
-template <typename T>
-inline T reciprocal_norm(const T* h, int64_t d, double eps) {
-  double norm = __builtin_sqrt(square_norm(h, d));
-  return static_cast<T>(norm < eps ? -1.0 / eps : 1.0 / norm);
-}
-
 template <typename T>
 inline T magnitude(T x) {
   return x < 0 ? -x : x;
+}
+
+// 1 / max(|h|, eps), negative where the floor was taken; at most the type's largest number. NaN stays NaN.
+template <typename T>
+inline T reciprocal_norm(const T* h, int64_t d, double eps) {
+  constexpr double most = sizeof(T) == 8 ? 1.7976931348623157e308 : 3.4028234663852886e38;
+  double norm = __builtin_sqrt(square_norm(h, d));
+  double r = 1.0 / (norm < eps ? eps : norm);
+  r = r > most ? most : r;
+  return static_cast<T>(norm < eps ? -r : r);
+}
+
+// <ra a, rb b>, scaled before the products: those of long or very short rows would leave the type's range.
+template <typename T>
+inline T scaled_dot(const T* a, T ra, const T* b, T rb, int64_t d) {
+  constexpr int W = lanes<T>;
+  Vec<T> total[2] = {};
+  int64_t j = 0;
+  for (; j + 2 * W <= d; j += 2 * W)
+    for (int k = 0; k < 2; ++k) total[k] += (load<T>(a + j + k * W) * ra) * (load<T>(b + j + k * W) * rb);
+  for (; j + W <= d; j += W) total[0] += (load<T>(a + j) * ra) * (load<T>(b + j) * rb);
+  if (j < d) total[0] += (load_part<T>(a + j, d - j, 0) * ra) * (load_part<T>(b + j, d - j, 0) * rb);
+  return sum<T>(total[0] + total[1]);
 }
 
 template <typename T>
@@ -100,13 +116,14 @@ void byol_forward(
   if (views <= 2) {
     for (int64_t v = 0; v < views; ++v) {
       int64_t other = views - 1 - v;
-      cosines[v] = dot<T>(p[v], t[other], d) * magnitude(rp[v]) * magnitude(rt[other]);
+      cosines[v] = scaled_dot<T>(p[v], magnitude(rp[v]), t[other], magnitude(rt[other]), d);
     }
     return;
   }
   sum_targets<T>(t, rt, views, d, sum);
   for (int64_t v = 0; v < views; ++v)
-    cosines[v] = (dot<T>(p[v], sum, d) - dot<T>(p[v], t[v], d) * magnitude(rt[v])) * magnitude(rp[v]);
+    cosines[v] = scaled_dot<T>(p[v], magnitude(rp[v]), sum, T(1), d) -
+                 scaled_dot<T>(p[v], magnitude(rp[v]), t[v], magnitude(rt[v]), d);
 }
 
 template <typename T>

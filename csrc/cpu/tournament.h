@@ -52,7 +52,8 @@ void tournament(int64_t blocks, const Visit& visit) {
     played[i].store(before + 1, std::memory_order_release);
   };
 
-  const int64_t workers = std::min(threads(), std::max<int64_t>(games, 1));
+  // At least two, for the reason given at parallel_products; one too many finds no task and leaves.
+  const int64_t workers = std::max<int64_t>(std::min(threads(), games), 2);
   torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
     try {
       for (int64_t task; (task = next.fetch_add(1)) < tasks && !failed;) play(task, thread_index());
