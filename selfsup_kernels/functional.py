@@ -253,4 +253,7 @@ def ema_update_pairs_(targets, sources, names, momentum, stochastic_rounding, ge
     backends.op("ema_update_", impl)(targets, sources, momentum_tensor, momentum, seed)
     if impl != "reference" and not torch.compiler.is_compiling():
         # What autograd saved of a target is outdated now, and backward must notice. Eager operations count themselves.
-        torch.autograd.graph.increment_version([t for t in targets if not t.is_inference()])
+        try:
+            torch.autograd.graph.increment_version(targets)
+        except RuntimeError:  # inference tensors have no version; counting the others twice does no harm
+            torch.autograd.graph.increment_version([t for t in targets if not t.is_inference()])
