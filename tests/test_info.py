@@ -16,9 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def _forget():
-    for function in vars(backends).values():
-        if hasattr(function, "cache_clear"):
-            function.cache_clear()
+    backends.load_extension.cache_clear()
+    backends._reasons.clear()
 
 
 @pytest.fixture
