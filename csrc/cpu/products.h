@@ -1,9 +1,9 @@
 // Matrix products of tiles, through the libraries that torch brings.
 //
-// Two are used. `mm` is torch's BLAS. oneDNN, reached through the op behind a fused linear layer, was measured about twice
-// as fast in float32 on an AMD processor with AVX-512 (Zen 5, torch 2.13's wheel, tiles of 256 x 256 x 128: 206 against 105
-// GFLOP/s on one core). Other makers' processors were not measured and keep `mm`. The choice depends on the processor and
-// the shape alone, so results repeat.
+// Two are used. `mm` is torch's BLAS. oneDNN, reached through the op behind a fused linear layer, was measured about
+// twice as fast in float32 on an AMD processor with AVX-512 (Zen 5, torch 2.13's wheel, tiles of 256 x 256 x 128: 206
+// against 105 GFLOP/s on one core). Other makers' processors were not measured and keep `mm`. The choice depends on the
+// processor and the shape alone, so results repeat.
 #pragma once
 
 #include <cstdlib>
