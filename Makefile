@@ -56,8 +56,10 @@ demo: setup
 bench: setup
 	$(PY) -m pytest benchmarks --benchmark-columns=min,median,iqr,rounds --benchmark-group-by=group
 
+# The second run has the GPU kernels in Triton's interpreter, on the CPU.
 test: setup
-	$(PY) -m pytest tests --durations=10
+	$(PY) -m pytest tests --ignore=tests/gpu --durations=10
+	TRITON_INTERPRET=1 $(PY) -m pytest tests/gpu --durations=5
 
 lint: $(DEPENDENCIES)
 	$(PY) -m ruff check .

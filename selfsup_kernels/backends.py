@@ -3,6 +3,7 @@
 import functools
 import importlib
 import importlib.util
+import os
 
 import torch
 
@@ -46,7 +47,48 @@ def _find_reason(impl):
     if impl == "cpu":
         _, reason = load_extension()
         return None if reason is None else f"{reason} To mend it, run: {REBUILD}"
-    return f"impl={impl!r} is not part of this version. Use impl='auto', 'cpu' or 'reference'."
+    if impl == "triton":
+        return _no_triton()
+    return f"impl={impl!r} is not part of this version. Use impl='auto', 'triton', 'cpu' or 'reference'."
+
+
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MINIMUM_CAPABILITY = (8, 0)
+
+
+def _no_triton():
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed. Run: pip install 'triton>=3.6', or use impl='auto'."
+    if torch.version.cuda is None and not triton_is_interpreted():
+        return (
+            f"this PyTorch ({torch.__version__}) was built without CUDA. Install a CUDA build of PyTorch,"
+            " or use impl='auto'."
+        )
+    return None
+
+
+def triton_is_interpreted() -> bool:
+    """Whether Triton kernels run on the CPU, in Triton's interpreter (a tool for tests). Triton reads it at import."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+@functools.cache
+def _capability(index):
+    return torch.cuda.get_device_capability(index)
+
+
+@torch.compiler.assume_constant_result
+def _triton_refuses(device_type: str, index: int | None, dtype: torch.dtype, any_dtype: bool) -> str | None:
+    """None where the Triton kernels take such tensors, else why not. Constant while torch.compile traces."""
+    if not any_dtype and dtype not in TRITON_DTYPES:
+        return f"takes float32, bfloat16 or float16, got {str(dtype).removeprefix('torch.')}"
+    if triton_is_interpreted():
+        return None if device_type == "cpu" else "was set to be interpreted (TRITON_INTERPRET), which needs CPU tensors"
+    if device_type != "cuda":
+        return f"takes CUDA tensors, got a tensor on {device_type}"
+    if _capability(index) < MINIMUM_CAPABILITY:
+        return "needs a GPU of compute capability 8.0 (Ampere) or later, this one has {}.{}".format(*_capability(index))
+    return None
 
 
 # Asked once here, so that torch.compile, which cannot follow the loading of a library, only ever finds the answers.
@@ -54,22 +96,33 @@ for _impl in CHOICES[1:]:
     unavailable(_impl)
 
 
-def select(impl: str, tensor: torch.Tensor) -> str:
-    """The implementation that ``impl`` stands for on ``tensor``'s device.
+def select(impl: str, tensor: torch.Tensor, any_dtype: bool = False) -> str:
+    """The implementation that ``impl`` stands for on ``tensor``'s device, for its dtype.
+
+    ``any_dtype`` says that the op takes every floating dtype in every implementation.
 
     Raises:
         ValueError: ``impl`` is not one of :data:`CHOICES`.
         RuntimeError: this machine, or the tensor's device, cannot use it.
     """
+    device = tensor.device
     if impl == "auto":
-        return "cpu" if tensor.device.type == "cpu" and unavailable("cpu") is None else "reference"
+        if device.type == "cpu":
+            return "cpu" if unavailable("cpu") is None else "reference"
+        if device.type == "cuda" and unavailable("triton") is None:
+            return "reference" if _triton_refuses("cuda", device.index, tensor.dtype, any_dtype) else "triton"
+        return "reference"
     if impl not in CHOICES:
         raise ValueError(f"impl: expected one of {', '.join(CHOICES)}, got {impl!r}")
     reason = unavailable(impl)
     if reason is not None:
         raise RuntimeError(f"impl={impl!r} cannot be used here: {reason}")
-    if impl == "cpu" and tensor.device.type != "cpu":
-        raise RuntimeError(f"impl='cpu' takes CPU tensors, got a tensor on {tensor.device}; use impl='auto'")
+    if impl == "cpu" and device.type != "cpu":
+        raise RuntimeError(f"impl='cpu' takes CPU tensors, got a tensor on {device}; use impl='auto'")
+    if impl == "triton":
+        refusal = _triton_refuses(device.type, device.index, tensor.dtype, any_dtype)
+        if refusal is not None:
+            raise RuntimeError(f"impl='triton' {refusal}; use impl='auto'")
     return impl
 
 

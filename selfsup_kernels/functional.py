@@ -240,7 +240,7 @@ def ema_update_pairs_(targets, sources, names, momentum, stochastic_rounding, ge
     """:func:`ema_update_` of lists whose tensors have ``names`` for the messages; call it without grad mode."""
     momentum_tensor, momentum = check.momentum(momentum)
     targets, sources = lists.check_update(targets, sources, names)
-    impl = backends.select(impl, targets[0] if targets else torch.empty(0))
+    impl = backends.select(impl, targets[0] if targets else torch.empty(0), any_dtype=True)
     if not targets:
         return
     device = targets[0].device

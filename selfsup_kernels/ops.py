@@ -8,13 +8,15 @@ compiler: the C++ libraries only add implementations to what is defined here.
 The ops themselves are not differentiable; ``selfsup_kernels.autograd`` wraps them.
 """
 
+import importlib
+
 import torch
 
 from selfsup_kernels.objectives import OBJECTIVES
 
 NAMESPACE = "selfsup_kernels"
-IMPLS = ("reference", "cpu")
-"""Implementations that have ops. ``triton`` and ``cuda`` join this tuple when their kernels exist."""
+IMPLS = ("reference", "cpu", "triton")
+"""Implementations that have ops. ``cuda`` joins this tuple when its kernels exist."""
 
 SCHEMAS = {
     # loss is () or (V, B) by `reduction`. The other outputs are what the backward needs: z, the (normalised) rows in
@@ -151,6 +153,27 @@ def register_reference() -> None:
         _library.impl(f"{name}.reference", function, "CompositeExplicitAutograd")
 
 
+def register_triton() -> None:
+    """Register the Triton launchers. Their modules, and Triton itself, are imported by the first call of each."""
+
+    def launcher(module, function):
+        def call(*args):
+            return getattr(importlib.import_module(f"selfsup_kernels.triton.{module}"), function)(*args)
+
+        return call
+
+    for name, (module, function) in {
+        "info_nce_forward": ("info_nce", "forward"),
+        "info_nce_backward": ("info_nce", "backward"),
+        "byol_forward": ("byol", "forward"),
+        "byol_backward": ("byol", "backward"),
+        "ema_update_": ("ema", "update_"),
+    }.items():
+        # For CPU tensors too: the interpreter's. `backends.select` lets no others through.
+        _library.impl(f"{name}.triton", launcher(module, function), "CompositeExplicitAutograd")
+
+
 register_reference()
+register_triton()
 
 assert len(OBJECTIVES) == 6  # the numbers of the objectives are part of the ops' contract with the C++ sources
