@@ -30,8 +30,8 @@ SCHEMAS = {
     # grad_temperature is a 0-dim float64 tensor; 0 unless need_temperature.
     "info_nce_backward": (
         "(Tensor grad, Tensor z, Tensor rnorm, Tensor logw, Tensor coef, Tensor zq, Tensor order, Tensor? labels,"
-        " Tensor? temperature_tensor, float temperature, int num_views, int objective, int core_view, bool normalize,"
-        " int reduction, bool need_temperature, ScalarType dtype) -> (Tensor grad_views, Tensor grad_temperature)"
+        " Tensor? temperature_tensor, float temperature, int num_views, int batch, int dim, int objective, int core_view,"
+        " bool normalize, int reduction, bool need_temperature, ScalarType dtype) -> (Tensor grad_views, Tensor grad_temperature)"
     ),
     # stats is (3, V, B): 1/max(|p|, eps), 1/max(|t|, eps) (both negative where the floor was taken) and the sum of the
     # anchor's cosines.
@@ -96,6 +96,8 @@ def _info_nce_backward_fake(
     temperature_tensor,
     temperature,
     num_views,
+    batch,
+    dim,
     objective,
     core_view,
     normalize,
@@ -104,7 +106,7 @@ def _info_nce_backward_fake(
     dtype,
 ):
     return (
-        z.new_empty((num_views, z.shape[0] // num_views, z.shape[1]), dtype=dtype),
+        z.new_empty((num_views, batch, dim), dtype=dtype),
         z.new_empty((), dtype=torch.float64),
     )
 
@@ -127,6 +129,25 @@ def _ema_update_fake(targets, sources, momentum_tensor, momentum, seed):
     return None
 
 
+def _info_nce_forward_fake_triton(
+    views, labels, queue, temperature_tensor, temperature, objective, core_view, normalize, eps, reduction
+):
+    from selfsup_kernels.triton.layout import Layout
+
+    first = views[0]
+    layout = Layout(len(views), *first.shape, 0 if queue is None else queue.shape[0], labels is not None)
+    new = first.new_empty
+    return (
+        new((layout.user_views, layout.samples) if REDUCTIONS[reduction] == "none" else (), dtype=torch.float32),
+        new((layout.stored_rows, layout.stride)),
+        new((layout.rows,), dtype=torch.float32),
+        new((2, layout.columns, layout.rows), dtype=torch.float32),
+        new((3 if layout.labels else layout.views, layout.rows), dtype=torch.float32),
+        new((4,), dtype=torch.float32),
+        new((layout.samples + layout.batch if layout.labels else 0,), dtype=torch.int64),
+    )
+
+
 _FAKES = {
     "info_nce_forward": _info_nce_forward_fake,
     "info_nce_backward": _info_nce_backward_fake,
@@ -134,8 +155,10 @@ _FAKES = {
     "byol_backward": _byol_backward_fake,
     "ema_update_": _ema_update_fake,
 }
-for _name, _fake in _FAKES.items():
+_TRITON_FAKES = {"info_nce_forward": _info_nce_forward_fake_triton}
+for _name in _FAKES:
     for _impl in IMPLS:
+        _fake = _TRITON_FAKES.get(_name, _FAKES[_name]) if _impl == "triton" else _FAKES[_name]
         torch.library.register_fake(f"{NAMESPACE}::{_name}.{_impl}", _fake, lib=_library)
 
 

@@ -363,12 +363,16 @@ std::tuple<Tensor, Tensor> info_nce_backward(
     std::optional<Tensor> temperature_tensor,
     double temperature,
     int64_t num_views,
+    int64_t batch,
+    int64_t dim,
     int64_t objective,
     int64_t core_view,
     bool normalize,
     int64_t reduction,
     bool need_temperature,
     ScalarType dtype) {
+  (void)batch;  // z has these two sizes here
+  (void)dim;
   (void)need_temperature;  // it falls out of products that are needed anyway
   auto run = z.scalar_type() == ScalarType::Double ? backward<double> : backward<float>;
   return run(

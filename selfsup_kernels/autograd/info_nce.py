@@ -42,7 +42,7 @@ class InfoNCE(torch.autograd.Function):
         ctx.num_saved = len(saved)
         ctx.impl = impl
         ctx.stacked = stacked
-        ctx.num_views = len(matrices)
+        ctx.sizes = (len(matrices), *matrices[0].shape)
         ctx.dtype = matrices[0].dtype
         ctx.arguments = (temperature, objective, core_view, normalize, reduction)
         return loss
@@ -59,7 +59,7 @@ class InfoNCE(torch.autograd.Function):
             labels,
             temperature_tensor,
             temperature,
-            ctx.num_views,
+            *ctx.sizes,
             objective,
             core_view,
             normalize,

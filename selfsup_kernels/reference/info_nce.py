@@ -54,6 +54,8 @@ def backward(
     temperature_tensor,
     temperature,
     num_views,
+    batch,
+    dim,
     objective,
     core_view,
     normalize,
@@ -61,15 +63,15 @@ def backward(
     need_temperature,
     dtype,
 ):
-    rows, dim = z.shape
+    rows = num_views * batch
     name = OBJECTIVES[objective]
     with torch.autocast(z.device.type, enabled=False):
         scale = _scale(temperature_tensor, temperature, z.device)
-        g = grad.double().expand(num_views, rows // num_views).reshape(rows)
+        g = grad.double().expand(num_views, batch).reshape(rows)
         g = g / rows if reduction == 1 else g
         in_batch = torch.zeros_like(z)
         from_queue = torch.zeros_like(z)
-        view = torch.arange(rows, device=z.device) // (rows // num_views)
+        view = torch.arange(rows, device=z.device) // batch
         groups = None if labels is None else labels.repeat(num_views)
         for chunk in _chunks(rows, rows + len(zq)):
             scores = scale.to(z.dtype) * (z[chunk] @ z.T)
@@ -101,7 +103,7 @@ def backward(
             if dtype == torch.float16:  # dz / eps of a zero row is finite in float32 only
                 limit = torch.finfo(dtype).max
                 dz = torch.where((rnorm > 0)[:, None], dz, dz.clamp(-limit, limit))
-    return dz.to(dtype).view(num_views, rows // num_views, dim), grad_temperature
+    return dz.to(dtype).view(num_views, batch, dim), grad_temperature
 
 
 def _scale(temperature_tensor, temperature, device):

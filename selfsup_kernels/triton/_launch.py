@@ -6,6 +6,7 @@ import functools
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 INTERPRETED = triton.knobs.runtime.interpret
 """Kernels run in Triton's interpreter, on CPU tensors. Decided once, when the kernels are decorated."""
@@ -22,6 +23,10 @@ def launch(kernel, grid, *args, **options):
 def on_device_of(tensor):
     """A context in which ``tensor``'s device is the current one: Triton launches on that, and on its current stream."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def deterministic() -> bool:
+    return torch.are_deterministic_algorithms_enabled()
 
 
 @functools.cache
@@ -43,3 +48,22 @@ def arch_of(tensor) -> int:
 
 def processors_of(tensor) -> int:
     return multiprocessors(tensor.device.index) if tensor.is_cuda else 4
+
+
+def tile_sources(stored, config):
+    """The stored rows as the kernels take them for blocks of ``block_m`` and of ``block_n`` rows: two tensor
+    descriptors, or the tensor itself twice."""
+    if not config.descriptor:
+        return stored, stored
+    shapes = ([rows, config.block_k] for rows in (config.block_m, config.block_n))
+    return tuple(TensorDescriptor(stored, list(stored.shape), [stored.stride(0), 1], shape) for shape in shapes)
+
+
+def product_sources(left, right, config):
+    """As ``tile_sources``, for a product: blocks (block_m, block_k) of ``left`` and (block_k, block_n) of ``right``."""
+    if not config.descriptor:
+        return left, right
+    shapes = ([config.block_m, config.block_k], [config.block_k, config.block_n])
+    return tuple(
+        TensorDescriptor(t, list(t.shape), [t.stride(0), 1], s) for t, s in zip((left, right), shapes, strict=True)
+    )

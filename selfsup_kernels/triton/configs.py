@@ -1,0 +1,62 @@
+"""Tile shapes of the InfoNCE kernels by architecture, dtype and width, from ``configs.json``.
+
+The table is data: ``python -m selfsup_kernels tune`` measures candidates on a GPU and writes it, and
+SELFSUP_KERNELS_TRITON_CONFIGS names another file to be read in its place. Nothing is tuned inside a user's step.
+"""
+
+import functools
+import json
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+TABLE = Path(__file__).with_name("configs.json")
+ENVIRONMENT = "SELFSUP_KERNELS_TRITON_CONFIGS"
+
+ARCHITECTURES = (80, 89, 90, 100, 120)
+"""Those of the table. A device takes the entry of the last one that is not above it."""
+
+WIDTHS = (16, 32, 64, 128, 256)
+"""Rows of up to this many numbers have an entry of their own; "long" ones pass through shared memory in pieces."""
+
+
+class Config(NamedTuple):
+    """One kernel's launch: a tile of ``block_m`` by ``block_n`` pairs (``block_k`` numbers of a row at a time)."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    descriptor: bool = False
+    """Tiles are loaded through tensor descriptors, that is by TMA (compute capability 9.0 and later)."""
+    programs: int = 1
+    """Programs resident on one multiprocessor, where the grid is persistent."""
+
+    @property
+    def options(self):
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+def width_of(dim: int) -> str:
+    """The key of the table for rows of ``dim`` numbers."""
+    return str(next((w for w in WIDTHS if dim <= w), "long"))
+
+
+def lookup(kernel: str, architecture: int, dtype: torch.dtype, dim: int) -> Config | None:
+    """The configuration of ``kernel``, or None where it is not to be used for such rows."""
+    return _lookup(kernel, architecture, "float32" if dtype == torch.float32 else "half", width_of(dim))
+
+
+@functools.cache
+def _lookup(kernel, architecture, dtype, width):
+    known = max((a for a in ARCHITECTURES if a <= architecture), default=ARCHITECTURES[0])
+    entry = _table()[f"sm_{known}"][kernel][dtype].get(width)
+    return None if entry is None else Config(**entry)
+
+
+@functools.cache
+def _table():
+    return json.loads(Path(os.environ.get(ENVIRONMENT) or TABLE).read_text())

@@ -1,0 +1,148 @@
+"""The ops ``info_nce_forward.triton`` and ``info_nce_backward.triton``. ``selfsup_kernels/ops.py`` states what goes in
+and out; what is saved between them is private to this file.
+
+    forward:  load rows -> sums over negatives (quadratic) -> losses and weights
+    backward: sums of weighted rows (quadratic) -> positives, normalisation, the user's dtype and order
+"""
+
+import torch
+
+from selfsup_kernels.objectives import OBJECTIVES
+from selfsup_kernels.triton import _launch, configs
+from selfsup_kernels.triton.info_nce_classes import class_tables, sort_by_class
+from selfsup_kernels.triton.info_nce_gradient import gradient
+from selfsup_kernels.triton.info_nce_rows import finish_rows, load_rows
+from selfsup_kernels.triton.info_nce_sums import pair_sums
+from selfsup_kernels.triton.info_nce_tables import view_tables
+from selfsup_kernels.triton.layout import Layout
+
+
+def forward(views, labels, queue, temperature_tensor, temperature, objective, core_view, normalize, eps, reduction):
+    layout = Layout(len(views), *views[0].shape, 0 if queue is None else queue.shape[0], labels is not None)
+    if layout.stored_rows >= 2**31:
+        raise RuntimeError(f"impl='triton': expected fewer than 2^31 rows, got {layout.stored_rows}")
+    with _launch.on_device_of(views[0]):
+        if labels is None:
+            order = classes = ends = torch.empty(0, dtype=torch.int64, device=views[0].device)
+        else:
+            order, classes, ends = sort_by_class(labels, len(views))
+        stored, rnorm, sums, state = load_rows(
+            layout, views, queue, order, temperature_tensor, temperature, normalize, eps
+        )
+        precision = _precision(stored.dtype)
+        config = configs.lookup("sums", _launch.arch_of(stored), stored.dtype, layout.stride)
+        cross = OBJECTIVES[objective] == "cross_view"
+        pair_sums(
+            layout,
+            config,
+            stored,
+            sums,
+            state,
+            classes if layout.labels else None,
+            cross,
+            core_view,
+            normalize,
+            precision,
+        )
+        if layout.labels:
+            loss, weights, coef = class_tables(
+                layout, stored, sums, state, classes, ends, order, objective, normalize, precision
+            )
+            order = torch.cat([order, classes.to(torch.int64)])
+        else:
+            loss, weights, coef = view_tables(layout, stored, sums, state, objective, core_view, normalize, precision)
+        if reduction:
+            loss = loss.mean() if reduction == 1 else loss.sum()
+    return loss, stored, rnorm, weights, coef, state, order
+
+
+def backward(
+    grad,
+    z,
+    rnorm,
+    logw,
+    coef,
+    zq,
+    order,
+    labels,
+    temperature_tensor,
+    temperature,
+    num_views,
+    batch,
+    dim,
+    objective,
+    core_view,
+    normalize,
+    reduction,
+    need_temperature,
+    dtype,
+):
+    # The padding of the queue counts as part of it here: rows of zeros add nothing to a product.
+    layout = Layout(num_views, batch, dim, z.shape[0] - logw.shape[2], labels is not None)
+    classes = order[batch:].to(torch.int32) if layout.labels else None
+    factor = HALF_FACTOR if z.dtype == torch.float16 else 1.0
+    with _launch.on_device_of(z):
+        upstream, grad_scale = (None, grad) if reduction else _upstream(layout, grad, order)
+        cross = OBJECTIVES[objective] == "cross_view"
+        partial, splits = gradient(
+            layout,
+            z,
+            logw,
+            upstream,
+            zq,
+            classes,
+            coef,
+            objective,
+            cross,
+            core_view,
+            normalize,
+            factor,
+            _precision(z.dtype),
+        )
+        grad_views, parts = finish_rows(
+            layout,
+            partial,
+            splits,
+            z,
+            rnorm,
+            coef,
+            upstream,
+            grad_scale,
+            1 / (num_views * batch) if reduction == 1 else 1.0,
+            zq,
+            order,
+            normalize,
+            need_temperature,
+            factor,
+            dtype,
+        )
+        if need_temperature:
+            return grad_views, parts.sum()
+        return grad_views, torch.zeros((), dtype=torch.float64, device=z.device)
+
+
+HALF_FACTOR = 16384.0
+"""float16 holds G times this: a pair's gradient is at most 2 of the largest upstream gradient, so nothing overflows, and
+what is 4e-12 of it is not lost yet (bfloat16 has float32's range)."""
+
+
+def _upstream(layout, grad, order):
+    """One number per stored row, relative to the largest; and that, so that G has numbers of the size of probabilities
+    whatever the loss is scaled by."""
+    grad = grad.float()
+    largest = grad.abs().amax()
+    largest = torch.where(largest == 0, 1.0, largest)
+    grad = grad / largest
+    if layout.labels:
+        grad = grad[:, order[: layout.samples]].T
+    else:
+        grad = torch.nn.functional.pad(grad, (0, layout.padded - layout.samples))
+    return grad.reshape(-1).contiguous(), largest
+
+
+def _precision(dtype):
+    """What float32 products may lose, as PyTorch's own: nothing, or (at "high" and "medium") all beyond TF32. Three
+    TF32 products make one of float32's precision, faster than the units that have no matrices."""
+    if dtype != torch.float32:
+        return "ieee"  # products of 16-bit numbers are exact in float32 anyway
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"

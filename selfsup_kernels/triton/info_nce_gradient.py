@@ -1,0 +1,428 @@
+"""The backward's quadratic part: for every row i, the sum over its pairs of G_ij z_j.
+
+G_ij = exp(S_ij - r) (w_i + w_j): the pair's share in the losses of both its anchors. A program owns a block of rows,
+visits all columns, and makes the scores, G and the product with the columns' rows on the way: no atomics, and the same
+bits every time. Rows too long for the accumulator go in waves: a block of G into a workspace that fits in the L2
+cache, then a plain matrix product from there.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from selfsup_kernels.triton import _launch, configs
+from selfsup_kernels.triton._tiles import (
+    LOG2E,
+    STATE_SLOW,
+    classes_overlap,
+    load_tile,
+    score_reference,
+    tile_scores,
+)
+from selfsup_kernels.triton.info_nce_classes import class_gradient
+
+
+@triton.jit
+def pair_gradient(
+    s,
+    x_local,
+    y_local,
+    x_row,
+    y_row,
+    u,
+    v,
+    weights,
+    slow,
+    upstream,
+    classes,
+    coef,
+    is_slow,
+    scale,
+    reference,
+    rows,
+    BATCH,
+    limit,
+    VIEWS,
+    LABELS: tl.constexpr,
+    OBJECTIVE: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+    BLOCK_Y: tl.constexpr,
+    FACTOR: tl.constexpr,
+):
+    """G (BLOCK_X, BLOCK_Y) of rows of view u (x) and of view v (y; v == VIEWS: the queue), from inner products ``s``.
+
+    Columns past the end get the weight of a zero row; the rows there are zeros, so the product does not see them.
+    """
+    xs = x_local + tl.arange(0, BLOCK_X)
+    ys = y_local + tl.arange(0, BLOCK_Y)
+    x_at, y_at = x_row + tl.arange(0, BLOCK_X), y_row + tl.arange(0, BLOCK_Y)
+    x_in, y_in = xs < BATCH, (ys < limit) & (v != VIEWS)
+    if upstream is None:
+        x_scale = tl.where(x_in, FACTOR, 0.0)
+        y_scale = tl.where(y_in, FACTOR, 0.0)
+    else:
+        x_scale = FACTOR * tl.load(upstream + x_at, mask=x_in, other=0.0)
+        y_scale = FACTOR * tl.load(upstream + y_at, mask=y_in, other=0.0)
+    exponent = s * (scale * LOG2E) - reference * LOG2E
+    if is_slow:
+        x_slow = tl.load(slow + v * rows + x_at, mask=x_in, other=float("-inf"))
+        y_slow = tl.load(slow + u * rows + y_at, mask=y_in, other=float("-inf"))
+        g = tl.exp2(exponent + x_slow[:, None]) * x_scale[:, None]
+        g += tl.exp2(exponent + y_slow[None, :]) * y_scale[None, :]
+    else:
+        wx = x_scale * tl.load(weights + v * rows + x_at, mask=x_in, other=0.0)
+        wy = y_scale * tl.load(weights + u * rows + y_at, mask=y_in, other=0.0)
+        g = tl.exp2(exponent) * (wx[:, None] + wy[None, :])
+    if LABELS:
+        if v != VIEWS:
+            if classes_overlap(classes, x_local, y_local, BATCH, BLOCK_X, BLOCK_Y):
+                g = class_gradient(g, s * scale, xs, ys, x_scale, y_scale, classes, coef, rows, BATCH, OBJECTIVE)
+    else:
+        if (v != VIEWS) & (x_local < y_local + BLOCK_Y) & (y_local < x_local + BLOCK_X):
+            g = tl.where(xs[:, None] == ys[None, :], 0.0, g)
+    return g
+
+
+@triton.jit(do_not_specialize=["rows", "BATCH", "PADDED", "QUEUE", "VIEWS", "CORE", "SPLITS"])
+def gradient_kernel(
+    source_x,
+    source_y,
+    weights,
+    slow,
+    upstream,
+    state,
+    classes,
+    coef,
+    partial,
+    rows,
+    BATCH,
+    PADDED,
+    QUEUE,
+    VIEWS,
+    CORE,
+    SPLITS,
+    LABELS: tl.constexpr,
+    OBJECTIVE: tl.constexpr,
+    CROSS: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    STRIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+    FACTOR: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """partial[k, i, :] <- sum over part k of the columns of G_ij z_j; part SPLITS is the queue's.
+
+    Program (block of rows, part). Each part has the same share of the blocks of every view.
+    """
+    blocks_m = tl.cdiv(BATCH, BLOCK_M)
+    u = tl.program_id(0) // blocks_m
+    x_local = tl.program_id(0) % blocks_m * BLOCK_M
+    x_row = u * PADDED + x_local
+    part = tl.program_id(1)
+    scale, reference = score_reference(state, NORMALIZE)
+    is_slow = tl.load(state + STATE_SLOW) > 0
+    x = load_tile(source_x, x_row, 0, STRIDE, BLOCK_M, BLOCK_K, DESCRIPTOR)
+    total = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    from_queue = part == SPLITS
+    v_first, v_last = tl.where(from_queue, VIEWS, 0), tl.where(from_queue, VIEWS + 1, VIEWS)
+    limit = tl.where(from_queue, QUEUE, BATCH)
+    blocks = tl.cdiv(limit, BLOCK_N)
+    per = tl.where(from_queue, blocks, tl.cdiv(blocks, SPLITS))
+    first = tl.where(from_queue, 0, part * per)
+    last = tl.minimum(first + per, blocks)
+    for v in range(v_first, v_last):
+        meets = (CORE < 0) | (u == v) | (u == CORE) | (v == CORE) | from_queue
+        if CROSS:
+            meets = meets & (u != v)
+        if meets:
+            for block in range(first, last):
+                y_local = block * BLOCK_N
+                y_row = v * PADDED + y_local
+                y = load_tile(source_y, y_row, 0, STRIDE, BLOCK_N, BLOCK_K, DESCRIPTOR)
+                s = tl.dot(x, tl.trans(y), input_precision=PRECISION)
+                g = pair_gradient(
+                    s,
+                    x_local,
+                    y_local,
+                    x_row,
+                    y_row,
+                    u,
+                    v,
+                    weights,
+                    slow,
+                    upstream,
+                    classes,
+                    coef,
+                    is_slow,
+                    scale,
+                    reference,
+                    rows,
+                    BATCH,
+                    limit,
+                    VIEWS,
+                    LABELS,
+                    OBJECTIVE,
+                    BLOCK_M,
+                    BLOCK_N,
+                    FACTOR,
+                )
+                total = tl.dot(g.to(y.dtype), y, total, input_precision=PRECISION)
+    at = x_row + tl.arange(0, BLOCK_M)
+    k = tl.arange(0, BLOCK_K)
+    to = partial + (part.to(tl.int64) * rows + at)[:, None] * STRIDE + k[None, :]
+    inside = (x_local + tl.arange(0, BLOCK_M) < BATCH)[:, None] & (k < STRIDE)[None, :]
+    tl.store(to, total, mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows", "BATCH", "PADDED", "QUEUE", "VIEWS", "CORE", "x_first", "y_first", "u", "v"])
+def wave_kernel(
+    source_x,
+    source_y,
+    weights,
+    slow,
+    upstream,
+    state,
+    classes,
+    coef,
+    workspace,
+    rows,
+    BATCH,
+    PADDED,
+    QUEUE,
+    VIEWS,
+    u,
+    v,
+    x_first,
+    y_first,
+    LABELS: tl.constexpr,
+    OBJECTIVE: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    STRIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+    FACTOR: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """workspace[i, j] <- G of a wave: rows of view u from x_first on with rows of view v from y_first on."""
+    x_local = x_first + tl.program_id(1) * BLOCK_M
+    y_local = y_first + tl.program_id(0) * BLOCK_N
+    x_row, y_row = u * PADDED + x_local, v * PADDED + y_local
+    scale, reference = score_reference(state, NORMALIZE)
+    s = tile_scores(
+        source_x,
+        source_y,
+        None,
+        None,
+        x_row,
+        y_row,
+        STRIDE,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+        False,
+        DESCRIPTOR,
+        PRECISION,
+    )
+    g = pair_gradient(
+        s,
+        x_local,
+        y_local,
+        x_row,
+        y_row,
+        u,
+        v,
+        weights,
+        slow,
+        upstream,
+        classes,
+        coef,
+        tl.load(state + STATE_SLOW) > 0,
+        scale,
+        reference,
+        rows,
+        BATCH,
+        tl.where(v == VIEWS, QUEUE, BATCH),
+        VIEWS,
+        LABELS,
+        OBJECTIVE,
+        BLOCK_M,
+        BLOCK_N,
+        FACTOR,
+    )
+    i = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    j = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    tl.store(workspace + i[:, None] * WIDTH + j[None, :], g.to(workspace.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["x_row", "y_row", "x_count", "columns"])
+def product_kernel(
+    source_g,
+    source_y,
+    partial,
+    x_row,
+    y_row,
+    x_count,
+    columns,
+    FIRST: tl.constexpr,
+    STRIDE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """partial[x_row + i, d] (+)= sum over the wave's columns j of workspace[i, j] z[y_row + j, d]."""
+    i = tl.program_id(1) * BLOCK_M
+    d = tl.program_id(0) * BLOCK_N
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for j in range(0, columns, BLOCK_K):
+        g = load_tile(source_g, i, j, WIDTH, BLOCK_M, BLOCK_K, DESCRIPTOR)
+        y = load_tile(source_y, y_row + j, d, STRIDE, BLOCK_K, BLOCK_N, DESCRIPTOR)
+        total = tl.dot(g, y, total, input_precision=PRECISION)
+    at, k = i + tl.arange(0, BLOCK_M), d + tl.arange(0, BLOCK_N)
+    to = partial + (x_row + at).to(tl.int64)[:, None] * STRIDE + k[None, :]
+    mask = (at < x_count)[:, None] & (k < STRIDE)[None, :]
+    if not FIRST:
+        total += tl.load(to, mask=mask, other=0.0)
+    tl.store(to, total, mask=mask)
+
+
+WORKSPACE_BYTES = 16 << 20
+"""A block of G at a time: small beside the L2 cache of every supported data-centre GPU (40 MB and more)."""
+
+
+def gradient(
+    layout, stored, weights, upstream, state, classes, coef, objective, cross, core, normalize, factor, precision
+):
+    """(partial, parts of the batch in it): ``finish_rows`` adds them up. The queue's part, where there is one, is the
+    last."""
+    config = configs.lookup("gradient", _launch.arch_of(stored), stored.dtype, layout.stride)
+    constants = {"LABELS": layout.labels, "OBJECTIVE": objective, "NORMALIZE": normalize, "STRIDE": layout.stride}
+    constants |= {"FACTOR": factor, "PRECISION": precision}
+    tables = (*weights, upstream, state, classes, coef)
+    if config is None:
+        return _in_waves(layout, stored, tables, cross, core, constants), 1
+    blocks = triton.cdiv(layout.batch, config.block_m)
+    columns = triton.cdiv(layout.batch, config.block_n)
+    programs = config.programs * _launch.processors_of(stored)
+    # Few rows leave most of the machine idle: give each block's columns to several programs.
+    splits = max(1, min(columns, programs // (blocks * layout.views)))
+    partial = _partial(layout, splits, stored)
+    x, y = _launch.tile_sources(stored, config)
+    _launch.launch(
+        gradient_kernel,
+        (blocks * layout.views, splits + (layout.queue > 0)),
+        x,
+        y,
+        *tables,
+        partial,
+        layout.rows,
+        layout.batch,
+        layout.padded,
+        layout.queue,
+        layout.views,
+        core,
+        splits,
+        CROSS=cross,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        DESCRIPTOR=config.descriptor,
+        **constants,
+        **config.options,
+    )
+    return partial, splits
+
+
+def _partial(layout, splits, stored):
+    shape = (splits + (layout.queue > 0), layout.rows, layout.stride)
+    return torch.empty(shape, dtype=torch.float32, device=stored.device)
+
+
+def _in_waves(layout, stored, tables, cross, core, constants):
+    arch = _launch.arch_of(stored)
+    pairs = configs.lookup("wave", arch, stored.dtype, layout.stride)
+    product = configs.lookup("product", arch, stored.dtype, layout.stride)
+    padded = max(layout.padded, layout.queue_padded)
+    height, width = wave_shape(padded, layout.padded, stored.element_size())
+    partial = _partial(layout, 1, stored)
+    workspace = torch.empty((height, width), dtype=stored.dtype, device=stored.device)
+    x, y = _launch.tile_sources(stored, pairs)
+    product_sources = _launch.product_sources(workspace, stored, product)
+    for u, v in visits(layout, cross, core):
+        slot = int(v == layout.views)
+        limit = layout.queue if slot else layout.batch
+        for x_first in range(0, layout.batch, height):
+            x_count = min(height, layout.batch - x_first)
+            for y_first in range(0, limit, width):
+                y_count = min(width, limit - y_first)
+                _launch.launch(
+                    wave_kernel,
+                    (triton.cdiv(y_count, pairs.block_n), triton.cdiv(x_count, pairs.block_m)),
+                    x,
+                    y,
+                    *tables,
+                    workspace,
+                    layout.rows,
+                    layout.batch,
+                    layout.padded,
+                    layout.queue,
+                    layout.views,
+                    u,
+                    v,
+                    x_first,
+                    y_first,
+                    BLOCK_M=pairs.block_m,
+                    BLOCK_N=pairs.block_n,
+                    BLOCK_K=pairs.block_k,
+                    WIDTH=width,
+                    DESCRIPTOR=pairs.descriptor,
+                    **constants,
+                    **pairs.options,
+                )
+                first = y_first == 0 and (slot or v == next(w for t, w in visits(layout, cross, core) if t == u))
+                _launch.launch(
+                    product_kernel,
+                    (triton.cdiv(layout.stride, product.block_n), triton.cdiv(x_count, product.block_m)),
+                    *product_sources,
+                    partial[slot],
+                    u * layout.padded + x_first,
+                    v * layout.padded + y_first,
+                    x_count,
+                    y_count,
+                    FIRST=bool(first),
+                    STRIDE=layout.stride,
+                    WIDTH=width,
+                    BLOCK_M=product.block_m,
+                    BLOCK_N=product.block_n,
+                    BLOCK_K=product.block_k,
+                    DESCRIPTOR=product.descriptor,
+                    PRECISION=constants["PRECISION"],
+                    **product.options,
+                )
+    return partial
+
+
+def wave_shape(columns, rows, element_size):
+    """(rows, columns) of the workspace: as long as it may be, since each pass over its columns reads and writes the
+    accumulators of its rows once. Multiples of 256, the padding of the views."""
+    width = min(8192, columns)
+    height = min(rows, max(256, WORKSPACE_BYTES // (element_size * width) // 256 * 256))
+    return height, width
+
+
+def visits(layout, cross, core):
+    """The ordered pairs (u, v) of views that meet; v == views is the queue."""
+    for u in range(layout.views):
+        for v in range(layout.views):
+            if (core < 0 or u == v or core in (u, v)) and not (cross and u == v):
+                yield u, v
+        if layout.queue:
+            yield u, layout.views
