@@ -144,7 +144,7 @@ def _info_nce_forward_fake_triton(
         new((2, layout.columns, layout.rows), dtype=torch.float32),
         new((3 if layout.labels else layout.views, layout.rows), dtype=torch.float32),
         new((4,), dtype=torch.float32),
-        new((layout.samples + layout.batch if layout.labels else 0,), dtype=torch.int64),
+        new((layout.samples + 2 * layout.batch if layout.labels else 0,), dtype=torch.int64),
     )
 
 

@@ -25,13 +25,16 @@ def load_tile(
     ``source`` is a tensor descriptor (TMA) or a pointer. Rows need no mask: storage is padded with rows of zeros.
     """
     if DESCRIPTOR:
-        return source.load([row, column])
-    rows = (row + tl.arange(0, ROWS)).to(tl.int64)
-    columns = column + tl.arange(0, COLUMNS)
-    at = source + rows[:, None] * STRIDE + columns[None, :]
-    if STRIDE % COLUMNS == 0:
-        return tl.load(at)
-    return tl.load(at, mask=(columns < STRIDE)[None, :], other=0.0)
+        tile = source.load([row, column])
+    else:
+        rows = (row + tl.arange(0, ROWS)).to(tl.int64)
+        columns = column + tl.arange(0, COLUMNS)
+        at = source + rows[:, None] * STRIDE + columns[None, :]
+        if STRIDE % COLUMNS == 0:
+            tile = tl.load(at)
+        else:
+            tile = tl.load(at, mask=(columns < STRIDE)[None, :], other=0.0)
+    return tile
 
 
 @triton.jit
@@ -53,12 +56,13 @@ def tile_scores(
     """Inner products (BLOCK_X, BLOCK_Y) of two blocks of rows, in float32: of x and y where they are resident, that is
     as wide as the rows, else streamed in pieces of BLOCK_K."""
     if RESIDENT:
-        return tl.dot(x, tl.trans(y), input_precision=PRECISION)
-    products = tl.zeros((BLOCK_X, BLOCK_Y), tl.float32)
-    for k in range(0, STRIDE, BLOCK_K):
-        xk = load_tile(source_x, x_row, k, STRIDE, BLOCK_X, BLOCK_K, DESCRIPTOR)
-        yk = load_tile(source_y, y_row, k, STRIDE, BLOCK_Y, BLOCK_K, DESCRIPTOR)
-        products = tl.dot(xk, tl.trans(yk), products, input_precision=PRECISION)
+        products = tl.dot(x, tl.trans(y), input_precision=PRECISION)
+    else:
+        products = tl.zeros((BLOCK_X, BLOCK_Y), tl.float32)
+        for k in range(0, STRIDE, BLOCK_K):
+            xk = load_tile(source_x, x_row, k, STRIDE, BLOCK_X, BLOCK_K, DESCRIPTOR)
+            yk = load_tile(source_y, y_row, k, STRIDE, BLOCK_Y, BLOCK_K, DESCRIPTOR)
+            products = tl.dot(xk, tl.trans(yk), products, input_precision=PRECISION)
     return products
 
 

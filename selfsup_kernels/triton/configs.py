@@ -32,12 +32,18 @@ class Config(NamedTuple):
     num_stages: int
     descriptor: bool = False
     """Tiles are loaded through tensor descriptors, that is by TMA (compute capability 9.0 and later)."""
+    registers: int | None = None
+    """The most registers of a thread, where more programs shall be resident than the compiler would allow for."""
     programs: int = 1
     """Programs resident on one multiprocessor, where the grid is persistent."""
 
     @property
-    def options(self):
+    def uncapped(self):
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+    @property
+    def options(self):
+        return {**self.uncapped, "maxnreg": self.registers}
 
 
 def width_of(dim: int) -> str:

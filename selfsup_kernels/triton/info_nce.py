@@ -39,6 +39,7 @@ def forward(views, labels, queue, temperature_tensor, temperature, objective, co
             sums,
             state,
             classes if layout.labels else None,
+            ends if layout.labels else None,
             cross,
             core_view,
             normalize,
@@ -48,7 +49,7 @@ def forward(views, labels, queue, temperature_tensor, temperature, objective, co
             loss, weights, coef = class_tables(
                 layout, stored, sums, state, classes, ends, order, objective, normalize, precision
             )
-            order = torch.cat([order, classes.to(torch.int64)])
+            order = torch.cat([order, classes.to(torch.int64), ends.to(torch.int64)])
         else:
             loss, weights, coef = view_tables(layout, stored, sums, state, objective, core_view, normalize, precision)
         if reduction:
@@ -79,7 +80,7 @@ def backward(
 ):
     # The padding of the queue counts as part of it here: rows of zeros add nothing to a product.
     layout = Layout(num_views, batch, dim, z.shape[0] - logw.shape[2], labels is not None)
-    classes = order[batch:].to(torch.int32) if layout.labels else None
+    classes, ends = order[batch:].to(torch.int32).chunk(2) if layout.labels else (None, None)
     factor = HALF_FACTOR if z.dtype == torch.float16 else 1.0
     with _launch.on_device_of(z):
         upstream, grad_scale = (None, grad) if reduction else _upstream(layout, grad, order)
@@ -91,6 +92,7 @@ def backward(
             upstream,
             zq,
             classes,
+            ends,
             coef,
             objective,
             cross,

@@ -147,16 +147,16 @@ def class_gradient(
     s,
     x,
     y,
-    x_scale,
-    y_scale,
+    upstream,
     classes,
     coef,
     rows,
     BATCH,
     OBJECTIVE: tl.constexpr,
+    FACTOR: tl.constexpr,
 ):
     """``g`` with the pairs of one class in their place: zero for a row with itself, else both anchors' coefficients.
-    ``x``, ``y``: the tile's rows; ``x_scale``, ``y_scale``: the upstream gradient of each; ``s``: scores."""
+    ``x``, ``y``: the tile's rows; ``s``: scores."""
     x_in, y_in = x < BATCH, y < BATCH
     x_class = tl.load(classes + x, mask=x_in, other=-1)
     y_class = tl.load(classes + y, mask=y_in, other=-2)
@@ -175,7 +175,12 @@ def class_gradient(
         tl.load(coef + 2 * rows + y, mask=y_in, other=0.0)[None, :],
         OBJECTIVE,
     )
-    both = cx * x_scale[:, None] + cy * y_scale[None, :]
+    if upstream is None:
+        both = (cx + cy) * FACTOR
+    else:
+        x_scale = FACTOR * tl.load(upstream + x, mask=x_in, other=0.0)
+        y_scale = FACTOR * tl.load(upstream + y, mask=y_in, other=0.0)
+        both = cx * x_scale[:, None] + cy * y_scale[None, :]
     return tl.where(same, tl.where(x[:, None] == y[None, :], 0.0, both), g)
 
 

@@ -14,12 +14,23 @@ from selfsup_kernels.triton import _launch, configs
 from selfsup_kernels.triton._tiles import (
     LOG2E,
     STATE_SLOW,
-    classes_overlap,
     load_tile,
     score_reference,
     tile_scores,
 )
 from selfsup_kernels.triton.info_nce_classes import class_gradient
+
+
+@triton.jit
+def masked_blocks(classes, ends, x_local, BATCH, BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr, LABELS: tl.constexpr):
+    """Blocks [low, high) of a view hold columns that rows [x_local, x_local + BLOCK_X) must not take for negatives."""
+    if LABELS:
+        low = tl.load(classes + x_local)
+        high = tl.load(ends + tl.minimum(x_local + BLOCK_X, BATCH) - 1)
+    else:
+        low = x_local
+        high = x_local + BLOCK_X
+    return low // BLOCK_Y, tl.cdiv(high, BLOCK_Y)
 
 
 @triton.jit
@@ -36,13 +47,13 @@ def pair_gradient(
     upstream,
     classes,
     coef,
-    is_slow,
     scale,
     reference,
     rows,
     BATCH,
     limit,
     VIEWS,
+    MASKED: tl.constexpr,
     LABELS: tl.constexpr,
     OBJECTIVE: tl.constexpr,
     BLOCK_X: tl.constexpr,
@@ -51,39 +62,41 @@ def pair_gradient(
 ):
     """G (BLOCK_X, BLOCK_Y) of rows of view u (x) and of view v (y; v == VIEWS: the queue), from inner products ``s``.
 
-    Columns past the end get the weight of a zero row; the rows there are zeros, so the product does not see them.
+    With MASKED, pairs of one sample (of one class) are told apart, and weights of any size are right, at the price of
+    two exponentials. Columns past the end need no mask: the rows there are zeros, so the product does not see them.
     """
     xs = x_local + tl.arange(0, BLOCK_X)
     ys = y_local + tl.arange(0, BLOCK_Y)
     x_at, y_at = x_row + tl.arange(0, BLOCK_X), y_row + tl.arange(0, BLOCK_Y)
     x_in, y_in = xs < BATCH, (ys < limit) & (v != VIEWS)
-    if upstream is None:
-        x_scale = tl.where(x_in, FACTOR, 0.0)
-        y_scale = tl.where(y_in, FACTOR, 0.0)
-    else:
-        x_scale = FACTOR * tl.load(upstream + x_at, mask=x_in, other=0.0)
-        y_scale = FACTOR * tl.load(upstream + y_at, mask=y_in, other=0.0)
     exponent = s * (scale * LOG2E) - reference * LOG2E
-    if is_slow:
+    if MASKED:
         x_slow = tl.load(slow + v * rows + x_at, mask=x_in, other=float("-inf"))
         y_slow = tl.load(slow + u * rows + y_at, mask=y_in, other=float("-inf"))
-        g = tl.exp2(exponent + x_slow[:, None]) * x_scale[:, None]
-        g += tl.exp2(exponent + y_slow[None, :]) * y_scale[None, :]
+        gx = tl.exp2(exponent + x_slow[:, None])
+        gy = tl.exp2(exponent + y_slow[None, :])
+        if upstream is None:
+            g = (gx + gy) * FACTOR
+        else:
+            x_scale = FACTOR * tl.load(upstream + x_at, mask=x_in, other=0.0)
+            y_scale = FACTOR * tl.load(upstream + y_at, mask=y_in, other=0.0)
+            g = gx * x_scale[:, None] + gy * y_scale[None, :]
+        if LABELS:
+            if v != VIEWS:
+                g = class_gradient(g, s * scale, xs, ys, upstream, classes, coef, rows, BATCH, OBJECTIVE, FACTOR)
+        else:
+            g = tl.where((xs[:, None] == ys[None, :]) & (v != VIEWS), 0.0, g)
     else:
-        wx = x_scale * tl.load(weights + v * rows + x_at, mask=x_in, other=0.0)
-        wy = y_scale * tl.load(weights + u * rows + y_at, mask=y_in, other=0.0)
+        wx = FACTOR * tl.load(weights + v * rows + x_at, mask=x_in, other=0.0)
+        wy = FACTOR * tl.load(weights + u * rows + y_at, mask=y_in, other=0.0)
+        if upstream is not None:
+            wx *= tl.load(upstream + x_at, mask=x_in, other=0.0)
+            wy *= tl.load(upstream + y_at, mask=y_in, other=0.0)
         g = tl.exp2(exponent) * (wx[:, None] + wy[None, :])
-    if LABELS:
-        if v != VIEWS:
-            if classes_overlap(classes, x_local, y_local, BATCH, BLOCK_X, BLOCK_Y):
-                g = class_gradient(g, s * scale, xs, ys, x_scale, y_scale, classes, coef, rows, BATCH, OBJECTIVE)
-    else:
-        if (v != VIEWS) & (x_local < y_local + BLOCK_Y) & (y_local < x_local + BLOCK_X):
-            g = tl.where(xs[:, None] == ys[None, :], 0.0, g)
     return g
 
 
-@triton.jit(do_not_specialize=["rows", "BATCH", "PADDED", "QUEUE", "VIEWS", "CORE", "SPLITS"])
+@triton.jit(do_not_specialize=["rows", "BATCH", "PADDED", "QUEUE", "VIEWS", "CORE", "SHARES", "SLOT", "QUEUE_SLOT"])
 def gradient_kernel(
     source_x,
     source_y,
@@ -92,6 +105,7 @@ def gradient_kernel(
     upstream,
     state,
     classes,
+    ends,
     coef,
     partial,
     rows,
@@ -100,7 +114,10 @@ def gradient_kernel(
     QUEUE,
     VIEWS,
     CORE,
-    SPLITS,
+    SHARES,
+    SLOT,
+    QUEUE_SLOT,
+    PART: tl.constexpr,
     LABELS: tl.constexpr,
     OBJECTIVE: tl.constexpr,
     CROSS: tl.constexpr,
@@ -113,32 +130,46 @@ def gradient_kernel(
     FACTOR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """partial[k, i, :] <- sum over part k of the columns of G_ij z_j; part SPLITS is the queue's.
+    """partial[SLOT + k, i, :] <- sum over share k of the columns of G_ij z_j; share SHARES is the queue's.
 
-    Program (block of rows, part). Each part has the same share of the blocks of every view.
+    Program (block of rows, share). Each share has as many blocks of every view. PART: the blocks of which no pair is
+    left out ("clean"; none of them where weights are out of its range), the others ("masked"), or "all".
     """
     blocks_m = tl.cdiv(BATCH, BLOCK_M)
     u = tl.program_id(0) // blocks_m
     x_local = tl.program_id(0) % blocks_m * BLOCK_M
     x_row = u * PADDED + x_local
-    part = tl.program_id(1)
+    share = tl.program_id(1)
     scale, reference = score_reference(state, NORMALIZE)
     is_slow = tl.load(state + STATE_SLOW) > 0
+    low, high = masked_blocks(classes, ends, x_local, BATCH, BLOCK_M, BLOCK_N, LABELS)
     x = load_tile(source_x, x_row, 0, STRIDE, BLOCK_M, BLOCK_K, DESCRIPTOR)
     total = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-    from_queue = part == SPLITS
-    v_first, v_last = tl.where(from_queue, VIEWS, 0), tl.where(from_queue, VIEWS + 1, VIEWS)
+    from_queue = share == SHARES
     limit = tl.where(from_queue, QUEUE, BATCH)
     blocks = tl.cdiv(limit, BLOCK_N)
-    per = tl.where(from_queue, blocks, tl.cdiv(blocks, SPLITS))
-    first = tl.where(from_queue, 0, part * per)
+    per = tl.where(from_queue, blocks, tl.cdiv(blocks, SHARES))
+    first = tl.where(from_queue, 0, share * per)
     last = tl.minimum(first + per, blocks)
-    for v in range(v_first, v_last):
+    # Masked blocks of this share: [low, high), or all of them.
+    if PART == "all":
+        low, high = first, last
+    else:
+        low = tl.where(is_slow, first, tl.where(from_queue, last, tl.minimum(tl.maximum(low, first), last)))
+        high = tl.where(is_slow, last, tl.where(from_queue, last, tl.minimum(tl.maximum(high, low), last)))
+    if PART == "clean":
+        start, steps = first, last - first - (high - low)
+    else:
+        start, steps = low, high - low
+    for v in range(tl.where(from_queue, VIEWS, 0), tl.where(from_queue, VIEWS + 1, VIEWS)):
         meets = (CORE < 0) | (u == v) | (u == CORE) | (v == CORE) | from_queue
         if CROSS:
             meets = meets & (u != v)
         if meets:
-            for block in range(first, last):
+            for t in range(0, steps):
+                block = start + t
+                if PART == "clean":
+                    block = tl.where(block < low, block, block + high - low)
                 y_local = block * BLOCK_N
                 y_row = v * PADDED + y_local
                 y = load_tile(source_y, y_row, 0, STRIDE, BLOCK_N, BLOCK_K, DESCRIPTOR)
@@ -156,13 +187,13 @@ def gradient_kernel(
                     upstream,
                     classes,
                     coef,
-                    is_slow,
                     scale,
                     reference,
                     rows,
                     BATCH,
                     limit,
                     VIEWS,
+                    PART != "clean",
                     LABELS,
                     OBJECTIVE,
                     BLOCK_M,
@@ -172,7 +203,11 @@ def gradient_kernel(
                 total = tl.dot(g.to(y.dtype), y, total, input_precision=PRECISION)
     at = x_row + tl.arange(0, BLOCK_M)
     k = tl.arange(0, BLOCK_K)
-    to = partial + (part.to(tl.int64) * rows + at)[:, None] * STRIDE + k[None, :]
+    to = (
+        partial
+        + (tl.where(from_queue, QUEUE_SLOT, SLOT + share).to(tl.int64) * rows + at)[:, None] * STRIDE
+        + k[None, :]
+    )
     inside = (x_local + tl.arange(0, BLOCK_M) < BATCH)[:, None] & (k < STRIDE)[None, :]
     tl.store(to, total, mask=inside)
 
@@ -186,6 +221,7 @@ def wave_kernel(
     upstream,
     state,
     classes,
+    ends,
     coef,
     workspace,
     rows,
@@ -229,32 +265,64 @@ def wave_kernel(
         DESCRIPTOR,
         PRECISION,
     )
-    g = pair_gradient(
-        s,
-        x_local,
-        y_local,
-        x_row,
-        y_row,
-        u,
-        v,
-        weights,
-        slow,
-        upstream,
-        classes,
-        coef,
-        tl.load(state + STATE_SLOW) > 0,
-        scale,
-        reference,
-        rows,
-        BATCH,
-        tl.where(v == VIEWS, QUEUE, BATCH),
-        VIEWS,
-        LABELS,
-        OBJECTIVE,
-        BLOCK_M,
-        BLOCK_N,
-        FACTOR,
-    )
+    limit = tl.where(v == VIEWS, QUEUE, BATCH)
+    low, high = masked_blocks(classes, ends, x_local, BATCH, BLOCK_M, BLOCK_N, LABELS)
+    block = y_local // BLOCK_N
+    mixed = (v != VIEWS) & (block >= low) & (block < high)
+    if mixed | (tl.load(state + STATE_SLOW) > 0):
+        g = pair_gradient(
+            s,
+            x_local,
+            y_local,
+            x_row,
+            y_row,
+            u,
+            v,
+            weights,
+            slow,
+            upstream,
+            classes,
+            coef,
+            scale,
+            reference,
+            rows,
+            BATCH,
+            limit,
+            VIEWS,
+            True,
+            LABELS,
+            OBJECTIVE,
+            BLOCK_M,
+            BLOCK_N,
+            FACTOR,
+        )
+    else:
+        g = pair_gradient(
+            s,
+            x_local,
+            y_local,
+            x_row,
+            y_row,
+            u,
+            v,
+            weights,
+            slow,
+            upstream,
+            classes,
+            coef,
+            scale,
+            reference,
+            rows,
+            BATCH,
+            limit,
+            VIEWS,
+            False,
+            LABELS,
+            OBJECTIVE,
+            BLOCK_M,
+            BLOCK_N,
+            FACTOR,
+        )
     i = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     j = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     tl.store(workspace + i[:, None] * WIDTH + j[None, :], g.to(workspace.dtype.element_ty))
@@ -299,51 +367,63 @@ WORKSPACE_BYTES = 16 << 20
 
 
 def gradient(
-    layout, stored, weights, upstream, state, classes, coef, objective, cross, core, normalize, factor, precision
+    layout, stored, weights, upstream, state, classes, ends, coef, objective, cross, core, normalize, factor, precision
 ):
-    """(partial, parts of the batch in it): ``finish_rows`` adds them up. The queue's part, where there is one, is the
-    last."""
-    config = configs.lookup("gradient", _launch.arch_of(stored), stored.dtype, layout.stride)
+    """(partial sums, how many of them are of pairs in the batch): ``finish_rows`` adds them up. The others are the
+    queue's."""
+    arch = _launch.arch_of(stored)
+    config = configs.lookup("gradient", arch, stored.dtype, layout.stride)
     constants = {"LABELS": layout.labels, "OBJECTIVE": objective, "NORMALIZE": normalize, "STRIDE": layout.stride}
     constants |= {"FACTOR": factor, "PRECISION": precision}
-    tables = (*weights, upstream, state, classes, coef)
+    tables = (*weights, upstream, state, classes, ends, coef)
+    queue = int(layout.queue > 0)
     if config is None:
         return _in_waves(layout, stored, tables, cross, core, constants), 1
-    blocks = triton.cdiv(layout.batch, config.block_m)
-    columns = triton.cdiv(layout.batch, config.block_n)
     programs = config.programs * _launch.processors_of(stored)
+    blocks, columns = (layout.views * triton.cdiv(layout.batch, b) for b in (config.block_m, config.block_n))
     # Few rows leave most of the machine idle: give each block's columns to several programs.
-    splits = max(1, min(columns, programs // (blocks * layout.views)))
-    partial = _partial(layout, splits, stored)
-    x, y = _launch.tile_sources(stored, config)
-    _launch.launch(
-        gradient_kernel,
-        (blocks * layout.views, splits + (layout.queue > 0)),
-        x,
-        y,
-        *tables,
-        partial,
-        layout.rows,
-        layout.batch,
-        layout.padded,
-        layout.queue,
-        layout.views,
-        core,
-        splits,
-        CROSS=cross,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        DESCRIPTOR=config.descriptor,
-        **constants,
-        **config.options,
-    )
+    shares = max(1, min(columns // layout.views, programs // blocks))
+    # Few tiles are one launch, at the speed of masked ones; of many, those with masks are a small share.
+    if blocks * columns < 16 * programs:
+        parts = (("all", config, shares, 0, shares),)
+        splits = shares
+    else:
+        masked = configs.lookup("masked_gradient", arch, stored.dtype, layout.stride)
+        splits = shares + 1
+        parts = (("clean", config, shares, 0, splits), ("masked", masked, 1, shares, splits + 1))
+    partial = _partial(layout, splits, queue * len(parts), stored)
+    for part, config, shares, slot, queue_slot in parts:
+        x, y = _launch.tile_sources(stored, config)
+        _launch.launch(
+            gradient_kernel,
+            (triton.cdiv(layout.batch, config.block_m) * layout.views, shares + queue),
+            x,
+            y,
+            *tables,
+            partial,
+            layout.rows,
+            layout.batch,
+            layout.padded,
+            layout.queue,
+            layout.views,
+            core,
+            shares,
+            slot,
+            queue_slot,
+            PART=part,
+            CROSS=cross,
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            BLOCK_K=config.block_k,
+            DESCRIPTOR=config.descriptor,
+            **constants,
+            **(config.options if part == "clean" else config.uncapped),
+        )
     return partial, splits
 
 
-def _partial(layout, splits, stored):
-    shape = (splits + (layout.queue > 0), layout.rows, layout.stride)
-    return torch.empty(shape, dtype=torch.float32, device=stored.device)
+def _partial(layout, splits, queues, stored):
+    return torch.empty((splits + queues, layout.rows, layout.stride), dtype=torch.float32, device=stored.device)
 
 
 def _in_waves(layout, stored, tables, cross, core, constants):
@@ -352,7 +432,7 @@ def _in_waves(layout, stored, tables, cross, core, constants):
     product = configs.lookup("product", arch, stored.dtype, layout.stride)
     padded = max(layout.padded, layout.queue_padded)
     height, width = wave_shape(padded, layout.padded, stored.element_size())
-    partial = _partial(layout, 1, stored)
+    partial = _partial(layout, 1, int(layout.queue > 0), stored)
     workspace = torch.empty((height, width), dtype=stored.dtype, device=stored.device)
     x, y = _launch.tile_sources(stored, pairs)
     product_sources = _launch.product_sources(workspace, stored, product)

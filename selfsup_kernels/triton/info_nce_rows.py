@@ -102,7 +102,7 @@ def finish_rows_kernel(
     VIEWS: tl.constexpr,
     LABELS: tl.constexpr,
     SPLITS: tl.constexpr,
-    QUEUE: tl.constexpr,
+    QUEUES: tl.constexpr,
     NORMALIZE: tl.constexpr,
     NEED_SCALE: tl.constexpr,
     DIM: tl.constexpr,
@@ -115,7 +115,7 @@ def finish_rows_kernel(
     """out <- the gradient of the user's rows, in their order.
 
     The partial sums over pairs of different samples are added in order; the positives come from the rows themselves,
-    in float32. ``partial`` is (SPLITS [+ 1 of the queue], rows, STRIDE), FACTOR times too large.
+    in float32. ``partial`` is (SPLITS + QUEUES, rows, STRIDE), FACTOR times too large.
     """
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     d = tl.arange(0, BLOCK_D)
@@ -152,15 +152,15 @@ def finish_rows_kernel(
             )
             in_batch += (c + back)[:, None] * zv.to(tl.float32)
     total = in_batch
-    if QUEUE:
-        total += tl.load(partial + SPLITS * size + at, mask=mask, other=0.0) * (1.0 / FACTOR)
+    for k in tl.static_range(SPLITS, SPLITS + QUEUES):
+        total += tl.load(partial + k * size + at, mask=mask, other=0.0) * (1.0 / FACTOR)
 
     scale = tl.load(state + STATE_SCALE)
     weight = (constant * tl.load(grad_scale).to(tl.float64)).to(tl.float32)
     if NEED_SCALE:
         # A score of the batch has both its rows here, and each of them all of its gradient; one with the queue has one.
         inside = tl.sum(z.to(tl.float64) * in_batch.to(tl.float64), 1)
-        outside = tl.sum(z.to(tl.float64) * (total - in_batch).to(tl.float64), 1) if QUEUE else inside * 0.0
+        outside = tl.sum(z.to(tl.float64) * (total - in_batch).to(tl.float64), 1) if QUEUES > 0 else inside * 0.0
         wide = scale.to(tl.float64)
         part = -(wide * wide) * (0.5 * inside + outside) * weight.to(tl.float64)
         tl.store(scale_gradient + row, tl.where(valid, part, 0.0), mask=row < rows)
@@ -283,7 +283,7 @@ def finish_rows(
         VIEWS=layout.user_views,
         LABELS=layout.labels,
         SPLITS=splits,
-        QUEUE=layout.queue > 0,
+        QUEUES=partial.shape[0] - splits,
         NORMALIZE=normalize,
         NEED_SCALE=need,
         DIM=layout.dim,

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from selfsup_kernels.triton import _launch
-from selfsup_kernels.triton._tiles import LOG2E, classes_overlap, load_tile, score_reference, tile_scores
+from selfsup_kernels.triton._tiles import LOG2E, load_tile, score_reference, tile_scores
 
 
 @triton.jit
@@ -60,6 +60,105 @@ def _decode(item, blocks, VIEWS, CORE, QUEUE_BLOCKS, CHUNK, SYMMETRIC: tl.conste
     return u, v, y_block, chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, length)
 
 
+@triton.jit
+def _stream(
+    source_x,
+    source_y,
+    y,
+    sums,
+    classes,
+    scale2,
+    reference2,
+    u,
+    v,
+    y_block,
+    y_row,
+    start,
+    skip,
+    skipped,
+    steps,
+    limit,
+    count,
+    rows,
+    BATCH,
+    PADDED,
+    VIEWS,
+    MASKED: tl.constexpr,
+    LABELS: tl.constexpr,
+    PAIRED: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+    STRIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    RESIDENT: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Blocks of view v past the rows of y: offsets start, start + 1, ... on the circle, without the ``skipped`` ones
+    from ``skip`` on. Returns the column sums; the row sums go to memory.
+
+    Without MASKED no pair of a tile may be left out, save for rows past the end: nearly all tiles are such, and their
+    loop has no registers to spare for masks.
+    """
+    STEPS: tl.constexpr = BLOCK_N // BLOCK_M
+    if PAIRED:
+        column_sums = tl.zeros((BLOCK_M // 16, 8, BLOCK_N), tl.float32)
+    else:
+        column_sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for t in range(0, steps * STEPS):
+        offset = start + t // STEPS
+        if MASKED:
+            offset = tl.where(offset < skip, offset, offset + skipped)
+        x_block = y_block + offset
+        x_block = tl.where(v == VIEWS, offset, tl.where(x_block >= count, x_block - count, x_block))
+        x_local = x_block * BLOCK_N + t % STEPS * BLOCK_M
+        x_row = v * PADDED + x_local
+        x = load_tile(source_x, x_row, 0, STRIDE, BLOCK_M, BLOCK_K, DESCRIPTOR) if RESIDENT else None
+        s = tile_scores(
+            source_x,
+            source_y,
+            x,
+            y,
+            x_row,
+            y_row,
+            STRIDE,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+            RESIDENT,
+            DESCRIPTOR,
+            PRECISION,
+        )
+        e = tl.exp2(s * scale2 - reference2)
+        xs = x_local + tl.arange(0, BLOCK_M)
+        if x_local + BLOCK_M > limit:
+            e = tl.where((xs < limit)[:, None], e, 0.0)
+        if MASKED:
+            ys = y_block * BLOCK_N + tl.arange(0, BLOCK_N)
+            if LABELS:
+                x_class = tl.load(classes + xs, mask=xs < BATCH, other=-1)
+                y_class = tl.load(classes + ys, mask=ys < BATCH, other=-2)
+                keep = x_class[:, None] != y_class[None, :]
+            else:
+                keep = xs[:, None] != ys[None, :]
+            e = tl.where(keep | (v == VIEWS), e, 0.0)
+        # What a thread can add by itself; across threads once an item.
+        if PAIRED:
+            column_sums += tl.sum(tl.reshape(e, (BLOCK_M // 16, 2, 8, BLOCK_N)), 1)
+        else:
+            column_sums += e
+        if SYMMETRIC:
+            # On the diagonal the tile holds each pair twice, and the column sums have them all.
+            if (v != VIEWS) & ((v != u) | (x_block != y_block)):
+                if MASKED:
+                    e = tl.where((ys < BATCH)[None, :], e, 0.0)
+                tl.atomic_add(sums + u * rows + x_row + tl.arange(0, BLOCK_M), tl.sum(e, 1), mask=xs < BATCH)
+    if PAIRED:
+        column_sums = tl.sum(column_sums, 1)
+    return tl.sum(column_sums, 0)
+
+
 @triton.jit(do_not_specialize=["rows", "BATCH", "PADDED", "QUEUE", "VIEWS", "CORE", "CHUNK", "items"])
 def sums_kernel(
     source_x,
@@ -67,6 +166,7 @@ def sums_kernel(
     sums,
     state,
     classes,
+    ends,
     rows,
     BATCH,
     PADDED,
@@ -75,7 +175,9 @@ def sums_kernel(
     CORE,
     CHUNK,
     items,
+    PART: tl.constexpr,
     LABELS: tl.constexpr,
+    PAIRED: tl.constexpr,
     SYMMETRIC: tl.constexpr,
     CROSS: tl.constexpr,
     NORMALIZE: tl.constexpr,
@@ -89,9 +191,10 @@ def sums_kernel(
 ):
     """sums[c, i] += sum of exp(S_ij - r) over the negatives j of row i in view c (the queue is the last column).
 
-    Rows of one view follow each other, PADDED apart from those of the next; the rows of the queue come last.
+    PART: the tiles of which no pair is left out ("clean"), the others ("masked"), or "all" of them, as masked ones.
+    Rows of one view follow each other, PADDED apart from those of the next; the rows of the queue come last. PAIRED
+    says that a thread holds rows r and r + 8 of a tile's product (mma and wgmma; tcgen05 gives it one row).
     """
-    STEPS: tl.constexpr = BLOCK_N // BLOCK_M
     blocks = tl.cdiv(BATCH, BLOCK_N)
     queue_blocks = tl.cdiv(QUEUE, BLOCK_N)
     scale, reference = score_reference(state, NORMALIZE)
@@ -102,22 +205,54 @@ def sums_kernel(
         y_row = u * PADDED + y_local
         limit = tl.where(v == VIEWS, QUEUE, BATCH)
         count = tl.where(v == VIEWS, queue_blocks, blocks)
-        ys = y_local + tl.arange(0, BLOCK_N)
-        y = load_tile(source_y, y_row, 0, STRIDE, BLOCK_N, BLOCK_K, DESCRIPTOR) if RESIDENT else None
-        column_sums = tl.zeros((BLOCK_N,), tl.float32)
-        for t in range(first * STEPS, last * STEPS):
-            x_block = y_block + t // STEPS
-            x_block = tl.where(v == VIEWS, t // STEPS, tl.where(x_block >= count, x_block - count, x_block))
-            x_local = x_block * BLOCK_N + t % STEPS * BLOCK_M
-            x_row = v * PADDED + x_local
-            x = load_tile(source_x, x_row, 0, STRIDE, BLOCK_M, BLOCK_K, DESCRIPTOR) if RESIDENT else None
-            s = tile_scores(
+        # Offsets [clean, dirty) of the circle hold no pair that is to be left out.
+        if v == VIEWS:
+            clean, dirty = first, last
+        else:
+            if LABELS:
+                clean = tl.cdiv(tl.load(ends + tl.minimum(y_local + BLOCK_N, BATCH) - 1), BLOCK_N) - y_block
+                dirty = blocks + tl.load(classes + y_local) // BLOCK_N - y_block
+            else:
+                clean, dirty = 1, blocks
+            if SYMMETRIC & (y_local + BLOCK_N > BATCH):
+                clean = last  # row sums must not have columns past the end
+        clean = tl.minimum(tl.maximum(clean, first), last)
+        dirty = tl.minimum(tl.maximum(dirty, clean), last)
+        skipped = dirty - clean
+        if PART == "clean":
+            start, steps = clean, skipped
+        elif PART == "masked":
+            start, steps = first, last - first - skipped
+        else:
+            start, steps, skipped = first, last - first, 0
+        if steps > 0:
+            y = load_tile(source_y, y_row, 0, STRIDE, BLOCK_N, BLOCK_K, DESCRIPTOR) if RESIDENT else None
+            column_sums = _stream(
                 source_x,
                 source_y,
-                x,
                 y,
-                x_row,
+                sums,
+                classes,
+                scale2,
+                reference2,
+                u,
+                v,
+                y_block,
                 y_row,
+                start,
+                clean,
+                skipped,
+                steps,
+                limit,
+                count,
+                rows,
+                BATCH,
+                PADDED,
+                VIEWS,
+                PART != "clean",
+                LABELS,
+                PAIRED,
+                SYMMETRIC,
                 STRIDE,
                 BLOCK_M,
                 BLOCK_N,
@@ -126,81 +261,59 @@ def sums_kernel(
                 DESCRIPTOR,
                 PRECISION,
             )
-            e = tl.exp2(s * scale2 - reference2)
-            xs = x_local + tl.arange(0, BLOCK_M)
-            if LABELS:
-                mixed = v != VIEWS
-                if mixed:
-                    mixed = classes_overlap(classes, x_local, y_local, BATCH, BLOCK_M, BLOCK_N)
-            else:
-                mixed = (x_block == y_block) & (v != VIEWS)
-            if mixed | (x_local + BLOCK_M > limit):
-                keep = (xs < limit)[:, None]
-                if LABELS:
-                    if mixed:
-                        x_class = tl.load(classes + xs, mask=xs < BATCH, other=-1)
-                        y_class = tl.load(classes + ys, mask=ys < BATCH, other=-2)
-                        keep = keep & (x_class[:, None] != y_class[None, :])
-                else:
-                    keep = keep & ((xs[:, None] != ys[None, :]) | (v == VIEWS))
-                e = tl.where(keep, e, 0.0)
-            column_sums += tl.sum(e, 0)
-            if SYMMETRIC:
-                # On the diagonal the tile holds each pair twice, and the column sums have them all.
-                if (v != u) | (x_block != y_block):
-                    if v != VIEWS:
-                        if y_local + BLOCK_N > BATCH:
-                            e = tl.where((ys < BATCH)[None, :], e, 0.0)
-                        tl.atomic_add(sums + u * rows + x_row + tl.arange(0, BLOCK_M), tl.sum(e, 1), mask=xs < BATCH)
-        tl.atomic_add(sums + v * rows + y_row + tl.arange(0, BLOCK_N), column_sums, mask=ys < BATCH)
+            ys = y_local + tl.arange(0, BLOCK_N)
+            tl.atomic_add(sums + v * rows + y_row + tl.arange(0, BLOCK_N), column_sums, mask=ys < BATCH)
 
 
-def pair_sums(layout, config, stored, sums, state, classes, objective_is_cross, core, normalize, precision):
+def pair_sums(layout, config, stored, sums, state, classes, ends, cross, core, normalize, precision):
     symmetric = not _launch.deterministic()
-    processors = _launch.processors_of(stored)
-    programs = processors * config.programs
+    programs = _launch.processors_of(stored) * config.programs
     n = triton.cdiv(layout.batch, config.block_n)
     q = triton.cdiv(layout.queue, config.block_n)
-    if symmetric:
-        pairs = layout.views * (layout.views - 1) // 2 if core < 0 else layout.views - 1
-        own = 0 if objective_is_cross else layout.views
-        tiles = n * (own * (n // 2 + 1) + pairs * n + layout.views * q)
-        # Long enough to load a block of rows once for many tiles, short enough for eight rounds of work a program.
-        chunk = max(1, min(64, tiles // (8 * programs)))
-        items = n * (
-            own * triton.cdiv(n // 2 + 1, chunk) + pairs * triton.cdiv(n, chunk) + layout.views * triton.cdiv(q, chunk)
-        )
-    else:
-        chunk = max(n, q)
-        items = n * layout.views * (layout.views + (q > 0))
-    resident = config.block_k >= layout.stride
+    pairs = layout.views * (layout.views - 1) // 2 if core < 0 else layout.views - 1
+    own = 0 if cross else layout.views
+    tiles = n * (own * (n // 2 + 1) + pairs * n + layout.views * q)
+    # Long enough to load a block of rows once for many tiles, short enough for eight rounds of work a program.
+    chunk = max(1, min(64, tiles // (8 * programs)))
+    # Few tiles are one launch, at the speed of masked ones; of many, those with masks are a small share.
+    parts = {"clean": chunk, "masked": min(chunk, 4)} if symmetric and tiles >= 16 * programs else {"all": chunk}
     x, y = _launch.tile_sources(stored, config)
-    _launch.launch(
-        sums_kernel,
-        (min(items, programs),),
-        x,
-        y,
-        sums,
-        state,
-        classes,
-        layout.rows,
-        layout.batch,
-        layout.padded,
-        layout.queue,
-        layout.views,
-        core,
-        chunk,
-        items,
-        LABELS=layout.labels,
-        SYMMETRIC=symmetric,
-        CROSS=objective_is_cross,
-        NORMALIZE=normalize,
-        STRIDE=layout.stride,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        RESIDENT=resident,
-        DESCRIPTOR=config.descriptor,
-        PRECISION=precision,
-        **config.options,
-    )
+    for part, chunk in parts.items():
+        if symmetric:
+            rounds = (own * triton.cdiv(n // 2 + 1, chunk), pairs * triton.cdiv(n, chunk))
+            items = n * (sum(rounds) + layout.views * triton.cdiv(q, chunk))
+        else:
+            chunk = max(n, q)
+            items = n * layout.views * (layout.views + (q > 0))
+        _launch.launch(
+            sums_kernel,
+            (min(items, programs),),
+            x,
+            y,
+            sums,
+            state,
+            classes,
+            ends,
+            layout.rows,
+            layout.batch,
+            layout.padded,
+            layout.queue,
+            layout.views,
+            core,
+            chunk,
+            items,
+            PART=part,
+            LABELS=layout.labels,
+            PAIRED=_launch.arch_of(stored) // 10 != 10,
+            SYMMETRIC=symmetric,
+            CROSS=cross,
+            NORMALIZE=normalize,
+            STRIDE=layout.stride,
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            BLOCK_K=config.block_k,
+            RESIDENT=config.block_k >= layout.stride,
+            DESCRIPTOR=config.descriptor,
+            PRECISION=precision,
+            **(config.options if part == "clean" else config.uncapped),
+        )
