@@ -51,15 +51,25 @@ def width_of(dim: int) -> str:
     return str(next((w for w in WIDTHS if dim <= w), "long"))
 
 
+def precision_of(dtype: torch.dtype) -> str:
+    """What float32 products may lose, as PyTorch's own: nothing, or (at "high" and "medium") all beyond TF32. Three
+    TF32 products make one of float32's precision, faster than the units that have no matrices."""
+    if dtype != torch.float32:
+        return "ieee"  # products of 16-bit numbers are exact in float32 anyway
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
 def lookup(kernel: str, architecture: int, dtype: torch.dtype, dim: int) -> Config | None:
-    """The configuration of ``kernel``, or None where it is not to be used for such rows."""
-    return _lookup(kernel, architecture, "float32" if dtype == torch.float32 else "half", width_of(dim))
+    """The configuration of ``kernel``, or None where it is not to be used for such rows. The table's second key is
+    "half" for both 16-bit types, else what ``precision_of`` says."""
+    precision = precision_of(dtype)
+    return _lookup(kernel, architecture, "half" if precision == "ieee" else precision, width_of(dim))
 
 
 @functools.cache
-def _lookup(kernel, architecture, dtype, width):
+def _lookup(kernel, architecture, kind, width):
     known = max((a for a in ARCHITECTURES if a <= architecture), default=ARCHITECTURES[0])
-    entry = _table()[f"sm_{known}"][kernel][dtype].get(width)
+    entry = _table()[f"sm_{known}"][kernel][kind].get(width)
     return None if entry is None else Config(**entry)
 
 

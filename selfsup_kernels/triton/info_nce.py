@@ -29,7 +29,7 @@ def forward(views, labels, queue, temperature_tensor, temperature, objective, co
         stored, rnorm, sums, state = load_rows(
             layout, views, queue, order, temperature_tensor, temperature, normalize, eps
         )
-        precision = _precision(stored.dtype)
+        precision = configs.precision_of(stored.dtype)
         config = configs.lookup("sums", _launch.arch_of(stored), stored.dtype, layout.stride)
         cross = OBJECTIVES[objective] == "cross_view"
         pair_sums(
@@ -99,7 +99,7 @@ def backward(
             core_view,
             normalize,
             factor,
-            _precision(z.dtype),
+            configs.precision_of(z.dtype),
         )
         grad_views, parts = finish_rows(
             layout,
@@ -140,11 +140,3 @@ def _upstream(layout, grad, order):
     else:
         grad = torch.nn.functional.pad(grad, (0, layout.padded - layout.samples))
     return grad.reshape(-1).contiguous(), largest
-
-
-def _precision(dtype):
-    """What float32 products may lose, as PyTorch's own: nothing, or (at "high" and "medium") all beyond TF32. Three
-    TF32 products make one of float32's precision, faster than the units that have no matrices."""
-    if dtype != torch.float32:
-        return "ieee"  # products of 16-bit numbers are exact in float32 anyway
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from selfsup_kernels.triton import _launch
 from selfsup_kernels.triton._tiles import LOG2E, finite_or_zero, log_add, log_ratio, score_reference, sigmoid
-from selfsup_kernels.triton.info_nce_tables import TABLE_BLOCK, block_scores, negatives, store_weights
+from selfsup_kernels.triton.info_nce_tables import TABLE_BLOCK, block_scores, negatives, store_weights, table_width
 from selfsup_kernels.triton.objectives import DECOUPLED, PER_POSITIVE, SUPCON_IN, SUPCON_OUT
 
 
@@ -224,8 +224,8 @@ def class_tables(layout, stored, sums, state, classes, ends, order, objective, n
         DIM=layout.dim,
         STRIDE=layout.stride,
         BLOCK=TABLE_BLOCK,
-        BLOCK_K=min(64, max(16, triton.next_power_of_2(layout.stride))),
+        BLOCK_K=table_width(layout, stored.dtype),
         PRECISION=precision,
-        num_warps=4,
+        num_warps=8,
     )
     return loss, weights, coef

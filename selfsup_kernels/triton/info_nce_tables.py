@@ -262,12 +262,17 @@ def view_tables(layout, stored, sums, state, objective, core, normalize, precisi
         DIM=layout.dim,
         STRIDE=layout.stride,
         BLOCK=TABLE_BLOCK,
-        BLOCK_K=min(64, max(16, triton.next_power_of_2(layout.stride))),
+        BLOCK_K=table_width(layout, stored.dtype),
         PRECISION=precision,
-        num_warps=4,
+        num_warps=8,
     )
     return loss, weights, coef
 
 
 TABLE_BLOCK = 32
 """Anchors of a program. Small: a batch of a few hundred samples should still use many multiprocessors."""
+
+
+def table_width(layout, dtype):
+    """Numbers of a row at a time: fewer in float32, whose exact products need more registers."""
+    return min(32 if dtype == torch.float32 else 64, max(16, triton.next_power_of_2(layout.stride)))
