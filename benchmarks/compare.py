@@ -9,56 +9,28 @@ tables. The matrix-product rate that fractions refer to is measured in the same 
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 import time
 from functools import partial
 from pathlib import Path
 
+import timing
 import torch
 import workloads as w
+from timing import interleave
 
-import selfsup_kernels as sk
 from selfsup_kernels import backends
-
-
-def device_name():
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def header():
     extension, reason = backends.load_extension()
     return {
-        "device": device_name(),
+        "device": timing.processor_name(),
         "threads": torch.get_num_threads(),
         "cpu_capability": extension.cpu_capability() if extension else reason,
-        "torch": torch.__version__,
-        "selfsup_kernels": sk.__version__,
-        "python": platform.python_version(),
-        "date": time.strftime("%Y-%m-%d"),
+        **timing.versions(),
     }
-
-
-def interleave(functions, rounds):
-    """Median, 20th and 80th percentile in ms of each of ``functions`` (name -> callable), called in turn."""
-    for function in functions.values():
-        function()
-    times = {name: [] for name in functions}
-    for _ in range(rounds):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            function()
-            times[name].append(1e3 * (time.perf_counter() - start))
-    summary = {}
-    for name, values in times.items():
-        values.sort()
-        at = [values[min(len(values) - 1, int(q * len(values)))] for q in (0.2, 0.5, 0.8)]
-        summary[name] = {"p20_ms": at[0], "p50_ms": at[1], "p80_ms": at[2]}
-    return summary
 
 
 def matrix_product():
@@ -76,7 +48,7 @@ def info_nce(rounds):
             calls = {name: partial(run, f, inputs) for name, f in w.INFO_NCE.items()}
             times = interleave({**calls, "matrix product 2048^3": matrix_product()}, few)
             product = 2 * 2048**3 / times.pop("matrix product 2048^3")["p50_ms"] / 1e6
-            rate = w.info_nce_operations(batch, dim)[part] / times["selfsup_kernels"]["p50_ms"] / 1e6
+            rate = w.info_nce_operations(2 * batch, dim, part, "cpu") / times["selfsup_kernels"]["p50_ms"] / 1e6
             rows.append(
                 {
                     "views": 2,
@@ -200,7 +172,6 @@ def main():
     facts = header()
     slug = "".join(c if c.isalnum() else "-" for c in facts["device"].lower()).strip("-")
     out = args.out or Path(__file__).parent / "results" / f"{slug}-{facts['threads']}-threads"
-    out.mkdir(parents=True, exist_ok=True)
     print(facts)
     for name, measure in (
         ("info_nce", lambda: info_nce(args.rounds)),
@@ -208,7 +179,7 @@ def main():
         ("ema", lambda: ema(args.rounds)),
         ("memory", memory),
     ):
-        (out / f"{name}.json").write_text(json.dumps({"header": facts, "rows": measure()}, indent=1) + "\n")
+        timing.write(out, name, facts, measure())
     print(f"wrote {out}")
 
 

@@ -46,15 +46,23 @@ INFO_NCE_SHAPES = ((256, 128), (1024, 128), (4096, 128), (2048, 512))
 """(B, D) of the two views."""
 
 
-def info_nce_inputs(batch, dim, dtype=torch.float32):
-    torch.manual_seed(0)
-    return (torch.randn(2, batch, dim, dtype=dtype, requires_grad=True),)
+def info_nce_inputs(batch, dim, dtype=torch.float32, device="cpu", seed=0):
+    generator = torch.Generator(device).manual_seed(seed)
+    views = torch.randn(2, batch, dim, dtype=torch.float32, device=device, generator=generator).to(dtype)
+    return (views.requires_grad_(),)
 
 
-def info_nce_operations(batch, dim):
-    """Floating-point operations of the symmetric scheme, forward and backward: 1 + 3 units of M^2 D."""
-    rows = 2 * batch
-    return {"forward": rows * rows * dim, "backward": 3 * rows * rows * dim, "both": 4 * rows * rows * dim}
+INFO_NCE_UNITS = {"cpu": {"forward": 1, "backward": 3}, "triton": {"forward": 1, "backward": 4}}
+"""Matrix products executed, in units of M^2 D operations: half of one product of M x D with D x M each.
+
+Both forwards take half of the symmetric matrix of similarities. The CPU's backward recomputes that half and adds each
+tile to both of its sides; the GPU's, where every program owns its rows, recomputes all of it."""
+
+
+def info_nce_operations(rows, dim, part, scheme):
+    """Floating-point operations that ``scheme`` executes in its matrix products."""
+    units = INFO_NCE_UNITS[scheme]
+    return (sum(units.values()) if part == "both" else units[part]) * rows * rows * dim
 
 
 # ---------------------------------------------------------------- BYOL, pairs
@@ -72,12 +80,18 @@ BYOL = {
 BYOL_SHAPES = ((4096, 256), (32768, 256))
 
 
-def byol_inputs(batch, dim, dtype=torch.float32):
-    torch.manual_seed(0)
-    return torch.randn(batch, dim, dtype=dtype, requires_grad=True), torch.randn(batch, dim, dtype=dtype)
+def byol_inputs(batch, dim, dtype=torch.float32, device="cpu", seed=0):
+    generator = torch.Generator(device).manual_seed(seed)
+    p, t = (torch.randn(batch, dim, device=device, generator=generator).to(dtype) for _ in range(2))
+    return p.requires_grad_(), t
 
 
-# ---------------------------------------------------------------- EMA, ResNet-50's parameters
+def byol_bytes(batch, dim, part, item_size):
+    """What has to move: two reads forward; two reads and a write backward."""
+    return {"forward": 2, "backward": 3, "both": 5}[part] * batch * dim * item_size
+
+
+# ---------------------------------------------------------------- EMA of a model's parameters
 
 MOMENTUM = 0.996
 
@@ -95,10 +109,29 @@ def resnet50_shapes():
     return [*shapes, (1000, 2048), (1000,)]
 
 
-def ema_inputs(source_dtype):
-    torch.manual_seed(0)
-    targets = [torch.randn(shape) for shape in resnet50_shapes()]
-    return targets, [torch.randn_like(t).to(source_dtype) for t in targets]
+def vit_b_shapes():
+    """The 152 parameter shapes of ViT-B/16: 86.6 M numbers."""
+    width = 768
+    shapes = [(1, 1, width), (1, 197, width), (width, 3, 16, 16), (width,)]
+    for _ in range(12):
+        shapes += [(width,), (width,), (3 * width, width), (3 * width,), (width, width), (width,)]
+        shapes += [(width,), (width,), (4 * width, width), (4 * width,), (width, 4 * width), (width,)]
+    return [*shapes, (width,), (width,), (1000, width), (1000,)]
+
+
+EMA_MODELS = {"ResNet-50": resnet50_shapes, "ViT-B": vit_b_shapes}
+
+
+def ema_inputs(source_dtype, shapes=None, device="cpu", seed=0):
+    generator = torch.Generator(device).manual_seed(seed)
+    shapes = resnet50_shapes() if shapes is None else shapes
+    targets, sources = ([torch.randn(s, device=device, generator=generator) for s in shapes] for _ in range(2))
+    return targets, [x.to(source_dtype) for x in sources]
+
+
+def ema_bytes(numbers, source_dtype):
+    """Of float32 targets: each read and written, each source read."""
+    return (8 + source_dtype.itemsize) * numbers
 
 
 def foreach_lerp(targets, sources):
