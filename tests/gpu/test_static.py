@@ -1,0 +1,143 @@
+"""The static check of the compiled kernels can fail: on spills, on shared memory, on missing instructions.
+
+Compiled in processes of their own, since this one may be interpreting; no GPU is needed.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from selfsup_kernels.triton import _sass
+
+ROOT = Path(__file__).resolve().parents[2]
+
+KERNELS = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+import torch, triton, triton.language as tl
+from selfsup_kernels.triton import _compiled, _launch
+
+@triton.jit
+def sums_kernel(x, y, out, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DOT: tl.constexpr,
+                DESCRIPTOR: tl.constexpr, PRECISION: tl.constexpr):
+    m, n, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for i in range(64):
+        a = tl.load(x + i * BLOCK_K + m[:, None] * 4096 + k[None, :])
+        b = tl.load(y + i * BLOCK_K + n[:, None] * 4096 + k[None, :])
+        if DOT:
+            total = tl.dot(a, tl.trans(b), total)
+        else:
+            total += tl.sum(a.to(tl.float32), 1)[:, None] + tl.sum(b.to(tl.float32), 1)[None, :]
+        total = tl.exp2(total)
+    tl.store(out + m[:, None] * BLOCK_N + n[None, :], total)
+
+x = torch.zeros(1, dtype=torch.bfloat16)
+def problems(m, n, k, dot=True, descriptor=False, **options):
+    options = {"num_warps": 4, "num_stages": 2, **options}
+    with _compiled.recording(90) as launches:
+        _launch.launch(sums_kernel, (1,), x, x, x.float(), BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, DOT=dot,
+                       DESCRIPTOR=descriptor, PRECISION="ieee", **options)
+    loop = launches[0].code and launches[0].code.loop
+    return {"problems": _compiled.problems(launches[0], 90), "ex2": loop and sum(
+        count for part in loop for name, count in part.items() if name.startswith("MUFU.EX2"))}
+
+print(json.dumps({
+    "good": problems(64, 64, 64),
+    "spills": problems(128, 256, 64),
+    "shared": problems(128, 128, 256, num_warps=8, num_stages=3),
+    "products": problems(64, 64, 64, dot=False),
+    "copies": problems(64, 64, 64, descriptor=True),
+    "compiler": problems(48, 64, 64),
+}))
+"""
+
+
+def run(*arguments, **environment):
+    kept = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)], capture_output=True, text=True, cwd=ROOT, env=kept | environment
+    )
+
+
+@pytest.fixture(scope="module")
+def verdicts(tmp_path_factory):
+    script = tmp_path_factory.mktemp("static") / "kernels.py"
+    script.write_text(KERNELS)
+    done = run(script, ROOT)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "complaint"),
+    [
+        ("spills", "stack frame of"),
+        ("spills", "local loads and stores"),
+        ("shared", "KB of 227"),
+        ("products", "no HGMMA"),
+        ("copies", "no UTMALDG"),
+        ("compiler", "arange's range must be a power of 2"),
+    ],
+)
+def test_a_bad_kernel_is_reported(verdicts, kernel, complaint):
+    assert complaint in "; ".join(verdicts[kernel]["problems"])
+
+
+def test_a_good_kernel_is_not_reported(verdicts):
+    assert verdicts["good"]["problems"] == []
+    assert verdicts["good"]["ex2"] == 64 * 64 / 128  # one for each element of the tile, none lost or counted twice
+
+
+def test_the_command_names_the_configuration_that_fails(tmp_path):
+    table = json.loads((ROOT / "selfsup_kernels/triton/configs.json").read_text())
+    wrong = table["sm_80"]["sums"]["half"]["64"]
+    wrong |= {"block_m": 128, "block_n": 128, "num_stages": 12}
+    (tmp_path / "configs.json").write_text(json.dumps(table))
+    arguments = ["--arch", 80, "--dtype", "bfloat16", "--op", "info_nce", "--dim", 64, "--jobs", 1, "--brief"]
+    done = run(
+        "benchmarks/gpu_static.py",
+        *arguments,
+        "--json",
+        tmp_path / "rows.json",
+        SELFSUP_KERNELS_TRITON_CONFIGS=str(tmp_path / "configs.json"),
+        TRITON_INTERPRET="1",  # which the command undoes
+    )
+    assert done.returncode == 1, done.stderr
+    assert "FAILS: sums sm_80 bfloat16 D=64 (plain): shared memory" in done.stdout
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    sums = next(r for r in rows if r["kernel"] == "sums" and r["case"] == "plain")
+    assert sums["shared"] > sums["shared_limit"] == 163 * 1024
+    assert sums["prediction"]["exponentials"] == 128 * 128 / (32 * sums["warps"])
+    assert 0 < sums["prediction"]["fraction"] <= 1
+
+
+LISTING = """
+	Function : f
+        /*0000*/                   MOV R1, RZ ;
+        /*0010*/               @P0 BRA 0x00a0 ;
+        /*0020*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24 ;
+        /*0030*/                   BRA.U UP0, 0x0060 ;
+        /*0040*/                   MUFU.EX2 R3, R3 ;
+        /*0050*/                   FADD R3, R3, R3 ;
+        /*0060*/                   MUFU.EX2 R2, R2         &req={1} ?trans3;
+        /*0070*/               @P1 BRA 0x00b0 ;
+        /*0080*/              @!P0 BRA 0x0020 ;
+        /*0090*/                   STG.E [R2], R3 ;
+        /*00a0*/                   EXIT ;
+        /*00b0*/                   SYNCS.PHASECHK P1 ;
+        /*00c0*/                   BRA 0x0080 ;
+"""
+
+
+def test_the_main_loop_is_what_runs_every_time():
+    """Without the branch that is skipped, and without the wait that lies behind the end."""
+    loop = _sass.main_loop(_sass.instructions(LISTING))
+    assert loop.inner == {}
+    assert Counter(loop.once) == {"HGMMA.64x128x16.F32.BF16": 1, "BRA.U": 1, "MUFU.EX2": 1, "BRA": 2}
+    assert _sass.matrix_operations("HGMMA.64x128x16.F32.BF16", 8) == 2 * 128 * 128 * 16
