@@ -1,0 +1,221 @@
+"""Everything that has to be seen on a GPU once, in one command of less than nine minutes: ``make gpu-check``.
+
+    python benchmarks/gpu_check.py [--out DIR] [--minutes 8.7]
+
+Build, tests, compute-sanitizer, benchmarks and the predictions that these are compared with. Each step has a limit of
+its own and is killed at it; one that fails does not hide the later ones. What the steps print goes to
+``DIR/gpu_check.log``; the last thing on the screen is a table of the steps, after the end of what the benchmarks print.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+MINUTES = 8.7
+"""Of all steps. Machines with GPUs are lent by the ten minutes, and starting this takes some."""
+
+NO_TESTS = 5
+"""pytest's exit status where no test was collected."""
+
+
+class Step(NamedTuple):
+    name: str
+    command: list[str] | Callable[[float], list[str]]
+    """Or a function that gives it from the seconds that the step may take."""
+    limit: float
+    """Seconds."""
+    skip: str | None = None
+    """Why the step is not run."""
+    fine: tuple[int, ...] = (0,)
+    """Exit statuses of success."""
+    environment: dict[str, str] | None = None
+    show: int = 0
+    """Lines of the end of its output that are shown also where it succeeds."""
+    reserve: float = 0
+    """Seconds to leave for the later steps."""
+
+
+class Outcome(NamedTuple):
+    name: str
+    state: str
+    """ok, FAILED or skipped."""
+    seconds: float
+    note: str
+    tail: list[str]
+
+
+def run_step(step: Step, log, limit: float, environment: dict[str, str]) -> Outcome:
+    """Run one step, append what it prints to the file ``log``, and kill it at ``limit`` seconds."""
+    if step.skip:
+        log.write(f"===== {step.name}: skipped, {step.skip}\n")
+        return Outcome(step.name, "skipped", 0.0, step.skip, [])
+    if limit < 1:
+        log.write(f"===== {step.name}: no time was left\n")
+        return Outcome(step.name, "FAILED", 0.0, "no time was left", [])
+    command = step.command(limit) if callable(step.command) else step.command
+    log.write(f"===== {step.name}: {' '.join(map(str, command))} (at most {limit:.0f} s)\n")
+    began = time.perf_counter()
+    with tempfile.TemporaryFile("w+", errors="replace") as output:
+        try:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                cwd=ROOT,
+                env=environment | (step.environment or {}),
+                start_new_session=True,
+            )
+        except OSError as error:
+            return Outcome(step.name, "FAILED", 0.0, str(error), [])
+        try:
+            status, note = process.wait(limit), ""
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            status, note = None, f"killed after {limit:.0f} s"
+        seconds = time.perf_counter() - began
+        output.seek(0)
+        text = output.read()
+    log.write(text if text.endswith("\n") or not text else text + "\n")
+    log.flush()
+    good = status in step.fine
+    if status is not None and not good:
+        note = f"exit status {status}"
+    lines = [line for line in text.splitlines() if line.strip()]
+    if good and lines:
+        note = lines[-1].strip()[:100]
+    return Outcome(step.name, "ok" if good else "FAILED", seconds, note, lines[-(step.show or 40) :])
+
+
+def run_steps(steps: list[Step], folder: Path, total: float, environment: dict[str, str] | None = None):
+    """All steps, in ``total`` seconds together."""
+    folder.mkdir(parents=True, exist_ok=True)
+    environment = dict(os.environ if environment is None else environment)
+    end = time.perf_counter() + total
+    outcomes = []
+    with open(folder / "gpu_check.log", "w") as log:
+        for step in steps:
+            left = end - time.perf_counter()
+            outcome = run_step(step, log, min(step.limit, left - step.reserve), environment)
+            outcomes.append(outcome)
+            print(f"{outcome.state:8}{outcome.seconds:6.0f} s  {outcome.name}", flush=True)
+    return outcomes
+
+
+def report(outcomes: list[Outcome], steps: list[Step], folder: Path) -> int:
+    """Print the ends of what failed and of what is to be shown, then the table. Returns the exit status."""
+    shown = {step.name for step in steps if step.show}
+    for outcome in outcomes:
+        if outcome.state == "FAILED" or outcome.name in shown:
+            print(f"\n----- {outcome.name}", *outcome.tail, sep="\n")
+    facts = [o._asdict() | {"tail": None} for o in outcomes]
+    (folder / "gpu_check.json").write_text(json.dumps(facts, indent=1) + "\n")
+    width = max(len(o.name) for o in outcomes)
+    print(f"\n{'step':{width}}  {'state':8}seconds  note")
+    for o in outcomes:
+        print(f"{o.name:{width}}  {o.state:8}{o.seconds:7.0f}  {o.note}")
+    print(f"{sum(o.seconds for o in outcomes):.0f} s; everything printed is in {folder / 'gpu_check.log'}")
+    return 1 if any(o.state == "FAILED" for o in outcomes) else 0
+
+
+def slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def all_steps(folder: Path, architecture: int, python: str = sys.executable) -> list[Step]:
+    sanitizer = shutil.which("compute-sanitizer")
+    benchmarks = ROOT / "benchmarks" / "gpu.py"
+    smoke = [python, "benchmarks/gpu_smoke.py"]
+    # Most of the tests' time is compiling, which processes share well; each takes little of the GPU.
+    split = ["-n", str(min(8, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
+
+    def sanitized(tool, limit, **environment):
+        command = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--print-limit", "20", *smoke, "--brief"]
+        missing = None if sanitizer else "compute-sanitizer is not on PATH"
+        return Step(tool, command, limit, missing, environment=environment)
+
+    def measure(limit):
+        # The time after which it begins nothing new: what it is at then is finished, and the rates come first.
+        return [python, str(benchmarks), "--out", str(folder), "--minutes", f"{max(0.5, (limit - 45) / 60):.1f}"]
+
+    steps = [
+        Step(
+            "build",
+            [python, "setup.py", "build_ext", "--inplace"],
+            90,
+            environment={"SELFSUP_KERNELS_REQUIRE_EXTENSION": "1"},
+        ),
+        Step("every op once", smoke, 60),
+        Step("tests of the kernels", [python, "-m", "pytest", "tests/gpu", *split], 150),
+        Step(
+            "other tests marked cuda",
+            [python, "-m", "pytest", "tests", "--ignore=tests/gpu", "-m", "cuda"],
+            40,
+            fine=(0, NO_TESTS),
+        ),
+        # Without PyTorch's cache of memory, so that the end of a tensor is the end of an allocation.
+        sanitized("memcheck", 45, PYTORCH_NO_CUDA_MEMORY_CACHING="1"),
+        sanitized("racecheck", 45),
+        # With the cache memory that was freed counts as written: only fresh memory shows what is read before.
+        sanitized("initcheck", 30, PYTORCH_NO_CUDA_MEMORY_CACHING="1"),
+        Step(
+            "predictions",
+            [
+                python,
+                "benchmarks/gpu_static.py",
+                "--arch",
+                str(architecture),
+                "--brief",
+                "--jobs",
+                str(min(8, os.cpu_count() or 1)),
+                "--json",
+                str(folder / "static.json"),
+            ],
+            60,
+        ),
+    ]
+    missing = None if benchmarks.exists() else "there is no benchmarks/gpu.py"
+    return [*(s._replace(reserve=100) for s in steps), Step("benchmarks", measure, 300, missing, show=45)]
+
+
+def main(arguments=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/<device>/")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="of all steps (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    began = time.perf_counter()
+    import torch
+
+    if not torch.cuda.is_available():
+        print(f"gpu-check: needs an NVIDIA GPU and a CUDA build of PyTorch; this is {torch.__version__} and sees none")
+        return 2
+    name = torch.cuda.get_device_name()
+    major, minor = torch.cuda.get_device_capability()
+    known = (80, 89, 90, 100, 120)
+    architecture = max((a for a in known if a <= 10 * major + minor), default=known[0])
+    folder = (options.out or ROOT / "benchmarks" / "results" / slug(name)).resolve()
+    print(f"{name}, compute capability {major}.{minor}, torch {torch.__version__}; results in {folder}", flush=True)
+    # A failed build is a step that failed, not a reason for the tests of the Triton kernels not to run.
+    without = ("TRITON_INTERPRET", "SELFSUP_KERNELS_REQUIRE_EXTENSION")
+    environment = {k: v for k, v in os.environ.items() if k not in without} | {"PYTHONUNBUFFERED": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
+    steps = all_steps(folder, architecture)
+    outcomes = run_steps(steps, folder, 60 * options.minutes - (time.perf_counter() - began), environment)
+    return report(outcomes, steps, folder)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""Calls every op of the GPU kernels once, forward and backward, on small shapes: what compute-sanitizer is run on.
+
+    python benchmarks/gpu_smoke.py [--brief]
+
+The shapes are the least that reach every kernel and every edge of it: batches that fill no tile, rows that are no power
+of two, rows short enough to stay in a program and long ones that come in pieces. That the numbers are right is for the
+tests; here they only have to be finite. ``--brief`` leaves out what differs in its arithmetic alone.
+"""
+
+import argparse
+import itertools
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the package of this checkout
+
+import torch
+
+import selfsup_kernels as sk
+
+
+def info_nce(device, dtype, batch, dim, deterministic=False, labels=False, queue=False, learned=False, **arguments):
+    generator = torch.Generator().manual_seed(0)
+
+    def rows(n):
+        return torch.randn(n, dim, generator=generator).to(device, dtype)
+
+    views = [rows(batch).requires_grad_() for _ in range(2)]
+    temperature = torch.tensor(0.2, device=device, requires_grad=True) if learned else 0.2
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    loss = sk.info_nce_loss(
+        views,
+        temperature=temperature,
+        labels=torch.randint(5, (batch,), generator=generator).to(device) if labels else None,
+        queue=rows(70) if queue else None,
+        impl="triton",
+        **arguments,
+    )
+    loss.float().sum().backward()
+    torch.use_deterministic_algorithms(False)
+    return [loss, *(v.grad for v in views), *([temperature.grad] if learned else [])]
+
+
+def byol(device, dtype, views, batch, dim):
+    p, t = (torch.randn(views, batch, dim).to(device, dtype) for _ in range(2))
+    p.requires_grad_()
+    loss = sk.byol_loss(p, t, impl="triton")
+    loss.backward()
+    return [loss, p.grad]
+
+
+def ema(device, rounding):
+    sizes = [(3,), (4097,), (64, 65), (1,)]
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    targets = [torch.randn(s).to(device, d) for s, d in itertools.product(sizes, dtypes)]
+    sources = [torch.randn_like(t, dtype=torch.float32) for t in targets]
+    sk.ema_update_(targets, sources, 0.9, stochastic_rounding=rounding, impl="triton")
+    return targets
+
+
+def calls(brief):
+    """(name, function of the device) of every call."""
+    for dtype in (torch.bfloat16,) if brief else (torch.bfloat16, torch.float16, torch.float32):
+        for batch, dim in ((131, 40), (300, 128), (131, 300)):
+            kinds = {
+                "plain": {},
+                "labels, queue": {"labels": True, "queue": True, "reduction": "none", "objective": "per_positive"},
+                "deterministic, learned": {"deterministic": True, "queue": True, "learned": True},
+            }
+            for name, arguments in kinds.items():
+                yield (
+                    f"info_nce {dtype} {batch}x{dim} {name}",
+                    lambda device, a=(dtype, batch, dim), k=arguments: info_nce(device, *a, **k),
+                )
+        for views, dim in ((2, 100), (3, 2048)):
+            yield f"byol {dtype} {views} views, D={dim}", lambda device, a=(dtype, views, 37, dim): byol(device, *a)
+    for rounding in (False, True):
+        yield f"ema rounding={rounding}", lambda device, r=rounding: ema(device, r)
+
+
+def main(arguments=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--brief", action="store_true")
+    parser.add_argument("--device", default="cuda")
+    options = parser.parse_args(arguments)
+    failed = 0
+    for name, call in calls(options.brief):
+        try:
+            results = call(torch.device(options.device))
+            if not all(bool(x.isfinite().all()) for x in results):
+                raise ArithmeticError("a result is not finite")
+        except Exception as error:  # the other calls are worth making
+            failed += 1
+            print(f"FAILED {name}: {type(error).__name__}: {error}", flush=True)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    print(f"{failed} of the calls failed" if failed else "every op ran, and its results are finite")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,117 @@
+"""The command that checks everything on a GPU, with steps that need none: limits, failures, the table at the end."""
+
+import importlib.util
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+_spec = importlib.util.spec_from_file_location(
+    "gpu_check", Path(__file__).resolve().parent.parent / "benchmarks" / "gpu_check.py"
+)
+gpu_check = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(gpu_check)
+Step = gpu_check.Step
+
+
+def python(code):
+    return [sys.executable, "-S", "-c", code]
+
+
+def test_a_failure_hides_no_later_step(tmp_path, capsys):
+    steps = [
+        Step("good", python("print('all fine')"), 20),
+        Step("bad", python("print('the reason'); raise SystemExit(3)"), 20),
+        Step("absent", ["no such command"], 20, skip="it is not on PATH"),
+        Step("figures", lambda limit: python(f"print('one\\ntwo\\n{limit < 20}')"), 15, show=2),
+    ]
+    outcomes = gpu_check.run_steps(steps, tmp_path, 100)
+    assert [(o.name, o.state) for o in outcomes] == [
+        ("good", "ok"),
+        ("bad", "FAILED"),
+        ("absent", "skipped"),
+        ("figures", "ok"),
+    ]
+    capsys.readouterr()
+    assert gpu_check.report(outcomes, steps, tmp_path) == 1
+    printed = capsys.readouterr().out
+    assert "the reason" in printed
+    assert "two\nTrue" in printed
+    assert "one\n" not in printed
+    table = printed[printed.index("step ") :].splitlines()
+    assert [line.split()[0] for line in table[:5]] == ["step", "good", "bad", "absent", "figures"]
+    assert "exit status 3" in table[2]
+    assert "it is not on PATH" in table[3]
+    log = (tmp_path / "gpu_check.log").read_text()
+    assert "all fine" in log
+    assert "the reason" in log
+    assert "skipped, it is not on PATH" in log
+    assert [step["state"] for step in json.loads((tmp_path / "gpu_check.json").read_text())] == [
+        "ok",
+        "FAILED",
+        "skipped",
+        "ok",
+    ]
+
+
+def test_all_good_is_status_zero(tmp_path, capsys):
+    steps = [Step("good", python("raise SystemExit(5)"), 20, fine=(0, 5))]
+    assert gpu_check.report(gpu_check.run_steps(steps, tmp_path, 100), steps, tmp_path) == 0
+
+
+def test_a_step_is_killed_with_its_children(tmp_path):
+    child = "import time, pathlib; time.sleep(3); pathlib.Path(r'{}').touch()".format(tmp_path / "alive")
+    parent = (
+        f"import subprocess, sys; print('begun', flush=True); subprocess.run([sys.executable, '-S', '-c', {child!r}])"
+    )
+    began = time.perf_counter()
+    (outcome,) = gpu_check.run_steps([Step("slow", python(parent), 1)], tmp_path, 100)
+    assert (outcome.state, outcome.note) == ("FAILED", "killed after 1 s")
+    assert time.perf_counter() - began < 2.9
+    time.sleep(3.5 - (time.perf_counter() - began))
+    assert not (tmp_path / "alive").exists()
+
+
+def test_later_steps_keep_the_time_that_is_reserved_for_them(tmp_path):
+    steps = [
+        Step("slow", python("import time; time.sleep(60)"), 60, reserve=8),
+        Step("quick", python("print('done')"), 60),
+        Step("nothing left", python("pass"), 60, reserve=100),
+    ]
+    outcomes = gpu_check.run_steps(steps, tmp_path, 10)
+    assert [o.state for o in outcomes] == ["FAILED", "ok", "FAILED"]
+    assert outcomes[2].note == "no time was left"
+
+
+def test_a_command_that_does_not_exist_is_a_failed_step(tmp_path):
+    steps = [Step("missing", ["./no-such-command"], 5), Step("good", python("pass"), 20)]
+    assert [o.state for o in gpu_check.run_steps(steps, tmp_path, 60)] == ["FAILED", "ok"]
+
+
+def test_the_steps_fit_the_time(tmp_path):
+    steps = gpu_check.all_steps(tmp_path, 90)
+    assert gpu_check.MINUTES < 9
+    assert all(step.limit < 60 * gpu_check.MINUTES for step in steps)
+    assert {"build", "tests of the kernels", "memcheck", "racecheck", "predictions", "benchmarks"} <= {
+        s.name for s in steps
+    }
+    assert [s.name for s in steps][-1] == "benchmarks"
+    command = steps[-1].command(345)
+    assert command[command.index("--minutes") + 1] == "5.0"
+
+
+def test_without_a_gpu_it_says_so(monkeypatch, capsys):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu_check.main([]) == 2
+    assert "needs an NVIDIA GPU" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"), [("NVIDIA H200", "nvidia-h200"), ("NVIDIA RTX (TM) 6000", "nvidia-rtx-tm-6000")]
+)
+def test_results_lie_by_device(name, folder):
+    assert gpu_check.slug(name) == folder
