@@ -1,12 +1,13 @@
-"""``python -m selfsup_kernels info | demo``."""
+"""``python -m selfsup_kernels info | demo | tune``."""
 
 import argparse
+import importlib.util
 import sys
 
 
 def parser() -> argparse.ArgumentParser:
     root = argparse.ArgumentParser(prog="python -m selfsup_kernels", description="Fused self-supervised losses.")
-    commands = root.add_subparsers(dest="command", required=True, metavar="info | demo")
+    commands = root.add_subparsers(dest="command", required=True, metavar="info | demo | tune")
 
     info = commands.add_parser("info", help="what this machine runs, and what is missing, why and how to mend it")
     info.add_argument("--json", action="store_true", help="print one JSON object")
@@ -16,6 +17,14 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, default=0, help="of networks, batches and views (default: %(default)s)")
     demo.add_argument("--quick", action="store_true", help="a few steps of everything, to see that it works")
     demo.add_argument("--figure", metavar="PATH", help="also write a compact picture of the results (PNG or SVG)")
+
+    tune = commands.add_parser("tune", help="measure tile shapes of the Triton kernels on this GPU, write their table")
+    tune.add_argument("--op", nargs="+", metavar="KERNEL", help="of sums, gradient, wave, product (default: all)")
+    tune.add_argument("--dtype", nargs="+", help="of half, tf32, tf32x3 (default: all that the table has)")
+    tune.add_argument("--dim", nargs="+", type=int, help="numbers of a row (default: one for each width of the table)")
+    tune.add_argument("--out", metavar="FILE", help="write the whole table there")
+    tune.add_argument("--write", action="store_true", help="write it into this checkout")
+    tune.add_argument("--minutes", type=float, default=8.0, help="about how long to measure (default: %(default)s)")
     return root
 
 
@@ -26,6 +35,13 @@ def main(arguments=None) -> int:
         from selfsup_kernels import info
 
         return info.main(as_json=options.json)
+    if options.command == "tune":
+        if importlib.util.find_spec("triton") is None:
+            print("tune: Triton is not installed. Run: pip install 'triton>=3.6'")
+            return 2
+        from selfsup_kernels.triton import tune
+
+        return tune.main(options.op, options.dtype, options.dim, options.out, options.write, options.minutes)
     from selfsup_kernels import demo
 
     return demo.main(out=options.out, seed=options.seed, quick=options.quick, figure=options.figure)

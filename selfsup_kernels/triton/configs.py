@@ -4,6 +4,7 @@ The table is data: ``python -m selfsup_kernels tune`` measures candidates on a G
 SELFSUP_KERNELS_TRITON_CONFIGS names another file to be read in its place. Nothing is tuned inside a user's step.
 """
 
+import contextlib
 import functools
 import json
 import os
@@ -62,6 +63,8 @@ def precision_of(dtype: torch.dtype) -> str:
 def lookup(kernel: str, architecture: int, dtype: torch.dtype, dim: int) -> Config | None:
     """The configuration of ``kernel``, or None where it is not to be used for such rows. The table's second key is
     "half" for both 16-bit types, else what ``precision_of`` says."""
+    if kernel in _overrides:
+        return _overrides[kernel]
     precision = precision_of(dtype)
     return _lookup(kernel, architecture, "half" if precision == "ieee" else precision, width_of(dim))
 
@@ -76,3 +79,18 @@ def _lookup(kernel, architecture, kind, width):
 @functools.cache
 def _table():
     return json.loads(Path(os.environ.get(ENVIRONMENT) or TABLE).read_text())
+
+
+_overrides: dict[str, Config | None] = {}
+
+
+@contextlib.contextmanager
+def override(entries: dict[str, Config | None]):
+    """Within it ``lookup`` gives these, by kernel, for all rows: for tools that compare configurations."""
+    before = dict(_overrides)
+    _overrides.update(entries)
+    try:
+        yield
+    finally:
+        _overrides.clear()
+        _overrides.update(before)

@@ -1,0 +1,389 @@
+"""``python -m selfsup_kernels tune``: measures tile shapes of the InfoNCE kernels on this GPU, and writes the table.
+
+For each kernel, kind of numbers and width of rows: generate candidates; compile them all, and drop those that spill or
+do not fit (on the CPU, in several processes; what was compiled is in Triton's cache afterwards); measure the rest at
+two sizes; take the fastest. Nothing of this happens inside a user's step.
+"""
+
+import copy
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+import selfsup_kernels as sk
+from selfsup_kernels.triton import _compiled, _launch, configs
+
+OPS = ("sums", "gradient", "wave", "product")
+KINDS = {
+    "half": (torch.bfloat16, "highest"),
+    "float32": (torch.float32, "highest"),
+    "tf32": (torch.float32, "high"),
+    "tf32x3": (torch.float32, "highest"),
+}
+"""Second key of the table -> (dtype, torch.set_float32_matmul_precision). A table has some of these."""
+DIMS = (*configs.WIDTHS, 1024)
+ROWS = (32768, 4096)
+"""Two views together: a size that fills every GPU, and one that does not."""
+LEAST, MOST = 32, 128
+"""Accumulators of a thread: with fewer a tile is not worth its loads, with more no register is left for the rest (on
+sm_100 they lie in a memory of their own)."""
+
+
+class Task(NamedTuple):
+    """One entry of the table."""
+
+    kernel: str
+    kind: str
+    dim: int
+
+    @property
+    def name(self):
+        return f"{self.kernel} {self.kind} {configs.width_of(self.dim)}"
+
+
+class Measured(NamedTuple):
+    config: configs.Config
+    times: tuple[float, ...]
+    """Milliseconds, for each of ROWS."""
+
+    @property
+    def score(self):
+        """The geometric mean: a tenth counts as much at one size as at the other."""
+        return math.prod(self.times) ** (1 / len(self.times))
+
+
+Timer = Callable[[Task, configs.Config, int], float]
+"""(task, configuration, rows) -> milliseconds."""
+
+
+def known(architecture: int) -> int:
+    """The architecture whose entries a device uses."""
+    return max((a for a in configs.ARCHITECTURES if a <= architecture), default=configs.ARCHITECTURES[0])
+
+
+def tasks(table: dict, architecture: int, kernels=OPS, kinds=tuple(KINDS), dims=DIMS) -> list[Task]:
+    """The entries that the table has: where it has none the launchers go another way."""
+    entries = table[f"sm_{known(architecture)}"]
+    return [
+        Task(kernel, kind, dim)
+        for kernel, kind, dim in itertools.product(kernels, kinds, dims)
+        if configs.width_of(dim) in entries.get(kernel, {}).get(kind, {})
+    ]
+
+
+def candidates(task: Task, architecture: int, shipped: configs.Config) -> list[configs.Config]:
+    """``shipped`` first, so that it is measured whatever the time is; then some tens that are worth trying."""
+    half = task.kind == "half"
+    whole = max(16, 1 << (task.dim - 1).bit_length())
+    pieces = (32, 64, 128) if half else (16, 32, 64)
+    if task.kernel == "gradient" or (task.kernel == "sums" and whole < (128 if half else 64)):
+        depths = (whole,)
+    elif task.kernel == "sums" and configs.width_of(task.dim) != "long":
+        depths = (whole, pieces[1])
+    else:
+        depths = pieces[1:]
+    blocks = (32, 64, 128) if task.kernel == "gradient" else (64, 128, 256)
+    descriptors = (True, False) if architecture >= 90 else (False,)
+    # Programs on a multiprocessor are chosen where the grid is persistent; four warps alone there leave it idle.
+    crowds = ((8, 1), (4, 2), (4, 3), (8, 2)) if task.kernel == "sums" else ((8, 1), (4, 1))
+    limit = _compiled.RESOURCES[architecture].block_shared
+    found = [shipped]
+    for m, n, k, (warps, programs), stages, descriptor in itertools.product(
+        blocks, blocks, dict.fromkeys(depths), crowds, (2, 3, 4, 1), descriptors
+    ):
+        held = m * n + (m * k if task.kernel == "gradient" else 0)
+        if not LEAST <= held / (32 * warps) <= (2 * MOST if architecture == 100 else MOST):
+            continue
+        if task.kernel == "sums" and n % m:
+            continue  # a block of columns is walked through in whole blocks of rows
+        streamed = k < whole or task.kernel in ("wave", "product")
+        if stages == 1 and (streamed or programs == 1):
+            continue  # nothing would be loaded ahead
+        if not descriptor and architecture >= 90 and stages != 3:
+            continue  # whether descriptors pay at all shows at one depth of the pipeline
+        loaded = stages * (m + n) * k if streamed else m * k + stages * n * k
+        if loaded * (2 if half else 4) * programs > limit:
+            continue
+        config = configs.Config(m, n, k, warps, stages, descriptor, programs=programs)
+        if programs > 1:
+            most = _compiled.REGISTERS // (32 * warps * programs) // 8 * 8
+            config = config._replace(registers=most if most < 255 else None)
+        if config not in found:
+            found.append(config)
+    return found
+
+
+def run_op(task: Task, rows: int, device="cpu") -> None:
+    """A user's call that launches the task's kernel."""
+    dtype, precision = KINDS[task.kind]
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        make = torch.zeros if device == "cpu" else torch.randn
+        views = [make(rows // 2, task.dim, dtype=dtype, device=device).requires_grad_() for _ in range(2)]
+        loss = sk.info_nce_loss(views, temperature=0.1, impl="triton")
+        if task.kernel != "sums":
+            loss.backward()
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def overriding(task: Task, config: configs.Config):
+    """The launchers use ``config`` for the task's kernel. The waves are what is left where there is no ``gradient``."""
+    chosen = {task.kernel: config}
+    if task.kernel in ("wave", "product"):
+        chosen["gradient"] = None
+    return configs.override(chosen)
+
+
+def objections(task: Task, config: configs.Config, architecture: int) -> list[str]:
+    """Why the configuration is not measured; none: it is."""
+    name = f"{task.kernel}_kernel"
+    try:
+        with overriding(task, config), _compiled.recording(architecture, lambda kernel: kernel == name) as launches:
+            run_op(task, ROWS[0])
+    except Exception as error:  # a launcher may refuse a shape; that is an answer
+        return [f"{type(error).__name__}: {error}"]
+    shape = (config.block_m, config.block_n, config.num_warps)
+    own = [x for x in launches if (x.constants["BLOCK_M"], x.constants["BLOCK_N"], x.warps) == shape]
+    if not own:
+        return ["the launcher did not use it"]
+    found = [problem for x in own for problem in _compiled.problems(x, architecture)]
+    if not found and min(_compiled.occupancy(x.code, x.warps, architecture) for x in own) < config.programs:
+        found = [f"{config.programs} programs do not fit"]
+    return found
+
+
+def filter_candidates(task, found: Iterable[configs.Config], architecture: int, processes: int = 1):
+    """(the configurations to be measured, how many were dropped for which reason)."""
+    found = list(found)
+    work = [(task, config, architecture) for config in found]
+    if processes == 1:
+        verdicts = [objections(*arguments) for arguments in work]
+    else:
+        with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+            verdicts = list(pool.map(objections, *zip(*work, strict=True), chunksize=4))
+    dropped = Counter(_kind_of(verdict[0]) for verdict in verdicts if verdict)
+    return [config for config, verdict in zip(found, verdicts, strict=True) if not verdict], dropped
+
+
+def _kind_of(problem):
+    for kind in ("stack frame", "local loads", "shared memory", "programs do not fit", "no "):
+        if kind in problem:
+            return kind.strip() if kind != "no " else problem
+    return problem.split(":")[0]
+
+
+def measure(task: Task, config: configs.Config, rows: int) -> float:
+    """The median of the kernel's own time, all its launches of one call together, on the current CUDA device."""
+    import triton
+
+    name, launches = f"{task.kernel}_kernel", []
+    launch = _launch.launch
+
+    def keep(kernel, grid, *args, **options):
+        launch(kernel, grid, *args, **options)
+        if kernel.__name__ == name:
+            launches.append((kernel, grid, args, options))
+
+    _launch.launch = keep
+    try:
+        with overriding(task, config):
+            run_op(task, rows, "cuda")
+    finally:
+        _launch.launch = launch
+
+    def again():
+        for kernel, grid, args, options in launches:
+            kernel[grid](*args, **options)
+
+    return triton.testing.do_bench(again, warmup=5, rep=25, return_mode="median")
+
+
+def matrix_rates() -> dict[str, float]:
+    """Operations a second of PyTorch's own matrix product of 8192 x 8192 matrices of random numbers, by kind."""
+    import triton
+
+    rates = {}
+    for kind, (dtype, precision) in KINDS.items():
+        before = torch.get_float32_matmul_precision()
+        # Full float32 is made of TF32 products here, so that these are what it is compared with.
+        torch.set_float32_matmul_precision("high" if kind != "half" else precision)
+        a, b = (torch.randn(8192, 8192, device="cuda", dtype=dtype) for _ in range(2))
+        ms = triton.testing.do_bench(lambda a=a, b=b: a @ b, warmup=20, rep=100, return_mode="median")
+        rates[kind] = 2 * 8192**3 / (1e-3 * ms)
+        torch.set_float32_matmul_precision(before)
+    return rates
+
+
+def operations(task: Task, rows: int) -> float:
+    """Those that the method needs: the forward makes each pair once, the backward both products of each twice."""
+    pairs = rows * rows * task.dim
+    return {"sums": 1, "gradient": 4, "wave": 2, "product": 2}[task.kernel] * pairs
+
+
+def tune(
+    task: Task,
+    table: dict,
+    architecture: int,
+    timer: Timer,
+    *,
+    until: float = math.inf,
+    processes: int = 1,
+    limit: int | None = None,
+) -> list[Measured]:
+    """Every candidate that was measured before the clock shows ``until``, fastest first."""
+    shipped = configs.Config(**table[f"sm_{known(architecture)}"][task.kernel][task.kind][configs.width_of(task.dim)])
+    found, dropped = filter_candidates(
+        task, candidates(task, known(architecture), shipped)[:limit], known(architecture), processes
+    )
+    results, unmeasured = [], 0
+    for config in found:
+        if results and time.monotonic() > until:
+            unmeasured += 1
+            continue
+        try:
+            results.append(Measured(config, tuple(timer(task, config, rows) for rows in ROWS)))
+        except Exception as error:  # what compiles may still be refused at the launch
+            dropped[f"{type(error).__name__}"] += 1
+    why = ", ".join(f"{n} {reason}" for reason, n in dropped.most_common())
+    print(
+        f"{task.name}: {len(results)} measured, {sum(dropped.values())} dropped ({why or 'none'})"
+        + (f", {unmeasured} left for want of time" if unmeasured else ""),
+        flush=True,
+    )
+    return sorted(results, key=lambda m: m.score)
+
+
+def merged(table: dict, architecture: int, chosen: dict[Task, configs.Config]) -> dict:
+    """``table`` with these entries in place of its own."""
+    result = copy.deepcopy(table)
+    entries = result.setdefault(f"sm_{known(architecture)}", {})
+    for task, config in chosen.items():
+        widths = entries.setdefault(task.kernel, {}).setdefault(task.kind, {})
+        widths[configs.width_of(task.dim)] = config._asdict()
+    return result
+
+
+def write(table: dict, path: Path) -> None:
+    """All at once, so that a reader never finds half a table."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(table, indent=1) + "\n")
+    temporary.replace(path)
+
+
+def print_results(results: dict[Task, list[Measured]], rates: dict[str, float], shipped: dict) -> None:
+    """The fastest of each entry, and how it compares with what is shipped."""
+    columns = [
+        "entry",
+        "tile",
+        "warps/stages",
+        "programs",
+        *(f"ms, M={rows}" for rows in ROWS),
+        "of product",
+        "shipped",
+    ]
+    lines = []
+    for task, measured in results.items():
+        best = measured[0]
+        c = best.config
+        fraction = operations(task, ROWS[0]) / (1e-3 * best.times[0]) / rates[task.kind]
+        before = next((m for m in measured if m.config == shipped.get(task)), None)
+        lines.append(
+            [
+                task.name,
+                f"{c.block_m}x{c.block_n}x{c.block_k}",
+                f"{c.num_warps}/{c.num_stages}" + (" TMA" if c.descriptor else ""),
+                str(c.programs),
+                *(f"{t:.3f}" for t in best.times),
+                f"{fraction:.0%}",
+                f"{before.score / best.score:.2f}x" if before else "not measured",
+            ]
+        )
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        for line in [columns, *lines]:
+            print("  ".join(cell.ljust(14) for cell in line).rstrip())
+        return
+    table = Table(box=None, pad_edge=False)
+    for name in columns:
+        table.add_column(name, no_wrap=True)
+    for line in lines:
+        table.add_row(*line)
+    console = Console()
+    (console if console.is_terminal else Console(width=160)).print(table)
+
+
+def run(
+    table: dict, architecture: int, todo: list[Task], timer: Timer, rates: dict[str, float], minutes: float, **options
+) -> dict[Task, configs.Config]:
+    """Measure every task, each with an equal share of the time that is left; print; the choice for each."""
+    end = time.monotonic() + 60 * minutes
+    results = {}
+    for i, task in enumerate(todo):
+        now = time.monotonic()
+        if now > end:
+            print(f"no time was left for {len(todo) - i} entries, from {task.name} on: give more --minutes", flush=True)
+            break
+        measured = tune(task, table, architecture, timer, until=now + (end - now) / (len(todo) - i), **options)
+        if measured:
+            results[task] = measured
+    entries = table[f"sm_{known(architecture)}"]
+    shipped = {t: configs.Config(**entries[t.kernel][t.kind][configs.width_of(t.dim)]) for t in results}
+    if results:
+        print_results(results, rates, shipped)
+    return {task: measured[0].config for task, measured in results.items()}
+
+
+def main(kernels=None, kinds=None, dims=None, out=None, write_table=False, minutes=8.0) -> int:
+    """The command. 2 where it cannot measure."""
+    for name, given, choices in (("--op", kernels, OPS), ("--dtype", kinds, KINDS)):
+        wrong = [x for x in given or () if x not in choices]
+        if wrong:
+            print(f"tune: {name}: expected some of {', '.join(choices)}, got {', '.join(wrong)}")
+            return 2
+    if not torch.cuda.is_available():
+        print(f"tune: needs an NVIDIA GPU and a CUDA build of PyTorch; this is {torch.__version__} and sees no GPU")
+        return 2
+    reason = _compiled.available()
+    if reason:
+        print(f"tune: {reason}")
+        return 2
+    architecture = _launch.architecture(torch.cuda.current_device())
+    if write_table and architecture not in configs.ARCHITECTURES:
+        print(f"tune: --write is for {configs.ARCHITECTURES}, this is {architecture}; use --out FILE")
+        return 2
+    if write_table and not (configs.TABLE.parents[2] / "pyproject.toml").exists():
+        print(
+            "tune: --write changes a checkout of the sources, and this package is installed elsewhere; use --out FILE"
+        )
+        return 2
+    table = configs._table()
+    todo = tasks(table, architecture, kernels or OPS, kinds or tuple(KINDS), dims or DIMS)
+    if not todo:
+        print("tune: the table has no such entries")
+        return 2
+    rates = matrix_rates()
+    print(", ".join(f"{kind} matrix product {rate / 1e12:.0f} TFLOP/s" for kind, rate in rates.items()), flush=True)
+    chosen = run(table, architecture, todo, measure, rates, minutes, processes=min(8, os.cpu_count() or 1))
+    if not chosen:
+        return 1
+    for path in filter(None, (out and Path(out), configs.TABLE if write_table else None)):
+        write(merged(table, architecture, chosen), path)
+        print(f"wrote {path}")
+    if not (out or write_table):
+        print(f"nothing was written: give --out FILE (to be named by {configs.ENVIRONMENT}), or --write in a checkout")
+    return 0

@@ -1,0 +1,137 @@
+"""The tuner, all but its clock: candidates, the compiler's veto, the choice, the table that is written."""
+
+import contextlib
+import json
+import time
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from selfsup_kernels import __main__ as command
+from selfsup_kernels.triton import _compiled, configs, tune
+
+TABLE = json.loads(configs.TABLE.read_text())
+SMALL = tune.Task("sums", "half", 64)
+
+
+def shipped(task, architecture):
+    return configs.Config(**TABLE[f"sm_{architecture}"][task.kernel][task.kind][configs.width_of(task.dim)])
+
+
+@pytest.mark.parametrize("architecture", configs.ARCHITECTURES)
+def test_candidates_suit_the_kernels(architecture):
+    todo = tune.tasks(TABLE, architecture)
+    assert {t.kernel for t in todo} == set(tune.OPS)
+    for task in todo:
+        first, *others = found = tune.candidates(task, architecture, shipped(task, architecture))
+        assert first == shipped(task, architecture)
+        assert 10 <= len(found) <= 120
+        assert len(set(found)) == len(found)
+        for c in others:
+            assert max(c.block_m, c.block_n) <= 256  # what the rows are padded to
+            assert not c.descriptor or architecture >= 90
+            if task.kernel == "sums":
+                assert c.block_n % c.block_m == 0
+            else:
+                assert c.programs == 1
+            if task.kernel == "gradient":
+                assert c.block_k >= task.dim
+
+
+def test_entries_that_the_table_lacks_are_no_tasks():
+    todo = tune.tasks(TABLE, 90, kinds=("half",))
+    assert tune.Task("gradient", "half", 64) in todo
+    assert tune.Task("gradient", "half", 1024) not in todo
+    assert tune.Task("wave", "half", 1024) in todo
+    assert tune.tasks(TABLE, 86) == tune.tasks(TABLE, 80)
+
+
+@pytest.mark.skipif(_compiled.available() is not None, reason="needs Triton's compiler, not its interpreter")
+def test_what_spills_or_does_not_fit_is_not_measured():
+    good = shipped(SMALL, 80)
+    spills = configs.Config(128, 256, 64, 4, 2)
+    too_large = configs.Config(128, 128, 64, 8, 12)
+    crowded = configs.Config(128, 128, 64, 8, 3, programs=4)
+    kept, dropped = tune.filter_candidates(SMALL, [good, spills, too_large, crowded], 80)
+    assert kept == [good]
+    assert dropped == {"stack frame": 1, "shared memory": 1, "programs do not fit": 1}
+
+
+@pytest.fixture
+def all_fit(monkeypatch):
+    monkeypatch.setattr(tune, "filter_candidates", lambda task, found, *rest: (list(found), tune.Counter()))
+
+
+def pretend(task, config, rows):
+    """Fastest: the widest tile with four warps; slower with every stage."""
+    if config.num_stages == 1:
+        raise RuntimeError("out of resources")
+    return rows / (config.block_m * config.block_n) * config.num_warps + config.num_stages
+
+
+def test_the_fastest_is_chosen(all_fit, capsys):
+    measured = tune.tune(SMALL, TABLE, 90, pretend)
+    scores = [pretend(SMALL, m.config, tune.ROWS[0]) * pretend(SMALL, m.config, tune.ROWS[1]) for m in measured]
+    assert scores == sorted(scores)
+    assert shipped(SMALL, 90) in [m.config for m in measured]
+    assert all(m.config.num_stages > 1 for m in measured)
+    assert "RuntimeError" in capsys.readouterr().out  # a launch that was refused is counted, and ends nothing
+
+
+def test_without_time_the_shipped_one_is_measured(all_fit, capsys):
+    measured = tune.tune(SMALL, TABLE, 90, pretend, until=time.monotonic() - 1)
+    assert [m.config for m in measured] == [shipped(SMALL, 90)]
+    assert "left for want of time" in capsys.readouterr().out
+
+
+def test_the_table_that_is_written_is_read(all_fit, tmp_path, monkeypatch, capsys):
+    todo = [SMALL, tune.Task("product", "half", 1024)]
+    rates = dict.fromkeys(tune.KINDS, 1e15)
+    chosen = tune.run(TABLE, 90, todo, pretend, rates, minutes=1)
+    assert set(chosen) == set(todo)
+    printed = capsys.readouterr().out
+    assert "product half long" in printed
+    assert "%" in printed
+    path = tmp_path / "new" / "configs.json"
+    tune.write(tune.merged(TABLE, 90, chosen), path)
+    assert json.loads(configs.TABLE.read_text()) == TABLE
+    monkeypatch.setenv(configs.ENVIRONMENT, str(path))
+    caches = (configs._table, configs._lookup)
+    try:
+        for cache in caches:
+            cache.cache_clear()
+        assert configs.lookup("sums", 90, torch.bfloat16, 64) == chosen[SMALL]
+        assert configs.lookup("product", 90, torch.float16, 5000) == chosen[todo[1]]
+        assert configs.lookup("sums", 90, torch.bfloat16, 128) == shipped(tune.Task("sums", "half", 128), 90)
+        assert configs.lookup("sums", 80, torch.bfloat16, 64) == shipped(SMALL, 80)
+    finally:
+        for cache in caches:
+            cache.cache_clear()
+
+
+def test_no_time_at_all(all_fit, capsys):
+    assert tune.run(TABLE, 90, [SMALL], pretend, {}, minutes=-1) == {}
+    assert "give more --minutes" in capsys.readouterr().out
+
+
+def test_an_override_ends():
+    before = configs.lookup("sums", 90, torch.bfloat16, 64)
+    other = before._replace(num_stages=7)
+    with contextlib.suppress(KeyError), configs.override({"sums": other, "gradient": None}):
+        assert configs.lookup("sums", 80, torch.float32, 1) == other
+        assert configs.lookup("gradient", 90, torch.bfloat16, 64) is None
+        raise KeyError  # it ends with an exception too
+    assert configs.lookup("sums", 90, torch.bfloat16, 64) == before
+
+
+def test_without_a_gpu_it_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert command.main(["tune"]) == 2
+    assert "needs an NVIDIA GPU" in capsys.readouterr().out
+
+
+def test_wrong_names_are_refused(capsys):
+    assert command.main(["tune", "--op", "sums", "addition"]) == 2
+    assert "addition" in capsys.readouterr().out
