@@ -1,6 +1,6 @@
 # Every target works alone on a fresh machine: it makes .venv and builds the extension where they are missing or stale.
 #
-#   make setup | demo | bench | test | lint | asan | compat | clean
+#   make setup | demo | bench | test | lint | asan | compat | gpu-static | gpu-check | clean
 #
 # With PYTHON given on the command line (make test PYTHON=python3) that interpreter is used as it is: it needs torch
 # and the tools listed in pyproject.toml, and only the extension is built, in place.
@@ -28,7 +28,7 @@ OP_TESTS := tests/test_ops.py tests/test_info_nce.py tests/test_info_nce_precisi
 
 export SELFSUP_KERNELS_REQUIRE_EXTENSION := 1
 
-.PHONY: setup demo bench test lint asan compat clean
+.PHONY: setup demo bench test lint asan compat gpu-static gpu-check clean
 
 setup: $(BUILT)
 
@@ -79,6 +79,14 @@ compat: setup .venv-compat/.dependencies
 	test -x .venv-compat/bin/python || $(PYTHON) -m venv .venv-compat
 	.venv-compat/bin/python -m pip install "$(COMPAT_TORCH)" "$(COMPAT_TRITON)" pytest hypothesis numpy rich
 	touch $@
+
+# Every configuration of the GPU kernels, compiled without a GPU. ARGUMENTS="--arch 90 --json FILE" and the like.
+gpu-static: $(DEPENDENCIES)
+	$(PY) benchmarks/gpu_static.py $(ARGUMENTS)
+
+# On a machine with a GPU, whose Python has a CUDA build of torch: make gpu-check PYTHON=python3 [RESULTS=DIR]
+gpu-check: $(DEPENDENCIES)
+	$(PY) benchmarks/gpu_check.py $(if $(RESULTS),--out "$(RESULTS)")
 
 clean:
 	rm -rf build dist out .venv .venv-compat *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
