@@ -61,3 +61,10 @@ def info_nce_errors_of_rows(views, count=64, seed=0):
         "gradient": relative(gradient.reshape(-1, dim)[chosen], dh),
         "rows": len(chosen),
     }
+
+
+def ema_error(update, targets, sources):
+    """The largest error among the tensors of one update."""
+    want = [t.double().lerp(s.double(), 1 - w.MOMENTUM) for t, s in zip(targets, sources, strict=True)]
+    update(targets, sources)
+    return max(relative(t, x) for t, x in zip(targets, want, strict=True))

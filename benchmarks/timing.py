@@ -132,7 +132,9 @@ class Clock:
         return torch.cuda.mem_get_info(self.device)[0]
 
     def cache_bytes(self):
-        return torch.cuda.get_device_properties(self.device).L2_cache_size if self.cuda else 2**20
+        if not self.cuda:
+            return 2**20
+        return getattr(torch.cuda.get_device_properties(self.device), "L2_cache_size", 64 * 2**20)
 
     def header(self):
         if not self.cuda:
