@@ -160,7 +160,8 @@ def _byol(job, dtype):
     with _compiled.recording(job.architecture) as launches:
         p, t = (torch.zeros(views, BATCH, job.dim, dtype=dtype, requires_grad=grad) for grad in (True, False))
         sk.byol_loss(p, t, impl="triton").backward()
-    return [row(job, f"{views} views", launch, dtype.itemsize) for launch in launches]
+    name = str(dtype).removeprefix("torch.")
+    return [row(job, f"{views} views", launch, dtype.itemsize) | {"dtype": name} for launch in launches]
 
 
 def _ema(job, dtype):
@@ -280,10 +281,21 @@ def print_table(rows) -> None:
 
 def collect(work: list[Job], processes: int) -> list[dict]:
     if processes == 1:
-        return [r for job in work for r in run(job)]
+        return _gathered(work, map(run, work))
     # Not forked: torch and LLVM have threads by then.
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return [r for rows in pool.map(run, work) for r in rows]
+        return _gathered(work, pool.map(run, work))
+
+
+def _gathered(work, results):
+    """All rows; one line of progress for each architecture, since the whole takes minutes."""
+    rows, began = [], time.perf_counter()
+    for n, (job, found) in enumerate(zip(work, results, strict=True), 1):
+        rows += found
+        if n == len(work) or work[n].architecture != job.architecture:
+            seconds = time.perf_counter() - began
+            print(f"up to sm_{job.architecture}: {len(rows)} kernels, {seconds:.0f} s", file=sys.stderr, flush=True)
+    return rows
 
 
 def main(arguments=None) -> int:
