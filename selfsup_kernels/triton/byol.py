@@ -19,8 +19,9 @@ MAX_VIEWS = 64
 MAX_DIM = 8192
 """A row has to fit the registers of one program. Beyond it: reference."""
 
-MAX_PROGRAMS = tl.constexpr(2048)
-"""The last program of the forward adds up one number of each program, all of them in one step."""
+MAX_PROGRAMS = tl.constexpr(1024)
+"""The last program of the forward adds up one number of each program, all of them in one step: 8 a thread, so that
+the step does not decide how many registers the kernel has."""
 
 ARRIVED = tl.constexpr(0x7FA5B1C3D2E60000)
 """Zero arrivals, in the upper 48 bits a mark that no computed number has; see :func:`_add_up`."""
@@ -275,9 +276,9 @@ def backward_kernel(
 def configuration(dim: int, item_size: int, aligned: bool) -> dict[str, int]:
     """WIDTH, ROWS and num_warps for rows of ``dim`` numbers. Chosen by counting registers; not tuned yet.
 
-    A warp has rows of its own up to 1024 numbers, of short rows so many that a thread has 16 numbers of each tensor:
-    two to four 128-bit loads of p and as many of t are on their way in it. Longer rows have a power of two of warps
-    that leaves 8 to 16 numbers to a thread, at most 16 warps, whose threads have 32 numbers of the longest rows.
+    A warp has rows of its own up to 1024 numbers, which is 32 a thread; of short rows so many that a thread has 16
+    numbers of each tensor, so that two to four 128-bit loads of p and as many of t are on their way in it. Longer rows
+    have a power of two of warps, up to 16, that leaves 8 to 16 numbers to a thread.
     """
     length = triton.next_power_of_2(dim)
     per_row = 1 if dim <= 1024 else min(16, length // 512)
