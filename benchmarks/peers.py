@@ -102,9 +102,8 @@ def load(table, name, *arguments):
     package, adaptor = table[name]
     try:
         importlib.import_module(package)
+        return adaptor(*arguments), None
     except ImportError as error:
         return None, f"absent: {error}"
-    try:
-        return adaptor(*arguments), None
-    except Exception as error:  # a peer that imports and then fails shall not hide the others
+    except Exception as error:  # a peer that fails while it is imported shall not hide the others
         return None, f"{type(error).__name__}: {error}"

@@ -224,3 +224,11 @@ def test_absent_peers_are_listed_as_absent(monkeypatch):
         function, reason = peers.load(peers.INFO_NCE, name)
         assert function is None
         assert reason.startswith("absent")
+
+
+def test_peers_that_fail_while_imported_are_listed(monkeypatch):
+    def fails(name):
+        raise AttributeError("no such member")
+
+    monkeypatch.setattr(peers.importlib, "import_module", fails)
+    assert peers.load(peers.INFO_NCE, "Liger") == (None, "AttributeError: no such member")
