@@ -30,8 +30,9 @@ SCHEMAS = {
     # grad_temperature is a 0-dim float64 tensor; 0 unless need_temperature.
     "info_nce_backward": (
         "(Tensor grad, Tensor z, Tensor rnorm, Tensor logw, Tensor coef, Tensor zq, Tensor order, Tensor? labels,"
-        " Tensor? temperature_tensor, float temperature, int num_views, int batch, int dim, int objective, int core_view,"
-        " bool normalize, int reduction, bool need_temperature, ScalarType dtype) -> (Tensor grad_views, Tensor grad_temperature)"
+        " Tensor? temperature_tensor, float temperature, int num_views, int batch, int dim, int objective,"
+        " int core_view, bool normalize, int reduction, bool need_temperature, ScalarType dtype)"
+        " -> (Tensor grad_views, Tensor grad_temperature)"
     ),
     # stats is (3, V, B): 1/max(|p|, eps), 1/max(|t|, eps) (both negative where the floor was taken) and the sum of the
     # anchor's cosines.
@@ -140,7 +141,7 @@ def _info_nce_forward_fake_triton(
     return (
         new((layout.user_views, layout.samples) if REDUCTIONS[reduction] == "none" else (), dtype=torch.float32),
         new((layout.stored_rows, layout.stride)),
-        new((layout.rows,), dtype=torch.float32),
+        new((layout.rows + layout.queue,), dtype=torch.float32),
         new((2, layout.columns, layout.rows), dtype=torch.float32),
         new((3 if layout.labels else layout.views, layout.rows), dtype=torch.float32),
         new((4,), dtype=torch.float32),

@@ -1,4 +1,4 @@
-"""What every launcher shares: the one call that starts a kernel, the device it starts on, and the interpreter's rules."""
+"""What every launcher shares: the one call that starts a kernel, the device it starts on, the interpreter's rules."""
 
 import contextlib
 import functools
@@ -23,6 +23,12 @@ def launch(kernel, grid, *args, **options):
 def on_device_of(tensor):
     """A context in which ``tensor``'s device is the current one: Triton launches on that, and on its current stream."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def empty(shape, dtype, device):
+    """Memory that a kernel is about to write. All that these launchers hand to a kernel comes from here, so that tests
+    can put a fence behind it."""
+    return torch.empty(shape, dtype=dtype, device=device)
 
 
 def deterministic() -> bool:

@@ -19,11 +19,15 @@ from selfsup_kernels.triton.layout import Layout
 
 def forward(views, labels, queue, temperature_tensor, temperature, objective, core_view, normalize, eps, reduction):
     layout = Layout(len(views), *views[0].shape, 0 if queue is None else queue.shape[0], labels is not None)
-    if layout.stored_rows >= 2**31:
-        raise RuntimeError(f"impl='triton': expected fewer than 2^31 rows, got {layout.stored_rows}")
+    if layout.columns * layout.rows >= 2**31 or layout.stored_rows >= 2**31:
+        raise RuntimeError(
+            f"impl='triton' takes fewer than 2^31 pairs of a row and a view, got {layout.columns} x {layout.rows};"
+            " use impl='reference'"
+        )
     with _launch.on_device_of(views[0]):
         if labels is None:
-            order = classes = ends = torch.empty(0, dtype=torch.int64, device=views[0].device)
+            order = torch.empty(0, dtype=torch.int64, device=views[0].device)
+            classes = ends = None
         else:
             order, classes, ends = sort_by_class(labels, len(views))
         stored, rnorm, sums, state = load_rows(
@@ -38,8 +42,8 @@ def forward(views, labels, queue, temperature_tensor, temperature, objective, co
             stored,
             sums,
             state,
-            classes if layout.labels else None,
-            ends if layout.labels else None,
+            classes,
+            ends,
             cross,
             core_view,
             normalize,
@@ -78,8 +82,7 @@ def backward(
     need_temperature,
     dtype,
 ):
-    # The padding of the queue counts as part of it here: rows of zeros add nothing to a product.
-    layout = Layout(num_views, batch, dim, z.shape[0] - logw.shape[2], labels is not None)
+    layout = Layout(num_views, batch, dim, len(rnorm) - logw.shape[2], labels is not None)
     classes, ends = order[batch:].to(torch.int32).chunk(2) if layout.labels else (None, None)
     factor = HALF_FACTOR if z.dtype == torch.float16 else 1.0
     with _launch.on_device_of(z):
@@ -124,8 +127,8 @@ def backward(
 
 
 HALF_FACTOR = 16384.0
-"""float16 holds G times this: a pair's gradient is at most 2 of the largest upstream gradient, so nothing overflows, and
-what is 4e-12 of it is not lost yet (bfloat16 has float32's range)."""
+"""float16 holds G times this: a pair's gradient is at most 2 of the largest upstream gradient, so nothing overflows,
+and what is 4e-12 of it is not lost yet (bfloat16 has float32's range)."""
 
 
 def _upstream(layout, grad, order):

@@ -4,6 +4,8 @@ Rows are sorted by class, so that those of a block's classes are neighbours: a p
 class of a row is named by the row where it begins.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -40,8 +42,8 @@ def class_tables_kernel(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Losses, ``weights``, ``slow`` (1 [+ 1], rows) and ``coef`` (3, rows), see ``pair_coefficient``. BATCH counts rows
-    here, SAMPLES the user's samples. An anchor without positives has loss 0 and pushes nothing away."""
+    """Losses, ``weights``, ``slow`` (1 [+ 1], rows) and ``coef`` (3, rows), see ``pair_coefficient``. BATCH counts
+    rows here, SAMPLES the user's samples. An anchor without positives has loss 0 and pushes nothing away."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = row < BATCH
     group = tl.load(classes + row, mask=valid, other=-2)
@@ -130,7 +132,7 @@ def class_tables_kernel(
 
 @triton.jit
 def pair_coefficient(s, pivot, share, factor, OBJECTIVE: tl.constexpr):
-    """d loss_i / d S of an anchor's positive with score ``s``, from the anchor's three numbers, without cancellation."""
+    """d loss_i / d S of an anchor's positive with score ``s``, from the anchor's three numbers, without cancellation"""
     if OBJECTIVE == SUPCON_OUT:
         return factor * tl.exp2((s - pivot) * LOG2E) - share
     elif OBJECTIVE == SUPCON_IN:
@@ -196,10 +198,10 @@ def sort_by_class(labels, views):
 
 def class_tables(layout, stored, sums, state, classes, ends, order, objective, normalize, precision):
     """(per-anchor losses (V, B) in float32, both tables of weights, coef)."""
-    new = stored.new_empty
-    loss = new((layout.user_views, layout.samples), dtype=torch.float32)
-    weights = new((2, layout.columns, layout.rows), dtype=torch.float32)
-    coef = new((3, layout.rows), dtype=torch.float32)
+    new = functools.partial(_launch.empty, dtype=torch.float32, device=stored.device)
+    loss = new((layout.user_views, layout.samples))
+    weights = new((2, layout.columns, layout.rows))
+    coef = new((3, layout.rows))
     _launch.launch(
         class_tables_kernel,
         (triton.cdiv(layout.batch, TABLE_BLOCK),),

@@ -15,6 +15,7 @@ from selfsup_kernels.triton._tiles import (
     LOG2E,
     STATE_SLOW,
     load_tile,
+    relative_exponential,
     score_reference,
     tile_scores,
 )
@@ -56,6 +57,7 @@ def pair_gradient(
     MASKED: tl.constexpr,
     LABELS: tl.constexpr,
     OBJECTIVE: tl.constexpr,
+    NORMALIZE: tl.constexpr,
     BLOCK_X: tl.constexpr,
     BLOCK_Y: tl.constexpr,
     FACTOR: tl.constexpr,
@@ -63,18 +65,18 @@ def pair_gradient(
     """G (BLOCK_X, BLOCK_Y) of rows of view u (x) and of view v (y; v == VIEWS: the queue), from inner products ``s``.
 
     With MASKED, pairs of one sample (of one class) are told apart, and weights of any size are right, at the price of
-    two exponentials. Columns past the end need no mask: the rows there are zeros, so the product does not see them.
+    two exponentials. Without, columns past the end need no mask: the rows there are zeros, and no weight is infinite.
     """
     xs = x_local + tl.arange(0, BLOCK_X)
     ys = y_local + tl.arange(0, BLOCK_Y)
     x_at, y_at = x_row + tl.arange(0, BLOCK_X), y_row + tl.arange(0, BLOCK_Y)
     x_in, y_in = xs < BATCH, (ys < limit) & (v != VIEWS)
-    exponent = s * (scale * LOG2E) - reference * LOG2E
     if MASKED:
+        score = s * scale
         x_slow = tl.load(slow + v * rows + x_at, mask=x_in, other=float("-inf"))
         y_slow = tl.load(slow + u * rows + y_at, mask=y_in, other=float("-inf"))
-        gx = tl.exp2(exponent + x_slow[:, None])
-        gy = tl.exp2(exponent + y_slow[None, :])
+        gx = tl.exp2((score + x_slow[:, None]) * LOG2E)
+        gy = tl.exp2((score + y_slow[None, :]) * LOG2E)
         if upstream is None:
             g = (gx + gy) * FACTOR
         else:
@@ -83,16 +85,18 @@ def pair_gradient(
             g = gx * x_scale[:, None] + gy * y_scale[None, :]
         if LABELS:
             if v != VIEWS:
-                g = class_gradient(g, s * scale, xs, ys, upstream, classes, coef, rows, BATCH, OBJECTIVE, FACTOR)
+                g = class_gradient(g, score, xs, ys, upstream, classes, coef, rows, BATCH, OBJECTIVE, FACTOR)
         else:
             g = tl.where((xs[:, None] == ys[None, :]) & (v != VIEWS), 0.0, g)
+        # A row of zeros past the end has score 0, which may be infinitely far above those of a row's own.
+        g = tl.where((ys < limit)[None, :], g, 0.0)
     else:
         wx = FACTOR * tl.load(weights + v * rows + x_at, mask=x_in, other=0.0)
         wy = FACTOR * tl.load(weights + u * rows + y_at, mask=y_in, other=0.0)
         if upstream is not None:
             wx *= tl.load(upstream + x_at, mask=x_in, other=0.0)
             wy *= tl.load(upstream + y_at, mask=y_in, other=0.0)
-        g = tl.exp2(exponent) * (wx[:, None] + wy[None, :])
+        g = relative_exponential(s, scale, reference, NORMALIZE) * (wx[:, None] + wy[None, :])
     return g
 
 
@@ -196,6 +200,7 @@ def gradient_kernel(
                     PART != "clean",
                     LABELS,
                     OBJECTIVE,
+                    NORMALIZE,
                     BLOCK_M,
                     BLOCK_N,
                     FACTOR,
@@ -292,6 +297,7 @@ def wave_kernel(
             True,
             LABELS,
             OBJECTIVE,
+            NORMALIZE,
             BLOCK_M,
             BLOCK_N,
             FACTOR,
@@ -319,6 +325,7 @@ def wave_kernel(
             False,
             LABELS,
             OBJECTIVE,
+            NORMALIZE,
             BLOCK_M,
             BLOCK_N,
             FACTOR,
@@ -377,7 +384,7 @@ def gradient(
     constants |= {"FACTOR": factor, "PRECISION": precision}
     tables = (*weights, upstream, state, classes, ends, coef)
     queue = int(layout.queue > 0)
-    if config is None:
+    if config is None or config.block_k < layout.stride:
         return _in_waves(layout, stored, tables, cross, core, constants), 1
     programs = config.programs * _launch.processors_of(stored)
     blocks, columns = (layout.views * triton.cdiv(layout.batch, b) for b in (config.block_m, config.block_n))
@@ -423,7 +430,7 @@ def gradient(
 
 
 def _partial(layout, splits, queues, stored):
-    return torch.empty((splits + queues, layout.rows, layout.stride), dtype=torch.float32, device=stored.device)
+    return _launch.empty((splits + queues, layout.rows, layout.stride), torch.float32, stored.device)
 
 
 def _in_waves(layout, stored, tables, cross, core, constants):
@@ -433,7 +440,7 @@ def _in_waves(layout, stored, tables, cross, core, constants):
     padded = max(layout.padded, layout.queue_padded)
     height, width = wave_shape(padded, layout.padded, stored.element_size())
     partial = _partial(layout, 1, int(layout.queue > 0), stored)
-    workspace = torch.empty((height, width), dtype=stored.dtype, device=stored.device)
+    workspace = _launch.empty((height, width), stored.dtype, stored.device)
     x, y = _launch.tile_sources(stored, pairs)
     product_sources = _launch.product_sources(workspace, stored, product)
     for u, v in visits(layout, cross, core):

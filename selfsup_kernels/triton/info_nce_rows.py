@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from selfsup_kernels.triton import _launch
-from selfsup_kernels.triton._tiles import STATE_NORM, STATE_SCALE, STATE_SLOW
+from selfsup_kernels.triton._tiles import STATE_NORM, STATE_SCALE, STATE_SIZE, STATE_SLOW
 
 
 @triton.jit
@@ -69,8 +69,9 @@ def load_rows_kernel(
         tl.atomic_max(state + STATE_NORM, tl.max(longest))
     at = stored + (first_row + row).to(tl.int64)[:, None] * STRIDE + d[None, :]
     tl.store(at, h.to(stored.dtype.element_ty), mask=(row < rows)[:, None] & (d < STRIDE)[None, :])
+    # The queue's part of rnorm has no padding: its length is how the backward knows that of the queue.
+    tl.store(rnorm + first_row + row, reciprocal.to(tl.float32), mask=(row < rows) if COLUMNS > 0 else (row < BATCH))
     if COLUMNS > 0:
-        tl.store(rnorm + row, reciprocal.to(tl.float32), mask=row < rows)
         for c in tl.static_range(COLUMNS):
             tl.store(sums + c * rows + row, tl.zeros((BLOCK,), tl.float32), mask=row < rows)
         if tl.program_id(0) == 0:
@@ -188,10 +189,12 @@ def load_rows(layout, views, queue, order, temperature_tensor, temperature, norm
     """(stored rows, rnorm, sums, state) of a call; ``layout`` says where each row lies."""
     device = views[0].device
     views = [v if v.stride(1) == 1 or v.shape[1] == 1 else v.contiguous() for v in views]
-    stored = torch.empty((layout.stored_rows, layout.stride), dtype=views[0].dtype, device=device)
-    rnorm = torch.empty(layout.rows, dtype=torch.float32, device=device)
-    sums = torch.empty((layout.columns, layout.rows), dtype=torch.float32, device=device)
-    state = torch.zeros(4, dtype=torch.float32, device=device)
+    stored = _launch.empty((layout.stored_rows, layout.stride), views[0].dtype, device)
+    rnorm = _launch.empty(layout.rows + layout.queue, torch.float32, device)
+    sums = _launch.empty((layout.columns, layout.rows), torch.float32, device)
+    state = _launch.empty(STATE_SIZE, torch.float32, device)
+    if not normalize:
+        state.zero_()  # a maximum is taken in it
     if temperature_tensor is not None and temperature_tensor.device != device:
         temperature, temperature_tensor = float(temperature_tensor), None  # on the CPU: no synchronisation
     block, width, warps = _blocks(layout.stride)
@@ -260,8 +263,8 @@ def finish_rows(
 ):
     """(gradient of the views, (rows,) float64 parts of the temperature's gradient or None)."""
     device = stored.device
-    out = torch.empty((layout.user_views, layout.samples, layout.dim), dtype=dtype, device=device)
-    parts = torch.empty(layout.rows, dtype=torch.float64, device=device) if need else None
+    out = _launch.empty((layout.user_views, layout.samples, layout.dim), dtype, device)
+    parts = _launch.empty(layout.rows, torch.float64, device) if need else None
     block, width, warps = _blocks(layout.stride)
     _launch.launch(
         finish_rows_kernel,

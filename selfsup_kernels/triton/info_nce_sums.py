@@ -12,13 +12,13 @@ import triton
 import triton.language as tl
 
 from selfsup_kernels.triton import _launch
-from selfsup_kernels.triton._tiles import LOG2E, load_tile, score_reference, tile_scores
+from selfsup_kernels.triton._tiles import load_tile, relative_exponential, score_reference, tile_scores
 
 
 @triton.jit
 def _decode(item, blocks, VIEWS, CORE, QUEUE_BLOCKS, CHUNK, SYMMETRIC: tl.constexpr, CROSS: tl.constexpr):
-    """Work item -> (view u of the rows that stay, view v of those that stream by (VIEWS: the queue), block of u, first and
-    last offset, whether row sums count)."""
+    """Work item -> (view u of the rows that stay, view v of those that stream by (VIEWS: the queue), the block of u,
+    its first offset on the circle, the one past the last)."""
     if SYMMETRIC:
         own_length = blocks // 2 + 1
         own_chunks = tl.cdiv(own_length, CHUNK)
@@ -67,8 +67,8 @@ def _stream(
     y,
     sums,
     classes,
-    scale2,
-    reference2,
+    scale,
+    reference,
     u,
     v,
     y_block,
@@ -87,6 +87,7 @@ def _stream(
     LABELS: tl.constexpr,
     PAIRED: tl.constexpr,
     SYMMETRIC: tl.constexpr,
+    NORMALIZE: tl.constexpr,
     STRIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -130,7 +131,7 @@ def _stream(
             DESCRIPTOR,
             PRECISION,
         )
-        e = tl.exp2(s * scale2 - reference2)
+        e = relative_exponential(s, scale, reference, NORMALIZE)
         xs = x_local + tl.arange(0, BLOCK_M)
         if x_local + BLOCK_M > limit:
             e = tl.where((xs < limit)[:, None], e, 0.0)
@@ -198,7 +199,6 @@ def sums_kernel(
     blocks = tl.cdiv(BATCH, BLOCK_N)
     queue_blocks = tl.cdiv(QUEUE, BLOCK_N)
     scale, reference = score_reference(state, NORMALIZE)
-    scale2, reference2 = scale * LOG2E, reference * LOG2E
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         u, v, y_block, first, last = _decode(item, blocks, VIEWS, CORE, queue_blocks, CHUNK, SYMMETRIC, CROSS)
         y_local = y_block * BLOCK_N
@@ -233,8 +233,8 @@ def sums_kernel(
                 y,
                 sums,
                 classes,
-                scale2,
-                reference2,
+                scale,
+                reference,
                 u,
                 v,
                 y_block,
@@ -253,6 +253,7 @@ def sums_kernel(
                 LABELS,
                 PAIRED,
                 SYMMETRIC,
+                NORMALIZE,
                 STRIDE,
                 BLOCK_M,
                 BLOCK_N,

@@ -5,19 +5,19 @@ Weights are stored relative to the score reference r of the kernels, as ``w = ex
 below 0.013) a flag sends the backward to a path that adds the logarithms.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
 from selfsup_kernels.triton import _launch
 from selfsup_kernels.triton._tiles import (
-    LOG2E,
     STATE_SLOW,
     finite_or_zero,
-    load_tile,
     score_reference,
 )
-from selfsup_kernels.triton.objectives import anchor_tables
+from selfsup_kernels.triton.objectives import CROSS_VIEW, anchor_tables
 
 FAST_WEIGHT = tl.constexpr(60.0)
 """Above exp(60) a weight belongs to a row all of whose scores are below r - 60: exp(S - r) would lose those that are
@@ -141,10 +141,10 @@ def negatives(
 
 @triton.jit
 def store_weights(weights, slow, state, logw, reference, at, mask):
-    """logw, as exp(logw + r) and, for the slow path, as its exponent in powers of two."""
+    """logw: as exp(logw + r), and itself for the slow path."""
     relative = logw + reference.to(tl.float64)
     tl.store(weights + at, tl.exp(tl.where(relative > 80.0, 80.0, relative)).to(tl.float32), mask=mask)
-    tl.store(slow + at, (relative * LOG2E).to(tl.float32), mask=mask)
+    tl.store(slow + at, logw.to(tl.float32), mask=mask)
     if tl.sum((mask & (relative > FAST_WEIGHT)).to(tl.int32)) > 0:
         tl.atomic_max(state + STATE_SLOW, 1.0)
 
@@ -188,7 +188,7 @@ def view_tables_kernel(
     for v in range(VIEWS + QUEUE):
         is_queue = v == VIEWS
         meets = (CORE < 0) | (u == v) | (u == CORE) | (v == CORE) | is_queue
-        if OBJECTIVE == 4:  # cross_view has no negatives in the anchor's own view
+        if OBJECTIVE == CROSS_VIEW:  # no negatives in the anchor's own view
             negative = meets & (u != v)
         else:
             negative = meets
@@ -199,7 +199,7 @@ def view_tables_kernel(
                 row,
                 sample,
                 valid,
-                sums,
+                None,
                 v,
                 v * PADDED,
                 tl.where(is_queue, QUEUE_ROWS, BATCH),
@@ -235,10 +235,10 @@ def view_tables_kernel(
 
 def view_tables(layout, stored, sums, state, objective, core, normalize, precision):
     """(per-anchor losses (V, B) in float32, both tables of weights, coef)."""
-    new = stored.new_empty
-    loss = new((layout.user_views, layout.samples), dtype=torch.float32)
-    weights = new((2, layout.columns, layout.rows), dtype=torch.float32)
-    coef = new((layout.views, layout.rows), dtype=torch.float32)
+    new = functools.partial(_launch.empty, dtype=torch.float32, device=stored.device)
+    loss = new((layout.user_views, layout.samples))
+    weights = new((2, layout.columns, layout.rows))
+    coef = new((layout.views, layout.rows))
     _launch.launch(
         view_tables_kernel,
         (triton.cdiv(layout.batch, TABLE_BLOCK), layout.views),

@@ -1,0 +1,225 @@
+"""InfoNCE on the GPU kernels: every kernel and path against the dense loss in float64, at sizes that fit no tile."""
+
+import math
+
+import pytest
+import torch
+from guard import guarded
+from helpers import assert_within, compare_info_nce, randn, random_labels, run
+
+from selfsup_kernels import backends, info_nce_loss
+from selfsup_kernels.objectives import LABEL_OBJECTIVES, OBJECTIVES
+from selfsup_kernels.reference import dense
+from selfsup_kernels.triton import _launch, configs
+
+INTERPRETED = backends.triton_is_interpreted()
+
+
+@pytest.fixture(params=["clean+masked", "all", "waves"])
+def path(request, monkeypatch):
+    """Small tiles, so that a few rows are many tiles; and each way that the launchers choose by size.
+
+    Few processors make any work much: then tiles with masks have kernels of their own. No configuration for the
+    gradient's accumulator sends it through the workspace. One of them with the sums of deterministic mode.
+    """
+
+    def small(kernel, architecture, kind, width):
+        if kernel in ("gradient", "masked_gradient") and request.param == "waves":
+            return None
+        block_k = {"sums": 32, "wave": 32, "product": 32}.get(kernel, 256 if width == "256" else 64)
+        return configs.Config(
+            block_m=16 if kernel == "sums" else 32, block_n=32, block_k=block_k, num_warps=4, num_stages=2
+        )
+
+    monkeypatch.setattr(configs, "_lookup", small)
+    monkeypatch.setattr(_launch, "processors_of", lambda tensor: 1000 if request.param == "all" else 1)
+    monkeypatch.setattr(_launch, "deterministic", lambda: request.param == "all")
+    return request.param
+
+
+@pytest.mark.parametrize("size", [(2, 71, 20), (3, 40, 20)], ids=str)  # three blocks, and two
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_objectives(path, device, dtype, objective, size):
+    compare_info_nce("triton", randn(*size, dtype=dtype).to(device), objective=objective)
+
+
+@pytest.mark.parametrize("classes", [1, 4, 10**6])
+@pytest.mark.parametrize("objective", LABEL_OBJECTIVES)
+def test_labels(path, device, dtype, objective, classes):
+    """One class of everyone (no negatives but the queue's), few, and every sample alone in its class."""
+    labels = random_labels(45, classes).to(device)
+    queue = randn(10, 20, dtype=dtype, seed=1).to(device) if classes == 1 else None
+    views = randn(2, 45, 20, dtype=dtype).to(device)
+    compare_info_nce("triton", views, objective=objective, labels=labels, queue=queue)
+
+
+@pytest.mark.parametrize("objective", LABEL_OBJECTIVES)
+def test_labels_of_one_view(path, device, objective):
+    """Anchors that are alone in their class have no positives at all."""
+    views = randn(1, 40, 12).to(device)
+    compare_info_nce("triton", views, objective=objective, labels=random_labels(40, 25).to(device))
+
+
+@pytest.mark.parametrize(("length", "core_view"), [(1, None), (40, 1)])
+@pytest.mark.parametrize("objective", ["supcon_in", "pairwise", "cross_view"])
+def test_queue_and_core_view(path, device, objective, length, core_view):
+    views, queue = randn(3, 33, 20).to(device), randn(length, 20, seed=1).to(device)
+    compare_info_nce("triton", views, objective=objective, queue=queue, core_view=core_view)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 0.02, 0.01, 0.005, 0.001])
+@pytest.mark.parametrize("objective", ["supcon_out", "per_positive", "pairwise"])
+def test_temperatures(path, device, dtype, objective, temperature):
+    """Down to where every row's sum underflows and is computed again, and weights leave the fast path's range."""
+    compare_info_nce("triton", randn(2, 37, 33, dtype=dtype).to(device), temperature, objective=objective)
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.parametrize("temperature", [0.0143, 0.0128, 0.01])
+def test_adversarial_row(path, device, temperature, labelled):
+    """All negatives opposite to one anchor: its sum underflows at a temperature at which no other row's does."""
+    views = randn(2, 40, 8)
+    views[:, :, 0] += 60
+    views[0, 7] *= -1
+    labels = torch.arange(40, device=device) % 30 if labelled else None
+    compare_info_nce("triton", views.to(device), temperature, labels=labels)
+
+
+@pytest.mark.parametrize(("size", "temperature"), [(1.0, 1.0), (1.0, 0.05), (30.0, 2.0), (1e-3, 0.1)])
+@pytest.mark.parametrize("objective", ["supcon_out", "cross_view"])
+def test_unnormalised(path, device, objective, size, temperature):
+    views = size * randn(3, 33, 12, seed=7).to(device)
+    compare_info_nce("triton", views, temperature, objective=objective, normalize=False)
+
+
+@pytest.mark.parametrize(("batch", "dim"), [(2, 1), (3, 130), (32, 16), (33, 5), (64, 1), (65, 33)])
+def test_widths_and_batches(path, device, dtype, batch, dim):
+    views = randn(2, batch, dim, dtype=dtype, seed=1).to(device)
+    # Rows of one feature are +-1 after normalisation: their gradient is zero, and what remains is rounding.
+    floor = 16 * torch.finfo(dtype).eps / 0.1 / views.double().abs().min().item() if dim == 1 else 0.0
+    compare_info_nce("triton", views, floor=floor)
+
+
+@pytest.mark.parametrize("width", [16, 64, 128, 256, 300])
+def test_shipped_configurations(device, dtype, width):
+    """The table's own tiles: more rows than a tile, and a queue."""
+    views, queue = randn(2, 150, width, dtype=dtype).to(device), randn(20, width, dtype=dtype, seed=1).to(device)
+    compare_info_nce("triton", views, queue=queue)
+
+
+@pytest.mark.parametrize("descriptor", [False, True])
+def test_descriptors_and_pointers_load_the_same(path, device, monkeypatch, descriptor):
+    inner = configs._lookup
+
+    def chosen(*key):
+        config = inner(*key)
+        return None if config is None else config._replace(descriptor=descriptor)
+
+    monkeypatch.setattr(configs, "_lookup", chosen)
+    queue = randn(50, 40, seed=1).to(device)
+    compare_info_nce("triton", randn(2, 50, 40).to(device), queue=queue)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("labelled", [False, True])
+def test_reductions(path, device, dtype, reduction, labelled):
+    views = randn(3, 20, 12, dtype=dtype).to(device)
+    labels = random_labels(20, 6).to(device) if labelled else None
+    upstream = randn(3, 20, seed=1).to(device) if reduction == "none" else torch.tensor(-1.75e-6, device=device)
+    arguments = {"objective": "supcon_in", "reduction": reduction, "labels": labels}
+    got, eager, want = (
+        run(function, x, torch.tensor(0.1, dtype=dtype).to(x.dtype), upstream, **arguments, **extra)
+        for function, x, extra in (
+            (info_nce_loss, views, {"impl": "triton"}),
+            (dense.info_nce_loss, views, {}),
+            (dense.info_nce_loss, views.double(), {}),
+        )
+    )
+    for name, ours, theirs, truth in zip(("loss", "grad", "temperature"), got, eager, want, strict=True):
+        assert_within(name, ours, truth, theirs)
+
+
+def test_upstream_gradient_may_be_expanded_zero_or_partial(path, device):
+    views = randn(2, 33, 6).to(device)
+    mask = torch.zeros(2, 33, device=device)
+    mask[1, 3] = 1e-30
+    for upstream in (torch.tensor(0.5, device=device).expand(2, 33), mask, mask * 0, mask.T.contiguous().T):
+        got = run(info_nce_loss, views, 0.1, upstream, reduction="none", impl="triton")
+        want = run(dense.info_nce_loss, views.double(), 0.1, upstream.double(), reduction="none")
+        assert_within("grad", got[1], want[1])
+        assert_within("temperature", got[2].cpu(), want[2].cpu())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("objective", ["supcon_in", "cross_view", "decoupled"])
+def test_nan_and_inf_give_what_the_reference_gives(path, device, objective, value):
+    views = randn(2, 33, 8).to(device)
+    views[1, 5, 2] = value
+    got, want = (
+        run(info_nce_loss, views, 0.1, reduction="none", objective=objective, impl=impl)
+        for impl in ("triton", "reference")
+    )
+    assert torch.equal(got[0].isnan(), want[0].isnan())
+    assert torch.equal(got[1].isnan(), want[1].isnan())
+    assert got[0].isnan().any()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 0.0, -1.0])
+def test_a_temperature_tensor_that_is_no_temperature_gives_nan(path, device, monkeypatch, value):
+    temperature = torch.tensor(value, device=device)
+    monkeypatch.setattr("selfsup_kernels._validate.temperature", lambda t: (t, 1.0))  # as where it may not be read
+    assert info_nce_loss(randn(2, 9, 4).to(device), temperature=temperature, impl="triton").isnan()
+
+
+def test_zero_rows_and_the_norm_floor(path, device, dtype):
+    views = randn(2, 20, 8, dtype=dtype)
+    views[0, 3] = 0
+    views[1, 3:9] *= 1e-3
+    views = views.to(device)
+    for eps in (1e-12, 1e-2):
+        got = run(info_nce_loss, views, 0.1, eps=eps, impl="triton")
+        eager = run(dense.info_nce_loss, views, torch.tensor(0.1, dtype=dtype), eps=eps)
+        want = run(dense.info_nce_loss, views.double(), torch.tensor(0.1, dtype=dtype).double(), eps=eps)
+        assert got[1].isfinite().all()
+        some = torch.ones(2, 20, dtype=torch.bool)
+        some[0, 3] = False  # 1 / eps times a sum: of another order of magnitude than the rest
+        assert_within("loss", got[0], want[0], eager[0])
+        assert_within("grad", got[1][some], want[1][some], eager[1][some])
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_lists_strides_and_a_view_that_is_another(path, device, labelled):
+    x = randn(3, 35, 20).to(device)
+    labels = random_labels(35, 6).to(device) if labelled else None
+    want = run(info_nce_loss, x, 0.1, labels=labels, impl="triton")
+    wide = torch.full((35, 40), math.nan, device=device)
+    wide[:, ::2] = x[2]
+    pieces = [x[0].clone(), x[1].T.contiguous().T, wide[:, ::2]]
+    leaves = [p.detach().requires_grad_() for p in pieces]
+    loss = info_nce_loss(leaves, temperature=0.1, labels=labels, impl="triton")
+    grads = torch.stack(torch.autograd.grad(loss, leaves))
+    assert_within("loss", loss.detach(), want[0].double())
+    assert_within("grad", grads, want[1].double())
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="pages that cannot be touched are the CPU's")
+@pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.parametrize("size", [(2, 33, 20), (3, 2, 1), (2, 64, 32)], ids=str)
+def test_nothing_is_read_or_written_past_an_end(path, monkeypatch, size, labelled):
+    """Every input and every output ends where memory ends; outputs begin as NaN."""
+
+    def fenced(shape, dtype, device):
+        return guarded(torch.full(shape if isinstance(shape, tuple) else (shape,), math.nan).to(dtype))
+
+    monkeypatch.setattr(_launch, "empty", fenced)
+    views = [guarded(v).requires_grad_() for v in randn(*size)]
+    labels = guarded(random_labels(size[1], 5)) if labelled else None
+    temperature = guarded(torch.tensor([0.1]))[0].requires_grad_()
+    queue = guarded(randn(7, size[2], seed=2))
+    loss = info_nce_loss(
+        views, temperature=temperature, labels=labels, queue=queue, reduction="none", objective="supcon_in",
+        impl="triton",
+    )  # fmt: skip
+    loss.backward(guarded(randn(*size[:2], seed=3)))
+    assert loss.isfinite().all()
+    assert all(v.grad.isfinite().all() for v in views)
