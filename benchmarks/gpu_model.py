@@ -73,9 +73,11 @@ class Prediction(NamedTuple):
 
 class Tile(NamedTuple):
     operations: float
-    """Of the matrix units, rows padded as the tile is."""
+    """Of the matrix units, rows padded as the tile is; of one of the products that make one of full float32."""
     useful: float
     bytes: float
+    pieces: int
+    """Passes of the loop over pieces of the rows, where there is one."""
 
 
 def tile(launch: _compiled.Launch, dim: int, item_size: int) -> Tile:
@@ -86,7 +88,7 @@ def tile(launch: _compiled.Launch, dim: int, item_size: int) -> Tile:
     if launch.kernel == "product_kernel":
         operations = 2 * m * n * c["WIDTH"]
         accumulators = 4 * m * n * (1 if c["FIRST"] else 2)
-        return Tile(operations, operations, (m + n) * c["WIDTH"] * item_size + accumulators)
+        return Tile(operations, operations, (m + n) * c["WIDTH"] * item_size + accumulators, c["WIDTH"] // k)
     products = 2 if launch.kernel == "gradient_kernel" else 1
     if launch.kernel == "wave_kernel":
         moved = (m + n) * padded + m * n
@@ -94,7 +96,7 @@ def tile(launch: _compiled.Launch, dim: int, item_size: int) -> Tile:
         moved = n * padded
     else:
         moved = m * padded if c.get("RESIDENT") else (m + n) * padded
-    return Tile(2 * products * m * n * padded, 2 * products * m * n * dim, moved * item_size)
+    return Tile(2 * products * m * n * padded, 2 * products * m * n * dim, moved * item_size, padded // k)
 
 
 def predict(launch: _compiled.Launch, architecture: int, dim: int, item_size: int, programs: int) -> Prediction | None:
@@ -103,10 +105,10 @@ def predict(launch: _compiled.Launch, architecture: int, dim: int, item_size: in
         return None
     rates, work = RATES[architecture], tile(launch, dim, item_size)
     products = 3 if launch.constants["PRECISION"] == "tf32x3" else 1
-    counts = _per_tile(launch, work.operations * products)
+    counts, operations = _per_tile(launch, work, products)
     rate = rates.bfloat16 if item_size == 2 else rates.bfloat16 / 2
     own = _compiled.matrix_count(launch.code, architecture)
-    matrix = work.operations * products / (rate if own else rate * LEGACY.get(architecture, 1.0))
+    matrix = operations / (rate if own else rate * LEGACY.get(architecture, 1.0))
 
     def issued(test):
         return launch.warps * sum(n for name, n in counts.items() if test(name))
@@ -140,25 +142,26 @@ def predict(launch: _compiled.Launch, architecture: int, dim: int, item_size: in
     )
 
 
-def _per_tile(launch, operations):
-    """Instructions that a warp issues for a tile. The loop over pieces of the rows runs as often as the products need;
-    a loop that the compiler unrolled makes several tiles in a pass."""
+def _per_tile(launch, work, products):
+    """Instructions that a warp issues for a tile, and operations of the matrix units: more than the tile needs where
+    warps make the same products twice. A loop that the compiler unrolled makes several tiles, or pieces, in a pass."""
     once, inner = launch.code.loop
 
     def done(counts):
         each = [(_sass.matrix_operations(name, launch.warps), n) for name, n in counts.items() if _sass.is_matrix(name)]
+        # The size of a tcgen05 product is not in its name.
         return None if any(o is None for o, _ in each) else sum(o * n for o, n in each)
 
+    needed = work.operations * products
     at_once, again = done(once), done(inner)
-    if inner:
-        if again:
-            trips = max(1.0, (operations - (at_once or 0)) / again)
-        else:  # the size of a tcgen05 product is not in its name
-            length = launch.constants.get("WIDTH") if launch.kernel == "product_kernel" else launch.constants["STRIDE"]
-            trips = max(1.0, length / launch.constants["BLOCK_K"])
-        return {name: once.get(name, 0) + trips * inner.get(name, 0) for name in {*once, *inner}}
-    tiles = max(1.0, at_once / operations) if at_once else 1.0
-    return {name: n / tiles for name, n in once.items()}
+    if any(_sass.is_matrix(name) for name in inner):
+        pieces = work.pieces
+        unrolled = max(1, int(again / (needed / pieces) + 0.01)) if again else 1
+        passes = pieces / unrolled
+        counts = {name: once.get(name, 0) + passes * inner.get(name, 0) for name in {*once, *inner}}
+        return counts, max(needed, passes * again) if again else needed
+    tiles = max(1, int(at_once / needed + 0.01)) if at_once else 1
+    return {name: n / tiles for name, n in once.items()}, max(needed, at_once / tiles) if at_once else needed
 
 
 def _shared_clocks(name):

@@ -26,7 +26,7 @@ from selfsup_kernels import backends
 from selfsup_kernels.triton import _launch, _sass
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-READER = 2
+READER = 3
 """Part of the key under which what was read from a kernel is kept, in Triton's own cache."""
 
 

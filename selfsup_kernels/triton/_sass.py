@@ -1,8 +1,8 @@
 """Reads the machine code of a compiled kernel: how often each instruction stands in it, and what the main loop runs.
 
 The main loop is found in the control flow, not guessed from the text: the innermost loop that has both matrix products
-and exponentials. Of the ways through it the shortest one counts that passes all its matrix products and atomic sums:
-masks at the edges, the slow path of a condition and spinning at a barrier are what it leaves out.
+and exponentials. Of the ways through it the shortest one counts that passes most products and most stores: masks at the
+edges, the slow path of a condition and spinning at a barrier are what it leaves out.
 """
 
 import re
@@ -16,7 +16,7 @@ LINE = re.compile(
 """Operands end at a semicolon, in newer listings before the scheduler's notes (``&req={1} ?WAIT2_END_GROUP;``)."""
 TARGET = re.compile(r"\b0x([0-9a-f]+)\s*$")
 MATRIX = re.compile(r"HGMMA|HMMA|UTC\w*MMA")
-ATOMIC = re.compile(r"RED|ATOMG")
+RESULT = re.compile(r"RED|ATOMG|STG")
 EXPONENTIAL = "MUFU.EX2"
 
 
@@ -131,7 +131,7 @@ def _loops(blocks, edges):
 
 def _hot_path(blocks, edges, body, start):
     def worth(b):
-        needed = sum(is_matrix(i.name) or ATOMIC.match(i.name) is not None for i in blocks[b])
+        needed = sum(is_matrix(i.name) or RESULT.match(i.name) is not None for i in blocks[b])
         return 100_000 * needed - len(blocks[b])
 
     order, open_, done = [], set(), set()
