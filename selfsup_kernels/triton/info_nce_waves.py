@@ -1,0 +1,247 @@
+"""The backward's quadratic part for rows too long for an accumulator: in waves, a block of G into a workspace that fits
+in the L2 cache, then a plain matrix product from there."""
+
+import triton
+import triton.language as tl
+
+from selfsup_kernels.triton import _launch, configs
+from selfsup_kernels.triton._tiles import STATE_SLOW, load_tile, score_reference, tile_scores
+from selfsup_kernels.triton.info_nce_pairs import masked_blocks, pair_gradient, partial_sums
+
+
+@triton.jit(do_not_specialize=["rows", "BATCH", "PADDED", "QUEUE", "VIEWS", "CORE", "x_first", "y_first", "u", "v"])
+def wave_kernel(
+    source_x,
+    source_y,
+    weights,
+    slow,
+    upstream,
+    state,
+    classes,
+    ends,
+    coef,
+    workspace,
+    rows,
+    BATCH,
+    PADDED,
+    QUEUE,
+    VIEWS,
+    u,
+    v,
+    x_first,
+    y_first,
+    LABELS: tl.constexpr,
+    OBJECTIVE: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    STRIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+    FACTOR: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """workspace[i, j] <- G of a wave: rows of view u from x_first on with rows of view v from y_first on."""
+    x_local = x_first + tl.program_id(1) * BLOCK_M
+    y_local = y_first + tl.program_id(0) * BLOCK_N
+    x_row, y_row = u * PADDED + x_local, v * PADDED + y_local
+    scale, reference = score_reference(state, NORMALIZE)
+    s = tile_scores(
+        source_x,
+        source_y,
+        None,
+        None,
+        x_row,
+        y_row,
+        STRIDE,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+        False,
+        DESCRIPTOR,
+        PRECISION,
+    )
+    limit = tl.where(v == VIEWS, QUEUE, BATCH)
+    low, high = masked_blocks(classes, ends, x_local, BATCH, BLOCK_M, BLOCK_N, LABELS)
+    block = y_local // BLOCK_N
+    mixed = (v != VIEWS) & (block >= low) & (block < high)
+    if mixed | (tl.load(state + STATE_SLOW) > 0):
+        g = pair_gradient(
+            s,
+            x_local,
+            y_local,
+            x_row,
+            y_row,
+            u,
+            v,
+            weights,
+            slow,
+            upstream,
+            classes,
+            coef,
+            scale,
+            reference,
+            rows,
+            BATCH,
+            limit,
+            VIEWS,
+            True,
+            LABELS,
+            OBJECTIVE,
+            NORMALIZE,
+            BLOCK_M,
+            BLOCK_N,
+            FACTOR,
+        )
+    else:
+        g = pair_gradient(
+            s,
+            x_local,
+            y_local,
+            x_row,
+            y_row,
+            u,
+            v,
+            weights,
+            slow,
+            upstream,
+            classes,
+            coef,
+            scale,
+            reference,
+            rows,
+            BATCH,
+            limit,
+            VIEWS,
+            False,
+            LABELS,
+            OBJECTIVE,
+            NORMALIZE,
+            BLOCK_M,
+            BLOCK_N,
+            FACTOR,
+        )
+    i = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    j = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    tl.store(workspace + i[:, None] * WIDTH + j[None, :], g.to(workspace.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["x_row", "y_row", "x_count", "columns"])
+def product_kernel(
+    source_g,
+    source_y,
+    partial,
+    x_row,
+    y_row,
+    x_count,
+    columns,
+    FIRST: tl.constexpr,
+    STRIDE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """partial[x_row + i, d] (+)= sum over the wave's columns j of workspace[i, j] z[y_row + j, d]."""
+    i = tl.program_id(1) * BLOCK_M
+    d = tl.program_id(0) * BLOCK_N
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for j in range(0, columns, BLOCK_K):
+        g = load_tile(source_g, i, j, WIDTH, BLOCK_M, BLOCK_K, DESCRIPTOR)
+        y = load_tile(source_y, y_row + j, d, STRIDE, BLOCK_K, BLOCK_N, DESCRIPTOR)
+        total = tl.dot(g, y, total, input_precision=PRECISION)
+    at, k = i + tl.arange(0, BLOCK_M), d + tl.arange(0, BLOCK_N)
+    to = partial + (x_row + at).to(tl.int64)[:, None] * STRIDE + k[None, :]
+    mask = (at < x_count)[:, None] & (k < STRIDE)[None, :]
+    if not FIRST:
+        total += tl.load(to, mask=mask, other=0.0)
+    tl.store(to, total, mask=mask)
+
+
+WORKSPACE_BYTES = 16 << 20
+"""A block of G at a time: small beside the L2 cache of every supported data-centre GPU (40 MB and more)."""
+
+
+def in_waves(layout, stored, tables, cross, core, constants):
+    arch = _launch.arch_of(stored)
+    pairs = configs.lookup("wave", arch, stored.dtype, layout.stride)
+    product = configs.lookup("product", arch, stored.dtype, layout.stride)
+    padded = max(layout.padded, layout.queue_padded)
+    height, width = wave_shape(padded, layout.padded, stored.element_size())
+    partial = partial_sums(layout, 1, int(layout.queue > 0), stored)
+    workspace = _launch.empty((height, width), stored.dtype, stored.device)
+    x, y = _launch.tile_sources(stored, pairs)
+    product_sources = _launch.product_sources(workspace, stored, product)
+    for u, v in visits(layout, cross, core):
+        slot = int(v == layout.views)
+        limit = layout.queue if slot else layout.batch
+        for x_first in range(0, layout.batch, height):
+            x_count = min(height, layout.batch - x_first)
+            for y_first in range(0, limit, width):
+                y_count = min(width, limit - y_first)
+                _launch.launch(
+                    wave_kernel,
+                    (triton.cdiv(y_count, pairs.block_n), triton.cdiv(x_count, pairs.block_m)),
+                    x,
+                    y,
+                    *tables,
+                    workspace,
+                    layout.rows,
+                    layout.batch,
+                    layout.padded,
+                    layout.queue,
+                    layout.views,
+                    u,
+                    v,
+                    x_first,
+                    y_first,
+                    BLOCK_M=pairs.block_m,
+                    BLOCK_N=pairs.block_n,
+                    BLOCK_K=pairs.block_k,
+                    WIDTH=width,
+                    DESCRIPTOR=pairs.descriptor,
+                    **constants,
+                    **pairs.options,
+                )
+                first = y_first == 0 and (slot or v == next(w for t, w in visits(layout, cross, core) if t == u))
+                _launch.launch(
+                    product_kernel,
+                    (triton.cdiv(layout.stride, product.block_n), triton.cdiv(x_count, product.block_m)),
+                    *product_sources,
+                    partial[slot],
+                    u * layout.padded + x_first,
+                    v * layout.padded + y_first,
+                    x_count,
+                    y_count,
+                    FIRST=bool(first),
+                    STRIDE=layout.stride,
+                    WIDTH=width,
+                    BLOCK_M=product.block_m,
+                    BLOCK_N=product.block_n,
+                    BLOCK_K=product.block_k,
+                    DESCRIPTOR=product.descriptor,
+                    PRECISION=constants["PRECISION"],
+                    **product.options,
+                )
+    return partial
+
+
+def wave_shape(columns, rows, element_size):
+    """(rows, columns) of the workspace: as long as it may be, since each pass over its columns reads and writes the
+    accumulators of its rows once. Multiples of 256, the padding of the views."""
+    width = min(8192, columns)
+    height = min(rows, max(256, WORKSPACE_BYTES // (element_size * width) // 256 * 256))
+    return height, width
+
+
+def visits(layout, cross, core):
+    """The ordered pairs (u, v) of views that meet; v == views is the queue."""
+    for u in range(layout.views):
+        for v in range(layout.views):
+            if (core < 0 or u == v or core in (u, v)) and not (cross and u == v):
+                yield u, v
+        if layout.queue:
+            yield u, layout.views

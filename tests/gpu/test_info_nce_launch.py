@@ -1,0 +1,212 @@
+"""What the InfoNCE launchers launch: which kernels, over which grid, with which work. Nothing runs here."""
+
+import pytest
+import torch
+from helpers import random_labels
+
+from selfsup_kernels import ops
+from selfsup_kernels.objectives import OBJECTIVES
+from selfsup_kernels.triton import _launch, configs
+from selfsup_kernels.triton.layout import PADDING, Layout
+
+H200 = 132
+
+
+class Launch:
+    """One recorded launch, its arguments by name."""
+
+    def __init__(self, kernel, grid, args, options):
+        names = [p.name for p in kernel.params] if hasattr(kernel, "params") else kernel.arg_names
+        self.name = kernel.__name__.removesuffix("_kernel")
+        self.grid, self.given, self.options = grid, dict(zip(names, args, strict=False)) | options, options
+
+    def __getitem__(self, name):
+        return self.given[name]
+
+
+@pytest.fixture
+def record(monkeypatch):
+    launches = []
+    monkeypatch.setattr(_launch, "launch", lambda kernel, grid, *a, **o: launches.append(Launch(kernel, grid, a, o)))
+    monkeypatch.setattr(_launch, "processors_of", lambda tensor: H200)
+    monkeypatch.setattr(_launch, "arch_of", lambda tensor: 90)
+    monkeypatch.setattr(_launch, "deterministic", lambda: False)
+    return launches
+
+
+def call(record, size, dtype=torch.bfloat16, labels=None, queue=0, objective="supcon_out", core=-1, reduction="mean"):
+    """The launches of a forward and of its backward."""
+    views = list(torch.zeros(size, dtype=dtype).unbind(0))
+    zq = torch.zeros(queue, size[2], dtype=dtype) if queue else None
+    number, how = OBJECTIVES.index(objective), ops.REDUCTIONS.index(reduction)
+    loss, *saved = ops.get("info_nce_forward", "triton")(views, labels, zq, None, 0.1, number, core, True, 1e-12, how)
+    forward = record.copy()
+    record.clear()
+    ops.get("info_nce_backward", "triton")(
+        torch.ones_like(loss), *saved, labels, None, 0.1, *size, number, core, True, how, False, dtype
+    )
+    return forward, record.copy()
+
+
+def names(launches):
+    return [launch.name for launch in launches]
+
+
+def test_few_rows_are_few_launches(record):
+    forward, backward = call(record, (2, 256, 128))
+    assert names(forward) == ["load_rows", "sums", "view_tables"]
+    assert names(backward) == ["gradient", "finish_rows"]
+    assert forward[1]["PART"] == backward[0]["PART"] == "all"
+    assert backward[0].grid[1] > 1  # several programs share the columns of a block of rows
+
+
+def test_many_rows_leave_the_masks_to_kernels_of_their_own(record):
+    forward, backward = call(record, (2, 8192, 128))
+    assert names(forward) == ["load_rows", "sums", "sums", "view_tables"]
+    assert [k["PART"] for k in forward[1:3]] == ["clean", "masked"]
+    assert names(backward) == ["gradient", "gradient", "finish_rows"]
+    clean, masked, finish = backward
+    assert clean.grid == (2 * 8192 // clean["BLOCK_M"], 1)
+    assert masked.grid == (2 * 8192 // masked["BLOCK_M"], 1)
+    assert (clean["SLOT"], masked["SLOT"], finish["SPLITS"], finish["QUEUES"]) == (0, 1, 2, 0)
+    assert finish["partial"].shape == (2, 2 * 8192, 128)
+    # The cap on registers, and with it the programs that share a multiprocessor, is the clean part's.
+    config = configs.lookup("sums", 90, torch.bfloat16, 128)
+    assert [k.options.get("maxnreg") for k in forward[1:3]] == [config.registers, None]
+    assert forward[1].grid == (H200 * config.programs,)
+
+
+def test_deterministic_mode_gives_a_program_all_columns_of_its_rows(record, monkeypatch):
+    monkeypatch.setattr(_launch, "deterministic", lambda: True)
+    forward, _ = call(record, (2, 8192, 128), queue=300)
+    (sums,) = [k for k in forward if k.name == "sums"]
+    blocks = 8192 // sums["BLOCK_N"]
+    assert not sums["SYMMETRIC"]
+    assert sums["CHUNK"] >= blocks
+    assert sums["items"] == blocks * 2 * 3
+
+
+@pytest.mark.parametrize("objective", ["supcon_out", "cross_view"])
+@pytest.mark.parametrize("core", [-1, 1])
+@pytest.mark.parametrize("batch", [300, 5000])
+def test_items_cover_every_pair_of_blocks_once(record, objective, core, batch):
+    """Decoded as the kernel does it: each unordered pair of blocks that meet, in one item and in one offset."""
+    num_views, queue = 3, 400
+    forward, _ = call(record, (num_views, batch, 64), objective=objective, core=core, queue=queue)
+    for sums in (k for k in forward if k.name == "sums"):
+        n, q = -(-batch // sums["BLOCK_N"]), -(-queue // sums["BLOCK_N"])
+        seen = [pair for item in range(sums["items"]) for pair in decode(item, n, q, num_views, core, sums)]
+        meet = [
+            (u, v)
+            for u in range(num_views)
+            for v in range(u, num_views)
+            if (core < 0 or u == v or core in (u, v)) and not (u == v and objective == "cross_view")
+        ]
+        want = {frozenset([(u, i), (v, j)]) for u, v in meet for i in range(n) for j in range(n)}
+        want |= {frozenset([(u, i), ("queue", j)]) for u in range(num_views) for i in range(n) for j in range(q)}
+        assert len(seen) == len(set(seen))
+        assert set(seen) == want
+
+
+def decode(item, n, q, num_views, core, sums):
+    """The pairs of blocks of a work item: the scheme of ``info_nce_sums`` in plain Python."""
+    chunk, cross_only = sums["CHUNK"], sums["CROSS"]
+    own_length = n // 2 + 1
+    own = 0 if cross_only else num_views * n * -(-own_length // chunk)
+    pairs = num_views * (num_views - 1) // 2 if core < 0 else num_views - 1
+    cross = pairs * n * -(-n // chunk)
+    block = item % n
+    if item < own:
+        u = v = item // (own // num_views)
+        first = item % (own // num_views) // n * chunk
+        length = own_length - (n % 2 == 0 and block >= n // 2)
+    elif item < own + cross:
+        pair, rest = divmod(item - own, cross // pairs)
+        u, step = (pair % num_views, pair // num_views) if core < 0 else (core, pair)
+        v, first, length = (u + step + 1) % num_views, rest // n * chunk, n
+    else:
+        u, rest = divmod(item - own - cross, n * -(-q // chunk))
+        for offset in range(rest // n * chunk, min(rest // n * chunk + chunk, q)):
+            yield frozenset([(u, block), ("queue", offset)])
+        return
+    for offset in range(first, min(first + chunk, length)):
+        yield frozenset([(u, block), (v, (block + offset) % n)])
+
+
+@pytest.mark.parametrize(("batch", "queue", "labelled"), [(1000, 0, False), (1000, 300, False), (700, 300, True)])
+def test_waves_visit_every_pair_of_rows(record, monkeypatch, batch, queue, labelled):
+    monkeypatch.setattr("selfsup_kernels.triton.info_nce_waves.WORKSPACE_BYTES", 1 << 17)  # several waves
+    labels = random_labels(batch, 9) if labelled else None
+    _, backward = call(record, (2, batch, 512), queue=queue, labels=labels)
+    assert names(backward) == ["wave", "product"] * (len(backward) // 2) + ["finish_rows"]
+    waves, products = backward[0:-1:2], backward[1:-1:2]
+    views, rows = (1, 2 * batch) if labelled else (2, batch)
+    columns = dict.fromkeys(range(views), rows) | ({views: queue} if queue else {})
+    visited, started = {}, set()
+    for wave, product in zip(waves, products, strict=True):
+        assert product["x_row"] == wave["u"] * wave["PADDED"] + wave["x_first"]
+        assert product["y_row"] == wave["v"] * wave["PADDED"] + wave["y_first"]
+        assert wave.grid[1] * wave["BLOCK_M"] >= product["x_count"]
+        assert wave.grid[0] * wave["BLOCK_N"] >= product["columns"]
+        assert max(wave["workspace"].shape) <= PADDING * 32
+        key = (wave["u"], wave["v"] == views, wave["x_first"])
+        assert product["FIRST"] == (key not in started)  # the first product of a row block overwrites what was there
+        started.add(key)
+        cell = visited.setdefault((wave["u"], wave["v"]), [])
+        cell.append((wave["x_first"], product["x_count"], wave["y_first"], product["columns"]))
+    for u in range(views):
+        for v, count in columns.items():
+            assert sum(x * y for _, x, _, y in visited[u, v]) == rows * count
+            assert len(set(visited[u, v])) == len(visited[u, v])
+
+
+def test_labels_make_one_view_of_all(record):
+    forward, backward = call(record, (2, 100, 32), labels=random_labels(100, 7))
+    assert names(forward) == ["load_rows", "sums", "class_tables"]
+    assert names(backward) == ["gradient", "finish_rows"]
+    assert forward[1]["VIEWS"] == 1
+    assert forward[1]["BATCH"] == 200
+    assert backward[1]["VIEWS"] == 2
+
+
+def test_the_queue_is_stored_behind_the_views(record):
+    forward, backward = call(record, (2, 300, 32), queue=70)
+    assert names(forward) == ["load_rows", "load_rows", "sums", "view_tables"]
+    queue, views = forward[:2]
+    assert (queue["first_row"], queue["rows"], queue["COLUMNS"]) == (1024, 256, 0)
+    assert (views["first_row"], views["rows"], views["COLUMNS"]) == (0, 1024, 3)
+    assert views["stored"].shape == (1280, 32)
+    assert backward[0]["QUEUE"] == 70  # not its padding
+    assert backward[1]["QUEUES"] == 1
+
+
+def test_memory_is_linear_in_the_rows(record):
+    """Every tensor that a launch is given; at M = 65536 the matrix of similarities has 4.3e9 numbers."""
+    for dim in (64, 512):
+        forward, backward = call(record, (2, 32768, dim))
+        for launch in forward + backward:
+            for value in launch.given.values():
+                if isinstance(value, torch.Tensor):
+                    assert value.numel() <= max(4 * 65536 * dim, 16 << 20)
+
+
+def test_offsets_pass_2_31(record):
+    """The row numbers are 32-bit; what they are multiplied with is not, see the tests on a device."""
+    layout = Layout(2, 3_000_000, 1024, 0, False)
+    assert layout.rows * layout.stride > 2**31
+    assert layout.rows < 2**31
+    with pytest.raises(RuntimeError, match=r"2\^31.*reference"):
+        ops.get("info_nce_forward", "triton")(
+            list(torch.zeros(1, 1).expand(50_000, 1).expand(300, 50_000, 1).unbind(0)),
+            *[None] * 3, 0.1, 0, -1, True, 1e-12, 1,
+        )  # fmt: skip
+
+
+def test_saved_tensors_are_what_the_fakes_say():
+    for labels in (None, torch.arange(20) % 3):
+        for queue in (None, torch.zeros(7, 12)):
+            views = list(torch.randn(2, 20, 12).unbind(0))
+            arguments = (views, labels, queue, None, 0.1, 0, -1, True, 1e-12, 0)
+            real = ops.get("info_nce_forward", "triton")(*arguments)
+            fake = ops._info_nce_forward_fake_triton(*arguments)
+            assert [(t.shape, t.dtype) for t in real] == [(t.shape, t.dtype) for t in fake]
