@@ -7,6 +7,7 @@ replaced meanwhile. No number of the results means anything.
 
 import contextlib
 import hashlib
+import io
 import json
 import math
 import re
@@ -169,10 +170,12 @@ def compile_kernel(kernel, grid, *args, **options) -> Launch:
     others = {name: value for name, value in options.items() if not name.isupper()}
     module = kernel.fn.__module__.rsplit(".", 1)[-1]
     try:
-        compiled = kernel.warmup(*args, grid=grid, **options)
+        with contextlib.redirect_stdout(io.StringIO()):  # where ptxas refuses, Triton prints the whole listing
+            compiled = kernel.warmup(*args, grid=grid, **options)
         return Launch(module, kernel.__name__, constants, others, compiled.hash, read(compiled), None)
     except Exception as error:  # a compiler fails in many ways, and each is a finding
-        text = " ".join(str(error).split())[-200:]  # the reason comes last, after the place
+        refused = re.search(r"ptxas (?:fatal|error)\s*: .*", str(error))
+        text = refused[0] if refused else " ".join(str(error).split())[-200:]  # the reason comes last, after the place
         text = f"{type(error).__name__}: {text}"
         key = f"{kernel.__name__} {options} {text}"
         return Launch(module, kernel.__name__, constants, others, key, None, text)

@@ -54,6 +54,7 @@ print(json.dumps({
     "products": problems(64, 64, 64, dot=False),
     "copies": problems(64, 64, 64, descriptor=True),
     "compiler": problems(48, 64, 64),
+    "registers": problems(128, 128, 64, maxnreg=64),
 }))
 """
 
@@ -83,6 +84,7 @@ def verdicts(tmp_path_factory):
         ("products", "no HGMMA"),
         ("copies", "no UTMALDG"),
         ("compiler", "arange's range must be a power of 2"),
+        ("registers", "Insufficient registers (64)"),
     ],
 )
 def test_a_bad_kernel_is_reported(verdicts, kernel, complaint):
