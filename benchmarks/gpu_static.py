@@ -181,7 +181,9 @@ def row(job: Job, case: str, launch: _compiled.Launch, item_size: int) -> dict:
     """Everything known of one kernel, as plain data."""
     a, code = job.architecture, launch.code
     kernel = launch.kernel.strip("_").removesuffix("_kernel")
-    name = f"{launch.module} {kernel}" if launch.module in ("byol",) else kernel
+    name = f"byol {kernel}" if launch.module == "byol" else kernel
+    if launch.constants.get("MASKED") and kernel != "wave":
+        name = f"{kernel} masked"  # of the few tiles on the diagonal: beside one without
     config = configs.lookup(kernel, a, PRECISIONS[job.precision][0], job.dim) if kernel in configs_of(a) else None
     programs = config.programs if config and kernel == "sums" else 1
     limit = _compiled.RESOURCES[a].block_shared
