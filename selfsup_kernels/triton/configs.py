@@ -39,12 +39,8 @@ class Config(NamedTuple):
     """Programs resident on one multiprocessor, where the grid is persistent."""
 
     @property
-    def uncapped(self):
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
-
-    @property
     def options(self):
-        return {**self.uncapped, "maxnreg": self.registers}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.registers}
 
 
 def width_of(dim: int) -> str:

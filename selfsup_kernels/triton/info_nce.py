@@ -34,21 +34,8 @@ def forward(views, labels, queue, temperature_tensor, temperature, objective, co
             layout, views, queue, order, temperature_tensor, temperature, normalize, eps
         )
         precision = configs.precision_of(stored.dtype)
-        config = configs.lookup("sums", _launch.arch_of(stored), stored.dtype, layout.stride)
         cross = OBJECTIVES[objective] == "cross_view"
-        pair_sums(
-            layout,
-            config,
-            stored,
-            sums,
-            state,
-            classes,
-            ends,
-            cross,
-            core_view,
-            normalize,
-            precision,
-        )
+        pair_sums(layout, stored, sums, state, classes, ends, cross, core_view, normalize, precision)
         if layout.labels:
             loss, weights, coef = class_tables(
                 layout, stored, sums, state, classes, ends, order, objective, normalize, precision

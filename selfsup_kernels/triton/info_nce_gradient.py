@@ -136,32 +136,38 @@ def gradient(
 ):
     """(partial sums, how many of them are of pairs in the batch): ``finish_rows`` adds them up. The others are the
     queue's."""
-    arch = _launch.arch_of(stored)
-    config = configs.lookup("gradient", arch, stored.dtype, layout.stride)
+    clean, masked = (
+        configs.lookup(k, _launch.arch_of(stored), stored.dtype, layout.stride) for k in ("gradient", "masked_gradient")
+    )
     constants = {"LABELS": layout.labels, "OBJECTIVE": objective, "NORMALIZE": normalize, "STRIDE": layout.stride}
     constants |= {"FACTOR": factor, "PRECISION": precision}
     tables = (*weights, upstream, state, classes, ends, coef)
     queue = int(layout.queue > 0)
-    if config is None or config.block_k < layout.stride:
+    if clean is None or clean.block_k < layout.stride:
         return in_waves(layout, stored, tables, cross, core, constants), 1
-    programs = config.programs * _launch.processors_of(stored)
-    blocks, columns = (layout.views * triton.cdiv(layout.batch, b) for b in (config.block_m, config.block_n))
-    # Few rows leave most of the machine idle: give each block's columns to several programs.
-    shares = max(1, min(columns // layout.views, programs // blocks))
-    # Few tiles are one launch, at the speed of masked ones; of many, those with masks are a small share.
-    if blocks * columns < 16 * programs:
-        parts = (("all", config, shares, 0, shares),)
-        splits = shares
+
+    def blocks(config):
+        return layout.views * triton.cdiv(layout.batch, config.block_m)
+
+    def shares(config):
+        """Few rows leave most of the machine idle: give each block's columns to several programs."""
+        programs = config.programs * _launch.processors_of(stored)
+        return max(1, min(triton.cdiv(layout.batch, config.block_n), programs // blocks(config)))
+
+    tiles = blocks(clean) * layout.views * triton.cdiv(layout.batch, clean.block_n)
+    if tiles < 16 * clean.programs * _launch.processors_of(stored):
+        # Few tiles are one launch, at the speed of masked ones; of many, those with masks are a small share.
+        splits = shares(masked)
+        parts = (("all", masked, splits, 0, splits),)
     else:
-        masked = configs.lookup("masked_gradient", arch, stored.dtype, layout.stride)
-        splits = shares + 1
-        parts = (("clean", config, shares, 0, splits), ("masked", masked, 1, shares, splits + 1))
+        splits = shares(clean) + 1
+        parts = (("clean", clean, splits - 1, 0, splits), ("masked", masked, 1, splits - 1, splits + 1))
     partial = partial_sums(layout, splits, queue * len(parts), stored)
-    for part, config, shares, slot, queue_slot in parts:
+    for part, config, count, slot, queue_slot in parts:
         x, y = _launch.tile_sources(stored, config)
         _launch.launch(
             gradient_kernel,
-            (triton.cdiv(layout.batch, config.block_m) * layout.views, shares + queue),
+            (blocks(config), count + queue),
             x,
             y,
             *tables,
@@ -172,7 +178,7 @@ def gradient(
             layout.queue,
             layout.views,
             core,
-            shares,
+            count,
             slot,
             queue_slot,
             PART=part,
@@ -182,6 +188,6 @@ def gradient(
             BLOCK_K=config.block_k,
             DESCRIPTOR=config.descriptor,
             **constants,
-            **(config.options if part == "clean" else config.uncapped),
+            **config.options,
         )
     return partial, splits

@@ -11,7 +11,7 @@ work, and each sum is added to memory once: no order to depend on.
 import triton
 import triton.language as tl
 
-from selfsup_kernels.triton import _launch
+from selfsup_kernels.triton import _launch, configs
 from selfsup_kernels.triton._tiles import load_tile, relative_exponential, score_reference, tile_scores
 
 
@@ -266,26 +266,36 @@ def sums_kernel(
             tl.atomic_add(sums + v * rows + y_row + tl.arange(0, BLOCK_N), column_sums, mask=ys < BATCH)
 
 
-def pair_sums(layout, config, stored, sums, state, classes, ends, cross, core, normalize, precision):
+def pair_sums(layout, stored, sums, state, classes, ends, cross, core, normalize, precision):
+    clean, masked = (
+        configs.lookup(k, _launch.arch_of(stored), stored.dtype, layout.stride) for k in ("sums", "masked_sums")
+    )
+    processors = _launch.processors_of(stored)
     symmetric = not _launch.deterministic()
-    programs = _launch.processors_of(stored) * config.programs
-    n = triton.cdiv(layout.batch, config.block_n)
-    q = triton.cdiv(layout.queue, config.block_n)
     pairs = layout.views * (layout.views - 1) // 2 if core < 0 else layout.views - 1
     own = 0 if cross else layout.views
-    tiles = n * (own * (n // 2 + 1) + pairs * n + layout.views * q)
-    # Long enough to load a block of rows once for many tiles, short enough for eight rounds of work a program.
-    chunk = max(1, min(64, tiles // (8 * programs)))
+
+    def blocks(config):
+        return triton.cdiv(layout.batch, config.block_n), triton.cdiv(layout.queue, config.block_n)
+
+    def tiles(config):
+        n, q = blocks(config)
+        return n * (own * (n // 2 + 1) + pairs * n + layout.views * q)
+
     # Few tiles are one launch, at the speed of masked ones; of many, those with masks are a small share.
-    parts = {"clean": chunk, "masked": min(chunk, 4)} if symmetric and tiles >= 16 * programs else {"all": chunk}
-    x, y = _launch.tile_sources(stored, config)
-    for part, chunk in parts.items():
+    many = symmetric and tiles(clean) >= 16 * processors * clean.programs
+    for part, config in (("clean", clean), ("masked", masked)) if many else (("all", masked),):
+        n, q = blocks(config)
+        programs = processors * config.programs
         if symmetric:
+            # Long enough to load a block of rows once for many tiles, short enough for eight rounds of work a program.
+            chunk = 4 if part == "masked" else max(1, min(64, tiles(config) // (8 * programs)))
             rounds = (own * triton.cdiv(n // 2 + 1, chunk), pairs * triton.cdiv(n, chunk))
             items = n * (sum(rounds) + layout.views * triton.cdiv(q, chunk))
         else:
             chunk = max(n, q)
             items = n * layout.views * (layout.views + (q > 0))
+        x, y = _launch.tile_sources(stored, config)
         _launch.launch(
             sums_kernel,
             (min(items, programs),),
@@ -316,5 +326,5 @@ def pair_sums(layout, config, stored, sums, state, classes, ends, cross, core, n
             RESIDENT=config.block_k >= layout.stride,
             DESCRIPTOR=config.descriptor,
             PRECISION=precision,
-            **(config.options if part == "clean" else config.uncapped),
+            **config.options,
         )

@@ -167,7 +167,7 @@ WORKSPACE_BYTES = 16 << 20
 
 def in_waves(layout, stored, tables, cross, core, constants):
     arch = _launch.arch_of(stored)
-    pairs = configs.lookup("wave", arch, stored.dtype, layout.stride)
+    pairs = configs.lookup("masked_wave" if layout.labels else "wave", arch, stored.dtype, layout.stride)
     product = configs.lookup("product", arch, stored.dtype, layout.stride)
     padded = max(layout.padded, layout.queue_padded)
     height, width = wave_shape(padded, layout.padded, stored.element_size())

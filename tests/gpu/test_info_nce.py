@@ -26,9 +26,11 @@ def path(request, monkeypatch):
     def small(kernel, architecture, kind, width):
         if kernel in ("gradient", "masked_gradient") and request.param == "waves":
             return None
-        block_k = {"sums": 32, "wave": 32, "product": 32}.get(kernel, 256 if width == "256" else 64)
+        block_k = {"sums": 32, "masked_sums": 32, "wave": 32, "masked_wave": 32, "product": 32}.get(
+            kernel, 256 if width == "256" else 64
+        )
         return configs.Config(
-            block_m=16 if kernel == "sums" else 32, block_n=32, block_k=block_k, num_warps=4, num_stages=2
+            block_m=16 if kernel.endswith("sums") else 32, block_n=32, block_k=block_k, num_warps=4, num_stages=2
         )
 
     monkeypatch.setattr(configs, "_lookup", small)

@@ -36,7 +36,7 @@ def test_random_cases(device, kernel, precision):
             arguments = {
                 "objective": objective,
                 "normalize": normalize,
-                "reduction": chosen.choice(["mean", "sum"]),
+                "reduction": "mean" if dtype == torch.float16 else chosen.choice(["mean", "sum"]),  # a sum overflows
                 "labels": random_labels(batch, chosen.choice([1, 3, batch]), seed).to(device) if labelled else None,
                 "queue": (size * randn(chosen.randrange(1, 400), dim, dtype=dtype, seed=seed + 1)).to(device)
                 if with_queue or labelled
