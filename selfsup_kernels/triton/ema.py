@@ -16,10 +16,10 @@ from selfsup_kernels import _overlap
 from selfsup_kernels.triton import _launch
 
 # Elements of a program, and its warps. The aim is bytes in flight: with 16 elements of either tensor per thread a
-# float32 program has 32 KB of reads on their way, and five such programs fit an SM at the 46 registers that they take
-# (four with random bits, 63 registers); bandwidth times latency is about 25 KB per SM of an H200. Smaller chunks would
-# even out the end of a short list, larger ones read the table less often. float64 needs two registers an element, so
-# half the elements per thread. Chosen by this arithmetic and by what the compiler makes of it; not tuned on a GPU.
+# float32 program has 32 KB of reads on their way, and five such programs fit an SM at the 46 registers that they take;
+# bandwidth times latency is about 25 KB per SM of an H200. Smaller chunks would even out the end of a short list,
+# larger ones read the table less often. float64 needs two registers an element, so half the elements per thread.
+# Chosen by this arithmetic and by what the compiler makes of it; not tuned on a GPU.
 CHUNK = 4096
 WARPS = 8
 WARPS_WIDE = 16
@@ -59,11 +59,11 @@ def _round_at_random(value, T: tl.constexpr, seed_pointer, counter):
     else:
         normal = (bits + (word & 0x1FFF)) & 0xFFFFE000
         # Below 2^-14 the steps are all 2^-24. What is left of a step may be far below 2^-32 (a value far below the
-        # smallest number), so the draw has a floating scale: where a word is 0, that of another element goes on.
+        # smallest number), so the draw has a floating scale: the word of another element goes on where this one ends.
         more = tl.reshape(tl.join(tl.join(b, a), tl.join(d, c)), value.shape)
         steps = tl.abs(value) * 16777216.0
         whole = tl.floor(steps)
-        draw = tl.where(word != 0, word.to(tl.float32) * 2.0**-32, more.to(tl.float32) * 2.0**-64)
+        draw = word.to(tl.float32) * 2.0**-32 + more.to(tl.float32) * 2.0**-64
         small = tl.where(draw < steps - whole, whole + 1, whole) * 2.0**-24
         small = small.to(tl.uint32, bitcast=True) | (bits & 0x80000000)
         rounded = tl.where(magnitude < 0x38800000, small, normal).to(tl.float32, bitcast=True)
@@ -95,15 +95,16 @@ def _whole_chunk(target, source, weight, seed_pointer, counter, T: tl.constexpr,
     """A full chunk from addresses that are multiples of 16: the wider dtype moves in 128 bits per thread.
 
     The second dimension is a thread's vector. As part of the shape it keeps the compiler from choosing one vector
-    length for all pairs of dtypes, which it would pay for with exchanges through shared memory.
+    length for all pairs of dtypes, which it would pay for with exchanges through shared memory. Random bits are made
+    for one half after the other, in as many registers as everything else needs.
     """
     V: tl.constexpr = 128 // (T if T.primitive_bitwidth > S.primitive_bitwidth else S).primitive_bitwidth
-    at = tl.arange(0, CHUNK // V)[:, None] * V + tl.arange(0, V)[None, :]
-    target = tl.max_contiguous(tl.multiple_of(target + at, [1, V * T.primitive_bitwidth // 8]), [1, V])
-    source = tl.max_contiguous(tl.multiple_of(source + at, [1, V * S.primitive_bitwidth // 8]), [1, V])
-    t = tl.load(target)
-    s = tl.load(source)
-    tl.store(target, _averaged(t, s, weight, T, seed_pointer, counter))
+    SIZE: tl.constexpr = CHUNK // 2 if seed_pointer is not None and T.primitive_bitwidth == 16 else CHUNK
+    for start in range(0, CHUNK, SIZE):
+        at = start + tl.arange(0, SIZE // V)[:, None] * V + tl.arange(0, V)[None, :]
+        to = tl.max_contiguous(tl.multiple_of(target + at, [1, V * T.primitive_bitwidth // 8]), [1, V])
+        of = tl.max_contiguous(tl.multiple_of(source + at, [1, V * S.primitive_bitwidth // 8]), [1, V])
+        tl.store(to, _averaged(tl.load(to), tl.load(of), weight, T, seed_pointer, counter + start // 4))
 
 
 @triton.jit
@@ -133,7 +134,8 @@ def _chunk(
         _whole_chunk(t, s, weight, seed_pointer, counter, T, S, CHUNK)
 
 
-# A momentum may be an element of a schedule: no variant of the kernel for each alignment.
+# A momentum may be an element of a schedule: no variant of the kernel for where it starts. Nor is there one for each
+# number: float64 is passed as it is, where Triton would make float32 of it.
 @triton.jit(do_not_specialize_on_alignment=["rows", "owners", "momentum_pointer", "seed_pointer"])
 def _ema_kernel(
     rows,
@@ -171,6 +173,12 @@ def _ema_kernel(
 
 
 def update_(targets, sources, momentum_tensor, momentum, seed):
+    """As ``reference.ema.update_``. The host waits for nothing, and allocates nothing but a new list's table and what
+    pairs of different layouts need.
+
+    Raises:
+        ValueError, TypeError: a list that the public function refuses, where its table is made.
+    """
     if len(targets) != len(sources):
         raise ValueError(f"sources: expected {len(targets)} tensors, as many as targets, got {len(sources)}")
     if not targets:
@@ -256,7 +264,7 @@ _tables: dict[torch.device, dict[tuple, "_Table"]] = {}
 _captured: dict[int, object] = {}
 """What captured graphs may still read, by identity. Nothing tells when a graph is gone, so it stays for good."""
 
-_lock = threading.Lock()
+_lock = threading.RLock()
 
 
 class _Table:
@@ -368,7 +376,7 @@ def _order(table) -> None:
 def _upload(table, words, device) -> None:
     """Start to copy ``words`` to the device; the host does not wait. Called on that device."""
     if device.type != "cuda":
-        table.words = words
+        table.words = _launch.empty(words.shape, words.dtype, "cpu").copy_(words)
         return
     stream = torch.cuda.current_stream()
 
@@ -376,7 +384,7 @@ def _upload(table, words, device) -> None:
         with torch.cuda.stream(stream):
             # Pinned memory is not handed out again before the copies from it have run: PyTorch sees to that.
             table.staging = words.pin_memory()
-            table.words = torch.empty(words.shape, dtype=words.dtype, device=device)
+            table.words = _launch.empty(words.shape, words.dtype, device)
             table.words.copy_(table.staging, non_blocking=True)
 
     if _capturing(device):
