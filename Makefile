@@ -70,14 +70,17 @@ lint: $(DEPENDENCIES)
 asan: $(DEPENDENCIES)
 	bash tests/sanitizer/run.sh "$(abspath $(dir $(PY)))/$(notdir $(PY))"
 
-# The library that was built against $(TORCH), not rebuilt, under $(COMPAT_TORCH).
+# The library that was built against $(TORCH), not rebuilt, under $(COMPAT_TORCH), and the GPU kernels under
+# $(COMPAT_TRITON), whose interpreter cannot take the newest numpy.
 compat: setup .venv-compat/.dependencies
 	.venv-compat/bin/python -m selfsup_kernels info
 	.venv-compat/bin/python -m pytest $(OP_TESTS)
+	TRITON_INTERPRET=1 .venv-compat/bin/python -m pytest tests/gpu
+	.venv-compat/bin/python benchmarks/gpu_static.py --brief --arch 90
 
 .venv-compat/.dependencies: pyproject.toml Makefile
 	test -x .venv-compat/bin/python || $(PYTHON) -m venv .venv-compat
-	.venv-compat/bin/python -m pip install "$(COMPAT_TORCH)" "$(COMPAT_TRITON)" pytest hypothesis numpy rich
+	.venv-compat/bin/python -m pip install "$(COMPAT_TORCH)" "$(COMPAT_TRITON)" pytest hypothesis "numpy<2.4" rich
 	touch $@
 
 # Every configuration of the GPU kernels, compiled without a GPU. ARGUMENTS="--arch 90 --json FILE" and the like.

@@ -99,6 +99,8 @@ def _implementation(name):
     from selfsup_kernels import backends
 
     reason = backends.unavailable(name)
+    if reason is None and name == "triton":
+        reason = _no_gpu()
     if reason is None or backends.REBUILD not in reason:
         return {"available": reason is None, "reason": reason, "mend": None}
     why = reason.removesuffix(backends.REBUILD).removesuffix("To mend it, run: ").strip()
@@ -111,6 +113,17 @@ def _implementation(name):
         "reason": f"{why} No C++ compiler is on PATH.",
         "mend": f"{install} && {backends.REBUILD}",
     }
+
+
+def _no_gpu():
+    """Asked here, not by ``backends``: at import the question would start the CUDA driver, which no fork survives."""
+    import torch
+
+    from selfsup_kernels import backends
+
+    if backends.triton_is_interpreted() or torch.cuda.is_available():
+        return None
+    return "no NVIDIA GPU was found."
 
 
 def compiler() -> str | None:

@@ -10,7 +10,8 @@ from selfsup_kernels.objectives import LABEL_OBJECTIVES, OBJECTIVES
 from selfsup_kernels.reference import dense
 
 EXTENSION_REQUIRED = os.environ.get("SELFSUP_KERNELS_REQUIRE_EXTENSION", "0") not in ("", "0")
-IMPLS = [impl for impl in ops.IMPLS if backends.unavailable(impl) is None]
+IMPLS = [impl for impl in ("reference", "cpu") if backends.unavailable(impl) is None]
+"""Those that take CPU tensors; the GPU's have their tests in `tests/gpu`."""
 PAIRED_OBJECTIVES = [o for o in OBJECTIVES if o not in LABEL_OBJECTIVES]
 LOW_PRECISION = [torch.bfloat16, torch.float16]
 

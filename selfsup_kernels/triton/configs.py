@@ -33,8 +33,9 @@ class Config(NamedTuple):
     num_stages: int
     descriptor: bool = False
     """Tiles are loaded through tensor descriptors, that is by TMA (compute capability 9.0 and later)."""
-    registers: int | None = None
-    """The most registers of a thread, where more programs shall be resident than the compiler would allow for."""
+    registers: int = 255
+    """The most of a thread. Said explicitly, since the compiler would else rather spill a few than run fewer programs on
+    a multiprocessor; lower where more programs shall be resident."""
     programs: int = 1
     """Programs resident on one multiprocessor, where the grid is persistent."""
 
