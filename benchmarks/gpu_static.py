@@ -182,10 +182,12 @@ def row(job: Job, case: str, launch: _compiled.Launch, item_size: int) -> dict:
     a, code = job.architecture, launch.code
     kernel = launch.kernel.strip("_").removesuffix("_kernel")
     name = f"byol {kernel}" if launch.module == "byol" else kernel
-    if launch.constants.get("MASKED") and kernel != "wave":
-        name = f"{kernel} masked"  # of the few tiles on the diagonal: beside one without
-    config = configs.lookup(kernel, a, PRECISIONS[job.precision][0], job.dim) if kernel in configs_of(a) else None
-    programs = config.programs if config and kernel == "sums" else 1
+    if launch.constants.get("PART", "clean") != "clean":
+        name = f"{kernel} masked"  # of the few tiles on the diagonal, or of all of a small call
+    programs = 1
+    if kernel == "sums":
+        entry = "sums" if launch.constants["PART"] == "clean" else "masked_sums"
+        programs = configs.lookup(entry, a, PRECISIONS[job.precision][0], job.dim).programs
     limit = _compiled.RESOURCES[a].block_shared
     result = {
         "kernel": name,
@@ -217,10 +219,6 @@ def row(job: Job, case: str, launch: _compiled.Launch, item_size: int) -> dict:
             "prediction": prediction and prediction._asdict(),
         }
     return result
-
-
-def configs_of(architecture):
-    return configs._table()[f"sm_{architecture}"]
 
 
 # ---------------------------------------------------------------- the table

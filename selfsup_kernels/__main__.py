@@ -19,7 +19,9 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--figure", metavar="PATH", help="also write a compact picture of the results (PNG or SVG)")
 
     tune = commands.add_parser("tune", help="measure tile shapes of the Triton kernels on this GPU, write their table")
-    tune.add_argument("--op", nargs="+", metavar="KERNEL", help="of sums, gradient, wave, product (default: all)")
+    tune.add_argument(
+        "--op", nargs="+", metavar="KERNEL", help="of [masked_]{sums,gradient,wave}, product (default: all)"
+    )
     tune.add_argument("--dtype", nargs="+", help="of half, tf32, tf32x3 (default: all that the table has)")
     tune.add_argument("--dim", nargs="+", type=int, help="numbers of a row (default: one for each width of the table)")
     tune.add_argument("--out", metavar="FILE", help="write the whole table there")

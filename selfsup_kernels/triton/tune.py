@@ -11,6 +11,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -23,7 +24,8 @@ import torch
 import selfsup_kernels as sk
 from selfsup_kernels.triton import _compiled, _launch, configs
 
-OPS = ("sums", "gradient", "wave", "product")
+OPS = ("sums", "masked_sums", "gradient", "masked_gradient", "wave", "masked_wave", "product")
+"""Masked ones are the tiles on the diagonal, and all tiles of small batches (of waves: those with labels)."""
 KINDS = {
     "half": (torch.bfloat16, "highest"),
     "float32": (torch.float32, "highest"),
@@ -32,8 +34,9 @@ KINDS = {
 }
 """Second key of the table -> (dtype, torch.set_float32_matmul_precision). A table has some of these."""
 DIMS = (*configs.WIDTHS, 1024)
-ROWS = (32768, 4096)
-"""Two views together: a size that fills every GPU, and one that does not."""
+LARGE, SMALL = (65536, 32768), (4096, 1024)
+"""Rows of two views together at which a kernel is measured: large calls have nearly all tiles without masks, small ones
+are a single launch of the masked kernel."""
 LEAST, MOST = 32, 128
 """Accumulators of a thread: with fewer a tile is not worth its loads, with more no register is left for the rest (on
 sm_100 they lie in a memory of their own)."""
@@ -50,11 +53,29 @@ class Task(NamedTuple):
     def name(self):
         return f"{self.kernel} {self.kind} {configs.width_of(self.dim)}"
 
+    @property
+    def base(self):
+        """sums, gradient, wave or product."""
+        return self.kernel.removeprefix("masked_")
+
+    @property
+    def masked(self):
+        return self.kernel != self.base
+
+    @property
+    def rows(self):
+        return SMALL if self.masked and self.base != "wave" else LARGE
+
+    def launches(self, function, constants):
+        """Whether a launch with these constants is of this entry."""
+        masked = constants.get("PART", "clean" if not self.masked else "masked") != "clean"
+        return function == f"{self.base}_kernel" and masked == self.masked
+
 
 class Measured(NamedTuple):
     config: configs.Config
     times: tuple[float, ...]
-    """Milliseconds, for each of ROWS."""
+    """Milliseconds, for each of ``Task.rows``."""
 
     @property
     def score(self):
@@ -86,27 +107,27 @@ def candidates(task: Task, architecture: int, shipped: configs.Config) -> list[c
     half = task.kind == "half"
     whole = max(16, 1 << (task.dim - 1).bit_length())
     pieces = (32, 64, 128) if half else (16, 32, 64)
-    if task.kernel == "gradient" or (task.kernel == "sums" and whole < (128 if half else 64)):
+    if task.base == "gradient" or (task.base == "sums" and whole < (128 if half else 64)):
         depths = (whole,)
-    elif task.kernel == "sums" and configs.width_of(task.dim) != "long":
+    elif task.base == "sums" and configs.width_of(task.dim) != "long":
         depths = (whole, pieces[1])
     else:
         depths = pieces[1:]
-    blocks = (32, 64, 128) if task.kernel == "gradient" else (64, 128, 256)
+    blocks = (32, 64, 128) if task.base == "gradient" else (64, 128, 256)
     descriptors = (True, False) if architecture >= 90 else (False,)
     # Programs on a multiprocessor are chosen where the grid is persistent; four warps alone there leave it idle.
-    crowds = ((8, 1), (4, 2), (4, 3), (8, 2)) if task.kernel == "sums" else ((8, 1), (4, 1))
+    crowds = ((8, 1), (4, 2), (4, 3), (8, 2)) if task.base == "sums" else ((8, 1), (4, 1))
     limit = _compiled.RESOURCES[architecture].block_shared
     found = [shipped]
     for m, n, k, (warps, programs), stages, descriptor in itertools.product(
         blocks, blocks, dict.fromkeys(depths), crowds, (2, 3, 4, 1), descriptors
     ):
-        held = m * n + (m * k if task.kernel == "gradient" else 0)
+        held = m * n + (m * k if task.base == "gradient" else 0)
         if not LEAST <= held / (32 * warps) <= (2 * MOST if architecture == 100 else MOST):
             continue
-        if task.kernel == "sums" and n % m:
+        if task.base == "sums" and n % m:
             continue  # a block of columns is walked through in whole blocks of rows
-        streamed = k < whole or task.kernel in ("wave", "product")
+        streamed = k < whole or task.base in ("wave", "product")
         if stages == 1 and (streamed or programs == 1):
             continue  # nothing would be loaded ahead
         if not descriptor and architecture >= 90 and stages != 3:
@@ -114,10 +135,8 @@ def candidates(task: Task, architecture: int, shipped: configs.Config) -> list[c
         loaded = stages * (m + n) * k if streamed else m * k + stages * n * k
         if loaded * (2 if half else 4) * programs > limit:
             continue
-        config = configs.Config(m, n, k, warps, stages, descriptor, programs=programs)
-        if programs > 1:
-            most = _compiled.REGISTERS // (32 * warps * programs) // 8 * 8
-            config = config._replace(registers=most if most < 255 else None)
+        most = min(255, _compiled.REGISTERS // (32 * warps * programs) // 8 * 8)
+        config = configs.Config(m, n, k, warps, stages, descriptor, registers=most, programs=programs)
         if config not in found:
             found.append(config)
     return found
@@ -126,38 +145,43 @@ def candidates(task: Task, architecture: int, shipped: configs.Config) -> list[c
 def run_op(task: Task, rows: int, device="cpu") -> None:
     """A user's call that launches the task's kernel."""
     dtype, precision = KINDS[task.kind]
-    before = torch.get_float32_matmul_precision()
+    before = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
     torch.set_float32_matmul_precision(precision)
+    torch.use_deterministic_algorithms(False)
     try:
         make = torch.zeros if device == "cpu" else torch.randn
         views = [make(rows // 2, task.dim, dtype=dtype, device=device).requires_grad_() for _ in range(2)]
-        loss = sk.info_nce_loss(views, temperature=0.1, impl="triton")
-        if task.kernel != "sums":
+        labels = torch.arange(rows // 2, device=device) if task.kernel == "masked_wave" else None
+        loss = sk.info_nce_loss(views, temperature=0.1, labels=labels, impl="triton")
+        if task.base != "sums":
             loss.backward()
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision(before[0])
+        torch.use_deterministic_algorithms(before[1])
 
 
 def overriding(task: Task, config: configs.Config):
     """The launchers use ``config`` for the task's kernel. The waves are what is left where there is no ``gradient``."""
     chosen = {task.kernel: config}
-    if task.kernel in ("wave", "product"):
+    if task.base in ("wave", "product"):
         chosen["gradient"] = None
     return configs.override(chosen)
 
 
+UNUSED = "the launchers do not use it"
+
+
 def objections(task: Task, config: configs.Config, architecture: int) -> list[str]:
     """Why the configuration is not measured; none: it is."""
-    name = f"{task.kernel}_kernel"
+    function = f"{task.base}_kernel"
     try:
-        with overriding(task, config), _compiled.recording(architecture, lambda kernel: kernel == name) as launches:
-            run_op(task, ROWS[0])
+        with overriding(task, config), _compiled.recording(architecture, lambda kernel: kernel == function) as launches:
+            run_op(task, task.rows[0])
     except Exception as error:  # a launcher may refuse a shape; that is an answer
         return [f"{type(error).__name__}: {error}"]
-    shape = (config.block_m, config.block_n, config.num_warps)
-    own = [x for x in launches if (x.constants["BLOCK_M"], x.constants["BLOCK_N"], x.warps) == shape]
+    own = [x for x in launches if task.launches(x.kernel, x.constants)]
     if not own:
-        return ["the launcher did not use it"]
+        return [UNUSED]
     found = [problem for x in own for problem in _compiled.problems(x, architecture)]
     if not found and min(_compiled.occupancy(x.code, x.warps, architecture) for x in own) < config.programs:
         found = [f"{config.programs} programs do not fit"]
@@ -188,12 +212,12 @@ def measure(task: Task, config: configs.Config, rows: int) -> float:
     """The median of the kernel's own time, all its launches of one call together, on the current CUDA device."""
     import triton
 
-    name, launches = f"{task.kernel}_kernel", []
+    launches = []
     launch = _launch.launch
 
     def keep(kernel, grid, *args, **options):
         launch(kernel, grid, *args, **options)
-        if kernel.__name__ == name:
+        if task.launches(kernel.__name__, options):
             launches.append((kernel, grid, args, options))
 
     _launch.launch = keep
@@ -202,6 +226,9 @@ def measure(task: Task, config: configs.Config, rows: int) -> float:
             run_op(task, rows, "cuda")
     finally:
         _launch.launch = launch
+
+    if not launches:
+        raise RuntimeError(UNUSED)
 
     def again():
         for kernel, grid, args, options in launches:
@@ -229,7 +256,7 @@ def matrix_rates() -> dict[str, float]:
 def operations(task: Task, rows: int) -> float:
     """Those that the method needs: the forward makes each pair once, the backward both products of each twice."""
     pairs = rows * rows * task.dim
-    return {"sums": 1, "gradient": 4, "wave": 2, "product": 2}[task.kernel] * pairs
+    return {"sums": 1, "gradient": 4, "wave": 2, "product": 2}[task.base] * pairs
 
 
 def tune(
@@ -253,7 +280,7 @@ def tune(
             unmeasured += 1
             continue
         try:
-            results.append(Measured(config, tuple(timer(task, config, rows) for rows in ROWS)))
+            results.append(Measured(config, tuple(timer(task, config, rows) for rows in task.rows)))
         except Exception as error:  # what compiles may still be refused at the launch
             dropped[f"{type(error).__name__}"] += 1
     why = ", ".join(f"{n} {reason}" for reason, n in dropped.most_common())
@@ -271,15 +298,23 @@ def merged(table: dict, architecture: int, chosen: dict[Task, configs.Config]) -
     entries = result.setdefault(f"sm_{known(architecture)}", {})
     for task, config in chosen.items():
         widths = entries.setdefault(task.kernel, {}).setdefault(task.kind, {})
-        widths[configs.width_of(task.dim)] = config._asdict()
+        old = widths.get(configs.width_of(task.dim), {})
+        new = config._asdict()
+        widths[configs.width_of(task.dim)] = {name: new[name] for name in [*old, *(n for n in new if n not in old)]}
     return result
+
+
+def formatted(table: dict) -> str:
+    """As JSON, a line for each entry: the table is read by people too, and its changes by line."""
+    text = json.dumps(table, indent=1)
+    return re.sub(r"\{\s*(\"block_m\"[^{}]*?)\s*\}", lambda m: "{ " + " ".join(m[1].split()) + " }", text) + "\n"
 
 
 def write(table: dict, path: Path) -> None:
     """All at once, so that a reader never finds half a table."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(table, indent=1) + "\n")
+    temporary.write_text(formatted(table))
     temporary.replace(path)
 
 
@@ -290,7 +325,7 @@ def print_results(results: dict[Task, list[Measured]], rates: dict[str, float], 
         "tile",
         "warps/stages",
         "programs",
-        *(f"ms, M={rows}" for rows in ROWS),
+        "ms",
         "of product",
         "shipped",
     ]
@@ -298,7 +333,7 @@ def print_results(results: dict[Task, list[Measured]], rates: dict[str, float], 
     for task, measured in results.items():
         best = measured[0]
         c = best.config
-        fraction = operations(task, ROWS[0]) / (1e-3 * best.times[0]) / rates[task.kind]
+        fraction = operations(task, task.rows[0]) / (1e-3 * best.times[0]) / rates[task.kind]
         before = next((m for m in measured if m.config == shipped.get(task)), None)
         lines.append(
             [
@@ -306,7 +341,7 @@ def print_results(results: dict[Task, list[Measured]], rates: dict[str, float], 
                 f"{c.block_m}x{c.block_n}x{c.block_k}",
                 f"{c.num_warps}/{c.num_stages}" + (" TMA" if c.descriptor else ""),
                 str(c.programs),
-                *(f"{t:.3f}" for t in best.times),
+                ", ".join(f"{t:.3f} (M={rows})" for t, rows in zip(best.times, task.rows, strict=True)),
                 f"{fraction:.0%}",
                 f"{before.score / best.score:.2f}x" if before else "not measured",
             ]
