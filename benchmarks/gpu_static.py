@@ -44,8 +44,9 @@ PRECISIONS = {
     "tf32x3": (torch.float32, "highest"),
 }
 """Name -> (dtype, torch.set_float32_matmul_precision)."""
-BATCH = 8192
-"""Large enough for the shapes of a large call (the workspace of the waves has its full width)."""
+LARGE, SMALL = 32768, 1024
+"""Rows of all views. A large call has kernels for tiles without masks and for those with, and waves of full width; in a
+small one all tiles are of one launch."""
 
 
 class Case(NamedTuple):
@@ -62,6 +63,7 @@ class Case(NamedTuple):
     normalize: bool = True
     learned: bool = False
     """The temperature is a tensor that requires grad."""
+    rows: int = LARGE
 
 
 EVERYWHERE = (
@@ -71,8 +73,10 @@ EVERYWHERE = (
 )
 """For every architecture, width and dtype; float16 has the first alone, whose kernels are those of bfloat16 but for one
 instruction."""
+FULL = (Case("small", rows=SMALL),)
+"""In bfloat16 and full float32."""
 WIDER = (Case("deterministic", deterministic=True), Case("labels", labels=True))
-WIDER_ARCHITECTURES = (80, 90)
+WIDER_ARCHITECTURE = 90
 """Where the two of these cases are told apart, in bfloat16: elsewhere each of them is seen in one of the above."""
 ONCE = (
     *(Case(f"labels, {name}", labels=True, objective=name) for name in ("supcon_in", "decoupled")),
@@ -120,7 +124,9 @@ def run(job: Job) -> list[dict]:
 
 def _info_nce(job, dtype):
     cases = list(EVERYWHERE[:1] if job.precision == "float16" else EVERYWHERE)
-    if job.precision == "bfloat16" and job.architecture in WIDER_ARCHITECTURES:
+    if job.precision in ("bfloat16", "tf32x3"):
+        cases += FULL
+    if job.precision == "bfloat16" and job.architecture == WIDER_ARCHITECTURE:
         cases += WIDER
     if job[:2] == (90, "bfloat16") and job.dim == 128:
         cases += ONCE
@@ -139,7 +145,7 @@ def _info_nce(job, dtype):
 
 
 def _call_info_nce(case, dim, dtype):
-    samples = BATCH // case.views
+    samples = case.rows // case.views
     views = [torch.zeros(samples, dim, dtype=dtype, requires_grad=True) for _ in range(case.views)]
     torch.use_deterministic_algorithms(case.deterministic)
     loss = sk.info_nce_loss(
@@ -147,7 +153,7 @@ def _call_info_nce(case, dim, dtype):
         temperature=torch.ones((), requires_grad=True) if case.learned else 0.1,
         objective=case.objective,
         labels=torch.zeros(samples, dtype=torch.int64) if case.labels else None,
-        queue=torch.zeros(BATCH, dim, dtype=dtype) if case.queue else None,
+        queue=torch.zeros(samples, dim, dtype=dtype) if case.queue else None,
         core_view=case.core_view,
         normalize=case.normalize,
         reduction=case.reduction,
@@ -159,7 +165,7 @@ def _call_info_nce(case, dim, dtype):
 def _byol(job, dtype):
     views = BYOL_VIEWS[job.dim]
     with _compiled.recording(job.architecture) as launches:
-        p, t = (torch.zeros(views, BATCH, job.dim, dtype=dtype, requires_grad=grad) for grad in (True, False))
+        p, t = (torch.zeros(views, LARGE, job.dim, dtype=dtype, requires_grad=grad) for grad in (True, False))
         sk.byol_loss(p, t, impl="triton").backward()
     name = str(dtype).removeprefix("torch.")
     return [row(job, f"{views} views", launch, dtype.itemsize) | {"dtype": name} for launch in launches]
@@ -280,6 +286,24 @@ def print_table(rows) -> None:
     (console if console.is_terminal and console.width >= 200 else Console(width=300)).print(table)
 
 
+def unlaunched(rows) -> list[str]:
+    """Entries of the table that no call of a full run used: what is not seen here could be anything."""
+    keys = ("arch", "kernel", "dtype", "dim", "tile", "warps", "stages")
+    seen = {tuple(r[k] for k in keys) for r in rows}
+    missing = []
+    for arch, kernels in json.loads(configs.TABLE.read_text()).items():
+        for kernel, kinds in kernels.items():
+            name = kernel.removeprefix("masked_") + (" masked" if kernel in ("masked_sums", "masked_gradient") else "")
+            for kind, widths in kinds.items():
+                for width, c in widths.items():
+                    dim = LONG if width == "long" else int(width)
+                    tile = "x".join(str(c[f"block_{x}"]) for x in "mnk")
+                    dtype = "bfloat16" if kind == "half" else kind
+                    if (arch, name, dtype, dim, tile, c["num_warps"], c["num_stages"]) not in seen:
+                        missing.append(f"{arch} {kernel} {kind} {width}")
+    return missing
+
+
 def collect(work: list[Job], processes: int) -> list[dict]:
     if processes == 1:
         return _gathered(work, map(run, work))
@@ -327,6 +351,10 @@ def main(arguments=None) -> int:
         versions = {"triton": _compiled.triton.__version__, "torch": torch.__version__}
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps({"versions": versions, "rows": rows}, indent=1) + "\n")
+    if set(options.arch) == set(ARCHITECTURES) and options.dtype == list(PRECISIONS) and options.dim == DIMS:
+        missing = unlaunched(rows)
+        if missing:
+            print(f"{len(missing)} entries of the table that no call uses: {', '.join(missing)}")
     for r in failing:
         where = f"{r['kernel']} sm_{r['arch'][3:]} {r['dtype']} D={r['dim']} ({r['case']})"
         print(f"FAILS: {where}: {'; '.join(r['problems'])}")
