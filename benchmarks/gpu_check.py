@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 MINUTES = 8.7
-"""Of all steps. Machines with GPUs are lent by the ten minutes, and starting this takes some."""
+"""Of all steps: time on a machine with a GPU is short, and starting it takes some."""
 
 NO_TESTS = 5
 """pytest's exit status where no test was collected."""

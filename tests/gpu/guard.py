@@ -21,7 +21,7 @@ def guarded(tensor: torch.Tensor) -> torch.Tensor:
     start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     if _libc.mprotect(ctypes.c_void_p(start + pages * mmap.PAGESIZE), mmap.PAGESIZE, 0):
         raise OSError(ctypes.get_errno(), "mprotect")
-    copy = torch.frombuffer(
-        memory, dtype=tensor.dtype, count=tensor.numel(), offset=pages * mmap.PAGESIZE - size
-    ).view(tensor.shape)
+    copy = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=pages * mmap.PAGESIZE - size).view(
+        tensor.shape
+    )
     return copy.copy_(tensor.detach())
