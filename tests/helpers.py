@@ -5,7 +5,7 @@ import os
 
 import torch
 
-from selfsup_kernels import backends, info_nce_loss, ops
+from selfsup_kernels import backends, info_nce_loss
 from selfsup_kernels.objectives import LABEL_OBJECTIVES, OBJECTIVES
 from selfsup_kernels.reference import dense
 

@@ -114,6 +114,16 @@ def test_the_table_that_is_written_is_read(all_fit, tmp_path, monkeypatch, capsy
             cache.cache_clear()
 
 
+def test_tiles_with_masks_that_would_not_divide_the_others_are_not_written():
+    chosen = {SMALL: shipped(SMALL, 90)._replace(block_m=64, block_n=64)}
+    masked = tune.Task("masked_sums", "half", 64)
+    fits = tune.merged(TABLE, 90, chosen | {masked: shipped(masked, 90)._replace(block_m=32, block_n=64)})["sm_90"]
+    assert fits["sums"]["half"]["64"]["block_n"] == 64
+    assert fits["masked_sums"]["half"]["64"]["block_m"] == 32
+    not_so = tune.merged(TABLE, 90, chosen | {masked: shipped(masked, 90)._replace(block_n=128)})
+    assert not_so == TABLE
+
+
 def test_no_time_at_all(all_fit, capsys):
     assert tune.run(TABLE, 90, [SMALL], pretend, {}, minutes=-1) == {}
     assert "give more --minutes" in capsys.readouterr().out

@@ -31,6 +31,10 @@ def empty(shape, dtype, device):
     return torch.empty(shape, dtype=dtype, device=device)
 
 
+MANY_TILES = 16
+"""Tiles for each resident program from which on those without masks have a launch of their own."""
+
+
 def deterministic() -> bool:
     return torch.are_deterministic_algorithms_enabled()
 

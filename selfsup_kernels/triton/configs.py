@@ -34,8 +34,8 @@ class Config(NamedTuple):
     descriptor: bool = False
     """Tiles are loaded through tensor descriptors, that is by TMA (compute capability 9.0 and later)."""
     registers: int = 255
-    """The most of a thread. Said explicitly, since the compiler would else rather spill a few than run fewer programs on
-    a multiprocessor; lower where more programs shall be resident."""
+    """The most of a thread. Said explicitly, since the compiler would else rather spill a few than run fewer programs
+    on a multiprocessor; lower where more programs shall be resident."""
     programs: int = 1
     """Programs resident on one multiprocessor, where the grid is persistent."""
 
@@ -91,3 +91,16 @@ def override(entries: dict[str, Config | None]):
     finally:
         _overrides.clear()
         _overrides.update(before)
+
+
+def check_divides(kernel: str, spans: Config, config: Config) -> None:
+    """The tiles with masks must be pieces of those without: the two launches share the work along the latter's edges.
+
+    Raises:
+        ValueError: a table, by hand or by a tuner, that says otherwise.
+    """
+    sums = kernel == "sums"  # whose blocks of either side lie in spans of block_n rows
+    if spans.block_n % config.block_n or (spans.block_n if sums else spans.block_m) % config.block_m:
+        raise ValueError(
+            f"{ENVIRONMENT}: tiles of masked_{kernel} must divide those of {kernel}, got {config}, {spans}"
+        )

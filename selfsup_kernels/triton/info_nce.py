@@ -19,7 +19,7 @@ from selfsup_kernels.triton.layout import Layout
 
 def forward(views, labels, queue, temperature_tensor, temperature, objective, core_view, normalize, eps, reduction):
     layout = Layout(len(views), *views[0].shape, 0 if queue is None else queue.shape[0], labels is not None)
-    if layout.columns * layout.rows >= 2**31 or layout.stored_rows >= 2**31:
+    if max(layout.columns, 3) * layout.rows >= 2**31 or layout.stored_rows >= 2**31:
         raise RuntimeError(
             f"impl='triton' takes fewer than 2^31 pairs of a row and a view, got {layout.columns} x {layout.rows};"
             " use impl='reference'"

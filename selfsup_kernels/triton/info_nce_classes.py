@@ -133,10 +133,11 @@ def class_tables_kernel(
 @triton.jit
 def pair_coefficient(s, pivot, share, factor, OBJECTIVE: tl.constexpr):
     """d loss_i / d S of an anchor's positive with score ``s``, from the anchor's three numbers, without cancellation"""
+    below = tl.where(s > pivot, 0.0, s - pivot)  # rounding alone puts a score above the sum that it is part of
     if OBJECTIVE == SUPCON_OUT:
-        return factor * tl.exp2((s - pivot) * LOG2E) - share
+        return factor * tl.exp2(below * LOG2E) - share
     elif OBJECTIVE == SUPCON_IN:
-        return -factor * tl.exp2((s - pivot) * LOG2E)
+        return -factor * tl.exp2(below * LOG2E)
     elif OBJECTIVE == PER_POSITIVE:
         return -share * sigmoid(pivot - s)
     else:

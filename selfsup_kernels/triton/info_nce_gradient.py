@@ -1,8 +1,7 @@
 """The backward's quadratic part: for every row i, the sum over its pairs of G_ij z_j.
 
-A program owns a block of rows,
-visits all columns, and makes the scores, G and the product with the columns' rows on the way: no atomics, and the same
-bits every time. Rows too long for the accumulator go in waves (``info_nce_waves``).
+A program owns a block of rows, visits all columns, and makes the scores, G and the product with the columns' rows on
+the way: no atomics, and the same bits every time. Rows too long for the accumulator go in waves (``info_nce_waves``).
 """
 
 import triton
@@ -44,6 +43,8 @@ def gradient_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SPAN_M: tl.constexpr,
+    SPAN_N: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
     FACTOR: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -60,7 +61,7 @@ def gradient_kernel(
     share = tl.program_id(1)
     scale, reference = score_reference(state, NORMALIZE)
     is_slow = tl.load(state + STATE_SLOW) > 0
-    low, high = masked_blocks(classes, ends, x_local, BATCH, BLOCK_M, BLOCK_N, LABELS)
+    low, high = masked_blocks(classes, ends, x_local, BATCH, SPAN_M, SPAN_N, BLOCK_N, LABELS)
     x = load_tile(source_x, x_row, 0, STRIDE, BLOCK_M, BLOCK_K, DESCRIPTOR)
     total = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     from_queue = share == SHARES
@@ -155,7 +156,7 @@ def gradient(
         return max(1, min(triton.cdiv(layout.batch, config.block_n), programs // blocks(config)))
 
     tiles = blocks(clean) * layout.views * triton.cdiv(layout.batch, clean.block_n)
-    if tiles < 16 * clean.programs * _launch.processors_of(stored):
+    if tiles < _launch.MANY_TILES * clean.programs * _launch.processors_of(stored):
         # Few tiles are one launch, at the speed of masked ones; of many, those with masks are a small share.
         splits = shares(masked)
         parts = (("all", masked, splits, 0, splits),)
@@ -164,6 +165,8 @@ def gradient(
         parts = (("clean", clean, splits - 1, 0, splits), ("masked", masked, 1, splits - 1, splits + 1))
     partial = partial_sums(layout, splits, queue * len(parts), stored)
     for part, config, count, slot, queue_slot in parts:
+        spans = config if part == "all" else clean
+        configs.check_divides("gradient", spans, config)
         x, y = _launch.tile_sources(stored, config)
         _launch.launch(
             gradient_kernel,
@@ -186,6 +189,8 @@ def gradient(
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
             BLOCK_K=config.block_k,
+            SPAN_M=spans.block_m,
+            SPAN_N=spans.block_n,
             DESCRIPTOR=config.descriptor,
             **constants,
             **config.options,

@@ -10,15 +10,29 @@ from selfsup_kernels.triton.info_nce_classes import class_gradient
 
 
 @triton.jit
-def masked_blocks(classes, ends, x_local, BATCH, BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr, LABELS: tl.constexpr):
-    """Blocks [low, high) of a view hold columns that rows [x_local, x_local + BLOCK_X) must not take for negatives."""
+def masked_blocks(
+    classes,
+    ends,
+    x_local,
+    BATCH,
+    SPAN_X: tl.constexpr,
+    SPAN_Y: tl.constexpr,
+    BLOCK_Y: tl.constexpr,
+    LABELS: tl.constexpr,
+):
+    """Blocks [low, high) of a view hold columns that the rows around x_local must not take for negatives.
+
+    Rows and columns are counted in spans, the blocks of the launch without masks: both launches must draw the same
+    line, and a block of either is a span or a piece of one.
+    """
+    x_local = x_local // SPAN_X * SPAN_X
     if LABELS:
         low = tl.load(classes + x_local)
-        high = tl.load(ends + tl.minimum(x_local + BLOCK_X, BATCH) - 1)
+        high = tl.load(ends + tl.minimum(x_local + SPAN_X, BATCH) - 1)
     else:
         low = x_local
-        high = x_local + BLOCK_X
-    return low // BLOCK_Y, tl.cdiv(high, BLOCK_Y)
+        high = x_local + SPAN_X
+    return low // SPAN_Y * (SPAN_Y // BLOCK_Y), tl.cdiv(high, SPAN_Y) * (SPAN_Y // BLOCK_Y)
 
 
 @triton.jit
@@ -52,7 +66,7 @@ def pair_gradient(
     """G (BLOCK_X, BLOCK_Y) of rows of view u (x) and of view v (y; v == VIEWS: the queue), from inner products ``s``.
 
     With MASKED, pairs of one sample (of one class) are told apart, and weights of any size are right, at the price of
-    two exponentials. Without, columns past the end need no mask: the rows there are zeros, and no weight is infinite.
+    two exponentials. Without, columns past the end need no mask: the rows there are zeros, and G is finite.
     """
     xs = x_local + tl.arange(0, BLOCK_X)
     ys = y_local + tl.arange(0, BLOCK_Y)
@@ -62,8 +76,11 @@ def pair_gradient(
         score = s * scale
         x_slow = tl.load(slow + v * rows + x_at, mask=x_in, other=float("-inf"))
         y_slow = tl.load(slow + u * rows + y_at, mask=y_in, other=float("-inf"))
-        gx = tl.exp2((score + x_slow[:, None]) * LOG2E)
-        gy = tl.exp2((score + y_slow[None, :]) * LOG2E)
+        # Probabilities: where a long row's score was rounded otherwise than in its sum, at most 1 all the same. Not by
+        # a minimum, which may drop NaN.
+        gx, gy = score + x_slow[:, None], score + y_slow[None, :]
+        gx = tl.exp2(tl.where(gx > 0, 0.0, gx) * LOG2E)
+        gy = tl.exp2(tl.where(gy > 0, 0.0, gy) * LOG2E)
         if upstream is None:
             g = (gx + gy) * FACTOR
         else:
@@ -84,6 +101,9 @@ def pair_gradient(
             wx *= tl.load(upstream + x_at, mask=x_in, other=0.0)
             wy *= tl.load(upstream + y_at, mask=y_in, other=0.0)
         g = relative_exponential(s, scale, reference, NORMALIZE) * (wx[:, None] + wy[None, :])
+        if FACTOR != 1.0:
+            if y_local + BLOCK_Y > limit:  # float16 alone: there it may be infinite
+                g = tl.where((ys < limit)[None, :], g, 0.0)
     return g
 
 

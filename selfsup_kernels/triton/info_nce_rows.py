@@ -67,6 +67,7 @@ def load_rows_kernel(
         reciprocal = square * 0.0 + 1.0
         longest = tl.where(square < 3e38, square, 0.0).to(tl.float32)
         tl.atomic_max(state + STATE_NORM, tl.max(longest))
+    h = tl.where(valid[:, None], h, 0.0)  # padding is zeros whatever 1 / eps is
     at = stored + (first_row + row).to(tl.int64)[:, None] * STRIDE + d[None, :]
     tl.store(at, h.to(stored.dtype.element_ty), mask=(row < rows)[:, None] & (d < STRIDE)[None, :])
     # The queue's part of rnorm has no padding: its length is how the backward knows that of the queue.
@@ -84,7 +85,7 @@ def load_rows_kernel(
             tl.store(state + STATE_SLOW, 0.0)
 
 
-@triton.jit(do_not_specialize=["BATCH_PADDED", "BATCH", "rows"])
+@triton.jit(do_not_specialize=["BATCH_PADDED", "BATCH", "rows", "SPLITS"])
 def finish_rows_kernel(
     partial,
     stored,
@@ -100,9 +101,9 @@ def finish_rows_kernel(
     BATCH_PADDED,
     BATCH,
     rows,
+    SPLITS,
     VIEWS: tl.constexpr,
     LABELS: tl.constexpr,
-    SPLITS: tl.constexpr,
     QUEUES: tl.constexpr,
     NORMALIZE: tl.constexpr,
     NEED_SCALE: tl.constexpr,
@@ -134,7 +135,7 @@ def finish_rows_kernel(
     z = tl.load(stored + at, mask=mask, other=0.0).to(tl.float32)
 
     in_batch = tl.load(partial + at, mask=mask, other=0.0)
-    for k in tl.static_range(1, SPLITS):
+    for k in range(1, SPLITS):
         in_batch += tl.load(partial + k * size + at, mask=mask, other=0.0)
     in_batch *= 1.0 / FACTOR
     if not LABELS:
@@ -153,7 +154,7 @@ def finish_rows_kernel(
             )
             in_batch += (c + back)[:, None] * zv.to(tl.float32)
     total = in_batch
-    for k in tl.static_range(SPLITS, SPLITS + QUEUES):
+    for k in range(SPLITS, SPLITS + QUEUES):
         total += tl.load(partial + k * size + at, mask=mask, other=0.0) * (1.0 / FACTOR)
 
     scale = tl.load(state + STATE_SCALE)
@@ -283,9 +284,9 @@ def finish_rows(
         layout.padded,
         layout.samples,
         layout.rows,
+        splits,
         VIEWS=layout.user_views,
         LABELS=layout.labels,
-        SPLITS=splits,
         QUEUES=partial.shape[0] - splits,
         NORMALIZE=normalize,
         NEED_SCALE=need,

@@ -72,6 +72,7 @@ def _stream(
     u,
     v,
     y_block,
+    y_local,
     y_row,
     start,
     skip,
@@ -92,6 +93,7 @@ def _stream(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SPAN: tl.constexpr,
     RESIDENT: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -102,7 +104,7 @@ def _stream(
     Without MASKED no pair of a tile may be left out, save for rows past the end: nearly all tiles are such, and their
     loop has no registers to spare for masks.
     """
-    STEPS: tl.constexpr = BLOCK_N // BLOCK_M
+    STEPS: tl.constexpr = SPAN // BLOCK_M
     if PAIRED:
         column_sums = tl.zeros((BLOCK_M // 16, 8, BLOCK_N), tl.float32)
     else:
@@ -113,7 +115,7 @@ def _stream(
             offset = tl.where(offset < skip, offset, offset + skipped)
         x_block = y_block + offset
         x_block = tl.where(v == VIEWS, offset, tl.where(x_block >= count, x_block - count, x_block))
-        x_local = x_block * BLOCK_N + t % STEPS * BLOCK_M
+        x_local = x_block * SPAN + t % STEPS * BLOCK_M
         x_row = v * PADDED + x_local
         x = load_tile(source_x, x_row, 0, STRIDE, BLOCK_M, BLOCK_K, DESCRIPTOR) if RESIDENT else None
         s = tile_scores(
@@ -136,7 +138,7 @@ def _stream(
         if x_local + BLOCK_M > limit:
             e = tl.where((xs < limit)[:, None], e, 0.0)
         if MASKED:
-            ys = y_block * BLOCK_N + tl.arange(0, BLOCK_N)
+            ys = y_local + tl.arange(0, BLOCK_N)
             if LABELS:
                 x_class = tl.load(classes + xs, mask=xs < BATCH, other=-1)
                 y_class = tl.load(classes + ys, mask=ys < BATCH, other=-2)
@@ -186,22 +188,26 @@ def sums_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SPAN: tl.constexpr,
     RESIDENT: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """sums[c, i] += sum of exp(S_ij - r) over the negatives j of row i in view c (the queue is the last column).
 
-    PART: the tiles of which no pair is left out ("clean"), the others ("masked"), or "all" of them, as masked ones.
+    PART: the tiles of which no pair is left out ("clean"), the others ("masked"), or "all" of them, as masked ones. The
+    circle is of spans, the blocks of the launch without masks; a program's own block is a span or a piece of one.
     Rows of one view follow each other, PADDED apart from those of the next; the rows of the queue come last. PAIRED
     says that a thread holds rows r and r + 8 of a tile's product (mma and wgmma; tcgen05 gives it one row).
     """
-    blocks = tl.cdiv(BATCH, BLOCK_N)
-    queue_blocks = tl.cdiv(QUEUE, BLOCK_N)
+    PIECES: tl.constexpr = SPAN // BLOCK_N
+    blocks = tl.cdiv(BATCH, SPAN)
+    queue_blocks = tl.cdiv(QUEUE, SPAN)
     scale, reference = score_reference(state, NORMALIZE)
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
-        u, v, y_block, first, last = _decode(item, blocks, VIEWS, CORE, queue_blocks, CHUNK, SYMMETRIC, CROSS)
-        y_local = y_block * BLOCK_N
+        u, v, y_block, first, last = _decode(item // PIECES, blocks, VIEWS, CORE, queue_blocks, CHUNK, SYMMETRIC, CROSS)
+        span = y_block * SPAN
+        y_local = span + item % PIECES * BLOCK_N
         y_row = u * PADDED + y_local
         limit = tl.where(v == VIEWS, QUEUE, BATCH)
         count = tl.where(v == VIEWS, queue_blocks, blocks)
@@ -210,11 +216,11 @@ def sums_kernel(
             clean, dirty = first, last
         else:
             if LABELS:
-                clean = tl.cdiv(tl.load(ends + tl.minimum(y_local + BLOCK_N, BATCH) - 1), BLOCK_N) - y_block
-                dirty = blocks + tl.load(classes + y_local) // BLOCK_N - y_block
+                clean = tl.cdiv(tl.load(ends + tl.minimum(span + SPAN, BATCH) - 1), SPAN) - y_block
+                dirty = blocks + tl.load(classes + span) // SPAN - y_block
             else:
                 clean, dirty = 1, blocks
-            if SYMMETRIC & (y_local + BLOCK_N > BATCH):
+            if SYMMETRIC & (span + SPAN > BATCH):
                 clean = last  # row sums must not have columns past the end
         clean = tl.minimum(tl.maximum(clean, first), last)
         dirty = tl.minimum(tl.maximum(dirty, clean), last)
@@ -238,6 +244,7 @@ def sums_kernel(
                 u,
                 v,
                 y_block,
+                y_local,
                 y_row,
                 start,
                 clean,
@@ -258,6 +265,7 @@ def sums_kernel(
                 BLOCK_M,
                 BLOCK_N,
                 BLOCK_K,
+                SPAN,
                 RESIDENT,
                 DESCRIPTOR,
                 PRECISION,
@@ -283,18 +291,21 @@ def pair_sums(layout, stored, sums, state, classes, ends, cross, core, normalize
         return n * (own * (n // 2 + 1) + pairs * n + layout.views * q)
 
     # Few tiles are one launch, at the speed of masked ones; of many, those with masks are a small share.
-    many = symmetric and tiles(clean) >= 16 * processors * clean.programs
+    many = symmetric and tiles(clean) >= _launch.MANY_TILES * processors * clean.programs
     for part, config in (("clean", clean), ("masked", masked)) if many else (("all", masked),):
-        n, q = blocks(config)
+        circle = clean if many else config  # both launches go round the same circle
+        configs.check_divides("sums", circle, config)
+        n, q = blocks(circle)
         programs = processors * config.programs
         if symmetric:
             # Long enough to load a block of rows once for many tiles, short enough for eight rounds of work a program.
-            chunk = 4 if part == "masked" else max(1, min(64, tiles(config) // (8 * programs)))
+            chunk = 4 if part == "masked" else max(1, min(64, tiles(circle) // (8 * programs)))
             rounds = (own * triton.cdiv(n // 2 + 1, chunk), pairs * triton.cdiv(n, chunk))
             items = n * (sum(rounds) + layout.views * triton.cdiv(q, chunk))
         else:
             chunk = max(n, q)
             items = n * layout.views * (layout.views + (q > 0))
+        items *= circle.block_n // config.block_n
         x, y = _launch.tile_sources(stored, config)
         _launch.launch(
             sums_kernel,
@@ -323,6 +334,7 @@ def pair_sums(layout, stored, sums, state, classes, ends, cross, core, normalize
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
             BLOCK_K=config.block_k,
+            SPAN=circle.block_n,
             RESIDENT=config.block_k >= layout.stride,
             DESCRIPTOR=config.descriptor,
             PRECISION=precision,

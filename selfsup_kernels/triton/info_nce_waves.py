@@ -63,7 +63,7 @@ def wave_kernel(
         PRECISION,
     )
     limit = tl.where(v == VIEWS, QUEUE, BATCH)
-    low, high = masked_blocks(classes, ends, x_local, BATCH, BLOCK_M, BLOCK_N, LABELS)
+    low, high = masked_blocks(classes, ends, x_local, BATCH, BLOCK_M, BLOCK_N, BLOCK_N, LABELS)
     block = y_local // BLOCK_N
     mixed = (v != VIEWS) & (block >= low) & (block < high)
     if mixed | (tl.load(state + STATE_SLOW) > 0):
@@ -169,6 +169,10 @@ def in_waves(layout, stored, tables, cross, core, constants):
     arch = _launch.arch_of(stored)
     pairs = configs.lookup("masked_wave" if layout.labels else "wave", arch, stored.dtype, layout.stride)
     product = configs.lookup("product", arch, stored.dtype, layout.stride)
+    if pairs.block_n % product.block_k:
+        raise ValueError(
+            f"{configs.ENVIRONMENT}: a wave's columns must be whole pieces of the product, got {pairs}, {product}"
+        )
     padded = max(layout.padded, layout.queue_padded)
     height, width = wave_shape(padded, layout.padded, stored.element_size())
     partial = partial_sums(layout, 1, int(layout.queue > 0), stored)

@@ -301,7 +301,23 @@ def merged(table: dict, architecture: int, chosen: dict[Task, configs.Config]) -
         old = widths.get(configs.width_of(task.dim), {})
         new = config._asdict()
         widths[configs.width_of(task.dim)] = {name: new[name] for name in [*old, *(n for n in new if n not in old)]}
+    _make_divide(entries, table.get(f"sm_{known(architecture)}", {}))
     return result
+
+
+def _make_divide(entries: dict, before: dict) -> None:
+    """Tiles with masks must divide those without, and each was chosen alone: where they do not, the former entries of
+    both come back."""
+    for kernel, kind in itertools.product(("sums", "gradient"), KINDS):
+        masked = f"masked_{kernel}"
+        for width, entry in entries.get(kernel, {}).get(kind, {}).items():
+            if width not in entries.get(masked, {}).get(kind, {}):
+                continue
+            try:
+                configs.check_divides(kernel, configs.Config(**entry), configs.Config(**entries[masked][kind][width]))
+            except ValueError:
+                for name in (kernel, masked):
+                    entries[name][kind][width] = copy.deepcopy(before[name][kind][width])
 
 
 def formatted(table: dict) -> str:

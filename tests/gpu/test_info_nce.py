@@ -19,22 +19,25 @@ INTERPRETED = backends.triton_is_interpreted()
 def path(request, monkeypatch):
     """Small tiles, so that a few rows are many tiles; and each way that the launchers choose by size.
 
-    Few processors make any work much: then tiles with masks have kernels of their own. No configuration for the
-    gradient's accumulator sends it through the workspace. One of them with the sums of deterministic mode.
+    Tiles with masks have kernels of their own, or all have the same. No configuration for the gradient's accumulator
+    sends it through the workspace. One of them with the sums of deterministic mode.
     """
 
     def small(kernel, architecture, kind, width):
         if kernel in ("gradient", "masked_gradient") and request.param == "waves":
             return None
-        block_k = {"sums": 32, "masked_sums": 32, "wave": 32, "masked_wave": 32, "product": 32}.get(
-            kernel, 256 if width == "256" else 64
-        )
-        return configs.Config(
-            block_m=16 if kernel.endswith("sums") else 32, block_n=32, block_k=block_k, num_warps=4, num_stages=2
-        )
+        m, n, k = {
+            # The tiles without masks are larger than those with, and neither are square.
+            "sums": (32, 64, 32),
+            "masked_sums": (16, 32, 32),
+            "gradient": (64, 64, 256 if width == "256" else 64),
+            "masked_gradient": (16, 32, 256 if width == "256" else 64),
+        }.get(kernel, (32, 32, 32))
+        return configs.Config(block_m=m, block_n=n, block_k=k, num_warps=4, num_stages=2)
 
     monkeypatch.setattr(configs, "_lookup", small)
     monkeypatch.setattr(_launch, "processors_of", lambda tensor: 1000 if request.param == "all" else 1)
+    monkeypatch.setattr(_launch, "MANY_TILES", 0 if request.param == "clean+masked" else 16)
     monkeypatch.setattr(_launch, "deterministic", lambda: request.param == "all")
     return request.param
 
@@ -107,6 +110,61 @@ def test_shipped_configurations(device, dtype, width):
     """The table's own tiles: more rows than a tile, and a queue."""
     views, queue = randn(2, 150, width, dtype=dtype).to(device), randn(20, width, dtype=dtype, seed=1).to(device)
     compare_info_nce("triton", views, queue=queue)
+
+
+def test_negative_scores_and_padding(path, device, dtype):
+    """Modalities that oppose each other: weights above 1, and columns past the end whose score would be the highest."""
+    views = randn(2, 72, 16, dtype=torch.float64)
+    views[0, :, 0] += 8
+    views[1, :, 0] -= 8
+    compare_info_nce("triton", views.to(dtype).to(device), 0.07, objective="cross_view")
+
+
+@pytest.mark.parametrize("size", [300.0, 3000.0])
+def test_scores_of_any_size_stay_finite(path, device, size):
+    views = size * randn(2, 40, 48).to(device)
+    loss, grad, _ = run(info_nce_loss, views, 1.0, normalize=False, impl="triton")
+    assert loss.isfinite()
+    assert grad.isfinite().all()
+    assert grad.abs().max() <= 4 * views.abs().max()  # a mean of differences of rows
+
+
+@pytest.mark.parametrize("batch", [65, 130, 200])
+@pytest.mark.parametrize("form", ["plain", "two classes", "one class", "core"])
+def test_masked_and_clean_tiles_share_the_pairs(device, monkeypatch, batch, form):
+    """Several pairs of tile shapes, and classes that reach over blocks and round the circle."""
+    monkeypatch.setattr(_launch, "MANY_TILES", 0)
+    monkeypatch.setattr(_launch, "deterministic", lambda: False)
+    place = torch.arange(batch, device=device)
+    arguments = {
+        "plain": {},
+        "two classes": {"labels": (place < batch // 5).long()},
+        "one class": {"labels": place * 0, "queue": randn(70, 16, seed=1).to(device)},
+        "core": {"core_view": 1, "objective": "cross_view", "queue": randn(70, 16, seed=1).to(device)},
+    }[form]
+    for clean, masked in (((64, 64), (32, 32)), ((32, 64), (16, 64)), ((64, 128), (64, 32))):
+        shapes = {"sums": clean, "masked_sums": masked, "gradient": clean[::-1], "masked_gradient": masked[::-1]}
+        shapes["masked_gradient"] = (min(masked[1], clean[1]), min(masked[0], clean[0]))
+
+        def chosen(kernel, architecture, kind, width, shapes=shapes):
+            m, n = shapes.get(kernel, (32, 32))
+            return configs.Config(block_m=m, block_n=n, block_k=32, num_warps=4, num_stages=2)
+
+        monkeypatch.setattr(configs, "_lookup", chosen)
+        compare_info_nce("triton", randn(2, batch, 16).to(device), **arguments)
+
+
+def test_shipped_tiles_with_masks_divide_those_without():
+    for entries in configs._table().values():
+        for kernel in ("sums", "gradient"):
+            for kind, widths in entries[kernel].items():
+                for width, entry in widths.items():
+                    masked = configs.Config(**entries[f"masked_{kernel}"][kind][width])
+                    configs.check_divides(kernel, configs.Config(**entry), masked)
+        for kernel in ("wave", "masked_wave"):
+            for kind, widths in entries[kernel].items():
+                for width, entry in widths.items():
+                    assert entry["block_n"] % entries["product"][kind][width]["block_k"] == 0
 
 
 @pytest.mark.parametrize("descriptor", [False, True])
