@@ -1,5 +1,7 @@
 """What the InfoNCE launchers launch: which kernels, over which grid, with which work. Nothing runs here."""
 
+from collections import Counter
+
 import pytest
 import torch
 from helpers import random_labels
@@ -72,7 +74,7 @@ def test_many_rows_leave_the_masks_to_kernels_of_their_own(record):
     assert finish["partial"].shape == (2, 2 * 8192, 128)
     # The cap on registers, and with it the programs that share a multiprocessor, is the clean part's.
     config = configs.lookup("sums", 90, torch.bfloat16, 128)
-    assert [k.options.get("maxnreg") for k in forward[1:3]] == [config.registers, None]
+    assert [k.options.get("maxnreg") for k in forward[1:3]] == [config.registers, 255]
     assert forward[1].grid == (H200 * config.programs,)
 
 
@@ -88,31 +90,41 @@ def test_deterministic_mode_gives_a_program_all_columns_of_its_rows(record, monk
 
 @pytest.mark.parametrize("objective", ["supcon_out", "cross_view"])
 @pytest.mark.parametrize("core", [-1, 1])
-@pytest.mark.parametrize("batch", [300, 5000])
-def test_items_cover_every_pair_of_blocks_once(record, objective, core, batch):
-    """Decoded as the kernel does it: each unordered pair of blocks that meet, in one item and in one offset."""
+@pytest.mark.parametrize(("batch", "many"), [(300, 16), (300, 0), (512, 0), (700, 0), (700, 16)])
+def test_items_cover_every_pair_once(record, monkeypatch, objective, core, batch, many):
+    """Decoded as the kernel does it: each row meets each column once, whichever of the launches sees to it."""
+    monkeypatch.setattr(_launch, "MANY_TILES", many)
     num_views, queue = 3, 400
     forward, _ = call(record, (num_views, batch, 64), objective=objective, core=core, queue=queue)
-    for sums in (k for k in forward if k.name == "sums"):
-        n, q = -(-batch // sums["BLOCK_N"]), -(-queue // sums["BLOCK_N"])
-        seen = [pair for item in range(sums["items"]) for pair in decode(item, n, q, num_views, core, sums)]
-        meet = [
-            (u, v)
-            for u in range(num_views)
-            for v in range(u, num_views)
-            if (core < 0 or u == v or core in (u, v)) and not (u == v and objective == "cross_view")
-        ]
-        want = {frozenset([(u, i), (v, j)]) for u, v in meet for i in range(n) for j in range(n)}
-        want |= {frozenset([(u, i), ("queue", j)]) for u in range(num_views) for i in range(n) for j in range(q)}
-        assert len(seen) == len(set(seen))
-        assert set(seen) == want
+    launches = [k for k in forward if k.name == "sums"]
+    assert [k["PART"] for k in launches] == (["all"] if many else ["clean", "masked"])
+    seen = Counter()
+    for sums in launches:
+        for item in range(sums["items"]):
+            seen.update(visits(item, batch, queue, num_views, core, sums))
+    rows, columns = -(-batch // UNIT), -(-queue // UNIT)
+    want = Counter()
+    for u in range(num_views):
+        for i in range(rows):
+            for v in range(num_views):
+                if (core < 0 or u == v or core in (u, v)) and not (u == v and objective == "cross_view"):
+                    want.update(((u, i), (v, j)) for j in range(rows))
+            want.update(((u, i), (num_views, j)) for j in range(columns))
+    assert {k: n for k, n in seen.items() if k[0][1] < rows and k[1][1] < (columns if k[1][0] == 3 else rows)} == want
 
 
-def decode(item, n, q, num_views, core, sums):
-    """The pairs of blocks of a work item: the scheme of ``info_nce_sums`` in plain Python."""
-    chunk, cross_only = sums["CHUNK"], sums["CROSS"]
+UNIT = 32
+"""Rows: a piece of every tile's side."""
+
+
+def visits(item, batch, queue, num_views, core, sums):
+    """((view, unit of rows), (view, unit of columns)) that a work item adds to the rows' sums: ``info_nce_sums`` in
+    plain Python."""
+    span, chunk = sums["SPAN"], sums["CHUNK"]
+    n, q = -(-batch // span), -(-queue // span)
+    item, piece = divmod(item, span // sums["BLOCK_N"])
     own_length = n // 2 + 1
-    own = 0 if cross_only else num_views * n * -(-own_length // chunk)
+    own = 0 if sums["CROSS"] else num_views * n * -(-own_length // chunk)
     pairs = num_views * (num_views - 1) // 2 if core < 0 else num_views - 1
     cross = pairs * n * -(-n // chunk)
     block = item % n
@@ -126,11 +138,20 @@ def decode(item, n, q, num_views, core, sums):
         v, first, length = (u + step + 1) % num_views, rest // n * chunk, n
     else:
         u, rest = divmod(item - own - cross, n * -(-q // chunk))
-        for offset in range(rest // n * chunk, min(rest // n * chunk + chunk, q)):
-            yield frozenset([(u, block), ("queue", offset)])
-        return
+        v, first, length = num_views, rest // n * chunk, q
     for offset in range(first, min(first + chunk, length)):
-        yield frozenset([(u, block), (v, (block + offset) % n)])
+        is_clean = v == num_views or (offset >= 1 and block * span + span <= batch)
+        if sums["PART"] != "all" and (sums["PART"] == "clean") != is_clean:
+            continue
+        x_block = offset if v == num_views else (block + offset) % n
+        ys = range(
+            (block * span + piece * sums["BLOCK_N"]) // UNIT, (block * span + (piece + 1) * sums["BLOCK_N"]) // UNIT
+        )
+        for x in range(x_block * span // UNIT, (x_block + 1) * span // UNIT):
+            for y in ys:
+                yield (u, y), (v, x)
+                if v != num_views and (u != v or x_block != block):
+                    yield (v, x), (u, y)
 
 
 @pytest.mark.parametrize(("batch", "queue", "labelled"), [(1000, 0, False), (1000, 300, False), (700, 300, True)])
