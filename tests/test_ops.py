@@ -62,7 +62,7 @@ def test_opcheck_info_nce(impl, form, dtype):
     views, labels, _, tensor, temperature, objective, core, normalize, _, reduction = arguments
     loss, *saved = forward(*arguments)
     backward = (torch.ones_like(loss), *saved, labels, tensor, temperature)
-    backward = (*backward, len(views), objective, core, normalize, reduction, True, dtype)
+    backward = (*backward, len(views), *views[0].shape, objective, core, normalize, reduction, True, dtype)
     torch.library.opcheck(backends.op("info_nce_backward", impl), backward, test_utils=UTILS)
 
 
