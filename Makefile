@@ -56,10 +56,11 @@ demo: setup
 bench: setup
 	$(PY) -m pytest benchmarks --benchmark-columns=min,median,iqr,rounds --benchmark-group-by=group
 
-# The second run has the GPU kernels in Triton's interpreter, on the CPU.
+# The second run has the GPU kernels on the CPU: Triton's in its interpreter, CUDA's in our emulator.
 test: setup
 	$(PY) -m pytest tests --ignore=tests/gpu --durations=10
-	TRITON_INTERPRET=1 $(PY) -m pytest tests/gpu --durations=5
+	emulator=$$($(PY) tests/emulator/build.py) && \
+	  TRITON_INTERPRET=1 SELFSUP_KERNELS_CUDA_EMULATOR=$$emulator $(PY) -m pytest tests/gpu --durations=5
 
 lint: $(DEPENDENCIES)
 	$(PY) -m ruff check .

@@ -149,7 +149,9 @@ def our_ema(targets, sources):
 
 def our_ema_op(targets, sources):
     """The kernel alone, without the checks of the public function."""
-    backends.op("ema_update_", backends.select("auto", targets[0]))(targets, sources, None, MOMENTUM, None)
+    backends.op("ema_update_", backends.select("auto", targets[0], "ema_update_", any_dtype=True))(
+        targets, sources, None, MOMENTUM, None
+    )
 
 
 EMA = {

@@ -123,5 +123,13 @@ def mismatch() -> str | None:
     return None
 
 
+def cuda_library() -> tuple[Path | None, str | None]:
+    """(the CUDA library that was built, None) or (None, why there is none)."""
+    found = [p for pattern in ("_CUDA*.so", "_CUDA*.pyd") for p in sorted(PACKAGE.glob(pattern))]
+    if found:
+        return found[0], None
+    return None, f"the CUDA library was not built: {record().get('cuda_failure', recorded_failure())}"
+
+
 def environment_flag(name: str) -> bool:
     return os.environ.get(name, "0") not in ("", "0")

@@ -11,6 +11,17 @@ from selfsup_kernels import ops
 
 CHOICES = ("auto", "reference", "cpu", "triton", "cuda")
 
+AUTO_ON_CUDA = {
+    "info_nce": ("triton", "cuda"),
+    "byol": ("triton", "cuda"),
+    "ema_update_": ("triton", "cuda"),
+}
+"""What ``impl="auto"`` stands for on CUDA tensors: the first that can be used, else ``reference``. Until both have been
+measured on one GPU this is an order of preference, no result."""
+
+EMULATOR = os.environ.get("SELFSUP_KERNELS_CUDA_EMULATOR") or None
+"""For tests: a library with the CUDA kernels compiled for an emulator, which takes CPU tensors."""
+
 REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
 """The command that builds the C++ extension against the installed torch, run from a checkout."""
 
@@ -49,10 +60,34 @@ def _find_reason(impl):
         return None if reason is None else f"{reason} To mend it, run: {REBUILD}"
     if impl == "triton":
         return _no_triton()
-    return f"impl={impl!r} is not part of this version. Use impl='auto', 'triton', 'cpu' or 'reference'."
+    _, reason = load_cuda()
+    return reason
 
 
-TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+@functools.cache
+def load_cuda():
+    """Load the CUDA library. Returns ``(path, None)`` or ``(None, why it cannot be used)``; never raises."""
+    from selfsup_kernels import _build
+
+    path = EMULATOR
+    if path is None:
+        if torch.version.cuda is None:
+            return None, (
+                f"this PyTorch ({torch.__version__}) was built without CUDA. Install a CUDA build of PyTorch,"
+                " or use impl='auto'."
+            )
+        path, reason = _build.cuda_library()
+        reason = reason or _build.mismatch()
+        if reason is not None:
+            return None, f"{reason} To mend it, run: FORCE_CUDA=1 {REBUILD}"
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return None, f"the CUDA library does not load ({error}). {_build.built_for()}"
+    return path, None
+
+
+GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MINIMUM_CAPABILITY = (8, 0)
 
 
@@ -77,13 +112,19 @@ def _capability(index):
     return torch.cuda.get_device_capability(index)
 
 
+def emulated(impl: str) -> bool:
+    """Whether the kernels of ``impl`` take CPU tensors, which only tests do."""
+    return triton_is_interpreted() if impl == "triton" else EMULATOR is not None
+
+
 @torch.compiler.assume_constant_result
-def _triton_refuses(device_type: str, index: int | None, dtype: torch.dtype, any_dtype: bool) -> str | None:
-    """None where the Triton kernels take such tensors, else why not. Constant while torch.compile traces."""
-    if not any_dtype and dtype not in TRITON_DTYPES:
+def _gpu_refuses(impl: str, device_type: str, index: int | None, dtype: torch.dtype, any_dtype: bool) -> str | None:
+    """None where the GPU kernels of ``impl`` take such tensors, else why not. Constant while torch.compile traces."""
+    if not any_dtype and dtype not in GPU_DTYPES:
         return f"takes float32, bfloat16 or float16, got {str(dtype).removeprefix('torch.')}"
-    if triton_is_interpreted():
-        return None if device_type == "cpu" else "was set to be interpreted (TRITON_INTERPRET), which needs CPU tensors"
+    if emulated(impl):
+        tool = "interpreted (TRITON_INTERPRET)" if impl == "triton" else "emulated (SELFSUP_KERNELS_CUDA_EMULATOR)"
+        return None if device_type == "cpu" else f"was set to be {tool}, which needs CPU tensors"
     if device_type != "cuda":
         return f"takes CUDA tensors, got a tensor on {device_type}"
     if _capability(index) < MINIMUM_CAPABILITY:
@@ -96,8 +137,8 @@ for _impl in CHOICES[1:]:
     unavailable(_impl)
 
 
-def select(impl: str, tensor: torch.Tensor, any_dtype: bool = False) -> str:
-    """The implementation that ``impl`` stands for on ``tensor``'s device, for its dtype.
+def select(impl: str, tensor: torch.Tensor, op: str = "info_nce", any_dtype: bool = False) -> str:
+    """The implementation of ``op`` that ``impl`` stands for on ``tensor``'s device, for its dtype.
 
     ``any_dtype`` says that the op takes every floating dtype in every implementation.
 
@@ -109,8 +150,11 @@ def select(impl: str, tensor: torch.Tensor, any_dtype: bool = False) -> str:
     if impl == "auto":
         if device.type == "cpu":
             return "cpu" if unavailable("cpu") is None else "reference"
-        if device.type == "cuda" and unavailable("triton") is None:
-            return "reference" if _triton_refuses("cuda", device.index, tensor.dtype, any_dtype) else "triton"
+        if device.type == "cuda":
+            for choice in AUTO_ON_CUDA[op]:
+                if unavailable(choice) is None:
+                    if _gpu_refuses(choice, "cuda", device.index, tensor.dtype, any_dtype) is None:
+                        return choice
         return "reference"
     if impl not in CHOICES:
         raise ValueError(f"impl: expected one of {', '.join(CHOICES)}, got {impl!r}")
@@ -119,10 +163,10 @@ def select(impl: str, tensor: torch.Tensor, any_dtype: bool = False) -> str:
         raise RuntimeError(f"impl={impl!r} cannot be used here: {reason}")
     if impl == "cpu" and device.type != "cpu":
         raise RuntimeError(f"impl='cpu' takes CPU tensors, got a tensor on {device}; use impl='auto'")
-    if impl == "triton":
-        refusal = _triton_refuses(device.type, device.index, tensor.dtype, any_dtype)
+    if impl in ("triton", "cuda"):
+        refusal = _gpu_refuses(impl, device.type, device.index, tensor.dtype, any_dtype)
         if refusal is not None:
-            raise RuntimeError(f"impl='triton' {refusal}; use impl='auto'")
+            raise RuntimeError(f"impl={impl!r} {refusal}; use impl='auto'")
     return impl
 
 

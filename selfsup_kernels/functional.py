@@ -159,7 +159,7 @@ def byol_loss(predictions, targets, *, eps=1e-12, reduction="mean", impl="auto")
     check.same_dtype_and_device(named, not autocast)
     reduction = check.choice("reduction", reduction, ops.REDUCTIONS)
     eps = check.positive_number("eps", eps)
-    impl = backends.select(impl, p[0])
+    impl = backends.select(impl, p[0], "byol")
 
     dtype = p[0].dtype
     stacked = not pairs and isinstance(predictions, torch.Tensor) and isinstance(targets, torch.Tensor)
@@ -240,7 +240,7 @@ def ema_update_pairs_(targets, sources, names, momentum, stochastic_rounding, ge
     """:func:`ema_update_` of lists whose tensors have ``names`` for the messages; call it without grad mode."""
     momentum_tensor, momentum = check.momentum(momentum)
     targets, sources = lists.check_update(targets, sources, names)
-    impl = backends.select(impl, targets[0] if targets else torch.empty(0), any_dtype=True)
+    impl = backends.select(impl, targets[0] if targets else torch.empty(0), "ema_update_", any_dtype=True)
     if not targets:
         return
     device = targets[0].device

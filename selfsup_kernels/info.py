@@ -99,8 +99,8 @@ def _implementation(name):
     from selfsup_kernels import backends
 
     reason = backends.unavailable(name)
-    if reason is None and name == "triton":
-        reason = _no_gpu()
+    if reason is None and name in ("triton", "cuda"):
+        reason = _no_gpu(name)
     if reason is None or backends.REBUILD not in reason:
         return {"available": reason is None, "reason": reason, "mend": None}
     why = reason.removesuffix(backends.REBUILD).removesuffix("To mend it, run: ").strip()
@@ -115,13 +115,13 @@ def _implementation(name):
     }
 
 
-def _no_gpu():
+def _no_gpu(name):
     """Asked here, not by ``backends``: at import the question would start the CUDA driver, which no fork survives."""
     import torch
 
     from selfsup_kernels import backends
 
-    if backends.triton_is_interpreted() or torch.cuda.is_available():
+    if backends.emulated(name) or torch.cuda.is_available():
         return None
     return "no NVIDIA GPU was found."
 

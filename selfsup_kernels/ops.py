@@ -15,8 +15,8 @@ import torch
 from selfsup_kernels.objectives import OBJECTIVES
 
 NAMESPACE = "selfsup_kernels"
-IMPLS = ("reference", "cpu", "triton")
-"""Implementations that have ops. ``cuda`` joins this tuple when its kernels exist."""
+IMPLS = ("reference", "cpu", "triton", "cuda")
+"""Implementations that have ops."""
 
 SCHEMAS = {
     # loss is () or (V, B) by `reduction`. The other outputs are what the backward needs: z, the (normalised) rows in
@@ -130,7 +130,7 @@ def _ema_update_fake(targets, sources, momentum_tensor, momentum, seed):
     return None
 
 
-def _info_nce_forward_fake_triton(
+def _info_nce_forward_fake_gpu(
     views, labels, queue, temperature_tensor, temperature, objective, core_view, normalize, eps, reduction
 ):
     from selfsup_kernels.triton.layout import Layout
@@ -156,10 +156,10 @@ _FAKES = {
     "byol_backward": _byol_backward_fake,
     "ema_update_": _ema_update_fake,
 }
-_TRITON_FAKES = {"info_nce_forward": _info_nce_forward_fake_triton}
+_GPU_FAKES = {"info_nce_forward": _info_nce_forward_fake_gpu}
 for _name in _FAKES:
     for _impl in IMPLS:
-        _fake = _TRITON_FAKES.get(_name, _FAKES[_name]) if _impl == "triton" else _FAKES[_name]
+        _fake = _GPU_FAKES.get(_name, _FAKES[_name]) if _impl in ("triton", "cuda") else _FAKES[_name]
         torch.library.register_fake(f"{NAMESPACE}::{_name}.{_impl}", _fake, lib=_library)
 
 

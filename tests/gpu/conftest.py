@@ -1,6 +1,8 @@
-"""Tests of the GPU kernels. They run on the GPU where there is one, and with TRITON_INTERPRET=1 on the CPU.
+"""Tests of the GPU kernels, Triton's and CUDA's. On a machine with a GPU they run there. Without one, Triton's run in
+its interpreter (TRITON_INTERPRET=1) and CUDA's in the emulator (SELFSUP_KERNELS_CUDA_EMULATOR=LIBRARY), on CPU tensors.
 
-Interpreted kernels are right in float32 alone, and slow: such runs are small. What needs a real GPU is marked `cuda`.
+Triton's interpreter is right in float32 alone, and both are slow: such runs are small. What needs a real GPU is marked
+`cuda`.
 """
 
 import pytest
@@ -8,28 +10,62 @@ import torch
 
 from selfsup_kernels import backends
 
-INTERPRETED = backends.triton_is_interpreted()
+SIMULATED = any(backends.emulated(impl) for impl in ("triton", "cuda"))
+
+
+def cannot_run(impl):
+    """None where the kernels of ``impl`` can run in this process, else why not."""
+    if SIMULATED and not backends.emulated(impl):
+        return "this run simulates other kernels on the CPU"
+    if not SIMULATED and not torch.cuda.is_available():
+        return "needs an NVIDIA GPU, TRITON_INTERPRET=1 or SELFSUP_KERNELS_CUDA_EMULATOR"
+    return backends.unavailable(impl)
 
 
 def pytest_collection_modifyitems(items):
-    no_gpu = pytest.mark.skip(reason="needs an NVIDIA GPU")
-    neither = pytest.mark.skip(reason="needs an NVIDIA GPU, or TRITON_INTERPRET=1")
     for item in items:
-        if "gpu" not in item.path.parts[-2:]:
-            continue
-        if item.get_closest_marker("cuda") and (INTERPRETED or not torch.cuda.is_available()):
-            item.add_marker(no_gpu)
-        elif not INTERPRETED and not torch.cuda.is_available():
-            item.add_marker(neither)
+        if "gpu" in item.path.parts[-2:] and item.get_closest_marker("cuda"):
+            if SIMULATED or not torch.cuda.is_available():
+                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
 
 
 @pytest.fixture
 def device():
-    return torch.device("cpu" if INTERPRETED else "cuda")
+    if not SIMULATED and not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU, TRITON_INTERPRET=1 or SELFSUP_KERNELS_CUDA_EMULATOR")
+    return torch.device("cpu" if SIMULATED else "cuda")
+
+
+@pytest.fixture(params=["triton", "cuda"])
+def impl(request, device):
+    reason = cannot_run(request.param)
+    if reason is not None:
+        pytest.skip(reason)
+    return request.param
+
+
+@pytest.fixture
+def triton_runs(device):
+    """For tests of the Triton kernels alone."""
+    reason = cannot_run("triton")
+    if reason is not None:
+        pytest.skip(reason)
+
+
+@pytest.fixture
+def cuda_runs(device):
+    """For tests of the CUDA kernels alone."""
+    reason = cannot_run("cuda")
+    if reason is not None:
+        pytest.skip(reason)
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16, torch.float16], ids=str)
 def dtype(request):
-    if INTERPRETED and request.param != torch.float32:
-        pytest.skip("the interpreter is right in float32 alone")
+    if "impl" in request.fixturenames:
+        interpreted = request.getfixturevalue("impl") == "triton" and backends.triton_is_interpreted()
+    else:
+        interpreted = backends.triton_is_interpreted()
+    if interpreted and request.param != torch.float32:
+        pytest.skip("Triton's interpreter is right in float32 alone")
     return request.param

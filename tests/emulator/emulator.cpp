@@ -1,0 +1,288 @@
+#include "emulator.h"
+
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <map>
+#include <memory>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#define SK_SANITIZED 1
+#else
+#define SK_SANITIZED 0
+#endif
+
+namespace sk_emulator {
+
+Thread here;
+
+namespace {
+
+constexpr size_t stack_size = 256 << 10;
+constexpr int warp_size = 32;
+
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+  bool valid;
+};
+
+enum class State { Ready, Barrier, Warp, Done };
+
+struct Fiber {
+  ucontext_t context;
+  unsigned char* stack = nullptr;
+  void* fake_stack = nullptr;  // the sanitizer's
+  State state = State::Done;
+  unsigned thread = 0;
+  std::vector<Copy> open;
+  std::deque<std::vector<Copy>> groups;
+
+  ~Fiber() {
+    if (stack) munmap(stack, stack_size);
+  }
+};
+
+struct Meeting {
+  Finish finish = nullptr;
+  const char* what = nullptr;
+  int arrived = 0;
+  void* lanes[warp_size];
+};
+
+std::vector<std::unique_ptr<Fiber>> fibers;
+std::vector<Meeting> meetings;
+std::vector<unsigned> ready;
+std::string barrier;  // where the threads that wait for the block are
+unsigned waiting, live;
+std::string failure;
+ucontext_t scheduler;
+const void* scheduler_stack = nullptr;
+size_t scheduler_stack_size = 0;
+Fiber* current = nullptr;
+const std::function<void()>* body = nullptr;
+std::mt19937_64 randomness(0);
+uint64_t launches = 0;
+// Every barrier and wait that was met, by its place, and the one to be left out.
+std::map<std::string, uint64_t> sites;
+std::string skipped;
+
+void to_scheduler(bool ended = false) {
+  Fiber* self = current;
+#if SK_SANITIZED
+  __sanitizer_start_switch_fiber(ended ? nullptr : &self->fake_stack, scheduler_stack, scheduler_stack_size);
+#endif
+  (void)ended;
+  swapcontext(&self->context, &scheduler);
+#if SK_SANITIZED
+  __sanitizer_finish_switch_fiber(self->fake_stack, &scheduler_stack, &scheduler_stack_size);
+#endif
+}
+
+void start() {
+#if SK_SANITIZED
+  __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_size);
+#endif
+  (*body)();
+  Fiber* self = current;
+  self->state = State::Done;
+  --live;
+  if (!self->open.empty() || !self->groups.empty()) failure = "a thread ended with copies that nobody waited for";
+  to_scheduler(true);
+}
+
+void fail(const std::string& what) {
+  if (failure.empty()) failure = what;
+  to_scheduler();  // never comes back
+  std::abort();
+}
+
+void resume(Fiber& fiber) {
+  current = &fiber;
+  here.thread = {fiber.thread % here.threads.x, fiber.thread / here.threads.x, 0};
+#if SK_SANITIZED
+  void* fake = nullptr;
+  __sanitizer_start_switch_fiber(&fake, fiber.stack, stack_size);
+#endif
+  swapcontext(&scheduler, &fiber.context);
+#if SK_SANITIZED
+  __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
+#endif
+}
+
+void release_barrier() {
+  for (unsigned k = 0; k < fibers.size(); ++k) {
+    if (fibers[k]->state != State::Barrier) continue;
+    fibers[k]->state = State::Ready;
+    ready.push_back(k);
+  }
+  waiting = 0;
+}
+
+void run_block(unsigned threads, size_t shared) {
+  while (fibers.size() < threads) {
+    fibers.push_back(std::make_unique<Fiber>());
+    void* memory = mmap(nullptr, stack_size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED) throw std::runtime_error("emulator: no memory for a stack");
+    fibers.back()->stack = static_cast<unsigned char*>(memory);
+  }
+  // Of exactly the size asked for, so that the sanitizer sees what goes past it; without one, a fence behind it does.
+  constexpr size_t fence = 64;
+  auto release = [](unsigned char* p) { std::free(p); };
+  const size_t bytes = (shared + 127) / 128 * 128 + (SK_SANITIZED ? 0 : fence * 2);
+  std::unique_ptr<unsigned char, decltype(release)> memory(
+      static_cast<unsigned char*>(std::aligned_alloc(128, std::max<size_t>(bytes, 128))), release);
+  std::memset(memory.get(), 0xff, bytes);
+  here.shared = memory.get();
+
+  meetings.assign((threads + warp_size - 1) / warp_size, {});
+  ready.clear();
+  waiting = 0;
+  live = threads;
+  failure.clear();
+  for (unsigned k = 0; k < threads; ++k) {
+    Fiber& fiber = *fibers[k];
+    fiber.thread = k;
+    fiber.state = State::Ready;
+    fiber.open.clear();
+    fiber.groups.clear();
+    fiber.fake_stack = nullptr;
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack;
+    fiber.context.uc_stack.ss_size = stack_size;
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, start, 0);
+    ready.push_back(k);
+  }
+  while (live > 0 && failure.empty()) {
+    if (ready.empty()) {
+      // Threads that have ended do not hold up a barrier.
+      if (waiting == live) {
+        release_barrier();
+        continue;
+      }
+      failure = "threads wait for ever: " + std::to_string(waiting) + " of " + std::to_string(live) + " at " + barrier;
+      for (const Meeting& m : meetings)
+        if (m.arrived) failure += ", " + std::to_string(m.arrived) + " lanes at " + m.what;
+      break;
+    }
+    std::swap(ready[randomness() % ready.size()], ready.back());
+    Fiber& next = *fibers[ready.back()];
+    ready.pop_back();
+    resume(next);
+  }
+  for (size_t k = shared; k < bytes; ++k)
+    if (!SK_SANITIZED && memory.get()[k] != 0xff && failure.empty()) failure = "a write past the end of shared memory";
+  if (!failure.empty()) throw std::runtime_error("emulator: " + failure);
+}
+
+}  // namespace
+
+void run(dim3 grid, unsigned threads, size_t shared, const std::function<void()>& function) {
+  ++launches;
+  body = &function;
+  here.threads = dim3(threads);
+  here.blocks = grid;
+  const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
+  std::vector<uint64_t> order(blocks);
+  for (uint64_t k = 0; k < blocks; ++k) order[k] = k;
+  std::shuffle(order.begin(), order.end(), randomness);
+  for (uint64_t k : order) {
+    here.block = {
+        static_cast<unsigned>(k % grid.x),
+        static_cast<unsigned>(k / grid.x % grid.y),
+        static_cast<unsigned>(k / grid.x / grid.y)};
+    run_block(threads, shared);
+  }
+}
+
+static bool skip(const char* file, int line) {
+  const char* slash = std::strrchr(file, '/');
+  std::string site = std::string(slash ? slash + 1 : file) + ":" + std::to_string(line);
+  ++sites[site];
+  return site == skipped;
+}
+
+void sync_threads(const char* file, int line) {
+  if (skip(file, line)) return;
+  barrier = std::string(file) + ":" + std::to_string(line);
+  if (++waiting == live) {
+    release_barrier();
+    current->state = State::Ready;
+    ready.push_back(current->thread);
+  } else {
+    current->state = State::Barrier;
+  }
+  to_scheduler();
+}
+
+void warp_meet(Finish finish, void* mine, const char* what) {
+  Meeting& meeting = meetings[current->thread / warp_size];
+  if (meeting.arrived && (meeting.finish != finish || std::strcmp(meeting.what, what) != 0))
+    fail(std::string("threads of one warp meet at different instructions: ") + meeting.what + " and " + what);
+  meeting.finish = finish;
+  meeting.what = what;
+  meeting.lanes[current->thread % warp_size] = mine;
+  if (++meeting.arrived < warp_size) {
+    current->state = State::Warp;
+    to_scheduler();
+    return;
+  }
+  finish(meeting.lanes);
+  meeting.arrived = 0;
+  const unsigned first = current->thread / warp_size * warp_size;
+  for (unsigned k = first; k < first + warp_size; ++k) {
+    if (k == current->thread) continue;
+    fibers[k]->state = State::Ready;
+    ready.push_back(k);
+  }
+}
+
+void async_copy(void* to, const void* from, size_t bytes, bool valid) {
+  if (reinterpret_cast<uintptr_t>(to) % bytes || reinterpret_cast<uintptr_t>(from) % bytes)
+    fail("a misaligned asynchronous copy");
+  std::memset(to, 0xff, bytes);
+  current->open.push_back({to, from, bytes, valid});
+}
+
+void async_commit() {
+  current->groups.push_back(std::move(current->open));
+  current->open.clear();
+}
+
+void async_wait(int pending, const char* file, int line) {
+  const bool left_out = skip(file, line);
+  while (current->groups.size() > static_cast<size_t>(pending)) {
+    if (!left_out)
+      for (const Copy& c : current->groups.front())
+        c.valid ? std::memcpy(c.to, c.from, c.bytes) : std::memset(c.to, 0, c.bytes);
+    current->groups.pop_front();
+  }
+}
+
+}  // namespace sk_emulator
+
+extern "C" {
+
+void sk_emulator_seed(uint64_t seed) { sk_emulator::randomness.seed(seed); }
+uint64_t sk_emulator_launches() { return sk_emulator::launches; }
+// Leaves out the barrier or the wait at "file:line"; "" none.
+void sk_emulator_skip(const char* site) { sk_emulator::skipped = site; }
+// The barriers and waits that were met so far, one a line.
+const char* sk_emulator_sites() {
+  static std::string text;
+  text.clear();
+  for (const auto& [site, count] : sk_emulator::sites) text += site + "\n";
+  return text.c_str();
+}
+}

@@ -1,0 +1,46 @@
+// Runs CUDA kernels on the CPU, to test them: the threads of a block are fibers, blocks run one after the other.
+//
+// A fiber runs until it meets a barrier or an instruction of the whole warp; which one is next is drawn at random from
+// a seed, as is the order of the blocks. Shared memory starts as NaN in every block, and what `cp.async` fetches is NaN
+// until it has been waited for. So a barrier or a wait that is missing shows as a wrong number, in some order.
+// What is not modelled: time, several blocks at once, warps of which only some threads take part in an instruction.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+namespace sk_emulator {
+
+struct Index {
+  unsigned x = 0, y = 0, z = 0;
+};
+struct Thread {
+  Index thread, block;
+  dim3 threads, blocks;
+  unsigned char* shared = nullptr;
+};
+// The thread that runs now.
+extern Thread here;
+
+// `body` once for every thread of the grid; throws where threads wait for each other for ever, or disagree.
+void run(dim3 grid, unsigned threads, size_t shared, const std::function<void()>& body);
+
+// Waits for all threads of the block that have not ended. The place names the barrier (see `skip_site`).
+void sync_threads(const char* file, int line);
+
+// Waits for the 32 threads of the warp; the last one calls `finish` with what each brought, in the order of lanes.
+using Finish = void (*)(void* const* lanes);
+void warp_meet(Finish finish, void* mine, const char* what);
+
+// cp.async: `to` is NaN until the wait.
+void async_copy(void* to, const void* from, size_t bytes, bool valid);
+void async_commit();
+void async_wait(int pending, const char* file, int line);
+
+}  // namespace sk_emulator

@@ -1,0 +1,88 @@
+"""The emulator of the CUDA kernels: its warps, barriers and matrix products, and that it reports what is wrong."""
+
+import ctypes
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import randn
+
+from selfsup_kernels import backends
+
+SELFTEST = Path(__file__).parents[1] / "emulator" / "selftest.cu"
+
+pytestmark = pytest.mark.skipif(backends.EMULATOR is None, reason="needs SELFSUP_KERNELS_CUDA_EMULATOR")
+
+
+@pytest.fixture
+def library():
+    library = ctypes.CDLL(str(backends.EMULATOR))
+    library.sk_selftest.restype = ctypes.c_char_p
+    library.sk_emulator_seed(ctypes.c_uint64(0))
+    yield library
+    library.sk_emulator_skip(b"")
+
+
+def run(library, kernel, a=None, b=None, out=None, n=1):
+    """The emulator's complaint, or None."""
+    pointers = (ctypes.c_void_p(None if t is None else t.data_ptr()) for t in (a, b, out))
+    message = library.sk_selftest(kernel.encode(), *pointers, n)
+    return None if message is None else message.decode()
+
+
+def site(text):
+    """The place of the barrier or wait that ``text`` marks in the source."""
+    lines = SELFTEST.read_text().splitlines()
+    return f"selftest.cu:{1 + next(k for k, line in enumerate(lines) if text in line)}".encode()
+
+
+def test_shuffles_and_barriers(library):
+    x, out = randn(5 * 64), torch.empty(5)
+    assert run(library, "sum", x, None, out, 5) is None
+    torch.testing.assert_close(out, x.view(5, 64).sum(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_matrix_products(library, dtype):
+    depth = 32 // dtype.itemsize
+    a, b, out = randn(16, depth, dtype=dtype), randn(8, depth, dtype=dtype, seed=1), torch.empty(16, 8)
+    assert run(library, str(dtype).removeprefix("torch."), a, b, out) is None
+    bound = 1e-2 if dtype == torch.float32 else 1e-5  # TF32 has 10 bits
+    torch.testing.assert_close(out, a.float() @ b.float().T, atol=bound, rtol=0)
+    if dtype == torch.float32:
+        assert not torch.allclose(out, a @ b.T, atol=1e-5, rtol=0), "TF32 came out as exact as float32"
+
+
+def test_transposed_loads(library):
+    x, out = randn(16, 16, dtype=torch.float16), torch.empty(16, 16, dtype=torch.float16)
+    assert run(library, "transpose", x, None, out) is None
+    assert torch.equal(out, x.T)
+
+
+@pytest.mark.parametrize("missing", ["barrier of sum_kernel", "wait of product_kernel"])
+def test_a_missing_barrier_shows(library, missing):
+    """In some order of the threads; the seed is drawn anew until it does."""
+    x, kernel = randn(256), "sum" if "sum" in missing else "float32"
+    outputs = []
+    for skipped in (b"", site(missing)):
+        library.sk_emulator_skip(skipped)
+        for seed in range(8):
+            library.sk_emulator_seed(ctypes.c_uint64(seed))
+            out = torch.zeros(256)
+            assert run(library, kernel, x, x, out, 4) is None
+            outputs.append(out)
+    good, broken = outputs[:8], outputs[8:]
+    assert all(torch.equal(good[0], out) for out in good)
+    assert any(not torch.equal(good[0], out) for out in broken)
+
+
+def test_a_write_past_shared_memory_is_reported(library):
+    assert "past the end" in run(library, "past the end", n=256)
+
+
+def test_threads_that_disagree_are_reported(library):
+    assert "wait for ever" in run(library, "divergent")
+
+
+def test_copies_that_nobody_waits_for_are_reported(library):
+    assert "nobody waited" in run(library, "unwaited", randn(8))
