@@ -9,11 +9,7 @@
 
 #include <cmath>
 
-#if defined(__CUDACC__)
-#define SK_HOST_DEVICE __host__ __device__
-#else
-#define SK_HOST_DEVICE
-#endif
+#include "common/macros.h"
 
 namespace selfsup_kernels {
 
@@ -125,6 +121,50 @@ SK_HOST_DEVICE inline double anchor_loss(
   for (int c = 0; c < columns; ++c)
     if (rule.uses(u, c)) logw[c] = weight;
   return loss;
+}
+
+// ---- With labels: the positives of an anchor are the other rows of its class ----
+
+// Over the scores x of an anchor's positives; `rest` is the log-sum-exp of its negatives.
+struct ClassSums {
+  double linear = 0;       // x (per_positive: softplus(rest - x))
+  double share = 0;        // per_positive: sigmoid(rest - x)
+  double top = -INFINITY;  // the largest x
+  double exponential = 0;  // exp(x - top)
+};
+
+struct ClassAnchor {
+  double loss;
+  double logw;    // of every negative, as above
+  double den;     // log-denominator
+  double inside;  // log-sum-exp of the positives
+  double share;   // 1 / positives
+};
+
+// An anchor that is alone in its class (`count` = 0) has loss 0 and pushes nothing away.
+SK_HOST_DEVICE inline ClassAnchor class_anchor(Objective objective, double rest, const ClassSums& sums, double count) {
+  const double inside = sums.top + log(sums.exponential);
+  ClassAnchor a;
+  a.inside = inside;
+  a.den = objective == Objective::Decoupled ? rest : log_add(rest, inside);
+  a.logw = -a.den;
+  a.share = 1 / count;
+  if (objective == Objective::SupconIn) {
+    a.loss = log_ratio(rest, inside) + log(count);
+  } else if (objective == Objective::PerPositive) {
+    a.loss = sums.linear / count;
+    // mean of exp(-Den_p), Den_p = log(e^rest + e^x): exp(-rest) times the mean of sigmoid(rest - x)
+    a.logw = log(sums.share / count) - rest;
+  } else {
+    a.loss = a.den - sums.linear / count;
+  }
+  const bool no_negatives = rest == -INFINITY;
+  if (no_negatives && (objective == Objective::PerPositive || objective == Objective::Decoupled)) a.logw = -INFINITY;
+  if (count < 1) {
+    a.loss = a.share = 0;
+    a.logw = -INFINITY;
+  }
+  return a;
 }
 
 }  // namespace selfsup_kernels

@@ -61,12 +61,18 @@ void but_itself(int64_t row, int64_t from, int64_t cols, const Part& part) {
   if (own + 1 < cols) part(own + 1, cols - own - 1);
 }
 
-struct RowSums {
-  double linear = 0;        // sum of x
-  double top = -INFINITY;   // running maximum of x
-  double exponential = 0;   // sum of exp(x - top)
-  double soft[2] = {0, 0};  // sum of softplus(n - x), of sigmoid(n - x)
-};
+Objective by_name(LabelObjective objective) {
+  switch (objective) {
+    case LabelObjective::SupconIn:
+      return Objective::SupconIn;
+    case LabelObjective::PerPositive:
+      return Objective::PerPositive;
+    case LabelObjective::Decoupled:
+      return Objective::Decoupled;
+    default:
+      return Objective::SupconOut;
+  }
+}
 
 }  // namespace
 
@@ -84,7 +90,7 @@ void label_tables(
   const int64_t rows = layout.rows, columns = layout.rule.columns();
   const Kernels<T>& kernel = kernels<T>();
   const T s = static_cast<T>(scale);
-  std::vector<RowSums> sums(rows);
+  std::vector<ClassSums> sums(rows);
   auto negatives = [&](int64_t i) {
     double total = n[i];
     for (int64_t c = 1; c < columns; ++c) total = log_add(total, n[c * rows + i]);
@@ -92,12 +98,15 @@ void label_tables(
   };
   class_tiles<T>(layout, z, dim, [&](int64_t begin, int64_t from, const Tile<T>& tile) {
     for (int64_t r = 0; r < tile.rows; ++r) {
-      RowSums& sum = sums[begin + r];
+      ClassSums& sum = sums[begin + r];
       T rest = static_cast<T>(negatives(begin + r));
       but_itself(begin + r, from, tile.cols, [&](int64_t first, int64_t length) {
         const T* row = tile.values + r * tile.cols + first;
         if (objective == LabelObjective::PerPositive) {
-          kernel.label_softplus(row, length, s, rest, sum.soft);
+          double part[2] = {0, 0};
+          kernel.label_softplus(row, length, s, rest, part);
+          sum.linear += part[0];
+          sum.share += part[1];
           return;
         }
         double high = kernel.row_max(row, length) * s;  // rounded to T, as the reference of the exponentials is
@@ -114,34 +123,14 @@ void label_tables(
   });
 
   parallel(rows, 1024, [&](int64_t i) {
-    const RowSums& sum = sums[i];
     const double count = static_cast<double>(layout.class_end[i] - layout.class_begin[i] - 1);
-    const double rest = negatives(i), inside = sum.top + std::log(sum.exponential);
-    double weight = NAN, value = NAN, den = objective == LabelObjective::Decoupled ? rest : log_add(rest, inside);
-    switch (objective) {
-      case LabelObjective::SupconOut:
-      case LabelObjective::Decoupled:
-        value = den - sum.linear / count;
-        weight = -den;
-        break;
-      case LabelObjective::SupconIn:
-        value = log_ratio(rest, inside) + std::log(count);
-        weight = -den;
-        break;
-      case LabelObjective::PerPositive:
-        value = sum.soft[0] / count;
-        // mean of exp(-Den_p), Den_p = log(e^rest + e^x): exp(-rest) times the mean of sigmoid(rest - x)
-        weight = std::log(sum.soft[1] / count) - rest;
-        break;
-    }
-    if (rest == -INFINITY && (objective == LabelObjective::PerPositive || objective == LabelObjective::Decoupled))
-      weight = -INFINITY;
-    const bool alone = count < 1;
-    loss[i] = alone ? 0 : value;
-    for (int64_t c = 0; c < columns; ++c) logw[i * columns + c] = alone ? -INFINITY : weight;
-    coef[4 * i] = den;
-    coef[4 * i + 1] = inside;
-    coef[4 * i + 2] = alone ? 0 : 1 / count;
+    const double rest = negatives(i);
+    const ClassAnchor anchor = class_anchor(by_name(objective), rest, sums[i], count);
+    loss[i] = anchor.loss;
+    for (int64_t c = 0; c < columns; ++c) logw[i * columns + c] = anchor.logw;
+    coef[4 * i] = anchor.den;
+    coef[4 * i + 1] = anchor.inside;
+    coef[4 * i + 2] = anchor.share;
     coef[4 * i + 3] = rest;
   });
 }
