@@ -152,9 +152,9 @@ def select(impl: str, tensor: torch.Tensor, op: str = "info_nce", any_dtype: boo
             return "cpu" if unavailable("cpu") is None else "reference"
         if device.type == "cuda":
             for choice in AUTO_ON_CUDA[op]:
-                if unavailable(choice) is None:
-                    if _gpu_refuses(choice, "cuda", device.index, tensor.dtype, any_dtype) is None:
-                        return choice
+                refused = unavailable(choice) or _gpu_refuses(choice, "cuda", device.index, tensor.dtype, any_dtype)
+                if refused is None:
+                    return choice
         return "reference"
     if impl not in CHOICES:
         raise ValueError(f"impl: expected one of {', '.join(CHOICES)}, got {impl!r}")

@@ -46,6 +46,22 @@ SCHEMAS = {
     ),
 }
 
+# What the CUDA library does of an InfoNCE call: all but what `selfsup_kernels/cuda/info_nce.py` has from PyTorch (sorted
+# labels, global settings, the reduction of the loss). Private: no fakes, one implementation.
+CUDA_STAGES = {
+    "info_nce_forward_stages": (
+        "(Tensor[] views, Tensor? queue, Tensor order, Tensor? class_begin, Tensor? class_end,"
+        " Tensor? temperature_tensor, float temperature, int objective, int core_view, bool normalize, float eps,"
+        " bool deterministic, bool exact) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
+    "info_nce_backward_stages": (
+        "(Tensor grad, Tensor? upstream, Tensor rows, Tensor rnorm, Tensor weights, Tensor coef, Tensor state,"
+        " Tensor order, Tensor? class_begin, Tensor? class_end, float constant, int num_views, int batch, int dim,"
+        " int queue, int objective, int core_view, bool normalize, bool need_temperature, float factor, bool exact)"
+        " -> (Tensor, Tensor)"
+    ),
+}
+
 REDUCTIONS = ("none", "mean", "sum")
 """The position of a reduction in this tuple is its number in the ops."""
 
@@ -53,6 +69,8 @@ _library = torch.library.Library(NAMESPACE, "DEF")
 for _name, _schema in SCHEMAS.items():
     for _impl in IMPLS:
         _library.define(f"{_name}.{_impl}{_schema}")
+for _name, _schema in CUDA_STAGES.items():
+    _library.define(f"{_name}.cuda{_schema}")
 
 
 def get(name: str, impl: str):
@@ -133,7 +151,7 @@ def _ema_update_fake(targets, sources, momentum_tensor, momentum, seed):
 def _info_nce_forward_fake_gpu(
     views, labels, queue, temperature_tensor, temperature, objective, core_view, normalize, eps, reduction
 ):
-    from selfsup_kernels.triton.layout import Layout
+    from selfsup_kernels._rows import Layout
 
     first = views[0]
     layout = Layout(len(views), *first.shape, 0 if queue is None else queue.shape[0], labels is not None)
@@ -177,27 +195,30 @@ def register_reference() -> None:
         _library.impl(f"{name}.reference", function, "CompositeExplicitAutograd")
 
 
-def register_triton() -> None:
-    """Register the Triton launchers. Their modules, and Triton itself, are imported by the first call of each."""
+def register_gpu() -> None:
+    """Register the launchers of the GPU kernels that are written in Python. Their modules, and Triton itself, are
+    imported by the first call of each. (The CUDA library brings the other ops' implementations itself.)"""
 
     def launcher(module, function):
         def call(*args):
-            return getattr(importlib.import_module(f"selfsup_kernels.triton.{module}"), function)(*args)
+            return getattr(importlib.import_module(f"selfsup_kernels.{module}"), function)(*args)
 
         return call
 
-    for name, (module, function) in {
-        "info_nce_forward": ("info_nce", "forward"),
-        "info_nce_backward": ("info_nce", "backward"),
-        "byol_forward": ("byol", "forward"),
-        "byol_backward": ("byol", "backward"),
-        "ema_update_": ("ema", "update_"),
+    for op, (module, function) in {
+        "info_nce_forward.triton": ("triton.info_nce", "forward"),
+        "info_nce_backward.triton": ("triton.info_nce", "backward"),
+        "byol_forward.triton": ("triton.byol", "forward"),
+        "byol_backward.triton": ("triton.byol", "backward"),
+        "ema_update_.triton": ("triton.ema", "update_"),
+        "info_nce_forward.cuda": ("cuda.info_nce", "forward"),
+        "info_nce_backward.cuda": ("cuda.info_nce", "backward"),
     }.items():
-        # For CPU tensors too: the interpreter's. `backends.select` lets no others through.
-        _library.impl(f"{name}.triton", launcher(module, function), "CompositeExplicitAutograd")
+        # For CPU tensors too: those of the tests' interpreter and emulator. `backends.select` lets no others through.
+        _library.impl(op, launcher(module, function), "CompositeExplicitAutograd")
 
 
 register_reference()
-register_triton()
+register_gpu()
 
 assert len(OBJECTIVES) == 6  # the numbers of the objectives are part of the ops' contract with the C++ sources

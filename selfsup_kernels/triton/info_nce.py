@@ -7,23 +7,19 @@ and out; what is saved between them is private to this file.
 
 import torch
 
+from selfsup_kernels._rows import Layout, check_size, half_factor, sort_by_class, upstream_of_rows
 from selfsup_kernels.objectives import OBJECTIVES
 from selfsup_kernels.triton import _launch, configs
-from selfsup_kernels.triton.info_nce_classes import class_tables, sort_by_class
+from selfsup_kernels.triton.info_nce_classes import class_tables
 from selfsup_kernels.triton.info_nce_gradient import gradient
 from selfsup_kernels.triton.info_nce_rows import finish_rows, load_rows
 from selfsup_kernels.triton.info_nce_sums import pair_sums
 from selfsup_kernels.triton.info_nce_tables import view_tables
-from selfsup_kernels.triton.layout import Layout
 
 
 def forward(views, labels, queue, temperature_tensor, temperature, objective, core_view, normalize, eps, reduction):
     layout = Layout(len(views), *views[0].shape, 0 if queue is None else queue.shape[0], labels is not None)
-    if max(layout.columns, 3) * layout.rows >= 2**31 or layout.stored_rows >= 2**31:
-        raise RuntimeError(
-            f"impl='triton' takes fewer than 2^31 pairs of a row and a view, got {layout.columns} x {layout.rows};"
-            " use impl='reference'"
-        )
+    check_size("triton", layout)
     with _launch.on_device_of(views[0]):
         if labels is None:
             order = torch.empty(0, dtype=torch.int64, device=views[0].device)
@@ -71,9 +67,9 @@ def backward(
 ):
     layout = Layout(num_views, batch, dim, len(rnorm) - logw.shape[2], labels is not None)
     classes, ends = order[batch:].to(torch.int32).chunk(2) if layout.labels else (None, None)
-    factor = HALF_FACTOR if z.dtype == torch.float16 else 1.0
+    factor = half_factor(z.dtype)
     with _launch.on_device_of(z):
-        upstream, grad_scale = (None, grad) if reduction else _upstream(layout, grad, order)
+        upstream, grad_scale = (None, grad) if reduction else upstream_of_rows(layout, grad, order)
         cross = OBJECTIVES[objective] == "cross_view"
         partial, splits = gradient(
             layout,
@@ -111,22 +107,3 @@ def backward(
         if need_temperature:
             return grad_views, parts.sum()
         return grad_views, torch.zeros((), dtype=torch.float64, device=z.device)
-
-
-HALF_FACTOR = 16384.0
-"""float16 holds G times this: a pair's gradient is at most 2 of the largest upstream gradient, so nothing overflows,
-and what is 4e-12 of it is not lost yet (bfloat16 has float32's range)."""
-
-
-def _upstream(layout, grad, order):
-    """One number per stored row, relative to the largest; and that, so that G has numbers of the size of probabilities
-    whatever the loss is scaled by."""
-    grad = grad.float()
-    largest = grad.abs().amax()
-    largest = torch.where(largest == 0, 1.0, largest)
-    grad = grad / largest
-    if layout.labels:
-        grad = grad[:, order[: layout.samples]].T
-    else:
-        grad = torch.nn.functional.pad(grad, (0, layout.padded - layout.samples))
-    return grad.reshape(-1).contiguous(), largest

@@ -187,16 +187,6 @@ def class_gradient(
     return tl.where(same, tl.where(x[:, None] == y[None, :], 0.0, both), g)
 
 
-def sort_by_class(labels, views):
-    """(order of the samples, first row and end of each row's class), by rows = place in the order * views + view."""
-    values, order = torch.sort(labels.to(torch.int64), stable=True)
-    bounds = [
-        (views * torch.searchsorted(values, values, right=right)).to(torch.int32).repeat_interleave(views)
-        for right in (False, True)
-    ]
-    return order, *bounds
-
-
 def class_tables(layout, stored, sums, state, classes, ends, order, objective, normalize, precision):
     """(per-anchor losses (V, B) in float32, both tables of weights, coef)."""
     new = functools.partial(_launch.empty, dtype=torch.float32, device=stored.device)

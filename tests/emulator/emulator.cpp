@@ -97,7 +97,9 @@ void start() {
   Fiber* self = current;
   self->state = State::Done;
   --live;
-  if (!self->open.empty() || !self->groups.empty()) failure = "a thread ended with copies that nobody waited for";
+  bool left = !self->open.empty();
+  for (const auto& group : self->groups) left |= !group.empty();
+  if (left) failure = "a thread ended with copies that nobody waited for";
   to_scheduler(true);
 }
 

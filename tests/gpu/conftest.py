@@ -24,9 +24,9 @@ def cannot_run(impl):
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if "gpu" in item.path.parts[-2:] and item.get_closest_marker("cuda"):
-            if SIMULATED or not torch.cuda.is_available():
-                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+        here = "gpu" in item.path.parts[-2:] and item.get_closest_marker("cuda")
+        if here and (SIMULATED or not torch.cuda.is_available()):
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
 
 
 @pytest.fixture

@@ -1,0 +1,1 @@
+"""What the CUDA library (`csrc/cuda`) leaves to Python. The library is loaded by `selfsup_kernels.backends`."""

@@ -1,0 +1,96 @@
+"""The ops ``info_nce_forward.cuda`` and ``info_nce_backward.cuda``. ``selfsup_kernels/ops.py`` states what goes in and
+out; ``csrc/cuda/info_nce.cu`` does the work."""
+
+import torch
+
+from selfsup_kernels import ops
+from selfsup_kernels._rows import Layout, check_size, half_factor, sort_by_class, upstream_of_rows
+
+
+def _exact(dtype):
+    """Whether float32 products keep float32's precision: as PyTorch's own do, unless TF32 was asked for."""
+    return dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+
+
+def forward(views, labels, queue, temperature_tensor, temperature, objective, core_view, normalize, eps, reduction):
+    first = views[0]
+    layout = Layout(len(views), *first.shape, 0 if queue is None else queue.shape[0], labels is not None)
+    check_size("cuda", layout)
+    if labels is None:
+        order, begin, end = torch.empty(0, dtype=torch.int64, device=first.device), None, None
+    else:
+        order, begin, end = sort_by_class(labels, len(views))
+    if temperature_tensor is not None and temperature_tensor.device != first.device:
+        temperature, temperature_tensor = float(temperature_tensor), None  # on the CPU: no synchronisation
+    loss, stored, rnorm, weights, coef, state = ops.get("info_nce_forward_stages", "cuda")(
+        views,
+        queue if layout.queue else None,
+        order,
+        begin,
+        end,
+        temperature_tensor,
+        float(temperature),
+        objective,
+        core_view,
+        normalize,
+        eps,
+        torch.are_deterministic_algorithms_enabled(),
+        _exact(first.dtype),
+    )
+    if reduction:
+        loss = loss.mean() if reduction == 1 else loss.sum()
+    if labels is not None:
+        order = torch.cat([order, begin.to(torch.int64), end.to(torch.int64)])
+    return loss, stored, rnorm, weights, coef, state, order
+
+
+def backward(
+    grad,
+    z,
+    rnorm,
+    logw,
+    coef,
+    zq,
+    order,
+    labels,
+    temperature_tensor,
+    temperature,
+    num_views,
+    batch,
+    dim,
+    objective,
+    core_view,
+    normalize,
+    reduction,
+    need_temperature,
+    dtype,
+):
+    layout = Layout(num_views, batch, dim, len(rnorm) - logw.shape[2], labels is not None)
+    begin, end = order[batch:].to(torch.int32).chunk(2) if layout.labels else (None, None)
+    upstream, grad_scale = (None, grad) if reduction else upstream_of_rows(layout, grad, order)
+    grad_views, parts = ops.get("info_nce_backward_stages", "cuda")(
+        grad_scale,
+        upstream,
+        z,
+        rnorm,
+        logw,
+        coef,
+        zq,
+        order,
+        begin,
+        end,
+        1 / (num_views * batch) if reduction == 1 else 1.0,
+        num_views,
+        batch,
+        dim,
+        layout.queue,
+        objective,
+        core_view,
+        normalize,
+        need_temperature,
+        half_factor(z.dtype),
+        _exact(z.dtype),
+    )
+    if need_temperature:
+        return grad_views, parts.sum()
+    return grad_views, torch.zeros((), dtype=torch.float64, device=z.device)
