@@ -4,6 +4,9 @@
 // threads keeps the rows of x and streams blocks y past them. Blocks are paired round a circle, block J with J, J + 1,
 // ..., J + n / 2 (mod n), so that every block has the same work. A deterministic run sees all columns of a block's rows
 // in one place, at twice the work, and adds each sum to memory once: no order to depend on.
+#include <cstdlib>
+#include <cstring>
+
 #include "cuda/info_nce_tiles.h"
 
 namespace selfsup_kernels::cuda {
@@ -67,13 +70,13 @@ __device__ Item decode(const Problem& p, const SumsArguments& a, int item, int n
 }
 
 // Adds over the lanes of one column of a fragment (l % 4 alike), halving what a thread holds at every step: at the end
-// thread l has the sums of `count` / 8 columns, those of fragment columns from `at` on.
-template <int count>
-__device__ inline int scatter_sums(float (&c)[count]) {
-  int at = 0;
-#pragma unroll
-  for (int step = 0; step < 3; ++step) {
-    const int half = count >> (step + 1), lanes = 16 >> step;
+// thread l has the sums of `count` / 8 columns in c, those from the returned one on.
+template <int count, int lanes = 16>
+__device__ __forceinline__ int scatter_sums(float* c) {
+  if constexpr (lanes < 4) {
+    return 0;
+  } else {
+    constexpr int half = count / 2;
     const bool upper = threadIdx.x & lanes;
 #pragma unroll
     for (int k = 0; k < half; ++k) {
@@ -81,9 +84,9 @@ __device__ inline int scatter_sums(float (&c)[count]) {
       const float keep = upper ? c[k + half] : c[k];
       c[k] = keep + __shfl_xor_sync(0xffffffffu, give, lanes);
     }
-    at += upper ? half : 0;
+    const int rest = scatter_sums<half, lanes / 2>(c);
+    return rest + (upper ? half : 0);
   }
-  return at;
 }
 
 // RESIDENT: a tile's whole rows are in shared memory, x once and y in two stages; else chunks of both, in two stages.
@@ -202,7 +205,7 @@ sums_kernel(Problem p, SumsArguments a) {
             for (int m = 0; m < M; ++m) sum += s[n][m][h][r] + s[n][m][h][r + 2];
             columns[4 * n + 2 * h + r] = sum;
           }
-      const int at = scatter_sums(columns);
+      const int at = scatter_sums<4 * N>(columns);
 #pragma unroll
       for (int k = 0; k < N / 2; ++k) {
         const int c = at + k, y = y_local + tile_column(c / 4, c / 2 % 2, c % 2);
@@ -246,15 +249,20 @@ void launch(const Device& device, const Problem& p, SumsArguments a) {
   const dim3 grid(static_cast<unsigned>(items));
   if (resident <= device.shared_limit())
     device.launch(sums_kernel<T, EXACT, M, true>, grid, threads, resident, p, a);
+  else if constexpr (EXACT && M == 2)
+    launch<T, EXACT, 1>(device, p, a);  // one more buffer's addresses than there are registers for
   else
     device.launch(sums_kernel<T, EXACT, M, false>, grid, threads, 4 * bytes, p, a);
 }
 
 template <typename T, bool EXACT>
 void launch_for_size(const Device& device, const Problem& p, const SumsArguments& a) {
-  // Large tiles read less shared memory for each product; a few of them leave the machine idle.
+  // Large tiles read less shared memory for each product; a few of them leave the machine idle. The variable
+  // ("large", "small") is for measurements and tests.
   const int64_t n = ceil_div(p.batch, 128), tiles = n * n * p.views * p.views / 2;
-  if (tiles >= 4 * device.processors()) return launch<T, EXACT, 2>(device, p, a);
+  const char* forced = std::getenv("SELFSUP_KERNELS_CUDA_TILES");
+  if (forced ? std::strcmp(forced, "large") == 0 : tiles >= 4 * device.processors())
+    return launch<T, EXACT, 2>(device, p, a);
   launch<T, EXACT, 1>(device, p, a);
 }
 

@@ -12,6 +12,10 @@ def _exact(dtype):
     return dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
 
 
+def _deterministic():
+    return torch.are_deterministic_algorithms_enabled()
+
+
 def forward(views, labels, queue, temperature_tensor, temperature, objective, core_view, normalize, eps, reduction):
     first = views[0]
     layout = Layout(len(views), *first.shape, 0 if queue is None else queue.shape[0], labels is not None)
@@ -34,7 +38,7 @@ def forward(views, labels, queue, temperature_tensor, temperature, objective, co
         core_view,
         normalize,
         eps,
-        torch.are_deterministic_algorithms_enabled(),
+        _deterministic(),
         _exact(first.dtype),
     )
     if reduction:

@@ -1,5 +1,6 @@
 #include "emulator.h"
 
+#include <setjmp.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 
@@ -24,6 +25,7 @@
 namespace sk_emulator {
 
 Thread here;
+int processors = 3;
 
 namespace {
 
@@ -40,7 +42,9 @@ struct Copy {
 enum class State { Ready, Barrier, Warp, Done };
 
 struct Fiber {
-  ucontext_t context;
+  ucontext_t context;  // where it begins; with the sanitizer, where it goes on
+  jmp_buf jump;        // where it goes on
+  bool started = false;
   unsigned char* stack = nullptr;
   void* fake_stack = nullptr;  // the sanitizer's
   State state = State::Done;
@@ -67,6 +71,7 @@ std::string barrier;  // where the threads that wait for the block are
 unsigned waiting, live;
 std::string failure;
 ucontext_t scheduler;
+jmp_buf scheduler_jump;
 const void* scheduler_stack = nullptr;
 size_t scheduler_stack_size = 0;
 Fiber* current = nullptr;
@@ -83,9 +88,12 @@ void to_scheduler(bool ended = false) {
   __sanitizer_start_switch_fiber(ended ? nullptr : &self->fake_stack, scheduler_stack, scheduler_stack_size);
 #endif
   (void)ended;
-  swapcontext(&self->context, &scheduler);
 #if SK_SANITIZED
+  swapcontext(&self->context, &scheduler);
   __sanitizer_finish_switch_fiber(self->fake_stack, &scheduler_stack, &scheduler_stack_size);
+#else
+  // Not swapcontext, which asks the system for the signals' mask every time.
+  if (_setjmp(self->jump) == 0) _longjmp(scheduler_jump, 1);
 #endif
 }
 
@@ -115,10 +123,13 @@ void resume(Fiber& fiber) {
 #if SK_SANITIZED
   void* fake = nullptr;
   __sanitizer_start_switch_fiber(&fake, fiber.stack, stack_size);
-#endif
   swapcontext(&scheduler, &fiber.context);
-#if SK_SANITIZED
   __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
+#else
+  if (_setjmp(scheduler_jump) != 0) return;
+  if (fiber.started) _longjmp(fiber.jump, 1);
+  fiber.started = true;
+  setcontext(&fiber.context);
 #endif
 }
 
@@ -159,6 +170,7 @@ void run_block(unsigned threads, size_t shared) {
     fiber.open.clear();
     fiber.groups.clear();
     fiber.fake_stack = nullptr;
+    fiber.started = false;
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack;
     fiber.context.uc_stack.ss_size = stack_size;
@@ -277,6 +289,7 @@ void async_wait(int pending, const char* file, int line) {
 extern "C" {
 
 void sk_emulator_seed(uint64_t seed) { sk_emulator::randomness.seed(seed); }
+void sk_emulator_processors(int count) { sk_emulator::processors = count; }
 uint64_t sk_emulator_launches() { return sk_emulator::launches; }
 // Leaves out the barrier or the wait at "file:line"; "" none.
 void sk_emulator_skip(const char* site) { sk_emulator::skipped = site; }

@@ -28,6 +28,9 @@ struct Thread {
 // The thread that runs now.
 extern Thread here;
 
+// What the emulated device says of itself.
+extern int processors;
+
 // `body` once for every thread of the grid; throws where threads wait for each other for ever, or disagree.
 void run(dim3 grid, unsigned threads, size_t shared, const std::function<void()>& body);
 

@@ -1,5 +1,7 @@
 """InfoNCE on the GPU kernels: every kernel and path against the dense loss in float64, at sizes that fit no tile."""
 
+import contextlib
+import ctypes
 import math
 
 import pytest
@@ -8,20 +10,26 @@ from guard import guarded
 from helpers import assert_within, compare_info_nce, randn, random_labels, run
 
 from selfsup_kernels import backends, info_nce_loss
+from selfsup_kernels.cuda import info_nce as cuda_launcher
 from selfsup_kernels.objectives import LABEL_OBJECTIVES, OBJECTIVES
 from selfsup_kernels.reference import dense
 from selfsup_kernels.triton import _launch, configs
 
-INTERPRETED = backends.triton_is_interpreted()
-
 
 @pytest.fixture(params=["clean+masked", "all", "waves"])
-def path(request, monkeypatch):
+def path(request, impl, monkeypatch):
     """Small tiles, so that a few rows are many tiles; and each way that the launchers choose by size.
 
-    Tiles with masks have kernels of their own, or all have the same. No configuration for the gradient's accumulator
-    sends it through the workspace. One of them with the sums of deterministic mode.
+    Triton: tiles with masks have kernels of their own, or all have the same. No configuration for the gradient's
+    accumulator sends it through the workspace. CUDA: large tiles; small ones; columns split over more blocks than there
+    are. One of them with the sums of deterministic mode.
     """
+    if impl == "cuda":
+        monkeypatch.setenv("SELFSUP_KERNELS_CUDA_TILES", "large" if request.param == "clean+masked" else "small")
+        monkeypatch.setattr(cuda_launcher, "_deterministic", lambda: request.param == "all")
+        with processors(64 if request.param == "waves" else 1):
+            yield request.param
+        return
 
     def small(kernel, architecture, kind, width):
         if kernel in ("gradient", "masked_gradient") and request.param == "waves":
@@ -39,110 +47,120 @@ def path(request, monkeypatch):
     monkeypatch.setattr(_launch, "processors_of", lambda tensor: 1000 if request.param == "all" else 1)
     monkeypatch.setattr(_launch, "MANY_TILES", 0 if request.param == "clean+masked" else 16)
     monkeypatch.setattr(_launch, "deterministic", lambda: request.param == "all")
-    return request.param
+    yield request.param
+
+
+@contextlib.contextmanager
+def processors(count):
+    """How many multiprocessors the emulator says it has; a GPU has its own."""
+    if backends.EMULATOR is None:
+        yield
+        return
+    library = ctypes.CDLL(str(backends.EMULATOR))
+    library.sk_emulator_processors(count)
+    yield
+    library.sk_emulator_processors(3)
 
 
 @pytest.mark.parametrize("size", [(2, 71, 20), (3, 40, 20)], ids=str)  # three blocks, and two
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_objectives(path, device, dtype, objective, size):
-    compare_info_nce("triton", randn(*size, dtype=dtype).to(device), objective=objective)
+def test_objectives(impl, path, device, dtype, objective, size):
+    compare_info_nce(impl, randn(*size, dtype=dtype).to(device), objective=objective)
 
 
 @pytest.mark.parametrize("classes", [1, 4, 10**6])
 @pytest.mark.parametrize("objective", LABEL_OBJECTIVES)
-def test_labels(path, device, dtype, objective, classes):
+def test_labels(impl, path, device, dtype, objective, classes):
     """One class of everyone (no negatives but the queue's), few, and every sample alone in its class."""
     labels = random_labels(45, classes).to(device)
     queue = randn(10, 20, dtype=dtype, seed=1).to(device) if classes == 1 else None
     views = randn(2, 45, 20, dtype=dtype).to(device)
-    compare_info_nce("triton", views, objective=objective, labels=labels, queue=queue)
+    compare_info_nce(impl, views, objective=objective, labels=labels, queue=queue)
 
 
 @pytest.mark.parametrize("objective", LABEL_OBJECTIVES)
-def test_labels_of_one_view(path, device, objective):
+def test_labels_of_one_view(impl, path, device, objective):
     """Anchors that are alone in their class have no positives at all."""
     views = randn(1, 40, 12).to(device)
-    compare_info_nce("triton", views, objective=objective, labels=random_labels(40, 25).to(device))
+    compare_info_nce(impl, views, objective=objective, labels=random_labels(40, 25).to(device))
 
 
 @pytest.mark.parametrize(("length", "core_view"), [(1, None), (40, 1)])
 @pytest.mark.parametrize("objective", ["supcon_in", "pairwise", "cross_view"])
-def test_queue_and_core_view(path, device, objective, length, core_view):
+def test_queue_and_core_view(impl, path, device, objective, length, core_view):
     views, queue = randn(3, 33, 20).to(device), randn(length, 20, seed=1).to(device)
-    compare_info_nce("triton", views, objective=objective, queue=queue, core_view=core_view)
+    compare_info_nce(impl, views, objective=objective, queue=queue, core_view=core_view)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 0.02, 0.01, 0.005, 0.001])
 @pytest.mark.parametrize("objective", ["supcon_out", "per_positive", "pairwise"])
-def test_temperatures(path, device, dtype, objective, temperature):
+def test_temperatures(impl, path, device, dtype, objective, temperature):
     """Down to where every row's sum underflows and is computed again, and weights leave the fast path's range."""
-    compare_info_nce("triton", randn(2, 37, 33, dtype=dtype).to(device), temperature, objective=objective)
+    compare_info_nce(impl, randn(2, 37, 33, dtype=dtype).to(device), temperature, objective=objective)
 
 
 @pytest.mark.parametrize("labelled", [False, True])
 @pytest.mark.parametrize("temperature", [0.0143, 0.0128, 0.01])
-def test_adversarial_row(path, device, temperature, labelled):
+def test_adversarial_row(impl, path, device, temperature, labelled):
     """All negatives opposite to one anchor: its sum underflows at a temperature at which no other row's does."""
     views = randn(2, 40, 8)
     views[:, :, 0] += 60
     views[0, 7] *= -1
     labels = torch.arange(40, device=device) % 30 if labelled else None
-    compare_info_nce("triton", views.to(device), temperature, labels=labels)
+    compare_info_nce(impl, views.to(device), temperature, labels=labels)
 
 
 @pytest.mark.parametrize(("size", "temperature"), [(1.0, 1.0), (1.0, 0.05), (30.0, 2.0), (1e-3, 0.1)])
 @pytest.mark.parametrize("objective", ["supcon_out", "cross_view"])
-def test_unnormalised(path, device, objective, size, temperature):
+def test_unnormalised(impl, path, device, objective, size, temperature):
     views = size * randn(3, 33, 12, seed=7).to(device)
-    compare_info_nce("triton", views, temperature, objective=objective, normalize=False)
+    compare_info_nce(impl, views, temperature, objective=objective, normalize=False)
 
 
 @pytest.mark.parametrize(("batch", "dim"), [(2, 1), (3, 130), (32, 16), (33, 5), (64, 1), (65, 33)])
-def test_widths_and_batches(path, device, dtype, batch, dim):
+def test_widths_and_batches(impl, path, device, dtype, batch, dim):
     views = randn(2, batch, dim, dtype=dtype, seed=1).to(device)
     # Rows of one feature are +-1 after normalisation: their gradient is zero, and what remains is rounding.
     floor = 16 * torch.finfo(dtype).eps / 0.1 / views.double().abs().min().item() if dim == 1 else 0.0
-    compare_info_nce("triton", views, floor=floor)
+    compare_info_nce(impl, views, floor=floor)
 
 
 @pytest.mark.parametrize("width", [16, 64, 128, 256, 300])
-def test_shipped_configurations(device, dtype, width):
+def test_shipped_configurations(impl, device, dtype, width):
     """The table's own tiles: more rows than a tile, and a queue."""
     views, queue = randn(2, 150, width, dtype=dtype).to(device), randn(20, width, dtype=dtype, seed=1).to(device)
-    compare_info_nce("triton", views, queue=queue)
+    compare_info_nce(impl, views, queue=queue)
 
 
-def test_negative_scores_and_padding(path, device, dtype):
+def test_negative_scores_and_padding(impl, path, device, dtype):
     """Modalities that oppose each other: weights above 1, and columns past the end whose score would be the highest."""
     views = randn(2, 72, 16, dtype=torch.float64)
     views[0, :, 0] += 8
     views[1, :, 0] -= 8
-    compare_info_nce("triton", views.to(dtype).to(device), 0.07, objective="cross_view")
+    compare_info_nce(impl, views.to(dtype).to(device), 0.07, objective="cross_view")
 
 
 @pytest.mark.parametrize("size", [300.0, 3000.0])
-def test_scores_of_any_size_stay_finite(path, device, size):
+def test_scores_of_any_size_stay_finite(impl, path, device, size):
     views = size * randn(2, 40, 48).to(device)
-    loss, grad, _ = run(info_nce_loss, views, 1.0, normalize=False, impl="triton")
+    loss, grad, _ = run(info_nce_loss, views, 1.0, normalize=False, impl=impl)
     assert loss.isfinite()
     assert grad.isfinite().all()
     assert grad.abs().max() <= 4 * views.abs().max()  # a mean of differences of rows
 
 
-def test_gradient_at_scores_of_tens_of_thousands(path, device):
+def test_gradient_at_scores_of_tens_of_thousands(impl, path, device):
     """What the README says of long rows, no more: eager is much nearer here."""
     views = 30 * randn(2, 40, 48).to(device)
-    got = run(info_nce_loss, views, 1.0, normalize=False, impl="triton")[1]
+    got = run(info_nce_loss, views, 1.0, normalize=False, impl=impl)[1]
     want = run(dense.info_nce_loss, views.double(), 1.0, normalize=False)[1]
     assert (got - want).norm() <= 1e-3 * want.norm()
 
 
 @pytest.mark.parametrize("batch", [65, 130, 200])
 @pytest.mark.parametrize("form", ["plain", "two classes", "one class", "core"])
-def test_masked_and_clean_tiles_share_the_pairs(device, monkeypatch, batch, form):
+def test_masked_and_clean_tiles_share_the_pairs(impl, device, monkeypatch, batch, form):
     """Several pairs of tile shapes, and classes that reach over blocks and round the circle."""
-    monkeypatch.setattr(_launch, "MANY_TILES", 0)
-    monkeypatch.setattr(_launch, "deterministic", lambda: False)
     place = torch.arange(batch, device=device)
     arguments = {
         "plain": {},
@@ -150,6 +168,14 @@ def test_masked_and_clean_tiles_share_the_pairs(device, monkeypatch, batch, form
         "one class": {"labels": place * 0, "queue": randn(70, 16, seed=1).to(device)},
         "core": {"core_view": 1, "objective": "cross_view", "queue": randn(70, 16, seed=1).to(device)},
     }[form]
+    if impl == "cuda":
+        monkeypatch.setattr(cuda_launcher, "_deterministic", lambda: False)
+        for tiles in ("small", "large"):
+            monkeypatch.setenv("SELFSUP_KERNELS_CUDA_TILES", tiles)
+            compare_info_nce("cuda", randn(2, batch, 16).to(device), **arguments)
+        return
+    monkeypatch.setattr(_launch, "MANY_TILES", 0)
+    monkeypatch.setattr(_launch, "deterministic", lambda: False)
     for clean, masked in (((64, 64), (32, 32)), ((32, 64), (16, 64)), ((64, 128), (64, 32))):
         shapes = {"sums": clean, "masked_sums": masked, "gradient": clean[::-1], "masked_gradient": masked[::-1]}
         shapes["masked_gradient"] = (min(masked[1], clean[1]), min(masked[0], clean[0]))
@@ -176,7 +202,9 @@ def test_shipped_tiles_with_masks_divide_those_without():
 
 
 @pytest.mark.parametrize("descriptor", [False, True])
-def test_descriptors_and_pointers_load_the_same(path, device, monkeypatch, descriptor):
+def test_descriptors_and_pointers_load_the_same(impl, path, device, monkeypatch, descriptor):
+    if impl != "triton":
+        pytest.skip("only Triton's kernels load either way")
     inner = configs._lookup
 
     def chosen(*key):
@@ -185,12 +213,12 @@ def test_descriptors_and_pointers_load_the_same(path, device, monkeypatch, descr
 
     monkeypatch.setattr(configs, "_lookup", chosen)
     queue = randn(50, 40, seed=1).to(device)
-    compare_info_nce("triton", randn(2, 50, 40).to(device), queue=queue)
+    compare_info_nce(impl, randn(2, 50, 40).to(device), queue=queue)
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("labelled", [False, True])
-def test_reductions(path, device, dtype, reduction, labelled):
+def test_reductions(impl, path, device, dtype, reduction, labelled):
     views = randn(3, 20, 12, dtype=dtype).to(device)
     labels = random_labels(20, 6).to(device) if labelled else None
     upstream = randn(3, 20, seed=1).to(device) if reduction == "none" else torch.tensor(-1.75e-6, device=device)
@@ -198,7 +226,7 @@ def test_reductions(path, device, dtype, reduction, labelled):
     got, eager, want = (
         run(function, x, torch.tensor(0.1, dtype=dtype).to(x.dtype), upstream, **arguments, **extra)
         for function, x, extra in (
-            (info_nce_loss, views, {"impl": "triton"}),
+            (info_nce_loss, views, {"impl": impl}),
             (dense.info_nce_loss, views, {}),
             (dense.info_nce_loss, views.double(), {}),
         )
@@ -207,12 +235,12 @@ def test_reductions(path, device, dtype, reduction, labelled):
         assert_within(name, ours, truth, theirs)
 
 
-def test_upstream_gradient_may_be_expanded_zero_or_partial(path, device):
+def test_upstream_gradient_may_be_expanded_zero_or_partial(impl, path, device):
     views = randn(2, 33, 6).to(device)
     mask = torch.zeros(2, 33, device=device)
     mask[1, 3] = 1e-30
     for upstream in (torch.tensor(0.5, device=device).expand(2, 33), mask, mask * 0, mask.T.contiguous().T):
-        got = run(info_nce_loss, views, 0.1, upstream, reduction="none", impl="triton")
+        got = run(info_nce_loss, views, 0.1, upstream, reduction="none", impl=impl)
         want = run(dense.info_nce_loss, views.double(), 0.1, upstream.double(), reduction="none")
         assert_within("grad", got[1], want[1])
         assert_within("temperature", got[2].cpu(), want[2].cpu())
@@ -220,12 +248,12 @@ def test_upstream_gradient_may_be_expanded_zero_or_partial(path, device):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("objective", ["supcon_in", "cross_view", "decoupled"])
-def test_nan_and_inf_give_what_the_reference_gives(path, device, objective, value):
+def test_nan_and_inf_give_what_the_reference_gives(impl, path, device, objective, value):
     views = randn(2, 33, 8).to(device)
     views[1, 5, 2] = value
     got, want = (
-        run(info_nce_loss, views, 0.1, reduction="none", objective=objective, impl=impl)
-        for impl in ("triton", "reference")
+        run(info_nce_loss, views, 0.1, reduction="none", objective=objective, impl=choice)
+        for choice in (impl, "reference")
     )
     assert torch.equal(got[0].isnan(), want[0].isnan())
     assert torch.equal(got[1].isnan(), want[1].isnan())
@@ -233,19 +261,19 @@ def test_nan_and_inf_give_what_the_reference_gives(path, device, objective, valu
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 0.0, -1.0])
-def test_a_temperature_tensor_that_is_no_temperature_gives_nan(path, device, monkeypatch, value):
+def test_a_temperature_tensor_that_is_no_temperature_gives_nan(impl, path, device, monkeypatch, value):
     temperature = torch.tensor(value, device=device)
     monkeypatch.setattr("selfsup_kernels._validate.temperature", lambda t: (t, 1.0))  # as where it may not be read
-    assert info_nce_loss(randn(2, 9, 4).to(device), temperature=temperature, impl="triton").isnan()
+    assert info_nce_loss(randn(2, 9, 4).to(device), temperature=temperature, impl=impl).isnan()
 
 
-def test_zero_rows_and_the_norm_floor(path, device, dtype):
+def test_zero_rows_and_the_norm_floor(impl, path, device, dtype):
     views = randn(2, 20, 8, dtype=dtype)
     views[0, 3] = 0
     views[1, 3:9] *= 1e-3
     views = views.to(device)
     for eps in (1e-12, 1e-2):
-        got = run(info_nce_loss, views, 0.1, eps=eps, impl="triton")
+        got = run(info_nce_loss, views, 0.1, eps=eps, impl=impl)
         eager = run(dense.info_nce_loss, views, torch.tensor(0.1, dtype=dtype), eps=eps)
         want = run(dense.info_nce_loss, views.double(), torch.tensor(0.1, dtype=dtype).double(), eps=eps)
         assert got[1].isfinite().all()
@@ -256,25 +284,26 @@ def test_zero_rows_and_the_norm_floor(path, device, dtype):
 
 
 @pytest.mark.parametrize("labelled", [False, True])
-def test_lists_strides_and_a_view_that_is_another(path, device, labelled):
+def test_lists_strides_and_a_view_that_is_another(impl, path, device, labelled):
     x = randn(3, 35, 20).to(device)
     labels = random_labels(35, 6).to(device) if labelled else None
-    want = run(info_nce_loss, x, 0.1, labels=labels, impl="triton")
+    want = run(info_nce_loss, x, 0.1, labels=labels, impl=impl)
     wide = torch.full((35, 40), math.nan, device=device)
     wide[:, ::2] = x[2]
     pieces = [x[0].clone(), x[1].T.contiguous().T, wide[:, ::2]]
     leaves = [p.detach().requires_grad_() for p in pieces]
-    loss = info_nce_loss(leaves, temperature=0.1, labels=labels, impl="triton")
+    loss = info_nce_loss(leaves, temperature=0.1, labels=labels, impl=impl)
     grads = torch.stack(torch.autograd.grad(loss, leaves))
     assert_within("loss", loss.detach(), want[0].double())
     assert_within("grad", grads, want[1].double())
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="pages that cannot be touched are the CPU's")
 @pytest.mark.parametrize("labelled", [False, True])
 @pytest.mark.parametrize("size", [(2, 33, 20), (3, 2, 1), (2, 64, 32)], ids=str)
-def test_nothing_is_read_or_written_past_an_end(path, monkeypatch, size, labelled):
-    """Every input and every output ends where memory ends; outputs begin as NaN."""
+def test_nothing_is_read_or_written_past_an_end(impl, path, device, monkeypatch, size, labelled):
+    """Every input ends where memory ends; Triton's outputs too, and begin as NaN. (CUDA's are the sanitizers' work.)"""
+    if device.type != "cpu":
+        pytest.skip("pages that cannot be touched are the CPU's")
 
     def fenced(shape, dtype, device):
         return guarded(torch.full(shape if isinstance(shape, tuple) else (shape,), math.nan).to(dtype))
@@ -286,7 +315,7 @@ def test_nothing_is_read_or_written_past_an_end(path, monkeypatch, size, labelle
     queue = guarded(randn(7, size[2], seed=2))
     loss = info_nce_loss(
         views, temperature=temperature, labels=labels, queue=queue, reduction="none", objective="supcon_in",
-        impl="triton",
+        impl=impl,
     )  # fmt: skip
     loss.backward(guarded(randn(*size[:2], seed=3)))
     assert loss.isfinite().all()

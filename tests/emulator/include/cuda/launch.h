@@ -152,7 +152,7 @@ inline bool on_this_device(const Tensor& t) { return t.is_cpu(); }
 class Device {
  public:
   explicit Device(const Tensor&) {}
-  int processors() const { return 3; }
+  int processors() const { return sk_emulator::processors; }
   int shared_limit() const { return 99 << 10; }  // of the smallest that is supported (compute capability 12.0)
 
   template <typename... Parameters, typename... Arguments>
