@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import randn
 
+import selfsup_kernels as sk
 from selfsup_kernels import backends
 
 SELFTEST = Path(__file__).parents[1] / "emulator" / "selftest.cu"
@@ -86,3 +87,38 @@ def test_threads_that_disagree_are_reported(library):
 
 def test_copies_that_nobody_waits_for_are_reported(library):
     assert "nobody waited" in run(library, "unwaited", randn(8))
+
+
+def kernels_of_every_op():
+    """Results of the CUDA kernels that use shared memory, on a few rows."""
+    views, narrow = randn(2, 70, 200), randn(2, 70, 40, dtype=torch.bfloat16)
+    for rows in (views, narrow):
+        x = rows.clone().requires_grad_()
+        loss = sk.info_nce_loss(x, impl="cuda")
+        yield loss.detach()
+        yield torch.autograd.grad(loss, x)[0]
+    for width in (40, 5000):
+        p, t = randn(2, 9, width).requires_grad_(), randn(2, 9, width, seed=1)
+        loss = sk.byol_loss(p, t, impl="cuda")
+        yield loss.detach()
+        yield torch.autograd.grad(loss, p)[0]
+
+
+def test_every_barrier_of_the_package_is_needed_and_its_loss_is_seen(library):
+    """Each barrier and each wait for copies, left out in turn: in some order of the threads a result changes."""
+    want = list(kernels_of_every_op())
+    library.sk_emulator_sites.restype = ctypes.c_char_p
+    sites = [s for s in library.sk_emulator_sites().decode().split() if not s.startswith("selftest")]
+    assert len(sites) >= 3
+    for skipped in sites:
+        library.sk_emulator_skip(skipped.encode())
+        for seed in range(6):
+            library.sk_emulator_seed(ctypes.c_uint64(seed))
+            try:
+                got = list(kernels_of_every_op())
+            except RuntimeError:
+                break  # the emulator saw it itself
+            if not all(torch.allclose(g, w, rtol=1e-4, atol=1e-6) for g, w in zip(got, want, strict=True)):
+                break
+        else:
+            pytest.fail(f"nothing changed without the barrier or wait at {skipped}")

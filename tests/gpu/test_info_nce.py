@@ -3,17 +3,20 @@
 import contextlib
 import ctypes
 import math
+import random
 
 import pytest
 import torch
 from guard import guarded
 from helpers import assert_within, compare_info_nce, randn, random_labels, run
 
-from selfsup_kernels import backends, info_nce_loss
+from selfsup_kernels import backends, info_nce_loss, ops
 from selfsup_kernels.cuda import info_nce as cuda_launcher
 from selfsup_kernels.objectives import LABEL_OBJECTIVES, OBJECTIVES
 from selfsup_kernels.reference import dense
 from selfsup_kernels.triton import _launch, configs
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.fixture(params=["clean+masked", "all", "waves"])
@@ -320,3 +323,81 @@ def test_nothing_is_read_or_written_past_an_end(impl, path, device, monkeypatch,
     loss.backward(guarded(randn(*size[:2], seed=3)))
     assert loss.isfinite().all()
     assert all(v.grad.isfinite().all() for v in views)
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_opcheck(impl, device, labelled):
+    views = list(randn(2, 20, 12).to(device).unbind(0))
+    labels = random_labels(20, 5).to(device) if labelled else None
+    queue = randn(7, 12, seed=1).to(device)
+    arguments = (views, labels, queue, None, 0.1, 0, -1, True, 1e-12, 1)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(ops.get("info_nce_forward", impl), arguments, test_utils=checks)
+    loss, *saved = ops.get("info_nce_forward", impl)(*arguments)
+    torch.library.opcheck(
+        ops.get("info_nce_backward", impl),
+        (torch.ones_like(loss), *saved, labels, None, 0.1, 2, 20, 12, 0, -1, True, 1, True, torch.float32),
+        test_utils=checks,
+    )
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_random_cases(impl, path, device, seed):
+    """Sizes, objectives, dtypes and options that no other test has together."""
+    interpreted = impl == "triton" and device.type == "cpu"
+    if interpreted and seed >= 8:
+        pytest.skip("too slow in Triton's interpreter")
+    chosen = random.Random(seed)
+    dtype = torch.float32 if interpreted else chosen.choice(DTYPES)
+    objective, num_views = chosen.choice(OBJECTIVES), chosen.choice([2, 2, 3, 5])
+    batch, dim = chosen.choice([2, 3, 17, 64, 65, chosen.randrange(2, 90)]), chosen.choice([1, 7, 16, 33, 64, 100, 300])
+    labelled = objective in LABEL_OBJECTIVES and chosen.random() < 0.4
+    normalize = chosen.random() < 0.8
+    size = 1.0 if normalize else dim**-0.5
+    temperature = chosen.choice([0.5, 0.1, 0.05, 0.01]) if normalize else 1.0
+    arguments = {
+        "objective": objective,
+        "normalize": normalize,
+        "reduction": chosen.choice(["mean", "sum"]),
+        "labels": random_labels(batch, chosen.choice([1, 3, batch]), seed).to(device) if labelled else None,
+        "queue": (size * randn(chosen.randrange(1, 150), dim, dtype=dtype, seed=seed + 1)).to(device)
+        if labelled or chosen.random() < 0.3
+        else None,
+        "core_view": chosen.choice([None, 1]) if not labelled else None,
+    }
+    views = (size * randn(num_views, batch, dim, dtype=dtype, seed=seed)).to(device)
+    # What cancels keeps the rounding of its terms: of a sum over rows, and of rows of one feature, which are +-1.
+    rows = num_views * batch if arguments["reduction"] == "sum" else 1
+    nearest = views.double().abs().min().item() if dim == 1 else 1.0
+    floor = 64 * torch.finfo(dtype if dim == 1 else torch.float32).eps * rows / temperature / nearest
+    compare_info_nce(impl, views, temperature, floor=floor, **arguments)
+
+
+def test_deterministic_mode_does_not_depend_on_the_order_of_blocks(cuda_runs, device, monkeypatch):
+    """The emulator draws the order of blocks and threads from a seed; a GPU has a new one every time."""
+    monkeypatch.setattr(cuda_launcher, "_deterministic", lambda: True)
+    monkeypatch.setenv("SELFSUP_KERNELS_CUDA_TILES", "small")
+    views = randn(2, 150, 40).to(device)
+    results = []
+    for seed in range(4):
+        if backends.EMULATOR is not None:
+            ctypes.CDLL(str(backends.EMULATOR)).sk_emulator_seed(ctypes.c_uint64(seed))
+        results.append(run(info_nce_loss, views, 0.1, impl="cuda"))
+    for result in results[1:]:
+        assert all(torch.equal(got, want) for got, want in zip(result, results[0], strict=True))
+
+
+def test_compiles_to_one_graph(impl, device):
+    views = randn(2, 40, 20).to(device)
+
+    def loss(x):
+        return 2 * info_nce_loss(x.relu() + x, temperature=0.2, impl=impl)
+
+    results = []
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        x = views.clone().requires_grad_()
+        value = function(x)
+        value.backward()
+        results.append((value.detach(), x.grad))
+    for name, got, want in zip(("loss", "grad"), results[1], results[0], strict=True):
+        assert_within(name, got, want.double())

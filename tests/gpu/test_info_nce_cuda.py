@@ -6,7 +6,8 @@ import pytest
 import torch
 from helpers import assert_within, compare_info_nce, randn, random_labels, run
 
-from selfsup_kernels import info_nce_loss, ops
+from selfsup_kernels import info_nce_loss
+from selfsup_kernels.cuda import info_nce as cuda_launcher
 from selfsup_kernels.objectives import LABEL_OBJECTIVES, OBJECTIVES
 from selfsup_kernels.reference import dense
 from selfsup_kernels.triton import _launch
@@ -16,7 +17,7 @@ pytestmark = [pytest.mark.cuda, pytest.mark.unpoisoned]
 
 @pytest.mark.parametrize("precision", ["highest", "high"])
 @pytest.mark.parametrize("kernel", range(20))
-def test_random_cases(device, kernel, precision):
+def test_random_cases(impl, device, kernel, precision):
     """400 of them, of a few kernels each: a kernel takes longer to compile than to test."""
     chosen = random.Random(100 * (precision == "high") + kernel)
     dtype = [torch.float32, torch.bfloat16, torch.float16][kernel % 3]
@@ -47,45 +48,50 @@ def test_random_cases(device, kernel, precision):
             # A sum over rows that all but cancels has the rounding of its terms, whose size the scale is.
             rows = num_views * batch if arguments["reduction"] == "sum" else 1
             floor = 64 * torch.finfo(torch.float32).eps * rows / temperature
-            compare_info_nce("triton", views, temperature, floor=floor, **arguments)
+            compare_info_nce(impl, views, temperature, floor=floor, **arguments)
     finally:
         torch.set_float32_matmul_precision(before)
 
 
-def step(views, temperature=0.1, **arguments):
+def be_deterministic(monkeypatch):
+    monkeypatch.setattr(_launch, "deterministic", lambda: True)
+    monkeypatch.setattr(cuda_launcher, "_deterministic", lambda: True)
+
+
+def step(impl, views, temperature=0.1, **arguments):
     x = views.detach().requires_grad_()
-    loss = info_nce_loss(x, temperature=temperature, impl="triton", **arguments)
+    loss = info_nce_loss(x, temperature=temperature, impl=impl, **arguments)
     (grad,) = torch.autograd.grad(loss.sum(), x)
     return loss.detach(), grad
 
 
 @pytest.mark.parametrize("labelled", [False, True])
 @pytest.mark.parametrize("size", [(2, 300, 128), (2, 6000, 128), (3, 1500, 512)], ids=str)
-def test_deterministic_mode_gives_the_same_bits(device, dtype, size, labelled, monkeypatch):
-    monkeypatch.setattr(_launch, "deterministic", lambda: True)
+def test_deterministic_mode_gives_the_same_bits(impl, device, dtype, size, labelled, monkeypatch):
+    be_deterministic(monkeypatch)
     views = randn(*size, dtype=dtype).to(device)
     labels = random_labels(size[1], 50).to(device) if labelled else None
-    first = step(views, labels=labels)
+    first = step(impl, views, labels=labels)
     for _ in range(100):
-        for got, want in zip(step(views, labels=labels), first, strict=True):
+        for got, want in zip(step(impl, views, labels=labels), first, strict=True):
             assert torch.equal(got, want)
 
 
-def test_atomics_and_deterministic_mode_agree(device, monkeypatch):
+def test_atomics_and_deterministic_mode_agree(impl, device, monkeypatch):
     views = randn(2, 6000, 128).to(device)
-    fast = step(views)
-    monkeypatch.setattr(_launch, "deterministic", lambda: True)
-    for name, got, want in zip(("loss", "grad"), fast, step(views), strict=True):
+    fast = step(impl, views)
+    be_deterministic(monkeypatch)
+    for name, got, want in zip(("loss", "grad"), fast, step(impl, views), strict=True):
         assert_within(name, got, want.double())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("dim", [64, 128, 256, 512])
-def test_many_rows(device, dtype, dim):
+def test_many_rows(impl, device, dtype, dim):
     """Every kernel of a large batch, the mean's gradients as small as they get there, against float64."""
     views = torch.randn(2, 12_000, dim, device=device, generator=torch.Generator(device).manual_seed(0)).to(dtype)
     views.requires_grad_()
-    loss = info_nce_loss(views, temperature=0.1, impl="triton")
+    loss = info_nce_loss(views, temperature=0.1, impl=impl)
     loss.backward()
     wide = views.detach().double().requires_grad_()
     want = info_nce_loss(wide, temperature=0.1, impl="reference")
@@ -99,16 +105,16 @@ def test_many_rows(device, dtype, dim):
     assert error <= allowed + spacing
 
 
-def test_streams(device):
+def test_streams(impl, device):
     """Calls on several streams at once, each right."""
     streams = [torch.cuda.Stream() for _ in range(4)]
     cases = [randn(2, 3000, 128, seed=i).to(device) for i in range(4)]
-    want = [step(case) for case in cases]
+    want = [step(impl, case) for case in cases]
     torch.cuda.synchronize()
     got = []
     for repeat in range(20):
         with torch.cuda.stream(streams[repeat % 4]):
-            got.append(step(cases[repeat % 4]))
+            got.append(step(impl, cases[repeat % 4]))
     torch.cuda.synchronize()
     for repeat, result in enumerate(got):
         for name, ours, theirs in zip(("loss", "grad"), result, want[repeat % 4], strict=True):
@@ -117,14 +123,14 @@ def test_streams(device):
 
 @pytest.mark.parametrize("labelled", [False, True])
 @pytest.mark.parametrize("size", [(2, 256, 128), (2, 5000, 128), (2, 700, 512)], ids=str)
-def test_graph_replay(device, size, labelled):
+def test_graph_replay(impl, device, size, labelled):
     """Captured once, replayed with other rows and another temperature, at one of which every sum underflows."""
     views = randn(*size).to(device).requires_grad_()
     temperature = torch.tensor(0.1, device=device, requires_grad=True)
     labels = random_labels(size[1], 40).to(device) if labelled else None
 
     def call():
-        loss = info_nce_loss(views, temperature=temperature, labels=labels, impl="triton")
+        loss = info_nce_loss(views, temperature=temperature, labels=labels, impl=impl)
         return loss.detach(), *torch.autograd.grad(loss, (views, temperature))
 
     side = torch.cuda.Stream()
@@ -144,20 +150,20 @@ def test_graph_replay(device, size, labelled):
             assert_within(name, ours, theirs.double())
 
 
-def test_no_synchronisation(device):
+def test_no_synchronisation(impl, device):
     views = randn(2, 500, 128).to(device)
     labels, queue = random_labels(500, 9).to(device), randn(40, 128, seed=1).to(device)
     temperature = torch.tensor(0.1, device=device)
-    step(views, labels=labels, queue=queue, temperature=temperature)
+    step(impl, views, labels=labels, queue=queue, temperature=temperature)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        step(views, labels=labels, queue=queue, temperature=temperature, reduction="none")
-        step(views, normalize=False, temperature=temperature)
+        step(impl, views, labels=labels, queue=queue, temperature=temperature, reduction="none")
+        step(impl, views, normalize=False, temperature=temperature)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_more_than_2_31_elements(device):
+def test_more_than_2_31_elements(impl, device):
     """A queue that long: its rows pass 2^31 numbers, and the last of them counts."""
     dim, length = 2048, 2**20 + 300
     if torch.cuda.mem_get_info()[0] < 24 * 2**30:
@@ -166,33 +172,17 @@ def test_more_than_2_31_elements(device):
     assert queue.numel() > 2**31
     views = randn(2, 40, dim, dtype=torch.bfloat16).to(device)
     queue[-1] = views[0, 3]  # a negative as near as can be
-    near, grad = step(views, temperature=0.07, queue=queue)
+    near, grad = step(impl, views, temperature=0.07, queue=queue)
     want = run(dense.info_nce_loss, views, torch.tensor(0.07), queue=queue)
     assert_within("loss", near, want[0].double(), want[0])
-    assert (near - step(views, temperature=0.07, queue=queue[:-1])[0]) > 1e-3
+    assert (near - step(impl, views, temperature=0.07, queue=queue[:-1])[0]) > 1e-3
     assert (grad.float() - want[1].float()).norm() <= 0.05 * want[1].float().norm()  # eager's own error in bfloat16
 
 
-def test_other_device_than_the_current_one():
+def test_other_device_than_the_current_one(impl):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    compare_info_nce("triton", randn(2, 65, 33).to("cuda:1"))
-
-
-@pytest.mark.parametrize("labelled", [False, True])
-def test_opcheck(device, labelled):
-    views = list(randn(2, 20, 12).to(device).unbind(0))
-    labels = random_labels(20, 5).to(device) if labelled else None
-    queue = randn(7, 12, seed=1).to(device)
-    arguments = (views, labels, queue, None, 0.1, 0, -1, True, 1e-12, 1)
-    checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(ops.get("info_nce_forward", "triton"), arguments, test_utils=checks)
-    loss, *saved = ops.get("info_nce_forward", "triton")(*arguments)
-    torch.library.opcheck(
-        ops.get("info_nce_backward", "triton"),
-        (torch.ones_like(loss), *saved, labels, None, 0.1, 2, 20, 12, 0, -1, True, 1, True, torch.float32),
-        test_utils=checks,
-    )
+    compare_info_nce(impl, randn(2, 65, 33).to("cuda:1"))
 
 
 def test_compile(device, dtype):
@@ -213,11 +203,11 @@ def test_compile(device, dtype):
 
 
 @pytest.mark.parametrize("enabled", [False, True])
-def test_autocast(device, enabled):
+def test_autocast(impl, device, enabled):
     """Under autocast the result is float32, and 16-bit rows stay 16-bit."""
     views = randn(2, 70, 64, dtype=torch.bfloat16).to(device).requires_grad_()
     with torch.autocast("cuda", dtype=torch.bfloat16, enabled=enabled):
-        loss = info_nce_loss(views, impl="triton")
+        loss = info_nce_loss(views, impl=impl)
     loss.backward()
     assert loss.dtype == (torch.float32 if enabled else torch.bfloat16)
     assert views.grad.dtype == torch.bfloat16
