@@ -270,8 +270,9 @@ void launch_for_width(const Device& device, const Problem& p, const GradientArgu
   // 32 rows a warp, where registers allow it, read less shared memory for each product than 16.
   constexpr int M = sizeof(T) == 2 ? 2 : 1;
   const int chunks = ceil_div(p.stride * sizeof(T), chunk_bytes);
-  if (chunks <= 1) return launch<T, EXACT, M, 4, 1, true>(device, p, a);
-  if (chunks <= 2) return launch<T, EXACT, M, 4 / M, 2, true>(device, p, a);
+  if (chunks <= 1) return launch<T, EXACT, M, 4 / M, 1, true>(device, p, a);
+  if constexpr (sizeof(T) == 2)
+    if (chunks <= 2) return launch<T, EXACT, M, 4 / M, 2, true>(device, p, a);
   if (chunks <= 4) return launch<T, EXACT, 1, 4, 4, true>(device, p, a);
   launch<T, EXACT, 1, 4, 4, false>(device, p, a);
 }
