@@ -1,5 +1,6 @@
 // The op ema_update_.cpu: one call for any list of tensors, one pass over their memory, no temporaries (but for pairs
 // in different memory layouts).
+#include "common/layouts.h"
 #include "cpu/rows.h"
 
 namespace selfsup_kernels {
@@ -17,35 +18,6 @@ struct Span {
 };
 
 constexpr int64_t span_length = 1 << 15;
-
-// Whether both lie in memory in the same order without holes, so that they can be read as vectors.
-bool same_dense_layout(const Tensor& a, const Tensor& b) {
-  if (a.is_contiguous() && b.is_contiguous()) return true;
-  std::vector<std::pair<int64_t, int64_t>> dims;  // (stride, size)
-  for (int64_t d = 0; d < a.dim(); ++d) {
-    if (a.size(d) == 1) continue;
-    if (a.stride(d) != b.stride(d)) return false;
-    dims.push_back({a.stride(d), a.size(d)});
-  }
-  std::sort(dims.begin(), dims.end());
-  int64_t expected = 1;
-  for (auto [stride, size] : dims) {
-    if (stride != expected) return false;
-    expected *= size;
-  }
-  return true;
-}
-
-bool is_floating(ScalarType t) {
-  return t == ScalarType::Float || t == ScalarType::Double || t == ScalarType::BFloat16 || t == ScalarType::Half;
-}
-
-bool same_shape(const Tensor& a, const Tensor& b) {
-  if (a.dim() != b.dim()) return false;
-  for (int64_t d = 0; d < a.dim(); ++d)
-    if (a.size(d) != b.size(d)) return false;
-  return true;
-}
 
 void copy(Tensor to, const Tensor& from) { torch::stable::copy_(to, from); }
 

@@ -1,32 +1,16 @@
 // The moving average on a stretch of memory. Included by kernels_impl.h; see simd.h for the rules.
 #pragma once
 
+#include "common/ema.h"
 #include "cpu/simd_half.h"
 #include "cpu/simd_part.h"
 
 namespace selfsup_kernels::SK_ARCH {
 
-// 32 random bits for each lane's element number: an integer hash (C. Wellons' "lowbias32" construction), keyed twice.
-inline FloatBits hash(FloatBits x) {
-  x ^= x >> 16;
-  x *= 0x21f0aaadu;
-  x ^= x >> 15;
-  x *= 0xd35a2d97u;
-  return x ^ (x >> 15);
-}
-
 inline FloatBits random_bits(int64_t seed, uint32_t stream, uint64_t element) {
   FloatBits index{};
   for (int k = 0; k < lanes<float>; ++k) index[k] = static_cast<uint32_t>(element + k);
-  uint32_t key = stream * 0x9e3779b9u ^ static_cast<uint32_t>(seed);
-  uint32_t high = static_cast<uint32_t>(element >> 32) * 0x85ebca6bu ^ static_cast<uint32_t>(uint64_t(seed) >> 32);
-  return hash(hash(index + key) + hash(FloatBits{} + high));
-}
-
-// t + w (s - t), from whichever end is nearer, so that w = 0 and w = 1 give t and s exactly (as torch.lerp does).
-template <typename T>
-inline Vec<T> lerp(Vec<T> t, Vec<T> s, T w) {
-  return w < T(0.5) ? t + (s - t) * w : s - (s - t) * (T(1) - w);
+  return selfsup_kernels::random_bits<FloatBits>(random_stream(seed, stream, element), index);
 }
 
 template <typename Target, typename A>
@@ -74,14 +58,15 @@ void ema_span(
   for (; j + W <= n; j += W) {
     __builtin_prefetch(t + j + ahead, 1);
     __builtin_prefetch(s + j + ahead, 0);
-    store_target<Target, A>(t + j, lerp<A>(load_as<A>(t + j), load_source<A>(s + j), w), seed, stream, offset + j);
+    store_target<Target, A>(
+        t + j, lerp<Vec<A>, A>(load_as<A>(t + j), load_source<A>(s + j), w), seed, stream, offset + j);
   }
   if (j < n) {
     Target old[W] = {};
     Source now[W] = {};
     std::memcpy(old, t + j, (n - j) * sizeof(Target));
     std::memcpy(now, s + j, (n - j) * sizeof(Source));
-    store_target<Target, A>(old, lerp<A>(load_as<A>(old), load_source<A>(now), w), seed, stream, offset + j);
+    store_target<Target, A>(old, lerp<Vec<A>, A>(load_as<A>(old), load_source<A>(now), w), seed, stream, offset + j);
     std::memcpy(t + j, old, (n - j) * sizeof(Target));
   }
 }

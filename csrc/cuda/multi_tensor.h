@@ -1,0 +1,215 @@
+// One launch over many tensors: a table of them in the kernel's arguments, chunks of equal work, 16 bytes per load.
+//
+// A block works on one chunk of one tensor. Tables are arguments, not memory on the device: nothing has to be kept for
+// a captured graph or another stream, and nothing is copied ahead of a launch.
+#pragma once
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <optional>
+#include <vector>
+
+#include "common/layouts.h"
+#include "common/macros.h"
+#include "cuda/launch.h"
+
+namespace selfsup_kernels::cuda {
+
+using c10::BFloat16;
+using c10::Half;
+using torch::headeronly::ScalarType;
+
+// With 64 registers a thread, 4 blocks share a multiprocessor and have 4 * 256 * 4 * 32 bytes = 128 KB of reads of two
+// tensors on their way: more than latency times bandwidth, 25 KB, so that a block may first look for its tensor.
+constexpr int list_threads = 256;
+constexpr int list_unroll = 4;
+
+// Kernels take 32,764 bytes of arguments; the first 4,096 are the cheapest.
+constexpr size_t argument_limit = 32764;
+constexpr size_t small_argument_limit = 4096;
+
+// The floating dtypes have numbers, so that a block can choose its code by its tensor's.
+template <typename T>
+struct Dtype {
+  using type = T;
+};
+inline int dtype_number(ScalarType t) {
+  switch (t) {
+    case ScalarType::Float:
+      return 0;
+    case ScalarType::Double:
+      return 1;
+    case ScalarType::BFloat16:
+      return 2;
+    case ScalarType::Half:
+      return 3;
+    default:
+      STD_TORCH_CHECK(false, "expected a float64, float32, bfloat16 or float16 tensor");
+  }
+}
+inline int dtype_size(int number) { return number == 0 ? 4 : number == 1 ? 8 : 2; }
+template <typename F>
+SK_HOST_DEVICE inline void with_dtype(int number, F f) {
+  switch (number) {
+    case 0:
+      return f(Dtype<float>());
+    case 1:
+      return f(Dtype<double>());
+    case 2:
+      return f(Dtype<BFloat16>());
+    default:
+      return f(Dtype<Half>());
+  }
+}
+
+// Elements that a thread takes at a time: 16 bytes of the widest dtype. And those of a block.
+SK_HOST_DEVICE constexpr int elements_of_vector(int widest) { return 16 / widest; }
+SK_HOST_DEVICE constexpr int elements_of_chunk(int widest) {
+  return elements_of_vector(widest) * list_threads * list_unroll;
+}
+
+// `streams` are the tensors' places in the user's list. `first` has their first chunks, and the number of all at last.
+template <int pointers_, int capacity_>
+struct TensorTable {
+  static constexpr int pointers = pointers_, capacity = capacity_;
+  void* address[pointers][capacity];
+  int64_t count[capacity];
+  uint32_t first[capacity + 1];
+  uint32_t streams[capacity];
+  uint8_t kind[capacity];
+  int tensors;
+};
+// How many tensors fit into so many bytes of arguments, beside `other` bytes.
+constexpr int table_capacity(int pointers, size_t bytes, size_t other) {
+  return static_cast<int>((bytes - other - 32) / (8 * pointers + 17));
+}
+
+// The tensor that a chunk belongs to: the last one whose first chunk is not after it.
+template <typename Table>
+__device__ inline int tensor_of_chunk(const Table& table, uint32_t chunk) {
+  int low = 0, high = table.tensors;
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    if (table.first[middle] <= chunk)
+      low = middle;
+    else
+      high = middle;
+  }
+  return low;
+}
+
+// A tensor as the host sees it; `widest` is the size of its widest dtype, which sets the length of its chunks.
+template <int pointers>
+struct ListItem {
+  void* address[pointers];
+  int64_t count;
+  uint32_t stream;
+  int kind, widest;
+};
+
+// Calls launch(table, chunks) for as many tables as the list needs.
+template <typename Table, typename Launch>
+void for_each_table(const std::vector<ListItem<Table::pointers>>& items, Launch launch) {
+  constexpr int64_t most_chunks = (int64_t{1} << 31) - 1;
+  Table table;
+  for (size_t next = 0; next < items.size();) {
+    int64_t chunks = 0;
+    int n = 0;
+    for (; n < Table::capacity && next < items.size(); ++n, ++next) {
+      const auto& item = items[next];
+      const int64_t more = (item.count - 1) / elements_of_chunk(item.widest) + 1;
+      if (n > 0 && chunks + more > most_chunks) break;
+      for (int k = 0; k < Table::pointers; ++k) table.address[k][n] = item.address[k];
+      table.count[n] = item.count;
+      table.streams[n] = item.stream;
+      table.kind[n] = static_cast<uint8_t>(item.kind);
+      table.first[n] = static_cast<uint32_t>(chunks);
+      chunks += more;
+    }
+    table.first[n] = static_cast<uint32_t>(chunks);
+    table.tensors = n;
+    launch(table, static_cast<unsigned>(chunks));
+  }
+}
+
+// N numbers as one load or store of N * sizeof(T) = 2, 4, 8 or 16 bytes.
+template <int bytes>
+struct Word;
+template <>
+struct Word<2> {
+  using type = uint16_t;
+};
+template <>
+struct Word<4> {
+  using type = uint32_t;
+};
+template <>
+struct Word<8> {
+  using type = uint2;
+};
+template <>
+struct Word<16> {
+  using type = uint4;
+};
+template <typename T, int N>
+struct Pack {
+  using Raw = typename Word<N * sizeof(T)>::type;
+  Raw raw;
+  __device__ void load(const T* p) { raw = *reinterpret_cast<const Raw*>(p); }
+  __device__ void store(T* p) const { *reinterpret_cast<Raw*>(p) = raw; }
+  __device__ void unpack(T (&values)[N]) const { memcpy(values, &raw, sizeof(raw)); }
+  __device__ void pack(const T (&values)[N]) { memcpy(&raw, values, sizeof(raw)); }
+};
+
+__device__ inline bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+// A tensor of one number, which the kernel reads where it lies on the device, and the host where it lies there.
+struct Number {
+  const void* on_device = nullptr;
+  int dtype = 0;
+  double value = 0;
+
+  explicit Number(double value) : value(value) {}
+  explicit Number(const Tensor& t) : on_device(t.const_data_ptr()), dtype(dtype_number(t.scalar_type())) {
+    if (on_this_device(t)) return;
+    STD_TORCH_CHECK(t.is_cpu(), "expected a number on the device of the tensors or on the host");
+    value = read();
+    on_device = nullptr;
+  }
+  SK_HOST_DEVICE double read() const {
+    if (!on_device) return value;
+    double result = 0;
+    with_dtype(dtype, [&](auto type) {
+      using T = typename decltype(type)::type;
+      result = static_cast<double>(*static_cast<const T*>(on_device));
+    });
+    return result;
+  }
+};
+
+// A copy of `s` in memory of its own, whose elements lie in the order of the dense tensor `t`.
+inline Tensor copy_in_order_of(const Tensor& t, const Tensor& s) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 6> stack{
+      from(t.sizes()),
+      from(t.strides()),
+      from(std::optional(s.scalar_type())),
+      from(std::optional<torch::headeronly::Layout>()),
+      from(std::optional(s.device())),
+      from(std::optional<bool>())};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::empty_strided", "", stack.data(), TORCH_ABI_VERSION));
+  Tensor copy = torch::stable::detail::to<Tensor>(stack[0]);
+  torch::stable::copy_(copy, s);
+  return copy;
+}
+
+// Whether both are on the device that these kernels run on, and on the same one.
+inline bool on_one_device(const Tensor& a, const Tensor& b) {
+  return on_this_device(a) && on_this_device(b) && a.get_device_index() == b.get_device_index();
+}
+
+}  // namespace selfsup_kernels::cuda

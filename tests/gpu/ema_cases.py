@@ -1,0 +1,59 @@
+"""What the tests of the moving average on a GPU share: tensors of every kind, and the bound of the error."""
+
+import torch
+from helpers import randn
+
+import selfsup_kernels as sk
+from selfsup_kernels import backends
+
+FLOATING = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+INTEGERS = [torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64]
+LOW = [torch.bfloat16, torch.float16]
+CHUNK = 4096  # elements of a Triton program, and of a CUDA block for float32 and mixed pairs
+
+
+def truth(target, source, momentum):
+    return momentum * target.double() + (1 - momentum) * source.double()
+
+
+def assert_rounded(got, want, target, source, cut=False):
+    """One rounding to the target's dtype, after a few in the dtype of the arithmetic.
+
+    ``cut``: Triton's interpreter cuts bfloat16 where a GPU rounds.
+    """
+    info = torch.finfo(got.dtype)
+    arithmetic = torch.finfo(torch.float64 if got.dtype == torch.float64 else torch.float32)
+    unit = info.eps if cut and got.dtype == torch.bfloat16 else info.eps / 2
+    allowed = unit * (want.abs() + info.tiny) + 4 * arithmetic.eps * (target.double().abs() + source.double().abs())
+    excess = ((got.double() - want).abs() - allowed).max().item()
+    assert excess <= 0, f"error beyond rounding by {excess:.3e}"
+
+
+def check(impl, targets, sources, momentum, **arguments):
+    before, kept = [t.clone() for t in targets], [s.clone() for s in sources]
+    sk.ema_update_(targets, sources, momentum, impl=impl, **arguments)
+    cut = impl == "triton" and backends.triton_is_interpreted()
+    for t, b, s, k in zip(targets, before, sources, kept, strict=True):
+        assert torch.equal(s, k)
+        if t.is_floating_point() and t.numel():
+            assert_rounded(t, truth(b, s, float(momentum)), b, s, cut)
+        else:
+            assert torch.equal(t, s)
+
+
+def bits(dtype, count, seed=0):
+    """Any bits at all; of bools, both values."""
+    if dtype == torch.bool:
+        return randn(count, seed=seed) > 0
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-128, 128, (count * dtype.itemsize,), generator=generator).to(torch.int8).view(dtype)
+
+
+def mixed(device, shift=0):
+    """(targets, sources): every pair of floating dtypes and every integer, an empty tensor and a scalar."""
+    pairs = [(t, s) for t in FLOATING for s in FLOATING]
+    targets = [randn(5 + i, dtype=t, seed=i + shift) for i, (t, _) in enumerate(pairs)]
+    sources = [randn(5 + i, dtype=s, seed=50 + i + shift) for i, (_, s) in enumerate(pairs)]
+    targets += [bits(t, 9) for t in INTEGERS] + [torch.zeros(0, 3), torch.tensor(2.0)]
+    sources += [bits(t, 9, seed=1) for t in INTEGERS] + [torch.zeros(0, 3), torch.tensor(4.0)]
+    return [t.to(device) for t in targets], [s.to(device) for s in sources]
