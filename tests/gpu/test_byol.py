@@ -1,4 +1,4 @@
-"""The Triton kernels of the BYOL loss: values and gradients, what the launches are, memory, streams and graphs."""
+"""The GPU kernels of the BYOL loss: values and gradients, what the launches are, memory, streams and graphs."""
 
 import ctypes
 import itertools
@@ -11,7 +11,7 @@ import torch
 from guard import guarded
 from helpers import assert_within, randn
 
-from selfsup_kernels import byol_loss, ops
+from selfsup_kernels import backends, byol_loss, ops
 from selfsup_kernels.reference import dense
 
 pytest.importorskip("triton")
@@ -40,10 +40,10 @@ def run(function, predictions, targets, upstream=None, **arguments):
     return loss.detach(), torch.stack(grads) if isinstance(predictions, list) else grads[0]
 
 
-def compare(predictions, targets, upstream=None, floor=0.0, **arguments):
+def compare(predictions, targets, upstream=None, floor=0.0, *, impl, **arguments):
     stacked = torch.stack(predictions) if isinstance(predictions, list) else predictions
     stacked_targets = torch.stack(targets) if isinstance(targets, list) else targets
-    got = run(byol_loss, predictions, targets, upstream, impl="triton", **arguments)
+    got = run(byol_loss, predictions, targets, upstream, impl=impl, **arguments)
     want = run(dense.byol_loss, stacked.double(), stacked_targets.double(), upstream, **arguments)
     eager = run(dense.byol_loss, stacked.contiguous(), stacked_targets.contiguous(), upstream, **arguments)
     for name, ours, truth, yardstick in zip(("loss", "grad"), got, want, eager, strict=True):
@@ -77,33 +77,33 @@ def launches(monkeypatch):
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("num_views", [1, 2, 3])
-def test_values_and_gradients(num_views, size, dtype, device):
+def test_values_and_gradients(num_views, size, dtype, impl, device):
     p, t = inputs(num_views, *size, dtype, device)
     for reduction in ops.REDUCTIONS:
         upstream = randn(*p.shape[:-1], seed=2).to(device) if reduction == "none" else torch.tensor(-0.75)
-        compare(p, t, upstream, one_feature_floor(p, upstream), reduction=reduction)
+        compare(p, t, upstream, one_feature_floor(p, upstream), reduction=reduction, impl=impl)
 
 
 @pytest.mark.parametrize("num_views", [2, 3])
-def test_several_tiles_a_program(num_views, dtype, device, monkeypatch):
+def test_several_tiles_a_program(num_views, dtype, device, monkeypatch, triton_runs):
     """More tiles than programs: the loop over tiles, whose last round not every program has."""
     monkeypatch.setattr(_launch, "processors_of", lambda tensor: 1)
     p, t = inputs(num_views, 147, 128, dtype, device)
     for reduction in ops.REDUCTIONS:
-        compare(p, t, reduction=reduction)
+        compare(p, t, reduction=reduction, impl="triton")
 
 
 @pytest.mark.parametrize("num_views", [2, 3])
-def test_views_as_list(num_views, dtype, device):
+def test_views_as_list(num_views, dtype, impl, device):
     """Each view an allocation of its own, with its own stride, in either argument."""
     p, t = inputs(num_views, 9, 40, dtype, device)
     wide = [torch.cat([x, x, x][: i + 1], dim=-1)[:, :40] for i, x in enumerate(p)]
     assert len({x.stride(0) for x in wide}) == num_views
     for views, others in [(list(p.clone()), list(t.clone())), (wide, t), (list(p), wide), (wide, wide[::-1])]:
-        compare(views, others, randn(num_views, 9, seed=2).to(device), reduction="none")
+        compare(views, others, randn(num_views, 9, seed=2).to(device), reduction="none", impl=impl)
 
 
-def test_strides(dtype, device):
+def test_strides(dtype, impl, device):
     """Views of larger tensors, expanded and transposed ones; rows that do not start at multiples of 16 bytes."""
     base, t = inputs(3, 8, 64, dtype, device)
     narrow = randn(3, 8, 67, dtype=dtype).to(device)
@@ -116,34 +116,46 @@ def test_strides(dtype, device):
         base[:1].expand(3, -1, -1),
     ):
         upstream = randn(3, 8, seed=2).to(device)
-        compare(p, t, upstream, 1e-6 if dtype == torch.float32 else 0.0, reduction="none")
-        compare(t, p, upstream, reduction="none")
+        compare(p, t, upstream, 1e-6 if dtype == torch.float32 else 0.0, reduction="none", impl=impl)
+        compare(t, p, upstream, reduction="none", impl=impl)
 
 
-def test_many_views_and_long_rows(device, launches):
+@pytest.mark.parametrize(
+    ("num_views", "dim"),
+    [(17, 8), (48, 4), (49, 4), (65, 8), (2, 1028), (3, 1028), (3, 1029), (2, 9000), (3, 2900), (3, 26000)],
+    ids=str,
+)
+def test_many_views_and_long_rows_by_cuda(num_views, dim, device, cuda_runs):
+    """Beyond 48 views they are copied; above 1024 numbers a block has a row; 26000 do not fit the shared memory."""
+    p, t = inputs(num_views, 2, dim, torch.float32, device)
+    compare(p, t, impl="cuda")
+    compare(list(p), list(t), randn(num_views, 2, seed=2).to(device), reduction="none", impl="cuda")
+
+
+def test_many_views_and_long_rows(device, launches, triton_runs):
     p, t = inputs(17, 2, 8, torch.float32, device)
-    compare(p, t)
+    compare(p, t, impl="triton")
     assert len(launches) == 2
     for num_views, dim in ((byol.MAX_VIEWS + 1, 4), (2, byol.MAX_DIM + 4)):  # what the kernels do not take
-        compare(*inputs(num_views, 2, dim, torch.float32, device))
+        compare(*inputs(num_views, 2, dim, torch.float32, device), impl="triton")
     assert len(launches) == 2
 
 
 @pytest.mark.parametrize("num_views", [1, 2, 3])
-def test_upstream_gradients(num_views, device):
+def test_upstream_gradients(num_views, impl, device):
     """Expanded ones, which have stride 0, transposed ones, and zeros."""
     p, t = inputs(num_views, 9, 33, torch.float32, device)
     shape = p.shape[:-1]
     transposed = randn(*shape[::-1]).to(device).permute(*range(len(shape))[::-1])
     for upstream in (torch.tensor(2.0, device=device).expand(shape), transposed, torch.zeros(shape, device=device)):
-        _, grad = compare(p, t, upstream, reduction="none")
+        _, grad = compare(p, t, upstream, reduction="none", impl=impl)
         if not upstream.any():
             assert not grad.any()
 
 
 @pytest.mark.parametrize("eps", [1e-30, 1e-12, 1e-6, 0.5])
 @pytest.mark.parametrize("num_views", [1, 2, 3])
-def test_floor_of_the_norm(num_views, eps, device):
+def test_floor_of_the_norm(num_views, eps, impl, device):
     """Zero rows, short rows, and rows of the length of the floor on either side."""
     p, t = inputs(num_views, 9, 8, torch.float32, device)
     p[..., 0, :] = 0
@@ -152,7 +164,7 @@ def test_floor_of_the_norm(num_views, eps, device):
     t[..., 3, :] *= eps / 100
     p[..., 4, :] *= eps / p[..., 4, :].norm(dim=-1, keepdim=True) * 0.99
     p[..., 5, :] *= eps / p[..., 5, :].norm(dim=-1, keepdim=True) * 1.01
-    loss, grad = run(byol_loss, p, t, reduction="none", eps=eps, impl="triton")
+    loss, grad = run(byol_loss, p, t, reduction="none", eps=eps, impl=impl)
     want = run(dense.byol_loss, p.double(), t.double(), reduction="none", eps=eps)
     torch.testing.assert_close(loss.double(), want[0], rtol=0, atol=2e-6)
     for row in range(9):  # each by itself: their gradients differ by 1 / eps
@@ -160,20 +172,20 @@ def test_floor_of_the_norm(num_views, eps, device):
     assert (loss[..., 0] == 2).all()
 
 
-def test_zero_rows_are_finite(dtype, device):
+def test_zero_rows_are_finite(dtype, impl, device):
     for of_p, of_t in itertools.product((0, 1), repeat=2):
         p, t = inputs(2, 5, 8, dtype, device)
-        loss, grad = run(byol_loss, of_p * p, of_t * t, impl="triton")
+        loss, grad = run(byol_loss, of_p * p, of_t * t, impl=impl)
         assert loss.isfinite()
         assert grad.isfinite().all()
 
 
 @pytest.mark.parametrize("num_views", [1, 2, 3])
 @pytest.mark.parametrize("size", [1e30, 1e19, 1e-22, 1e-37])
-def test_long_and_short_rows(num_views, size, device):
+def test_long_and_short_rows(num_views, size, impl, device):
     """Squares leave the range of float32; cosines do not."""
     p, t = (x * size for x in inputs(num_views, 6, 40, torch.float32, device))
-    loss = byol_loss(p, t, eps=2e-38, reduction="none", impl="triton")
+    loss = byol_loss(p, t, eps=2e-38, reduction="none", impl=impl)
     want = dense.byol_loss(p.double(), t.double(), eps=2e-38, reduction="none")
     torch.testing.assert_close(loss.double(), want, rtol=1e-6, atol=2e-6)
 
@@ -181,10 +193,10 @@ def test_long_and_short_rows(num_views, size, device):
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=["nan", "inf", "-inf"])
 @pytest.mark.parametrize("where", ["predictions", "targets"])
 @pytest.mark.parametrize("num_views", [1, 2, 3])
-def test_nan_and_inf_as_in_the_reference(num_views, where, value, dtype, device):
+def test_nan_and_inf_as_in_the_reference(num_views, where, value, dtype, impl, device):
     p, t = inputs(num_views, 20, 40, dtype, device)
     (p if where == "predictions" else t).view(num_views, 20, 40)[-1, 4, 37] = value
-    got = run(byol_loss, p, t, reduction="none", impl="triton")
+    got = run(byol_loss, p, t, reduction="none", impl=impl)
     want = run(byol_loss, p, t, reduction="none", impl="reference")
     eager = run(dense.byol_loss, p, t, reduction="none")
     specification = run(dense.byol_loss, p.double(), t.double(), reduction="none")
@@ -197,7 +209,7 @@ def test_nan_and_inf_as_in_the_reference(num_views, where, value, dtype, device)
         assert finite.view(num_views, 20, -1)[:, :4].all()
         assert_within("finite part", ours[finite], truth[finite], yardstick[finite])
     for reduction in ("mean", "sum"):
-        assert not byol_loss(p, t, reduction=reduction, impl="triton").isfinite()
+        assert not byol_loss(p, t, reduction=reduction, impl=impl).isfinite()
 
 
 # ---------------------------------------------------------------- launches and memory
@@ -205,7 +217,7 @@ def test_nan_and_inf_as_in_the_reference(num_views, where, value, dtype, device)
 
 @pytest.mark.parametrize("reduction", ops.REDUCTIONS)
 @pytest.mark.parametrize("num_views", [1, 2, 3, 5])
-def test_one_launch_each_way(num_views, reduction, device, launches):
+def test_one_launch_each_way(num_views, reduction, device, launches, triton_runs):
     p, t = inputs(num_views, 21, 256, torch.float32, device)
     run(byol_loss, p, t, reduction=reduction, impl="triton")
     (first, first_grid, _, _), (second, second_grid, _, options) = launches
@@ -217,7 +229,20 @@ def test_one_launch_each_way(num_views, reduction, device, launches):
     assert options["ALIGNED_OUT"]
 
 
-def test_configurations_cover_every_length():
+@pytest.mark.parametrize("reduction", ops.REDUCTIONS)
+@pytest.mark.parametrize("num_views", [1, 2, 3, 5])
+def test_one_launch_each_way_by_cuda(num_views, reduction, device, cuda_runs):
+    if backends.EMULATOR is None:
+        pytest.skip("the emulator counts the launches")
+    launches = ctypes.CDLL(backends.EMULATOR).sk_emulator_launches
+    p, t = inputs(num_views, 300, 8, torch.float32, device)  # more samples than the blocks have groups
+    before = launches()
+    _, grad = run(byol_loss, p, t, reduction=reduction, impl="cuda")
+    assert launches() == before + 2
+    assert grad.isfinite().all()
+
+
+def test_configurations_cover_every_length(triton_runs):
     for dim, size, aligned in itertools.product([*range(1, 300), 768, 1000, 4096, byol.MAX_DIM], (2, 4), (True, False)):
         config = byol.configuration(dim, size, aligned)
         warps_of_a_row = config["num_warps"] / min(config["ROWS"], config["num_warps"])
@@ -228,7 +253,7 @@ def test_configurations_cover_every_length():
 
 
 @pytest.mark.parametrize("num_views", [2, 3])
-def test_a_repeated_launch_does_not_depend_on_what_the_workspace_held(num_views, device, launches):
+def test_a_repeated_launch_does_not_depend_on_what_the_workspace_held(num_views, device, launches, triton_runs):
     """What the replay of a captured graph does: the same arguments again, other numbers in them."""
     p, t = inputs(num_views, 40, 128, torch.float32, device)
     loss, _ = ops.get("byol_forward", "triton")(list(p), list(t), 1e-12, ops.REDUCTIONS.index("mean"))
@@ -247,11 +272,11 @@ def test_a_repeated_launch_does_not_depend_on_what_the_workspace_held(num_views,
 
 
 @pytest.mark.parametrize("size", [(2, 5, 33), (3, 3, 1000), (2, 300, 7), (1, 17, 64)], ids=str)
-def test_no_access_past_the_end(size, device):
+def test_no_access_past_the_end(size, impl, device):
     """Of each view in an allocation of its own, of the upstream gradient, and of what the kernels write."""
     p, t = ([guarded(x) for x in randn(*size, seed=seed)] for seed in (0, 1))
     predictions, targets = ([x.to(device) for x in views] for views in (p, t))
-    forward, backward = ops.get("byol_forward", "triton"), ops.get("byol_backward", "triton")
+    forward, backward = ops.get("byol_forward", impl), ops.get("byol_backward", impl)
     for reduction in range(3):
         loss, stats = forward(predictions, targets, 1e-12, reduction)
         grad = guarded(torch.ones(loss.shape)).to(device)
@@ -273,19 +298,19 @@ def sparse_memory(count):
 @pytest.mark.skipif(
     not _launch.INTERPRETED, reason="sparse memory is the host's; a GPU has test_more_than_2_31_elements"
 )
-def test_offsets_have_64_bits():
+def test_offsets_have_64_bits(triton_runs):
     """Rows 2^30 numbers apart: 32-bit offsets wrap at the third, and the interpreter says nothing of it."""
     p, t = randn(2, 3, 5), randn(2, 3, 5, seed=1)
     apart = sparse_memory(2**32).as_strided((2, 3, 5), (8, 2**30, 1))
     apart.copy_(p)
-    compare(apart, t, randn(2, 3, seed=2), reduction="none")
-    compare(t, apart, randn(2, 3, seed=2), reduction="none")
+    compare(apart, t, randn(2, 3, seed=2), reduction="none", impl="triton")
+    compare(t, apart, randn(2, 3, seed=2), reduction="none", impl="triton")
 
 
 @pytest.mark.skipif(
     not _launch.INTERPRETED, reason="sparse memory is the host's; a GPU has test_more_than_2_31_elements"
 )
-def test_offsets_of_results_have_64_bits(monkeypatch):
+def test_offsets_of_results_have_64_bits(monkeypatch, triton_runs):
     """One program of a batch of 2^30: the last view's results begin past 2^31 numbers."""
     batch, views = 2**30, 4
     launch = _launch.launch
@@ -311,9 +336,9 @@ def test_offsets_of_results_have_64_bits(monkeypatch):
 
 
 @pytest.mark.parametrize("reduction", range(3))
-def test_op_registration(reduction, device):
+def test_op_registration(reduction, impl, device):
     p, t = inputs(3, 5, 8, torch.float32, device)
-    forward, backward = ops.get("byol_forward", "triton"), ops.get("byol_backward", "triton")
+    forward, backward = ops.get("byol_forward", impl), ops.get("byol_backward", impl)
     torch.library.opcheck(forward, (list(p), list(t), 1e-12, reduction))
     loss, stats = forward(list(p), list(t), 1e-12, reduction)
     torch.library.opcheck(backward, (torch.ones_like(loss), list(p), list(t), stats, reduction))
@@ -323,7 +348,7 @@ def test_op_registration(reduction, device):
 
 
 @pytest.mark.cuda
-def test_random_cases(device):
+def test_random_cases(impl, device):
     """400 of them, of 25 kernels: a kernel takes longer to compile than to test."""
     chosen = random.Random(0)
     for kernel in range(25):
@@ -339,34 +364,34 @@ def test_random_cases(device):
             upstream = randn(*shape[:-1], seed=seed + 2).to(device) if reduction == "none" else torch.tensor(1.5)
             if num_views > 1 and chosen.random() < 0.3:
                 p, t = list(p.clone()), list(t.clone())
-            compare(p, t, upstream, reduction=reduction)
+            compare(p, t, upstream, reduction=reduction, impl=impl)
 
 
 @pytest.mark.cuda
 @pytest.mark.unpoisoned
 @pytest.mark.parametrize("num_views", [2, 3])
-def test_same_bits_every_time(num_views, dtype, device):
+def test_same_bits_every_time(num_views, dtype, impl, device):
     p, t = inputs(num_views, 20000, 256, dtype, device)
-    first = run(byol_loss, p, t, impl="triton")
+    first = run(byol_loss, p, t, impl=impl)
     for _ in range(100):
         torch.empty(4096, dtype=torch.int64, device=device).random_()  # what the next workspace is made of
-        for got, want in zip(run(byol_loss, p, t, impl="triton"), first, strict=True):
+        for got, want in zip(run(byol_loss, p, t, impl=impl), first, strict=True):
             assert torch.equal(got, want)
 
 
 @pytest.mark.cuda
 @pytest.mark.unpoisoned
-def test_streams(device):
+def test_streams(impl, device):
     """Calls on several streams at once, each right."""
     streams = [torch.cuda.Stream() for _ in range(4)]
     p, t = inputs(2, 8192, 256, torch.float32, device)
     cases = [(p * (i + 1), t.roll(i, 1)) for i in range(4)]
-    want = [run(byol_loss, *case, impl="triton") for case in cases]
+    want = [run(byol_loss, *case, impl=impl) for case in cases]
     torch.cuda.synchronize()
     got = []
     for repeat in range(20):
         with torch.cuda.stream(streams[repeat % 4]):
-            got.append(run(byol_loss, *cases[repeat % 4], impl="triton"))
+            got.append(run(byol_loss, *cases[repeat % 4], impl=impl))
     torch.cuda.synchronize()
     for repeat, result in enumerate(got):
         for ours, theirs in zip(result, want[repeat % 4], strict=True):
@@ -376,13 +401,13 @@ def test_streams(device):
 @pytest.mark.cuda
 @pytest.mark.unpoisoned
 @pytest.mark.parametrize("num_views", [2, 3])
-def test_graph_replay(num_views, device):
+def test_graph_replay(num_views, impl, device):
     p, t = inputs(num_views, 5000, 256, torch.float32, device)
     p.requires_grad_()
 
     def step():
-        (grad,) = torch.autograd.grad(byol_loss(p, t, impl="triton").add(0), p)
-        return byol_loss(p, t, impl="triton").detach(), grad
+        (grad,) = torch.autograd.grad(byol_loss(p, t, impl=impl).add(0), p)
+        return byol_loss(p, t, impl=impl).detach(), grad
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -403,7 +428,7 @@ def test_graph_replay(num_views, device):
 
 @pytest.mark.cuda
 @pytest.mark.unpoisoned
-def test_one_compilation_for_all_batch_sizes(device):
+def test_one_compilation_for_all_batch_sizes(device, triton_runs):
     """Nor does a new one follow from other strides and alignments of rows that are not aligned anyway."""
     for batch in (7, 16):
         run(byol_loss, *inputs(2, batch, 33, torch.float32, device), impl="triton")
@@ -420,13 +445,13 @@ def test_one_compilation_for_all_batch_sizes(device):
 
 @pytest.mark.cuda
 @pytest.mark.unpoisoned
-def test_more_than_2_31_elements(device):
+def test_more_than_2_31_elements(impl, device):
     batch, dim = 2**22 + 5, 256
     if torch.cuda.mem_get_info()[0] < 20 * 2**30:
         pytest.skip("needs 20 GiB of GPU memory")
     p, t = (torch.randn(2, batch, dim, dtype=torch.bfloat16, device=device) for _ in range(2))
     assert p.numel() > 2**31
-    loss, grad = run(byol_loss, p, t, reduction="none", impl="triton")
+    loss, grad = run(byol_loss, p, t, reduction="none", impl=impl)
     for rows in (slice(0, 5), slice(batch - 5, batch)):
         want = run(dense.byol_loss, p[:, rows].double(), t[:, rows].double(), reduction="none")
         assert_within("loss", loss[:, rows], want[0])
@@ -438,4 +463,4 @@ def test_more_than_2_31_elements(device):
 def test_other_device_than_the_current_one():
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    compare(*inputs(2, 9, 33, torch.float32, torch.device("cuda:1")))
+    compare(*inputs(2, 9, 33, torch.float32, torch.device("cuda:1")), impl="triton")

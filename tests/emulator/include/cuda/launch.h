@@ -91,6 +91,12 @@ inline T atomicExch(T* p, U x) {
   *p = static_cast<T>(x);
   return old;
 }
+template <typename T>
+inline T atomicCAS(T* p, T expected, T x) {
+  T old = *p;
+  if (old == expected) *p = x;
+  return old;
+}
 
 namespace sk_emulator {
 
