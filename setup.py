@@ -1,14 +1,18 @@
 """Builds the C++ extension where it can, a pure-Python package where it cannot (and records why).
 
-SELFSUP_KERNELS_REQUIRE_EXTENSION=1 makes a failed build an error; SELFSUP_KERNELS_SKIP_BUILD=1 asks for pure Python;
-SELFSUP_KERNELS_SANITIZE=1 builds with AddressSanitizer and UBSan.
+Beside a CUDA build of torch, and where there is a CUDA toolkit of its major version, also the CUDA library.
+
+SELFSUP_KERNELS_REQUIRE_EXTENSION=1 makes a build that fails an error; SELFSUP_KERNELS_SKIP_BUILD=1 asks for pure Python,
+SELFSUP_KERNELS_SKIP_CUDA_BUILD=1 for no CUDA library; FORCE_CUDA=1 builds that one beside any torch, or is an error;
+TORCH_CUDA_ARCH_LIST says for which GPUs; MAX_JOBS how many compilers run at once. SELFSUP_KERNELS_SANITIZE=1 builds the
+extension with AddressSanitizer and UBSan. ``python setup.py build_cuda`` builds the CUDA library alone, in place.
 """
 
 import importlib.util
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Command, Extension, setup
 from setuptools.command.build_py import build_py
 
 PACKAGE = Path(__file__).resolve().parent / "selfsup_kernels"
@@ -23,12 +27,17 @@ def _module(name):
 
 
 build = _module("_build")
+build_cuda = _module("_build_cuda")
 version = _module("version").__version__
 
 
+def _folder(command, in_place):
+    """Where libraries and the record go: the source tree, or what becomes the wheel."""
+    return PACKAGE if in_place else Path(command.build_lib) / PACKAGE.name
+
+
 def _record(command, in_place, **facts):
-    """Write the record beside the library: into the source tree, or into what becomes the wheel."""
-    folder = PACKAGE if in_place else Path(command.build_lib) / PACKAGE.name
+    folder = _folder(command, in_place)
     folder.mkdir(parents=True, exist_ok=True)
     build.write_record(folder, version=version, **facts)
 
@@ -38,6 +47,7 @@ def _give_up(command, in_place, reason):
         raise SystemExit(f"selfsup_kernels: {reason}")
     print(f"selfsup_kernels: pure-Python install: {reason}", file=sys.stderr)
     _record(command, in_place, failure=reason)
+    build_cuda.discard(_folder(command, in_place))
 
 
 def _pure_python(reason):
@@ -47,6 +57,51 @@ def _pure_python(reason):
             _give_up(self, self.editable_mode, reason)
 
     return {"cmdclass": {"build_py": BuildPy}}
+
+
+def _cuda(folder, force=False):
+    """Build the CUDA library into ``folder``. Returns what the record says of it, or why it was not built."""
+    import torch
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    build_cuda.discard(folder)
+    for name in ("SELFSUP_KERNELS_SKIP_CUDA_BUILD", "SELFSUP_KERNELS_SANITIZE"):
+        if build.environment_flag(name):
+            return {"cuda_failure": f"{name} was set."}
+    force = force or build.environment_flag("FORCE_CUDA")
+    kit = None
+    try:
+        kit = build_cuda.prepare(torch.__version__, torch.version.cuda, force)
+        defines = [f"-DTORCH_TARGET_VERSION={build.TORCH_TARGET_VERSION}"]
+        facts = build_cuda.build(kit, folder, include_paths(), library_paths(), build.LIBRARIES, defines)
+    except build_cuda.Unavailable as reason:
+        # What was asked for, or was begun where no build may fail.
+        if force or (kit is not None and build.environment_flag("SELFSUP_KERNELS_REQUIRE_EXTENSION")):
+            raise SystemExit(f"selfsup_kernels: no CUDA library: {reason}") from None
+        if kit is not None or torch.version.cuda is not None:
+            print(f"selfsup_kernels: no CUDA library: {reason}", file=sys.stderr)
+        return {"cuda_failure": str(reason)}
+    size = (folder / build_cuda.LIBRARY).stat().st_size / 2**20
+    print(f"{folder / build_cuda.LIBRARY}: {size:.1f} MB for {facts['cuda_architectures']}, by CUDA {kit.name}")
+    return facts
+
+
+class BuildCuda(Command):
+    description = "build the CUDA library alone, in the source tree"
+    user_options = []  # noqa: RUF012
+
+    def initialize_options(self):
+        pass
+
+    def finalize_options(self):
+        pass
+
+    def run(self):
+        import torch
+
+        facts = {k: v for k, v in build.record().items() if not k.startswith("cuda_")}
+        facts = {"version": version, "torch": torch.__version__, "torch_target": build.TORCH_TARGET_VERSION} | facts
+        build.write_record(PACKAGE, **facts | _cuda(PACKAGE, force=True))
 
 
 def _extension():
@@ -74,13 +129,17 @@ def _extension():
                 _give_up(self, in_place, f"the C++ compiler failed or is missing ({type(error).__name__}: {error}).")
                 self.extensions = []
                 return
-            flags = " ".join(build.COMPILE_FLAGS)
-            target = build.TORCH_TARGET_VERSION
-            _record(self, in_place, torch=torch.__version__, torch_target=target, flags=flags, sanitized=sanitize)
+            facts = {
+                "torch": torch.__version__,
+                "torch_target": build.TORCH_TARGET_VERSION,
+                "flags": " ".join(build.COMPILE_FLAGS),
+                "sanitized": sanitize,
+            }
+            _record(self, in_place, **facts | _cuda(_folder(self, in_place)))
 
     include_dirs = [*include_paths(), pybind11.get_include()]
     extension = build.extension(Extension, include_dirs, library_paths(), sanitize=sanitize)
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": Build}}
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": Build, "build_cuda": BuildCuda}}
 
 
 setup(version=version, **_extension())

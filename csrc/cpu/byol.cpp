@@ -1,4 +1,6 @@
 // The ops byol_forward.cpu and byol_backward.cpu: one pass over the rows each way, linear in the views.
+#include "common/byol.h"
+
 #include "cpu/rows.h"
 
 namespace selfsup_kernels {
@@ -49,10 +51,10 @@ std::tuple<Tensor, Tensor> forward(
   const double others = static_cast<double>(std::max<int64_t>(views - 1, 1));
   Tensor loss = reduction == 0 ? cpu_empty({views, batch}, scalar_type<T>) : cpu_empty({}, scalar_type<T>);
   if (reduction == 0) {
-    for (int64_t i = 0; i < rows; ++i) data<T>(loss)[i] = static_cast<T>(2 - 2 * cosines[i] / others);
+    for (int64_t i = 0; i < rows; ++i) data<T>(loss)[i] = static_cast<T>(byol_loss(cosines[i], others));
   } else {
     double total = 0;
-    for (int64_t i = 0; i < rows; ++i) total += 2 - 2 * static_cast<double>(cosines[i]) / others;
+    for (int64_t i = 0; i < rows; ++i) total += byol_loss(cosines[i], others);
     *data<T>(loss) = static_cast<T>(reduction == 1 ? total / static_cast<double>(rows) : total);
   }
   return {loss, stats};
@@ -71,7 +73,7 @@ Tensor backward(
   const T* rt = rp + views * batch;
   const T* cosines = rt + views * batch;
   const Upstream upstream(grad, reduction, views, batch);
-  const double factor = -2.0 / static_cast<double>(std::max<int64_t>(views - 1, 1));
+  const double factor = byol_slope(static_cast<double>(std::max<int64_t>(views - 1, 1)));
 
   const ScalarType dtype = predictions[0].scalar_type();
   const Storage storage = storage_of(dtype);

@@ -2,6 +2,7 @@
 // kernels_impl.h; see simd.h for the rules.
 #pragma once
 
+#include "common/byol.h"
 #include "cpu/simd_half.h"
 #include "cpu/simd_part.h"
 
@@ -40,14 +41,10 @@ inline T magnitude(T x) {
   return x < 0 ? -x : x;
 }
 
-// 1 / max(|h|, eps), negative where the floor was taken; at most the type's largest number. NaN stays NaN.
+// 1 / max(|h|, eps), negative where the floor was taken.
 template <typename T>
 inline T reciprocal_norm(const T* h, int64_t d, double eps) {
-  constexpr double most = sizeof(T) == 8 ? 1.7976931348623157e308 : 3.4028234663852886e38;
-  double norm = __builtin_sqrt(square_norm(h, d));
-  double r = 1.0 / (norm < eps ? eps : norm);
-  r = r > most ? most : r;
-  return static_cast<T>(norm < eps ? -r : r);
+  return signed_reciprocal<T>(__builtin_sqrt(square_norm(h, d)), eps);
 }
 
 // <ra a, rb b>, scaled before the products: those of long or very short rows would leave the type's range.
@@ -140,18 +137,16 @@ void byol_backward(
     T* const* dp) {
   if (views > 2) sum_targets<T>(t, rt, views, d, sum);
   for (int64_t v = 0; v < views; ++v) {
-    T size = magnitude(rp[v]);
-    T project = rp[v] < 0 ? T(0) : cosines[v] * size;  // below the floor the norm is a constant
-    T w = weight[v] * size;
+    const ByolGradient<T> gradient(rp[v], cosines[v], weight[v]);
     const T* own = p[v];
     if (views <= 2) {
       const T* other = t[views - 1 - v];
       T r = magnitude(rt[views - 1 - v]);
-      map_row<T>(dp[v], d, [=](Vec<T>, auto at) { return (at(other) * r - at(own) * project) * w; });
+      map_row<T>(dp[v], d, [=](Vec<T>, auto at) { return gradient(at(other) * r, at(own)); });
     } else {
       const T* target = t[v];
       T r = magnitude(rt[v]);
-      map_row<T>(dp[v], d, [=](Vec<T>, auto at) { return (at(sum) - at(target) * r - at(own) * project) * w; });
+      map_row<T>(dp[v], d, [=](Vec<T>, auto at) { return gradient(at(sum) - at(target) * r, at(own)); });
     }
   }
 }
