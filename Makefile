@@ -1,6 +1,6 @@
 # Every target works alone on a fresh machine: it makes .venv and builds the extension where they are missing or stale.
 #
-#   make setup | demo | bench | test | lint | asan | compat | gpu-static | gpu-check | clean
+#   make setup | demo | bench | test | lint | asan | compat | cuda | cuda-static | gpu-static | gpu-check | clean
 #
 # With PYTHON given on the command line (make test PYTHON=python3) that interpreter is used as it is: it needs torch
 # and the tools listed in pyproject.toml, and only the extension is built, in place.
@@ -21,14 +21,23 @@ endif
 
 # Written by setup.py at the end of a build.
 BUILT := selfsup_kernels/_build_info.json
-SOURCES := setup.py selfsup_kernels/_build.py selfsup_kernels/version.py $(wildcard csrc/*/*)
+SOURCES := setup.py selfsup_kernels/_build.py selfsup_kernels/version.py $(wildcard csrc/common/* csrc/cpu/*)
+# The CUDA library is part of a build beside a CUDA build of torch, as $(PYTHON) of the command line may have; beside the
+# CPU-only torch of .venv it is a target of its own.
+CUDA_LIBRARY := selfsup_kernels/_CUDA.so
+CUDA_SOURCES := selfsup_kernels/_build_cuda.py $(wildcard csrc/cuda/*)
+ifeq ($(DEPENDENCIES),)
+SOURCES += $(CUDA_SOURCES)
+endif
+NVCC := $(firstword $(wildcard $(addsuffix /bin/nvcc,$(CUDA_HOME) $(CUDA_PATH))) $(shell command -v nvcc) \
+  $(wildcard /usr/local/cuda/bin/nvcc))
 # The op tests: what depends on the library, and on torch. Not those of the build, the demo and the command line.
 OP_TESTS := tests/test_ops.py tests/test_info_nce.py tests/test_info_nce_precision.py tests/test_byol.py \
   tests/test_ema.py tests/test_ema_memory.py tests/test_ema_rounding.py tests/test_memory_layout.py tests/test_properties.py tests/test_compile.py tests/test_bad_input.py
 
 export SELFSUP_KERNELS_REQUIRE_EXTENSION := 1
 
-.PHONY: setup demo bench test lint asan compat gpu-static gpu-check clean
+.PHONY: setup demo bench test lint asan compat cuda cuda-static gpu-static gpu-check clean
 
 setup: $(BUILT)
 
@@ -50,6 +59,14 @@ else
 	$(PY) -m pip install --no-build-isolation --no-deps -e .
 endif
 
+# Needs nvcc, no GPU. TORCH_CUDA_ARCH_LIST and MAX_JOBS are respected.
+cuda: $(CUDA_LIBRARY)
+	$(PY) benchmarks/cuda_static.py --contents
+
+$(CUDA_LIBRARY): $(BUILT) $(CUDA_SOURCES)
+	$(PY) setup.py build_cuda
+	touch $@
+
 demo: setup
 	$(PY) -m selfsup_kernels demo --out out/demo
 
@@ -65,18 +82,22 @@ test: setup
 lint: $(DEPENDENCIES)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -c 'from clang_format import clang_format; clang_format()' --dry-run -Werror $(wildcard csrc/*/*)
+	$(PY) -c 'from clang_format import clang_format; clang_format()' --dry-run -Werror $(wildcard csrc/*/*) \
+	  $(wildcard tests/emulator/*.h tests/emulator/*.cpp tests/emulator/*.cu tests/emulator/include/*/*)
 
 # The same sources under AddressSanitizer and UBSan, in a copy of the tree, under the tests marked `sanitize`.
 asan: $(DEPENDENCIES)
 	bash tests/sanitizer/run.sh "$(abspath $(dir $(PY)))/$(notdir $(PY))"
 
-# The library that was built against $(TORCH), not rebuilt, under $(COMPAT_TORCH), and the GPU kernels under
-# $(COMPAT_TRITON), whose interpreter cannot take the newest numpy.
-compat: setup .venv-compat/.dependencies
+# The libraries that were built against $(TORCH), not rebuilt, under $(COMPAT_TORCH), and the GPU kernels under
+# $(COMPAT_TRITON), whose interpreter cannot take the newest numpy. The CUDA library where there is an nvcc: it has to
+# load in that CUDA build of torch and to register its ops, which takes no GPU.
+compat: setup $(if $(NVCC),$(CUDA_LIBRARY)) .venv-compat/.dependencies
 	.venv-compat/bin/python -m selfsup_kernels info
 	.venv-compat/bin/python -m pytest $(OP_TESTS)
-	TRITON_INTERPRET=1 .venv-compat/bin/python -m pytest tests/gpu
+	$(if $(NVCC),.venv-compat/bin/python -m pytest tests/test_build_cuda.py -k "registers")
+	emulator=$$($(PY) tests/emulator/build.py) && TRITON_INTERPRET=1 SELFSUP_KERNELS_CUDA_EMULATOR=$$emulator \
+	  .venv-compat/bin/python -m pytest tests/gpu
 	.venv-compat/bin/python benchmarks/gpu_static.py --brief --arch 90
 
 .venv-compat/.dependencies: pyproject.toml Makefile
@@ -87,6 +108,10 @@ compat: setup .venv-compat/.dependencies
 # Every configuration of the GPU kernels, compiled without a GPU. ARGUMENTS="--arch 90 --json FILE" and the like.
 gpu-static: $(DEPENDENCIES)
 	$(PY) benchmarks/gpu_static.py $(ARGUMENTS)
+
+# The machine code of the CUDA library. ARGUMENTS="--json FILE" and the like.
+cuda-static: $(CUDA_LIBRARY)
+	$(PY) benchmarks/cuda_static.py $(ARGUMENTS)
 
 # On a machine with a GPU, whose Python has a CUDA build of torch: make gpu-check PYTHON=python3 [RESULTS=DIR]
 gpu-check: $(DEPENDENCIES)

@@ -2,10 +2,11 @@
 
 Beside a CUDA build of torch, and where there is a CUDA toolkit of its major version, also the CUDA library.
 
-SELFSUP_KERNELS_REQUIRE_EXTENSION=1 makes a build that fails an error; SELFSUP_KERNELS_SKIP_BUILD=1 asks for pure Python,
-SELFSUP_KERNELS_SKIP_CUDA_BUILD=1 for no CUDA library; FORCE_CUDA=1 builds that one beside any torch, or is an error;
-TORCH_CUDA_ARCH_LIST says for which GPUs; MAX_JOBS how many compilers run at once. SELFSUP_KERNELS_SANITIZE=1 builds the
-extension with AddressSanitizer and UBSan. ``python setup.py build_cuda`` builds the CUDA library alone, in place.
+SELFSUP_KERNELS_REQUIRE_EXTENSION=1 makes a build that fails an error; SELFSUP_KERNELS_SKIP_BUILD=1 asks for pure
+Python, SELFSUP_KERNELS_SKIP_CUDA_BUILD=1 for no CUDA library; FORCE_CUDA=1 builds that one beside any torch, or is an
+error; TORCH_CUDA_ARCH_LIST says for which GPUs; MAX_JOBS how many compilers run at once. SELFSUP_KERNELS_SANITIZE=1
+builds the extension with AddressSanitizer and UBSan. ``python setup.py build_cuda`` builds the CUDA library alone, in
+place.
 """
 
 import importlib.util

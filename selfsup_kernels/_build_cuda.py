@@ -23,17 +23,19 @@ MIN_TOOLKIT = (12, 6)
 """The oldest that PyTorch has builds for from the oldest version on that the library serves. 12.8 knows Blackwell."""
 
 DEFAULT_ARCHITECTURES = ("8.0+PTX", "9.0a", "10.0", "12.0")
-"""8.0 serves 8.6, 8.7 and 8.9 too, 10.0 serves 10.3, and 12.0 serves 12.1. The PTX is that of 8.0 because it is good for
-every GPU that has no machine code here (11.0, those to come, Blackwell where the toolkit is older than it)."""
+"""8.0 serves 8.6, 8.7 and 8.9 too, 10.0 serves 10.3, and 12.0 serves 12.1. The PTX is that of 8.0 because it is good
+for every GPU that has no machine code here (11.0, those to come, Blackwell where the toolkit is older than it)."""
 NAMED = {"Ampere": "8.0;8.6+PTX", "Ada": "8.9+PTX", "Hopper": "9.0+PTX", "Blackwell": "10.0;10.3;12.0;12.1+PTX"}
 
 # No fast-math: NaN and Inf must come through. The line numbers are for profilers, compute-sanitizer and the listings.
+# The code of several architectures is large, and compresses well.
 COMPILE_FLAGS = (
     "-O3",
     "-std=c++20",
     "-lineinfo",
     "--expt-relaxed-constexpr",
     "-DUSE_CUDA",
+    "-Xfatbin=-compress-all",
     "-Xcompiler=-fPIC,-fvisibility=hidden",
 )
 # The runtime is part of the library, which so serves torch builds of several versions of CUDA; its symbols stay inside.
@@ -142,8 +144,8 @@ def prepare(torch_version: str, torch_cuda: str | None, force: bool) -> Toolkit:
     kit = toolkit()
     if not force and kit.version[0] != int(torch_cuda.split(".")[0]):
         raise Unavailable(
-            f"{kit.nvcc} is of CUDA {kit.name}, PyTorch {torch_version} of CUDA {torch_cuda}. Set CUDA_HOME to a toolkit"
-            f" of CUDA {torch_cuda.split('.')[0]}; FORCE_CUDA=1 builds with this one all the same."
+            f"{kit.nvcc} is of CUDA {kit.name}, PyTorch {torch_version} of CUDA {torch_cuda}. Set CUDA_HOME to a"
+            f" toolkit of CUDA {torch_cuda.split('.')[0]}; FORCE_CUDA=1 builds with this one all the same."
         )
     return kit
 
@@ -158,11 +160,12 @@ def build(kit: Toolkit, folder: Path, include_dirs, library_dirs, libraries, def
     flags = [*COMPILE_FLAGS, *defines, *target_flags(listed), f"--threads={threads}"]
     flags += [f"-I{ROOT / 'csrc'}", *(f"-isystem={p}" for p in include_dirs)]
     flags += [f"-ccbin={os.environ['CXX']}"] if os.environ.get("CXX") else []
-    link = [*LINK_FLAGS, *(f"-L{p}" for p in library_dirs), *(f"-l{name}" for name in libraries)]
+    link = [*LINK_FLAGS, *target_flags(listed), *(f"-L{p}" for p in library_dirs), *(f"-l{name}" for name in libraries)]
     try:
         _compile(kit.nvcc, flags, link, objects, jobs)
     except (OSError, subprocess.CalledProcessError) as error:
-        raise Unavailable(f"nvcc failed ({error}); what it printed stands above.") from None
+        status = getattr(error, "returncode", error)
+        raise Unavailable(f"nvcc failed ({status}); what it printed stands above.") from None
     folder.mkdir(parents=True, exist_ok=True)
     # Replaced in one step: a process that has the old library open keeps it.
     shutil.copy(objects / LIBRARY, folder / f"{LIBRARY}.new")

@@ -41,6 +41,7 @@ def collect() -> dict:
         "implementations": {name: _probe(lambda name=name: _implementation(name)) for name in IMPLEMENTATIONS},
         "auto": _probe(_auto),
         "extension": _probe(_extension),
+        "cuda_library": _probe(_cuda_library),
     }
 
 
@@ -101,18 +102,19 @@ def _implementation(name):
     reason = backends.unavailable(name)
     if reason is None and name in ("triton", "cuda"):
         reason = _no_gpu(name)
-    if reason is None or backends.REBUILD not in reason:
+    why, asks, mend = (reason or "").partition(" To mend it, run: ")
+    if not asks:
         return {"available": reason is None, "reason": reason, "mend": None}
-    why = reason.removesuffix(backends.REBUILD).removesuffix("To mend it, run: ").strip()
-    if compiler() is not None:
-        return {"available": False, "reason": why, "mend": backends.REBUILD}
-    # Without a compiler a rebuild would fail as the build did, so the one command begins with getting one.
-    install = INSTALL_COMPILER.get(next(filter(shutil.which, INSTALL_COMPILER), None), "install g++ or clang")
-    return {
-        "available": False,
-        "reason": f"{why} No C++ compiler is on PATH.",
-        "mend": f"{install} && {backends.REBUILD}",
-    }
+    if compiler() is None:
+        # Without a compiler a rebuild would fail as the build did, so the one command begins with getting one.
+        install = INSTALL_COMPILER.get(next(filter(shutil.which, INSTALL_COMPILER), None), "install g++ or clang")
+        return {
+            "available": False,
+            "reason": f"{why} No C++ compiler is on PATH.",
+            "mend": f"{install} && {mend}",
+        }
+    toolkit = _toolkit() if name == "cuda" else {}
+    return {"available": False, "reason": why, "mend": toolkit.get("missing") or mend}
 
 
 def _no_gpu(name):
@@ -149,6 +151,34 @@ def _extension():
     return facts
 
 
+def _cuda_library():
+    """What stands in the package's folder, whether or not this torch can load it."""
+    from selfsup_kernels import _build, backends
+
+    path, missing = _build.cuda_library()
+    loaded, reason = backends.load_cuda()
+    record = {k.removeprefix("cuda_"): v for k, v in _build.record().items() if k.startswith("cuda_")}
+    return {
+        "path": path and str(path),
+        "reason": missing,
+        "loaded": loaded is not None and path is not None and str(loaded) == str(path),
+        "not_loaded": reason,
+        "record": record,
+        "toolkit": _toolkit(),
+    }
+
+
+def _toolkit():
+    """The compiler that a build would use, or what is missing and what to do about it."""
+    from selfsup_kernels import _build_cuda
+
+    try:
+        kit = _build_cuda.toolkit()
+    except _build_cuda.Unavailable as error:
+        return {"missing": str(error)}
+    return {"nvcc": str(kit.nvcc), "version": kit.name}
+
+
 def render(facts) -> str:
     lines = [
         f"selfsup_kernels  {_text(facts['selfsup_kernels'])}",
@@ -182,8 +212,26 @@ def render(facts) -> str:
     for title in ("build_info", "record"):
         if extension.get(title):
             lines.append(f"  {'build' if title == 'build_info' else 'build record'}")
-            lines += [f"    {key:<14} {value}" for key, value in sorted(extension[title].items())]
-    return "\n".join(lines)
+            # What concerns the CUDA library stands below.
+            items = sorted((k, v) for k, v in extension[title].items() if not k.startswith("cuda_"))
+            lines += [f"    {key:<14} {value}" for key, value in items]
+    return "\n".join(lines + _render_cuda_library(facts["cuda_library"]))
+
+
+def _render_cuda_library(library):
+    if "error" in library:
+        return ["", f"CUDA library     {_text(library)}"]
+    record, toolkit = library["record"], library["toolkit"]
+    state = "loaded" if library["loaded"] else "not loaded" if library["path"] else "not built"
+    lines = ["", f"CUDA library     {state}"]
+    if library["path"]:
+        built = f"for {record.get('architectures', '?')}, by CUDA {record.get('toolkit', '?')}, its runtime inside"
+        lines.append(f"  built          {built}")
+    if not library["loaded"]:
+        lines.append(f"  why            {library['not_loaded'] if library['path'] else library['reason']}")
+    found = toolkit.get("nvcc") and f"{toolkit['nvcc']} (CUDA {toolkit['version']})"
+    lines.append(f"  nvcc           {found or toolkit['missing']}")
+    return lines
 
 
 def describe_cpu(facts) -> str:

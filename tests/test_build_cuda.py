@@ -1,0 +1,284 @@
+"""The build of the CUDA library: when it is tried, for which GPUs, what it says where it cannot be, what was built."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_build import recorded, run, tree  # noqa: F401
+
+from selfsup_kernels import _build, _build_cuda, backends, ops
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import cuda_static  # noqa: E402
+
+try:
+    NVCC = _build_cuda.find_nvcc()
+except _build_cuda.Unavailable:
+    NVCC = None
+LIBRARY = ROOT / "selfsup_kernels" / _build_cuda.LIBRARY
+
+FAKE_NVCC = """#!/bin/sh
+case "$*" in
+  --version) echo "Cuda compilation tools, release {release}, V{release}.1" ;;
+  --list-gpu-code) printf 'sm_80\\nsm_90\\n{more}' ;;
+  *) echo "fake nvcc: $*" >&2
+     {action} ;;
+esac
+"""
+# Where -o says, something that is no library: what is asked here is what is done, not whether it is good.
+WRITES = 'while [ $# -gt 1 ]; do if [ "$1" = -o ]; then echo built > "$2"; fi; shift; done'
+
+
+@pytest.fixture
+def toolkit(tmp_path, monkeypatch):
+    """A folder that looks like a toolkit. A function of its release, and of what its compiler does."""
+
+    def make(release="13.0", action="exit 1", more="sm_100\nsm_120\n"):
+        home = tmp_path / f"cuda-{release}"
+        (home / "bin").mkdir(parents=True, exist_ok=True)
+        nvcc = home / "bin" / "nvcc"
+        nvcc.write_text(FAKE_NVCC.format(release=release, action=action, more=more.replace("\n", "\\n")))
+        nvcc.chmod(0o755)
+        monkeypatch.setenv("CUDA_HOME", str(home))
+        return str(home)
+
+    for name in ("FORCE_CUDA", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS", "CUDA_PATH", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    return make
+
+
+def build_cuda(tree, **environment):  # noqa: F811
+    return run(tree, "setup.py", "build_cuda", **environment)
+
+
+def one_line(built):
+    """The error that a build ended with."""
+    assert built.returncode != 0
+    line = built.stderr.strip().splitlines()[-1]
+    assert line.startswith("selfsup_kernels: no CUDA library: ")
+    return line
+
+
+# ---------------------------------------------------------------- setup.py
+
+
+@pytest.mark.parametrize("release", [None, "11.8", "12.5"])
+def test_no_toolkit_or_one_that_is_too_old(tree, toolkit, tmp_path, release):  # noqa: F811
+    home = toolkit(release) if release else str(tmp_path / "nowhere")
+    line = one_line(build_cuda(tree, CUDA_HOME=home))
+    assert home in line
+    assert ("too old" if release else "there is no") in line
+    assert "12.6 or later (12.8 for Blackwell)" in line
+    assert "CUDA_HOME" in line
+
+
+def test_a_compiler_that_fails(tree, toolkit):  # noqa: F811
+    toolkit()
+    built = build_cuda(tree)
+    assert "nvcc failed" in one_line(built)
+    assert "fake nvcc" in built.stderr
+    assert not list(tree.rglob("_CUDA*.so"))
+
+
+def test_architectures_and_jobs_reach_the_compiler(tree, toolkit):  # noqa: F811
+    toolkit(action=WRITES)
+    built = build_cuda(tree, TORCH_CUDA_ARCH_LIST="9.0a 8.0+PTX", MAX_JOBS="1")
+    assert built.returncode == 0, built.stderr
+    assert (tree / "selfsup_kernels" / "_CUDA.so").exists()
+    facts = recorded(tree)
+    assert (facts["cuda_architectures"], facts["cuda_toolkit"]) == ("9.0a 8.0+PTX", "13.0")
+    assert "cuda_failure" not in facts
+    commands = (tree / "build" / "cuda" / "build.ninja").read_text()
+    for flag in ("90a,code=sm_90a", "80,code=sm_80", "80,code=compute_80", "TORCH_TARGET_VERSION", "-cudart=static"):
+        assert flag in commands
+    assert "sm_100" not in commands
+    assert "fast-math" not in commands
+
+
+def test_another_build_takes_an_old_library_away(tree, toolkit):  # noqa: F811
+    """It would be taken for the new one's, which has a record that says otherwise."""
+    toolkit(action=WRITES)
+    assert build_cuda(tree).returncode == 0
+    run(tree, "setup.py", "build_ext", "--inplace", CXX="/bin/false", CC="/bin/false")
+    assert not list(tree.rglob("selfsup_kernels/_CUDA*.so"))
+
+
+# ---------------------------------------------------------------- when it is tried
+
+
+def prepare(cuda, force=False):
+    return _build_cuda.prepare("2.13.0", cuda, force)
+
+
+def test_when_it_is_tried(toolkit):
+    toolkit("13.1")
+    assert prepare("13.0").version == (13, 1)  # the major version counts
+    assert prepare(None, force=True).version == prepare("12.8", force=True).version == (13, 1)
+    with pytest.raises(_build_cuda.Unavailable, match=r"built without CUDA.*FORCE_CUDA=1"):
+        prepare(None)
+    with pytest.raises(_build_cuda.Unavailable, match=r"is of CUDA 13\.1, PyTorch .* of CUDA 12\.8"):
+        prepare("12.8")
+
+
+def setup_cuda(monkeypatch, tmp_path, cuda, **environment):
+    """What setup.py's step for the CUDA library returns beside a torch of that version of CUDA."""
+    import setuptools
+
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    space = {"__file__": str(ROOT / "setup.py"), "__name__": "setup"}
+    exec(compile((ROOT / "setup.py").read_text(), "setup.py", "exec"), space)
+    return space["_cuda"](tmp_path / "out")
+
+
+def test_a_failure_is_recorded_and_fails_only_what_asks(toolkit, monkeypatch, tmp_path):
+    monkeypatch.delenv("SELFSUP_KERNELS_REQUIRE_EXTENSION", raising=False)
+    (tmp_path / "out").mkdir()
+    arguments = (monkeypatch, tmp_path)
+    monkeypatch.setattr(_build_cuda, "ROOT", tmp_path)
+    assert "built without CUDA" in setup_cuda(*arguments, None)["cuda_failure"]
+    with pytest.raises(SystemExit, match="too old"):
+        setup_cuda(*arguments, None, FORCE_CUDA="1", CUDA_HOME=toolkit("12.5"))
+    skipped = setup_cuda(*arguments, "12.8", SELFSUP_KERNELS_SKIP_CUDA_BUILD="1")
+    assert skipped == {"cuda_failure": "SELFSUP_KERNELS_SKIP_CUDA_BUILD was set."}
+    monkeypatch.delenv("SELFSUP_KERNELS_SKIP_CUDA_BUILD")
+    monkeypatch.delenv("FORCE_CUDA")
+    # No toolkit that fits is no failure of a build, even where none may fail.
+    assert "too old" in setup_cuda(*arguments, "12.5", SELFSUP_KERNELS_REQUIRE_EXTENSION="1")["cuda_failure"]
+
+
+# ---------------------------------------------------------------- architectures
+
+
+def test_architectures(toolkit):
+    toolkit()
+    kit = _build_cuda.toolkit()
+    assert _build_cuda.architectures(kit, "") == ("8.0+PTX", "9.0a", "10.0", "12.0")
+    assert _build_cuda.architectures(kit, "Hopper; 8.0") == ("9.0+PTX", "8.0")
+    toolkit("12.6", more="")
+    older = _build_cuda.toolkit()
+    assert _build_cuda.architectures(older, "") == ("8.0+PTX", "9.0a")
+    for listed, said in [("7.5", "8.0 .Ampere. or later"), ("12.0", "does not know"), ("sm_90", "expected something")]:
+        with pytest.raises(_build_cuda.Unavailable, match=said):
+            _build_cuda.architectures(older, listed)
+
+
+# ---------------------------------------------------------------- what was built
+
+
+def test_what_the_record_says_is_what_is_there():
+    facts = _build.record()
+    if not LIBRARY.exists():
+        assert "cuda_architectures" not in facts
+        pytest.skip("the CUDA library is not built")
+    assert facts["cuda_architectures"]
+    assert facts["cuda_toolkit"]
+
+
+def test_the_library_registers_every_op():
+    """In the torch that runs this, which may be older than the one it was built against, and without a GPU."""
+    if not LIBRARY.exists():
+        pytest.skip("the CUDA library is not built")
+    if torch.version.cuda is None:  # lazily, in a process of its own: this torch cannot run it
+        command = [sys.executable, str(ROOT / "benchmarks" / "cuda_static.py"), "--contents"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return
+    assert backends.unavailable("cuda") is None, backends.unavailable("cuda")
+    for name in ops.SCHEMAS:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"{ops.NAMESPACE}::{name}.cuda", "CUDA"), name
+
+
+def test_the_runtime_is_inside():
+    """So that one library serves several versions of CUDA; and its symbols do not get in the way of torch's."""
+    if not LIBRARY.exists() or shutil.which("nm") is None:
+        pytest.skip("the CUDA library is not built, or there is no nm")
+
+    def symbols(*options):
+        return subprocess.run(["nm", "-D", *options, LIBRARY], capture_output=True, text=True, check=True).stdout
+
+    assert "cudaLaunchKernel" not in symbols()
+    assert not [line for line in symbols("--defined-only").splitlines() if "cuda" in line.lower() and " T " in line]
+
+
+# ---------------------------------------------------------------- the gates on its machine code
+
+SYMBOL = "_ZN15selfsup_kernels4cuda39_GLOBAL__N__b8c9e04e_7_byol_cu_68e8a845{}IfLi{}ELi8ELb1EEEvNS1_10ParametersIT_EE"
+USAGE = """
+ Function {symbol}:
+  REG:56 STACK:{stack} SHARED:0 LOCAL:0 CONSTANT[0]:1968 TEXTURE:0 SURFACE:0 SAMPLER:0
+"""
+CODE = """
+		Function : {symbol}
+	.headerflags	@"EF_CUDA_TEXMODE_UNIFIED EF_CUDA_64BIT_ADDRESS EF_CUDA_SM90"
+        /*0000*/                   LDC R1, c[0x0][0x28] ;            /* 0x00000a00ff017b82 */
+                                                                     /* 0x000fe20000000800 */
+        /*0010*/              @!P0 {load} R12, desc[UR6][R2.64] ;    /* 0x0000000602080981 */
+        /*0020*/                   {product} R4, R8, R10, R4 ;       /* 0x0000000a0804723c */
+        /*0030*/                   {store} [R1], R5 ;                /* 0x0000000501007387 */
+"""
+PTX = """
+.entry {symbol}(
+.maxntid 256, 1, 1
+.minnctapersm 4
+"""
+
+
+def findings(name="byol_forward_kernel", numbers=4, stack=0, load="LDG.E.128.CONSTANT", product="FFMA", store="STS"):
+    symbol = SYMBOL.format(f"{len(name)}{name}", numbers)
+    usage = cuda_static.usage_of(USAGE.format(symbol=symbol, stack=stack))[symbol]
+    (counts,) = cuda_static.counts_of(
+        CODE.format(symbol=symbol, load=load, product=product, store=store).splitlines()
+    ).values()
+    bounds = cuda_static.bounds_of(PTX.format(symbol=symbol))[symbol]
+    found = cuda_static.kernel(symbol, "sm_90a", usage, counts, bounds)
+    assert found.name == name
+    assert (found.registers, found.bounds, found.instructions) == (56, (256, 4), 4)
+    return cuda_static.problems(found), found
+
+
+def test_the_gates_can_fail():
+    assert findings()[0] == []
+    assert findings(stack=16)[0] == ["stack frame of 16 bytes"]
+    assert findings(store="STL")[0] == ["1 accesses to local memory"]
+    assert findings(load="LDG.E.64")[0] == ["no 128-bit loads"]
+    assert findings(load="LDG.E", numbers=1)[0] == []  # for rows that are not aligned
+    assert findings("sums_kernel")[0] == ["no matrix instructions"]
+    assert findings("gradient_kernel", product="HMMA.16816.F32.BF16")[0] == []
+    _, fine = findings()
+    assert cuda_static.problems(fine._replace(registers=72)) == ["72 registers, with 4 blocks of 256 threads"]
+
+
+SPILLS = """
+__global__ void __launch_bounds__(256) spills_kernel(float* x, int n) {
+  float a[100];
+  for (int i = 0; i < 100; ++i) a[i] = x[i];
+  for (int i = 0; i < n; ++i) a[(i * 7) % 100] += i;
+  float s = 0;
+  for (int i = 0; i < n; ++i) s += a[(i * 13) % 100];
+  x[threadIdx.x] = s;
+}
+"""
+
+
+def test_the_gates_fail_a_real_library(tmp_path):
+    """A kernel with an array that no register can hold."""
+    if NVCC is None:
+        pytest.skip("there is no nvcc")
+    source = tmp_path / "spills.cu"
+    source.write_text(SPILLS)
+    library = tmp_path / "spills.so"
+    command = [NVCC, "-shared", "-Xcompiler=-fPIC", "-gencode=arch=compute_80,code=[sm_80,compute_80]"]
+    subprocess.run([*command, source, "-o", library], check=True)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "cuda_static.py"), str(library)], capture_output=True, text=True
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "FAILS: sm_80 spills_kernel" in done.stdout
+    assert "stack frame" in done.stdout
