@@ -208,9 +208,7 @@ def unregistered(library: Path) -> list[str]:
     functions before they are called; nothing is launched here.
     """
     sys.path.insert(0, str(ROOT))
-    import torch
-
-    from selfsup_kernels import ops
+    import selfsup_kernels  # noqa: F401
 
     dlopen = ctypes.CDLL(None).dlopen
     dlopen.restype, dlopen.argtypes = ctypes.c_void_p, (ctypes.c_char_p, ctypes.c_int)
@@ -218,8 +216,17 @@ def unregistered(library: Path) -> list[str]:
         error = ctypes.CDLL(None).dlerror
         error.restype = ctypes.c_char_p
         raise SystemExit(f"cuda_static: {library} does not load: {error().decode()}")
-    has = torch._C._dispatch_has_kernel_for_dispatch_key
-    return [name for name in ops.SCHEMAS if not has(f"{ops.NAMESPACE}::{name}.cuda", "CUDA")]
+    return without_kernel()
+
+
+def without_kernel() -> list[str]:
+    """The ops that CUDA tensors have no kernel for, neither of the library nor of Python's."""
+    import torch
+
+    from selfsup_kernels import ops
+
+    has = torch._C._dispatch_has_computed_kernel_for_dispatch_key
+    return [name for name in (*ops.SCHEMAS, *ops.CUDA_STAGES) if not has(f"{ops.NAMESPACE}::{name}.cuda", "CUDA")]
 
 
 def print_contents(library: Path) -> int:

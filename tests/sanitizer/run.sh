@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Builds the extension with AddressSanitizer and UBSan in a copy of the tree (build/asan), shows that an error would be
-# reported, and runs the tests marked `sanitize` on the C++ kernels. Usage: run.sh PYTHON
+# Builds the extension, and the CUDA kernels for the emulator, with AddressSanitizer and UBSan in a copy of the tree
+# (build/asan), shows that an error would be reported, and runs the tests marked `sanitize` on the C++ kernels and those
+# of the CUDA kernels. Usage: run.sh PYTHON
 set -euo pipefail
 python=$1
 root=$(cd "$(dirname "$0")/../.." && pwd)
@@ -16,6 +17,7 @@ tar -cf - --exclude='*.so' --exclude=_build_info.json --exclude=__pycache__ \
 cd "$tree"
 export SELFSUP_KERNELS_SANITIZE=1 SELFSUP_KERNELS_REQUIRE_EXTENSION=1
 "$python" setup.py --quiet build_ext --inplace
+emulator=$("$python" tests/emulator/build.py)
 
 # libstdc++ too: the sanitizer looks up __cxa_throw when it starts, before Python has loaded anything in C++.
 preload=""
@@ -48,3 +50,4 @@ for capability in avx2 default; do
   SELFSUP_KERNELS_CPU_CAPABILITY=$capability \
     "$python" -m pytest tests --ignore=tests/gpu --ignore=tests/test_gpu_bench.py --ignore=tests/test_gpu_check.py -m sanitize -k "not reference" --ignore=tests/test_properties.py --ignore=tests/test_ops.py
 done
+SELFSUP_KERNELS_CUDA_EMULATOR=$emulator "$python" -m pytest tests/gpu -k "cuda or emulator" --durations=5
