@@ -136,6 +136,8 @@ def _extension():
                 "flags": " ".join(build.COMPILE_FLAGS),
                 "sanitized": sanitize,
             }
+            # Twice: the CUDA library may fail the build, and the extension is here and needs its record.
+            _record(self, in_place, **facts, cuda_failure="its build failed.")
             _record(self, in_place, **facts | _cuda(_folder(self, in_place)))
 
     include_dirs = [*include_paths(), pybind11.get_include()]

@@ -10,6 +10,7 @@ nothing. The rates that fractions refer to are measured in the same run, on rand
 """
 
 import argparse
+import functools
 import gc
 import itertools
 import math
@@ -24,8 +25,12 @@ import timing
 import torch
 import workloads as w
 
+from selfsup_kernels import backends
+
 PARTS = ("forward", "backward", "both")
 OURS = "selfsup_kernels"
+CUDA = "impl='cuda'"
+"""Beside what impl="auto" takes, the kernels of the CUDA library by themselves."""
 
 # (rows, dim, dtype, whether torch.compile is measured, which takes half a minute). Most important first.
 INFO_NCE = (
@@ -118,6 +123,11 @@ class Suite:
             w.clear(arguments)
         return times
 
+    def by_cuda(self, function):
+        """``function`` with ``impl="cuda"``, as a rival."""
+        reason = backends.unavailable("cuda") if self.clock.cuda else "needs a GPU"
+        return (None, reason) if reason else (functools.partial(function, impl="cuda"), None)
+
     def rivals(self, rivals, inputs, wanted):
         """Everything about each of ``rivals`` (name -> (function, reason)): ``wanted`` maps a column to what fills it,
         a function of the rival's function and the inputs."""
@@ -170,7 +180,8 @@ def info_nce(suite, rows, dim, dtype, with_compile):
     inputs = w.info_nce_inputs(rows // 2, dim, kind, clock.device)
     held, free = 3 * rows * rows * kind.itemsize, clock.free_bytes()
     reason = f"skipped: its M x M matrices take about {held / 1e9:.0f} GB" if held > free else None
-    rivals = {OURS: (w.our_info_nce, None), "eager": (None, reason) if reason else (w.eager_info_nce, None)}
+    rivals = {OURS: (w.our_info_nce, None), CUDA: suite.by_cuda(w.our_info_nce)}
+    rivals["eager"] = (None, reason) if reason else (w.eager_info_nce, None)
     if with_compile:
         rivals["compile"] = (None, reason) if reason else suite.compiled(w.eager_info_nce)
     rivals["chunked"] = (peers.chunked_info_nce, None)
@@ -179,7 +190,9 @@ def info_nce(suite, rows, dim, dtype, with_compile):
     if reason and "lightly" in rivals and rivals["lightly"][0]:
         rivals["lightly"] = (None, reason)
     if rows > 262144:
-        rivals = {name: rival if name == OURS else (None, "skipped: takes too long") for name, rival in rivals.items()}
+        rivals = {
+            name: rival if name in (OURS, CUDA) else (None, "skipped: takes too long") for name, rival in rivals.items()
+        }
 
     whole = 8 * rows * rows * dim <= TRUTH_OPERATIONS
     want, failure = suite.attempt(lambda: accuracy.info_nce_truth(inputs[0])) if whole else (None, None)
@@ -191,7 +204,9 @@ def info_nce(suite, rows, dim, dtype, with_compile):
 
     wanted = {"peak_bytes": lambda name, function: clock.peak_bytes(lambda: w.both(function, inputs)), "errors": error}
     if clock.cuda and rows <= 16384:  # where launches may take as long as the work
-        wanted["graph_ms"] = lambda name, function: suite.graphed(function, inputs) if name in (OURS, "eager") else None
+        wanted["graph_ms"] = lambda name, function: (
+            suite.graphed(function, inputs) if name in (OURS, CUDA, "eager") else None
+        )
     columns, unavailable = suite.rivals(rivals, [inputs], wanted)
     if failure:
         unavailable["float64 reference"] = failure
@@ -213,7 +228,7 @@ def byol(suite, batch, dim, dtype, with_compile):
     size = 2 * batch * dim * kind.itemsize
     count = max(1, min(32, math.ceil(4 * clock.cache_bytes() / size)))
     inputs = [w.byol_inputs(batch, dim, kind, clock.device, seed) for seed in range(count)]
-    rivals = {name: (w.BYOL[name], None) for name in (OURS, "eager")}
+    rivals = {OURS: (w.BYOL[OURS], None), CUDA: suite.by_cuda(w.BYOL[OURS]), "eager": (w.eager_byol, None)}
     if with_compile:
         rivals["compile"] = suite.compiled(w.eager_byol)
     want = accuracy.truth(w.eager_byol, inputs[0])
@@ -246,6 +261,8 @@ def ema(suite, model, dtype, with_compile):
     calls = {
         OURS: (lambda: w.our_ema(targets, sources), None),
         "the op alone": (lambda: w.our_ema_op(targets, sources), None),
+        CUDA: suite.by_cuda(lambda impl: w.our_ema(targets, sources, impl)),
+        f"the op alone, {CUDA}": suite.by_cuda(lambda impl: w.our_ema_op(targets, sources, impl)),
         "foreach_lerp": (None if mixed else lambda: w.foreach_lerp(targets, sources), mixed),
         "loop of lerp_(x.float())": (lambda: w.loop_of_lerp(targets, sources), None),
         "timm": peers.load(peers.EMA, "timm", targets, sources),
@@ -315,7 +332,9 @@ def table(suite):
                 continue
             rate = f"{row['tflops']:.1f} TFLOP/s" if "tflops" in row else f"{row['gb_per_s']:.0f} GB/s"
             others = {n: t["p50_ms"] / ours["p50_ms"] for n, t in row["times"].items() if n != OURS}
-            beside = ", ".join(f"{n} {ratio:.2f}" for n, ratio in others.items() if n != "the op alone")
+            beside = ", ".join(
+                f"{n} {ratio:.2f}" for n, ratio in others.items() if not n.startswith("the op alone") or CUDA in n
+            )
             print(f"{label:46} {ours['p50_ms']:9.3f} {rate:>14} {row['fraction']:9.2f}   {beside}")
 
 

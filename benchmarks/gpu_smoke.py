@@ -1,6 +1,6 @@
 """Calls every op of the GPU kernels once, forward and backward, on small shapes: what compute-sanitizer is run on.
 
-    python benchmarks/gpu_smoke.py [--brief]
+    python benchmarks/gpu_smoke.py [--brief] [--impl triton cuda]
 
 The shapes are the least that reach every kernel and every edge of it: batches that fill no tile, rows that are no power
 of two, rows short enough to stay in a program and long ones that come in pieces. That the numbers are right is for the
@@ -19,7 +19,9 @@ import torch
 import selfsup_kernels as sk
 
 
-def info_nce(device, dtype, batch, dim, deterministic=False, labels=False, queue=False, learned=False, **arguments):
+def info_nce(
+    device, impl, dtype, batch, dim, deterministic=False, labels=False, queue=False, learned=False, **arguments
+):
     generator = torch.Generator().manual_seed(0)
 
     def rows(n):
@@ -33,7 +35,7 @@ def info_nce(device, dtype, batch, dim, deterministic=False, labels=False, queue
         temperature=temperature,
         labels=torch.randint(5, (batch,), generator=generator).to(device) if labels else None,
         queue=rows(70) if queue else None,
-        impl="triton",
+        impl=impl,
         **arguments,
     )
     loss.float().sum().backward()
@@ -41,25 +43,25 @@ def info_nce(device, dtype, batch, dim, deterministic=False, labels=False, queue
     return [loss, *(v.grad for v in views), *([temperature.grad] if learned else [])]
 
 
-def byol(device, dtype, views, batch, dim):
+def byol(device, impl, dtype, views, batch, dim):
     p, t = (torch.randn(views, batch, dim).to(device, dtype) for _ in range(2))
     p.requires_grad_()
-    loss = sk.byol_loss(p, t, impl="triton")
+    loss = sk.byol_loss(p, t, impl=impl)
     loss.backward()
     return [loss, p.grad]
 
 
-def ema(device, rounding):
+def ema(device, impl, rounding):
     sizes = [(3,), (4097,), (64, 65), (1,)]
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     targets = [torch.randn(s).to(device, d) for s, d in itertools.product(sizes, dtypes)]
     sources = [torch.randn_like(t, dtype=torch.float32) for t in targets]
-    sk.ema_update_(targets, sources, 0.9, stochastic_rounding=rounding, impl="triton")
+    sk.ema_update_(targets, sources, 0.9, stochastic_rounding=rounding, impl=impl)
     return targets
 
 
 def calls(brief):
-    """(name, function of the device) of every call."""
+    """(name, function of the device and the implementation) of every call."""
     for dtype in (torch.bfloat16,) if brief else (torch.bfloat16, torch.float16, torch.float32):
         for batch, dim in ((131, 40), (300, 128), (131, 300)):
             kinds = {
@@ -70,31 +72,34 @@ def calls(brief):
             for name, arguments in kinds.items():
                 yield (
                     f"info_nce {dtype} {batch}x{dim} {name}",
-                    lambda device, a=(dtype, batch, dim), k=arguments: info_nce(device, *a, **k),
+                    lambda device, impl, a=(dtype, batch, dim), k=arguments: info_nce(device, impl, *a, **k),
                 )
         for views, dim in ((2, 100), (3, 2048)):
-            yield f"byol {dtype} {views} views, D={dim}", lambda device, a=(dtype, views, 37, dim): byol(device, *a)
+            name = f"byol {dtype} {views} views, D={dim}"
+            yield name, lambda device, impl, a=(dtype, views, 37, dim): byol(device, impl, *a)
     for rounding in (False, True):
-        yield f"ema rounding={rounding}", lambda device, r=rounding: ema(device, r)
+        yield f"ema rounding={rounding}", lambda device, impl, r=rounding: ema(device, impl, r)
 
 
 def main(arguments=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--brief", action="store_true")
+    parser.add_argument("--impl", nargs="+", default=["triton", "cuda"])
     parser.add_argument("--device", default="cuda")
     options = parser.parse_args(arguments)
     failed = 0
-    for name, call in calls(options.brief):
+    for impl, (name, call) in itertools.product(options.impl, calls(options.brief)):
         try:
-            results = call(torch.device(options.device))
+            results = call(torch.device(options.device), impl)
             if not all(bool(x.isfinite().all()) for x in results):
                 raise ArithmeticError("a result is not finite")
         except Exception as error:  # the other calls are worth making
             failed += 1
-            print(f"FAILED {name}: {type(error).__name__}: {error}", flush=True)
+            print(f"FAILED {impl} {name}: {type(error).__name__}: {error}", flush=True)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    print(f"{failed} of the calls failed" if failed else "every op ran, and its results are finite")
+    what = f"by {' and '.join(options.impl)}"
+    print(f"{failed} of the calls failed" if failed else f"every op ran {what}, and its results are finite")
     return 1 if failed else 0
 
 

@@ -33,8 +33,8 @@ def _compiled(function):
     return torch.compile(function)
 
 
-def our_info_nce(views):
-    return sk.info_nce_loss(views, temperature=TEMPERATURE)
+def our_info_nce(views, impl="auto"):
+    return sk.info_nce_loss(views, temperature=TEMPERATURE, impl=impl)
 
 
 INFO_NCE = {
@@ -143,13 +143,13 @@ def loop_of_lerp(targets, sources):
         target.lerp_(source.float(), 1 - MOMENTUM)
 
 
-def our_ema(targets, sources):
-    sk.ema_update_(targets, sources, MOMENTUM)
+def our_ema(targets, sources, impl="auto"):
+    sk.ema_update_(targets, sources, MOMENTUM, impl=impl)
 
 
-def our_ema_op(targets, sources):
+def our_ema_op(targets, sources, impl="auto"):
     """The kernel alone, without the checks of the public function."""
-    backends.op("ema_update_", backends.select("auto", targets[0], "ema_update_", any_dtype=True))(
+    backends.op("ema_update_", backends.select(impl, targets[0], "ema_update_", any_dtype=True))(
         targets, sources, None, MOMENTUM, None
     )
 

@@ -60,7 +60,7 @@ def test_every_rival_has_a_time_or_a_reason(results):
     out, _ = results
     for row in load(out, "info_nce")["rows"]:
         assert set(row["times"]) | set(row["unavailable"]) == {
-            *("selfsup_kernels", "eager", "compile", "chunked"),
+            *("selfsup_kernels", gpu.CUDA, "eager", "compile", "chunked"),
             *peers.INFO_NCE,
         }
         assert row["unavailable"]["lightly"] == row["unavailable"]["compile"] == "skipped: by --skip"
