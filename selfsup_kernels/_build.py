@@ -28,6 +28,7 @@ SOURCES = (
     "csrc/cpu/info_nce_labels.cpp",
     "csrc/cpu/byol.cpp",
     "csrc/cpu/ema.cpp",
+    "csrc/cpu/optim.cpp",
 )
 HEADERS = ("csrc/common", "csrc/cpu")
 

@@ -15,6 +15,8 @@ AUTO_ON_CUDA = {
     "info_nce": ("triton", "cuda"),
     "byol": ("triton", "cuda"),
     "ema_update_": ("triton", "cuda"),
+    "fused_sgd_": ("cuda",),
+    "fused_adamw_": ("cuda",),
 }
 """What ``impl="auto"`` stands for on CUDA tensors: the first that can be used, else ``reference``. Until both have been
 measured on one GPU this is an order of preference, no result."""
@@ -137,6 +139,17 @@ for _impl in CHOICES[1:]:
     unavailable(_impl)
 
 
+def require(impl: str, op: str) -> None:
+    """Raise as :func:`select` does for an ``impl`` other than ``"auto"`` that no tensor could make usable here."""
+    if impl not in CHOICES:
+        raise ValueError(f"impl: expected one of {', '.join(CHOICES)}, got {impl!r}")
+    if impl not in ops.impls_of(op):
+        raise RuntimeError(f"impl={impl!r} has no {op}, which {', '.join(ops.impls_of(op))} have; use impl='auto'")
+    reason = unavailable(impl)
+    if reason is not None:
+        raise RuntimeError(f"impl={impl!r} cannot be used here: {reason}")
+
+
 def select(impl: str, tensor: torch.Tensor, op: str = "info_nce", any_dtype: bool = False) -> str:
     """The implementation of ``op`` that ``impl`` stands for on ``tensor``'s device, for its dtype.
 
@@ -156,11 +169,7 @@ def select(impl: str, tensor: torch.Tensor, op: str = "info_nce", any_dtype: boo
                 if refused is None:
                     return choice
         return "reference"
-    if impl not in CHOICES:
-        raise ValueError(f"impl: expected one of {', '.join(CHOICES)}, got {impl!r}")
-    reason = unavailable(impl)
-    if reason is not None:
-        raise RuntimeError(f"impl={impl!r} cannot be used here: {reason}")
+    require(impl, op)
     if impl == "cpu" and device.type != "cpu":
         raise RuntimeError(f"impl='cpu' takes CPU tensors, got a tensor on {device}; use impl='auto'")
     if impl in ("triton", "cuda"):

@@ -83,22 +83,23 @@ class EMA(nn.Module):
         Raises:
             ValueError: the model's names, shapes or device no longer fit the copy's. Nothing has changed then.
         """
+        pairs, copies = self._pairs()
+        ema_update_pairs_(
+            *pairs, self.momentum if momentum is None else momentum, self.stochastic_rounding, None, self.impl
+        )
+        if copies[0]:
+            torch._foreach_copy_(*copies)
+
+    def _pairs(self):
+        """What an update does, all names and the copies checked: ``((targets, sources, names), copies)``."""
         own, own_buffers = lists.named_tensors(self.module)
         theirs, their_buffers = lists.named_tensors(self._model)
         if self.buffer_policy == "average":
             own, theirs = own | own_buffers, theirs | their_buffers
         copies: tuple = ([], [])
-        if self.buffer_policy == "copy":  # checked before the parameters are written
+        if self.buffer_policy == "copy":
             copies = lists.check_update(*lists.match(own_buffers, their_buffers), averaged=False)
-        ema_update_pairs_(
-            *lists.match(own, theirs),
-            self.momentum if momentum is None else momentum,
-            self.stochastic_rounding,
-            None,
-            self.impl,
-        )
-        if copies[0]:
-            torch._foreach_copy_(*copies)
+        return lists.match(own, theirs), copies
 
     def forward(self, *args, **kwargs):
         """``module(*args, **kwargs)``."""

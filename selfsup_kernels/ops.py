@@ -44,6 +44,18 @@ SCHEMAS = {
     "ema_update_": (
         "(Tensor(a!)[] targets, Tensor[] sources, Tensor? momentum_tensor, float momentum, Tensor? seed) -> ()"
     ),
+    # The step of an optimizer, then ema_update_ of targets from params; a target without elements stands for none.
+    # momentum_buffers may be an empty list. scales: float64, one for each parameter, of its decayed gradient (LARS).
+    "fused_sgd_": (
+        "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor(c!)[] targets, Tensor? lr_tensor,"
+        " float lr, Tensor? ema_tensor, float ema, Tensor? seed, Tensor? scales, float weight_decay, float momentum,"
+        " float dampening, bool nesterov, bool maximize, bool first) -> ()"
+    ),
+    "fused_adamw_": (
+        "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] targets,"
+        " Tensor? lr_tensor, float lr, Tensor? ema_tensor, float ema, Tensor? seed, float step, float beta1,"
+        " float beta2, float eps, float weight_decay, bool maximize) -> ()"
+    ),
 }
 
 # What the CUDA library does of an InfoNCE call: all but what `selfsup_kernels/cuda/info_nce.py` has from PyTorch (sorted
@@ -65,9 +77,17 @@ CUDA_STAGES = {
 REDUCTIONS = ("none", "mean", "sum")
 """The position of a reduction in this tuple is its number in the ops."""
 
+_WITHOUT_TRITON = ("fused_sgd_", "fused_adamw_")
+
+
+def impls_of(name: str) -> tuple[str, ...]:
+    """The implementations that the op ``name`` has."""
+    return tuple(impl for impl in IMPLS if impl != "triton" or name not in _WITHOUT_TRITON)
+
+
 _library = torch.library.Library(NAMESPACE, "DEF")
 for _name, _schema in SCHEMAS.items():
-    for _impl in IMPLS:
+    for _impl in impls_of(_name):
         _library.define(f"{_name}.{_impl}{_schema}")
 for _name, _schema in CUDA_STAGES.items():
     _library.define(f"{_name}.cuda{_schema}")
@@ -144,7 +164,7 @@ def _byol_backward_fake(grad, predictions, targets, stats, reduction):
     return predictions[0].new_empty((len(predictions), *predictions[0].shape))
 
 
-def _ema_update_fake(targets, sources, momentum_tensor, momentum, seed):
+def _in_place_fake(*args):
     return None
 
 
@@ -172,18 +192,20 @@ _FAKES = {
     "info_nce_backward": _info_nce_backward_fake,
     "byol_forward": _byol_forward_fake,
     "byol_backward": _byol_backward_fake,
-    "ema_update_": _ema_update_fake,
+    "ema_update_": _in_place_fake,
+    "fused_sgd_": _in_place_fake,
+    "fused_adamw_": _in_place_fake,
 }
 _GPU_FAKES = {"info_nce_forward": _info_nce_forward_fake_gpu}
 for _name in _FAKES:
-    for _impl in IMPLS:
+    for _impl in impls_of(_name):
         _fake = _GPU_FAKES.get(_name, _FAKES[_name]) if _impl in ("triton", "cuda") else _FAKES[_name]
         torch.library.register_fake(f"{NAMESPACE}::{_name}.{_impl}", _fake, lib=_library)
 
 
 def register_reference() -> None:
     """Register the eager implementations, for every device."""
-    from selfsup_kernels.reference import byol, ema, info_nce
+    from selfsup_kernels.reference import byol, ema, info_nce, optim
 
     for name, function in {
         "info_nce_forward": info_nce.forward,
@@ -191,6 +213,8 @@ def register_reference() -> None:
         "byol_forward": byol.forward,
         "byol_backward": byol.backward,
         "ema_update_": ema.update_,
+        "fused_sgd_": optim.sgd_,
+        "fused_adamw_": optim.adamw_,
     }.items():
         _library.impl(f"{name}.reference", function, "CompositeExplicitAutograd")
 

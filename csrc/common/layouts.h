@@ -1,9 +1,12 @@
 // What the multi-tensor updates of the host and of the device ask about the tensors of a pair.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <array>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -42,6 +45,23 @@ inline bool same_dense_layout(const torch::stable::Tensor& a, const torch::stabl
   for (int64_t d = 0; d < a.dim(); ++d)
     if (a.size(d) != 1 && a.stride(d) != b.stride(d)) return false;
   return is_dense(a);
+}
+
+// A copy of `s` in memory of its own, whose elements lie in the order of the dense tensor `t`.
+inline torch::stable::Tensor copy_in_order_of(const torch::stable::Tensor& t, const torch::stable::Tensor& s) {
+  using torch::stable::Tensor;
+  using torch::stable::detail::from;
+  std::array<StableIValue, 6> stack{
+      from(t.sizes()),
+      from(t.strides()),
+      from(std::optional(s.scalar_type())),
+      from(std::optional<torch::headeronly::Layout>()),
+      from(std::optional(s.device())),
+      from(std::optional<bool>())};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::empty_strided", "", stack.data(), TORCH_ABI_VERSION));
+  Tensor copy = torch::stable::detail::to<Tensor>(stack[0]);
+  torch::stable::copy_(copy, s);
+  return copy;
 }
 
 }  // namespace selfsup_kernels

@@ -159,7 +159,7 @@ void ema_update_(
   STD_TORCH_CHECK(targets.size() == sources.size(), "ema_update_: expected lists of one length");
   if (targets.empty()) return;
   const Device device(targets[0]);
-  EmaNumbers numbers{momentum_tensor ? Number(*momentum_tensor) : Number(momentum), nullptr};
+  EmaNumbers numbers{momentum_tensor ? Number(*momentum_tensor, targets[0]) : Number(momentum), nullptr};
   if (seed) {
     STD_TORCH_CHECK(
         on_this_device(*seed) && seed->scalar_type() == ScalarType::Long,

@@ -8,7 +8,6 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
-#include <array>
 #include <cstring>
 #include <optional>
 #include <vector>
@@ -167,6 +166,11 @@ struct Pack {
 
 __device__ inline bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
+// Whether both are on the device that these kernels run on, and on the same one.
+inline bool on_one_device(const Tensor& a, const Tensor& b) {
+  return on_this_device(a) && on_this_device(b) && a.get_device_index() == b.get_device_index();
+}
+
 // A tensor of one number, which the kernel reads where it lies on the device, and the host where it lies there.
 struct Number {
   const void* on_device = nullptr;
@@ -174,8 +178,9 @@ struct Number {
   double value = 0;
 
   explicit Number(double value) : value(value) {}
-  explicit Number(const Tensor& t) : on_device(t.const_data_ptr()), dtype(dtype_number(t.scalar_type())) {
-    if (on_this_device(t)) return;
+  // `like` is on the device of the kernel.
+  Number(const Tensor& t, const Tensor& like) : on_device(t.const_data_ptr()), dtype(dtype_number(t.scalar_type())) {
+    if (on_one_device(t, like)) return;
     STD_TORCH_CHECK(t.is_cpu(), "expected a number on the device of the tensors or on the host");
     value = read();
     on_device = nullptr;
@@ -190,26 +195,5 @@ struct Number {
     return result;
   }
 };
-
-// A copy of `s` in memory of its own, whose elements lie in the order of the dense tensor `t`.
-inline Tensor copy_in_order_of(const Tensor& t, const Tensor& s) {
-  using torch::stable::detail::from;
-  std::array<StableIValue, 6> stack{
-      from(t.sizes()),
-      from(t.strides()),
-      from(std::optional(s.scalar_type())),
-      from(std::optional<torch::headeronly::Layout>()),
-      from(std::optional(s.device())),
-      from(std::optional<bool>())};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::empty_strided", "", stack.data(), TORCH_ABI_VERSION));
-  Tensor copy = torch::stable::detail::to<Tensor>(stack[0]);
-  torch::stable::copy_(copy, s);
-  return copy;
-}
-
-// Whether both are on the device that these kernels run on, and on the same one.
-inline bool on_one_device(const Tensor& a, const Tensor& b) {
-  return on_this_device(a) && on_this_device(b) && a.get_device_index() == b.get_device_index();
-}
 
 }  // namespace selfsup_kernels::cuda

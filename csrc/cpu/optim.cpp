@@ -1,0 +1,188 @@
+// The ops fused_sgd_.cpu and fused_adamw_.cpu: the step of an optimizer and the moving average of its parameters in one
+// pass over memory.
+//
+// Scalar loops, which the compiler turns into vectors for float and double: the work waits for memory, and it is the
+// same arithmetic as the device's, from common/optim.h.
+#include "common/optim_lists.h"
+#include "cpu/rows.h"
+
+namespace selfsup_kernels {
+
+namespace {
+
+constexpr int64_t span_length = 1 << 14;
+
+// What all tensors of a call share.
+template <typename Rule>
+struct StepNumbers {
+  typename Rule::Settings settings;
+  double lr, weight;
+  const double* scales;
+  const int64_t* seed;
+};
+
+template <typename Rule, typename P, typename T, bool has_target>
+void step_span(const StepItem& item, const StepNumbers<Rule>& numbers, int64_t begin, int64_t end) {
+  constexpr int states = Rule::states;
+  using A = ArithmeticOf<P>;
+  const typename Rule::template Step<A> step(
+      numbers.settings, numbers.lr, numbers.scales ? numbers.scales[item.stream] : 1.0);
+  const auto weight = static_cast<ArithmeticOf<T>>(numbers.weight);
+  // No two of them share memory.
+  P* __restrict param = static_cast<P*>(item.param.mutable_data_ptr());
+  const P* __restrict grad = static_cast<const P*>(item.grad.const_data_ptr());
+  T* __restrict target = has_target ? static_cast<T*>(item.target.mutable_data_ptr()) : nullptr;
+  P* __restrict state0 = states > 0 ? static_cast<P*>(item.states[0].mutable_data_ptr()) : nullptr;
+  P* __restrict state1 = states > 1 ? static_cast<P*>(item.states[1].mutable_data_ptr()) : nullptr;
+  auto element = [&](int64_t k) {
+    A wide[2] = {};
+    if constexpr (states > 0) wide[0] = static_cast<A>(state0[k]);
+    if constexpr (states > 1) wide[1] = static_cast<A>(state1[k]);
+    const P p = static_cast<P>(step(static_cast<A>(param[k]), static_cast<A>(grad[k]), wide));
+    param[k] = p;
+    if constexpr (states > 0) state0[k] = static_cast<P>(wide[0]);
+    if constexpr (states > 1) state1[k] = static_cast<P>(wide[1]);
+    return p;
+  };
+  if constexpr (has_target && sizeof(T) == 2) {
+    if (numbers.seed) {
+      for (int64_t k = begin; k < end; ++k) {
+        const RandomStream random = random_stream(*numbers.seed, item.stream, static_cast<uint64_t>(k));
+        const P p = element(k);
+        target[k] = round_stochastically<T>(
+            averaged(target[k], p, weight), random_bits<uint32_t>(random, static_cast<uint32_t>(k)));
+      }
+      return;
+    }
+  }
+  for (int64_t k = begin; k < end; ++k) {
+    const P p = element(k);
+    if constexpr (has_target) target[k] = static_cast<T>(averaged(target[k], p, weight));
+  }
+}
+
+template <typename F>
+void with_dtype(Storage storage, F f) {
+  switch (storage) {
+    case Storage::Float:
+      return f(float());
+    case Storage::Double:
+      return f(double());
+    case Storage::BFloat16:
+      return f(c10::BFloat16());
+    case Storage::Float16:
+      return f(c10::Half());
+  }
+}
+
+template <typename Rule>
+void fused_step(
+    const char* op,
+    const std::vector<Tensor>& params,
+    const std::vector<Tensor>& grads,
+    const std::vector<std::vector<Tensor>>& states,
+    const std::vector<Tensor>& targets,
+    const std::optional<Tensor>& lr_tensor,
+    double lr,
+    const std::optional<Tensor>& ema_tensor,
+    double ema,
+    const std::optional<Tensor>& seed,
+    const std::optional<Tensor>& scales,
+    const typename Rule::Settings& settings) {
+  StepList list = step_list(op, params, grads, states, targets, scales, [](const Tensor& t) { return t.is_cpu(); });
+  if (seed)
+    STD_TORCH_CHECK(seed->is_cpu() && seed->scalar_type() == ScalarType::Long, op, ": expected a seed of int64");
+  const StepNumbers<Rule> numbers{
+      settings,
+      lr_tensor ? read_number(*lr_tensor) : lr,
+      1 - (ema_tensor ? read_number(*ema_tensor) : ema),
+      scales ? static_cast<const double*>(scales->const_data_ptr()) : nullptr,
+      seed ? static_cast<const int64_t*>(seed->const_data_ptr()) : nullptr};
+
+  // Threads take stretches of equal length of all elements in a row.
+  std::vector<int64_t> before{0};
+  for (const StepItem& item : list.items) before.push_back(before.back() + item.param.numel());
+  torch::stable::parallel_for(0, before.back(), span_length, [&](int64_t begin, int64_t end) {
+    size_t k = std::upper_bound(before.begin(), before.end(), begin) - before.begin() - 1;
+    for (; k < list.items.size() && before[k] < end; ++k) {
+      const StepItem& item = list.items[k];
+      const int64_t from = std::max(begin, before[k]) - before[k], to = std::min(end, before[k + 1]) - before[k];
+      with_dtype(storage_of(item.param.scalar_type()), [&]<typename P>(P) {
+        if (!item.has_target) return step_span<Rule, P, P, false>(item, numbers, from, to);
+        with_dtype(storage_of(item.target.scalar_type()), [&]<typename T>(T) {
+          step_span<Rule, P, T, true>(item, numbers, from, to);
+        });
+      });
+    }
+  });
+  list.finish();
+}
+
+}  // namespace
+
+void fused_sgd_(
+    std::vector<Tensor> params,
+    std::vector<Tensor> grads,
+    std::vector<Tensor> momentum_buffers,
+    std::vector<Tensor> targets,
+    std::optional<Tensor> lr_tensor,
+    double lr,
+    std::optional<Tensor> ema_tensor,
+    double ema,
+    std::optional<Tensor> seed,
+    std::optional<Tensor> scales,
+    double weight_decay,
+    double momentum,
+    double dampening,
+    bool nesterov,
+    bool maximize,
+    bool first) {
+  const SgdSettings settings{weight_decay, momentum, dampening, nesterov, maximize, first};
+  auto step = [&]<int n>(Sgd<n>, const std::vector<std::vector<Tensor>>& states) {
+    fused_step<Sgd<n>>(
+        "fused_sgd_", params, grads, states, targets, lr_tensor, lr, ema_tensor, ema, seed, scales, settings);
+  };
+  if (momentum_buffers.empty())
+    step(Sgd<0>(), {});
+  else
+    step(Sgd<1>(), {momentum_buffers});
+}
+
+void fused_adamw_(
+    std::vector<Tensor> params,
+    std::vector<Tensor> grads,
+    std::vector<Tensor> exp_avgs,
+    std::vector<Tensor> exp_avg_sqs,
+    std::vector<Tensor> targets,
+    std::optional<Tensor> lr_tensor,
+    double lr,
+    std::optional<Tensor> ema_tensor,
+    double ema,
+    std::optional<Tensor> seed,
+    double step,
+    double beta1,
+    double beta2,
+    double eps,
+    double weight_decay,
+    bool maximize) {
+  fused_step<Adamw>(
+      "fused_adamw_",
+      params,
+      grads,
+      {exp_avgs, exp_avg_sqs},
+      targets,
+      lr_tensor,
+      lr,
+      ema_tensor,
+      ema,
+      seed,
+      std::nullopt,
+      adamw_settings(step, beta1, beta2, eps, weight_decay, maximize));
+}
+
+}  // namespace selfsup_kernels
+
+STABLE_TORCH_LIBRARY_IMPL(selfsup_kernels, CPU, m) {
+  m.impl("fused_sgd_.cpu", TORCH_BOX(&selfsup_kernels::fused_sgd_));
+  m.impl("fused_adamw_.cpu", TORCH_BOX(&selfsup_kernels::fused_adamw_));
+}

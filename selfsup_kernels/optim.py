@@ -1,0 +1,359 @@
+"""Optimizers that move a target network in the same pass over memory as the parameters.
+
+An optimizer reads and writes every parameter, and the moving average that follows reads it again. Here one kernel does
+both: of the average's 12 bytes for a float32 parameter (read the parameter, read and write the target) 4 are saved,
+and the launches of the second pass.
+
+``SGD`` and ``AdamW`` are ``torch.optim``'s classes with another ``step``: schedulers, parameter groups, hooks and
+``state_dict`` are theirs, and a ``state_dict`` of one can be loaded into the other.
+"""
+
+from collections.abc import Iterable
+
+import torch
+
+from selfsup_kernels import _tensor_lists as lists
+from selfsup_kernels import _validate as check
+from selfsup_kernels import backends
+from selfsup_kernels.ema import EMA
+from selfsup_kernels.functional import ema_update_pairs_
+
+__all__ = ["LARS", "SGD", "AdamW"]
+
+
+class _FusedStep:
+    """The step that the optimizers of this module share; goes before a class of ``torch.optim``."""
+
+    ema: EMA | None = None
+    impl: str = "auto"
+    _unsupported: tuple[str, ...] = ("differentiable",)
+
+    def _follow(self, ema, impl):
+        check.choice("impl", impl, backends.CHOICES)
+        if impl != "auto":
+            # What has no such kernels says so now; what needs the device, at the first step.
+            backends.require(impl, self._op)
+        if ema is not None:
+            if not isinstance(ema, EMA):
+                raise TypeError(f"ema: expected a selfsup_kernels.EMA or None, got {type(ema).__name__}")
+            followed = set(map(id, ema._pairs()[0][1]))
+            if not any(id(p) in followed for group in self.param_groups for p in group["params"]):
+                raise ValueError("ema: expected that of a model that has some of params, but it has none of them")
+        self.ema, self.impl = ema, impl
+
+    def step(self, closure=None, *, momentum=None):
+        """One step of the optimizer, and one of the EMA: what ``super().step(); ema.update(momentum)`` do.
+
+        Targets of parameters that have no gradient, or that another optimizer has, move as well, and buffers are
+        treated as the EMA says. Everything is checked before anything is written.
+
+        Args:
+            closure: evaluates the model anew and returns the loss.
+            momentum: of this update of the EMA: a number in [0, 1] or a 0-dim tensor; None for the EMA's own.
+
+        Returns:
+            What ``closure`` returned, or None.
+
+        Raises:
+            TypeError: sparse gradients, or parameters of a dtype that is not supported.
+            ValueError: an option that only torch's own class has, or as :meth:`selfsup_kernels.EMA.update`.
+            RuntimeError: ``impl`` cannot be used here.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.no_grad():
+            self._step(momentum)
+        return loss
+
+    def _step(self, momentum):
+        average = _Average(self.ema, momentum)
+        calls = [
+            (group, params, backends.select(self.impl, params[0], self._op, any_dtype=True))
+            for group in self.param_groups
+            for params in _by_device(self._with_grad(group))
+        ]
+        average.check_device(calls)
+        for group, params, impl in calls:
+            for part, arguments in self._parts(group, params):
+                targets = [average.take(p) for p in part]
+                average_arguments = (average.tensor, average.number, average.seed(part[0].device))
+                lr = group["lr"]
+                rate = (lr, 0.0) if isinstance(lr, torch.Tensor) else (None, float(lr))
+                grads, states, rest = arguments
+                backends.op(self._op, impl)(part, grads, *states, targets, *rate, *average_arguments, *rest)
+                if impl != "reference":
+                    # What autograd saved of them is outdated. Eager operations count themselves.
+                    torch.autograd.graph.increment_version([*part, *targets, *(x for state in states for x in state)])
+        average.finish()
+
+    def _with_grad(self, group):
+        for option in self._unsupported:
+            if group.get(option):
+                raise ValueError(f"{option}: not supported by {type(self).__name__}; use torch.optim's own class")
+        params = [p for p in group["params"] if p.grad is not None]
+        for p in params:
+            if p.grad.layout != torch.strided:
+                raise TypeError(f"params: expected dense gradients, got layout {p.grad.layout}")
+            if p.dtype not in check.FLOATING:
+                raise TypeError(
+                    f"params: expected float64, float32, bfloat16 or float16, got {str(p.dtype).removeprefix('torch.')}"
+                )
+            if p.grad.dtype != p.dtype:
+                raise TypeError(f"params: expected gradients of the dtype {p.dtype}, got {p.grad.dtype}")
+        return params
+
+
+class _Average:
+    """The EMA's part of one step: which target follows which parameter, and what no parameter of the step moves."""
+
+    def __init__(self, ema, momentum):
+        self.ema, self.tensor, self.number = ema, None, 1.0
+        self.pairs: dict[int, tuple] = {}
+        self.none: dict[torch.device, torch.Tensor] = {}
+        if ema is None:
+            if momentum is not None:
+                raise ValueError("momentum: expected None, since the optimizer was given no ema")
+            return
+        self.momentum = ema.momentum if momentum is None else momentum
+        self.tensor, self.number = check.momentum(self.momentum)
+        (targets, sources, names), self.copies = ema._pairs()
+        targets, sources = lists.check_update(targets, sources, names)
+        self.device = targets[0].device if targets else None
+        self.pairs = {id(s): (t, s) for t, s in zip(targets, sources, strict=True)}
+
+    def check_device(self, calls):
+        if self.tensor is None or self.tensor.device.type == "cpu":
+            return
+        devices = {params[0].device for _, params, _ in calls} | ({self.device} if self.device else set())
+        for device in devices - {self.tensor.device}:
+            raise ValueError(f"momentum: expected the device of params, {device}, got {self.tensor.device}")
+
+    def take(self, param):
+        """The target of a parameter; a tensor without elements where there is none. It will not be moved again."""
+        pair = self.pairs.pop(id(param), None)
+        if pair is not None:
+            return pair[0]
+        if param.device not in self.none:
+            self.none[param.device] = torch.empty(0, device=param.device)
+        return self.none[param.device]
+
+    def seed(self, device):
+        """For stochastic rounding: drawn on the device, one for each call, since they number their tensors from 0."""
+        if self.ema is None or not self.ema.stochastic_rounding:
+            return None
+        return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
+
+    def finish(self):
+        if self.ema is None:
+            return
+        targets, sources = [t for t, _ in self.pairs.values()], [s for _, s in self.pairs.values()]
+        ema = self.ema
+        ema_update_pairs_(targets, sources, None, self.momentum, ema.stochastic_rounding, None, ema.impl)
+        if self.copies[0]:
+            torch._foreach_copy_(*self.copies)
+
+
+def _by_device(params) -> Iterable[list[torch.Tensor]]:
+    devices: dict[torch.device, list] = {}
+    for p in params:
+        devices.setdefault(p.device, []).append(p)
+    return devices.values()
+
+
+def _zeros(param):
+    return torch.zeros_like(param, memory_format=torch.preserve_format)
+
+
+class SGD(_FusedStep, torch.optim.SGD):
+    r"""``torch.optim.SGD`` whose step also moves the target network of an :class:`selfsup_kernels.EMA`.
+
+    With :math:`g = \nabla + \lambda p`: :math:`b \leftarrow \mu b + (1 - \text{dampening})\, g` (the first time
+    :math:`b \leftarrow g`), :math:`p \leftarrow p - \eta b`, or :math:`p - \eta (g + \mu b)` with ``nesterov``; then
+    :math:`t \leftarrow m t + (1 - m) p` for the target :math:`t` of :math:`p`. Computed in float32, or float64 for
+    float64 parameters; state and parameters are rounded once.
+
+    ``ema`` and ``impl`` are not part of the ``state_dict``, nor of a pickled or copied optimizer. A step cannot be
+    captured in a CUDA graph with :class:`AdamW`, whose step count is on the host; with this class it can.
+
+    Args:
+        params, lr, momentum, dampening, weight_decay, nesterov, maximize: as in ``torch.optim.SGD``.
+        ema: the moving average whose target follows. Call no ``ema.update()`` then.
+        impl: ``"auto"``, ``"reference"``, ``"cpu"`` or ``"cuda"``.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message says which and why.
+        RuntimeError: ``impl`` cannot be used here, or has no such kernels.
+    """
+
+    _op = "fused_sgd_"
+
+    def __init__(
+        self,
+        params,
+        lr=1e-3,
+        momentum=0.0,
+        dampening=0.0,
+        weight_decay=0.0,
+        nesterov=False,
+        *,
+        maximize=False,
+        ema=None,
+        impl="auto",
+    ):
+        super().__init__(params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize)
+        self._follow(ema, impl)
+
+    def _parts(self, group, params):
+        """(parameters, arguments of the op) for those that have a momentum buffer and for those whose first step it is.
+
+        Without momentum there are no buffers, and one part.
+        """
+        with_momentum = group["momentum"] != 0
+        new = [p for p in params if with_momentum and self.state[p].get("momentum_buffer") is None]
+        for p in new:
+            self.state[p]["momentum_buffer"] = _zeros(p)
+        old = params
+        if new:
+            is_new = set(map(id, new))
+            old = [p for p in params if id(p) not in is_new]
+        for part, first in ((old, False), (new, True)):
+            if part:
+                buffers = [self.state[p]["momentum_buffer"] for p in part] if with_momentum else []
+                grads = [p.grad for p in part]
+                rest = (
+                    self._scales(group, part, grads),
+                    float(group["weight_decay"]),
+                    float(group["momentum"]),
+                    float(group["dampening"]),
+                    bool(group["nesterov"]),
+                    bool(group["maximize"]),
+                    first,
+                )
+                yield part, (grads, (buffers,), rest)
+
+    def _scales(self, group, params, grads):
+        return None
+
+
+class LARS(SGD):
+    r"""Layer-wise adaptive rate scaling (You et al. 2017, arXiv:1708.03888), with the target network of an EMA.
+
+    :class:`SGD` whose decayed gradient :math:`g + \lambda p` is scaled, tensor by tensor, by
+    :math:`\eta_{\text{trust}} \|p\| / (\|g\| + \lambda \|p\| + \epsilon)` before the momentum. It is the variant of
+    lightly and of Lightning Bolts: the learning rate multiplies the momentum buffer and not what goes into it (the same
+    while it is constant), a group with ``weight_decay=0`` is not scaled (put biases and norms there), nor is a tensor
+    of norm 0; where only the gradient's norm is 0, what goes into the buffer is 0.
+
+    The norms are a pass of their own over parameters and gradients; they are not read by the host.
+
+    Args:
+        params, lr, momentum, dampening, weight_decay, nesterov, maximize, ema, impl: as in :class:`SGD`.
+        trust_coefficient: :math:`\eta_{\text{trust}}`.
+        eps: the floor of the denominator.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as :class:`SGD`.
+    """
+
+    def __init__(
+        self,
+        params,
+        lr=1e-3,
+        momentum=0.0,
+        dampening=0.0,
+        weight_decay=0.0,
+        nesterov=False,
+        trust_coefficient=0.001,
+        eps=1e-8,
+        *,
+        maximize=False,
+        ema=None,
+        impl="auto",
+    ):
+        self._trust = {"trust_coefficient": float(trust_coefficient), "eps": float(eps)}
+        if self._trust["trust_coefficient"] <= 0:
+            raise ValueError(f"trust_coefficient: expected a number > 0, got {trust_coefficient}")
+        if not self._trust["eps"] >= 0:
+            raise ValueError(f"eps: expected a number >= 0, got {eps}")
+        super().__init__(params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize, ema=ema, impl=impl)
+        self.defaults.update(self._trust)
+
+    def add_param_group(self, param_group):
+        if isinstance(param_group, dict):
+            for name, value in self._trust.items():
+                param_group.setdefault(name, value)
+        super().add_param_group(param_group)
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        for group in self.param_groups:  # of an SGD's state_dict
+            for name, value in (("trust_coefficient", 0.001), ("eps", 1e-8)):
+                group.setdefault(name, self.defaults.get(name, value))
+        self._trust = {name: self.defaults.get(name) for name in ("trust_coefficient", "eps")}
+
+    def _scales(self, group, params, grads):
+        decay = float(group["weight_decay"])
+        if decay == 0:
+            return None
+        wide = torch.float64 if any(p.dtype == torch.float64 for p in params) else torch.float32
+        p_norm, g_norm = (torch.stack(torch._foreach_norm(x, 2, wide)).double() for x in (params, grads))
+        scale = group["trust_coefficient"] * p_norm / (g_norm + decay * p_norm + group["eps"])
+        scale = torch.where(g_norm == 0, 0.0, scale)
+        return torch.where(p_norm == 0, 1.0, scale)
+
+
+class AdamW(_FusedStep, torch.optim.AdamW):
+    r"""``torch.optim.AdamW`` whose step also moves the target network of an :class:`selfsup_kernels.EMA`.
+
+    AdamW (arXiv:1711.05101, algorithm 2): :math:`p \leftarrow p - \eta \lambda p`;
+    :math:`m \leftarrow \beta_1 m + (1 - \beta_1) g`; :math:`v \leftarrow \beta_2 v + (1 - \beta_2) g^2`;
+    :math:`p \leftarrow p - \eta\, \hat m / (\sqrt{\hat v} + \epsilon)`; then the EMA as in :class:`SGD`.
+
+    ``amsgrad``, ``capturable`` and ``differentiable`` are torch's alone; a loaded state that asks for them is refused
+    at the next step. The step count is kept on the host.
+
+    Args:
+        params, lr, betas, eps, weight_decay, maximize: as in ``torch.optim.AdamW``.
+        ema, impl: as in :class:`SGD`.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as :class:`SGD`.
+    """
+
+    _op = "fused_adamw_"
+    _unsupported = ("amsgrad", "capturable", "differentiable")
+
+    def __init__(
+        self,
+        params,
+        lr=1e-3,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        weight_decay=1e-2,
+        *,
+        maximize=False,
+        ema=None,
+        impl="auto",
+    ):
+        super().__init__(params, lr, betas, eps, weight_decay, maximize=maximize)
+        self._follow(ema, impl)
+
+    def _parts(self, group, params):
+        """(parameters, arguments of the op) for each step count; all parameters of a group mostly have the same."""
+        parts: dict[float, list] = {}
+        for p in params:
+            state = self.state[p]
+            if "step" not in state:
+                state["step"] = torch.tensor(0.0, dtype=torch.float32, device="cpu")
+                state["exp_avg"], state["exp_avg_sq"] = _zeros(p), _zeros(p)
+            if state["step"].device.type != "cpu":  # loaded from a fused or capturable optimizer
+                state["step"] = state["step"].cpu()
+            state["step"] += 1
+            parts.setdefault(state["step"].item(), []).append(p)
+        beta1, beta2 = map(float, group["betas"])
+        rest = (beta1, beta2, float(group["eps"]), float(group["weight_decay"]), bool(group["maximize"]))
+        for step, part in parts.items():
+            states = tuple([self.state[p][name] for p in part] for name in ("exp_avg", "exp_avg_sq"))
+            yield part, ([p.grad for p in part], states, (step, *rest))
