@@ -71,6 +71,12 @@ def sort_by_class(labels, views):
     return order, *bounds
 
 
+def takes_tf32(dtype):
+    """Whether products of float32 numbers may lose all beyond TF32: as PyTorch's own, where one of its settings says so
+    (`set_float32_matmul_precision` sets this too; to ask it raises once a newer setting was used)."""
+    return dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
 def half_factor(dtype):
     """float16 holds G, the gradient of pairs, times this: a pair's gradient is at most 2 of the largest upstream
     gradient, so nothing overflows, and what is 4e-12 of it is not lost yet (bfloat16 has float32's range)."""

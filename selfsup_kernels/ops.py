@@ -58,8 +58,8 @@ SCHEMAS = {
     ),
 }
 
-# What the CUDA library does of an InfoNCE call: all but what `selfsup_kernels/cuda/info_nce.py` has from PyTorch (sorted
-# labels, global settings, the reduction of the loss). Private: no fakes, one implementation.
+# What the CUDA library does of an InfoNCE call: all but what `selfsup_kernels/cuda/info_nce.py` has from PyTorch
+# (sorted labels, global settings, the reduction of the loss). Private: no fakes, one implementation.
 CUDA_STAGES = {
     "info_nce_forward_stages": (
         "(Tensor[] views, Tensor? queue, Tensor order, Tensor? class_begin, Tensor? class_end,"

@@ -120,12 +120,10 @@ struct Group {
       }
     }
   }
-  // What threads of the group have written is there for the others.
+  // What threads of the group have written is there for the others. A block needs nothing here: between writing a sum
+  // and reading what another thread wrote of it, and before it is written again, lie the barriers of `sum`.
   __device__ void wait() const {
-    if constexpr (group_warps > 1)
-      __syncthreads();
-    else
-      __syncwarp();
+    if constexpr (group_warps == 1) __syncwarp();
   }
 };
 
@@ -346,7 +344,6 @@ byol_forward_kernel(SK_GRID_CONSTANT(ForwardParameters<T>) in) {
   __syncthreads();
   total = 0;
   for (int g = 0; g < groups; ++g) total += scratch[g];
-  __syncthreads();
   add_up(total, in.workspace, in.factor, in.loss, scratch);
 }
 

@@ -64,7 +64,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     bool deterministic,
     bool exact) {
   const Tensor& first = views[0];
-  STD_TORCH_CHECK(on_this_device(first), "impl='cuda' takes CUDA tensors");
+  STD_TORCH_CHECK(
+      on_this_device(first) && on_this_device(order) && (!queue || on_this_device(*queue)) &&
+          (!temperature_tensor || on_this_device(*temperature_tensor)),
+      "impl='cuda' takes CUDA tensors");
   const Device device(first);
   const Problem p = problem_of(
       views.size(),

@@ -12,9 +12,10 @@
 namespace selfsup_kernels::cuda {
 
 // Places in the small tensor that the kernels of one call hand on.
-constexpr int state_scale = 0;  // 1 / temperature
-constexpr int state_norm = 1;   // the largest squared norm of a row, where rows are not normalised
-constexpr int state_slow = 2;   // above 0: a weight is out of range for the backward's fast path
+constexpr int state_scale = 0;     // 1 / temperature
+constexpr int state_norm = 1;      // the largest squared norm of a row, where rows are not normalised
+constexpr int state_slow = 2;      // above 0: a weight is out of range for the backward's fast path
+constexpr int state_infinite = 3;  // above 0: there are rows that are not finite
 constexpr int state_size = 4;
 
 constexpr float log2e = 1.4426950408889634f;

@@ -83,6 +83,7 @@ gradient_kernel(Problem p, GradientArguments a) {
   const int warp_row = 16 * M * static_cast<int>(threadIdx.x / 32);
   const Score score = score_reference(a.state, p.normalize);
   const bool slow = a.state[state_slow] > 0;
+  const bool low_parts = a.state[state_infinite] == 0;
   const int rows = p.rows();
   const float* logw = a.weights + static_cast<int64_t>(p.columns()) * rows;
 
@@ -137,11 +138,11 @@ gradient_kernel(Problem p, GradientArguments a) {
     if constexpr (RESIDENT) {
       stage = acquire();
       for (int c = 0; c < chunks; ++c)
-        add_scores<T, EXACT>(g, shared + c * x_bytes, stage + c * y_bytes, warp_row, depths(c));
+        add_scores<T, EXACT>(g, shared + c * x_bytes, stage + c * y_bytes, warp_row, depths(c), low_parts);
     } else {
       for (int c = 0; c < chunks; ++c) {
         stage = acquire();
-        add_scores<T, EXACT>(g, stage, stage + x_bytes, warp_row, depths(c));
+        add_scores<T, EXACT>(g, stage, stage + x_bytes, warp_row, depths(c), low_parts);
       }
     }
 
@@ -231,7 +232,21 @@ gradient_kernel(Problem p, GradientArguments a) {
     for (int c = 0; c < SLAB; ++c) {
       if (c >= slabs) break;
       const unsigned char* y = RESIDENT ? stage + c * y_bytes : acquire() + x_bytes;
-      add_products<T, EXACT>(out[c], g, y);
+      if constexpr (EXACT) {
+        // The tensor cores cut off what they add up; over many tiles float32's own additions keep what that would lose.
+        float tile_sum[D][M][2][4] = {};
+        add_products<T, EXACT>(tile_sum, g, y, low_parts);
+#pragma unroll
+        for (int d = 0; d < D; ++d)
+#pragma unroll
+          for (int m = 0; m < M; ++m)
+#pragma unroll
+            for (int h = 0; h < 2; ++h)
+#pragma unroll
+              for (int r = 0; r < 4; ++r) out[c][d][m][h][r] += tile_sum[d][m][h][r];
+      } else {
+        add_products<T, EXACT>(out[c], g, y, low_parts);
+      }
     }
   }
 

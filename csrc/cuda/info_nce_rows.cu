@@ -7,12 +7,15 @@ namespace selfsup_kernels::cuda {
 namespace {
 
 constexpr int warps = 4;
-constexpr int most_views = 256;
+// A kernel's arguments are at most 4 KB for drivers of before CUDA 12.1.
+constexpr int most_views = 240;
 
 struct Sources {
   const void* base[most_views];
   int64_t stride[most_views];
 };
+
+static_assert(sizeof(Sources) + sizeof(Problem) + sizeof(Number) + 10 * 8 <= 4096);
 
 // Which of the user's rows a stored row holds.
 struct Place {
@@ -64,10 +67,10 @@ load_rows_kernel(
     const double norm = sqrt(square);
     reciprocal = norm < eps ? -1 / eps : 1 / norm;
   } else {
-    reciprocal = square * 0 + 1;
-    // Positive floats are ordered as integers are.
-    if (lane == 0 && square < 3e38)
-      atomicMax(reinterpret_cast<int*>(state + state_norm), __float_as_int(float(square)));
+    // Positive floats are ordered as integers are. An infinite row does not lift the bound for the others.
+    const float longest = static_cast<float>(fmin(square, 3.4e38));
+    if (lane == 0 && square < INFINITY) atomicMax(reinterpret_cast<int*>(state + state_norm), __float_as_int(longest));
+    if (lane == 0 && !(square < INFINITY)) state[state_infinite] = 1;
   }
   T* to = stored + static_cast<int64_t>(first + row) * p.stride;
   for (int d = lane; d < p.stride; d += 32) {

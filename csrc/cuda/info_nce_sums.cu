@@ -104,6 +104,7 @@ sums_kernel(Problem p, SumsArguments a) {
   const int x_local = item.block * side, x_row = u * p.padded + x_local;
   const int warp_row = 16 * M * static_cast<int>(threadIdx.x / 32);
   const Score score = score_reference(a.state, p.normalize);
+  const bool low_parts = a.state[state_infinite] == 0;
 
   unsigned char* shared = shared_memory();
   unsigned char* stages = RESIDENT ? shared + chunks * bytes : shared;
@@ -142,14 +143,15 @@ sums_kernel(Problem p, SumsArguments a) {
       next_stage();
       fetch(step + 1);
       const unsigned char* y = stages + step % 2 * stage_bytes;
-      for (int c = 0; c < chunks; ++c) add_scores<T, EXACT>(s, shared + c * bytes, y + c * bytes, warp_row, depths(c));
+      for (int c = 0; c < chunks; ++c)
+        add_scores<T, EXACT>(s, shared + c * bytes, y + c * bytes, warp_row, depths(c), low_parts);
       ++step;
     } else {
       for (int c = 0; c < chunks; ++c, ++step) {
         next_stage();
         fetch(step + 1);
         const unsigned char* stage = stages + step % 2 * stage_bytes;
-        add_scores<T, EXACT>(s, stage, stage + bytes, warp_row, depths(c));
+        add_scores<T, EXACT>(s, stage, stage + bytes, warp_row, depths(c), low_parts);
       }
     }
 
@@ -244,7 +246,8 @@ void launch(const Device& device, const Problem& p, SumsArguments a) {
   const int64_t tiles = n * (own * (n / 2 + 1) + int64_t(view_pairs(p)) * n + int64_t(p.views) * q);
   a.chunk = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(64, tiles / (16 * device.processors()))));
   const int64_t items = count_items(p, a, n, q);
-  const int chunks = ceil_div(p.stride * sizeof(T), chunk_bytes), resident = 3 * chunks * bytes;
+  const int chunks = ceil_div(p.stride * sizeof(T), chunk_bytes);
+  const int64_t resident = int64_t(3) * chunks * bytes;
   STD_TORCH_CHECK(items < (int64_t(1) << 31), "impl='cuda': too many pairs of blocks; use impl='reference'");
   const dim3 grid(static_cast<unsigned>(items));
   if (resident <= device.shared_limit())

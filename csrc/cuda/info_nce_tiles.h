@@ -40,9 +40,11 @@ __device__ inline void next_stage() {
   __syncthreads();  // barrier of next_stage
 }
 
-// c += a b. With EXACT floats are split into two TF32 numbers, which keeps all but 2^-22 of the product.
+// c += a b. With EXACT floats are split into two TF32 numbers, which keeps all but 2^-22 of the product; not with an
+// infinity among them (`low_parts`), whose products with the low parts would be NaN or of either sign.
 template <typename T, bool EXACT, int M>
-__device__ inline void multiply(float (&c)[M][2][4], const uint32_t (&a)[M][4], const uint32_t (&b)[2][2]) {
+__device__ inline void multiply(
+    float (&c)[M][2][4], const uint32_t (&a)[M][4], const uint32_t (&b)[2][2], bool low_parts) {
   if constexpr (sizeof(T) == 2) {
     warp_multiply<T>(c, a, b);
   } else {
@@ -60,10 +62,11 @@ __device__ inline void multiply(float (&c)[M][2][4], const uint32_t (&a)[M][4], 
     for (int h = 0; h < 2; ++h)
 #pragma unroll
       for (int r = 0; r < 2; ++r) split(b[h][r], b_high[h][r], b_low[h][r]);
-    if constexpr (EXACT) {
-      warp_multiply<T>(c, a_low, b_high);
-      warp_multiply<T>(c, a_high, b_low);
-    }
+    if constexpr (EXACT)
+      if (low_parts) {
+        warp_multiply<T>(c, a_low, b_high);
+        warp_multiply<T>(c, a_high, b_low);
+      }
     warp_multiply<T>(c, a_high, b_high);
   }
 }
@@ -72,7 +75,7 @@ __device__ inline void multiply(float (&c)[M][2][4], const uint32_t (&a)[M][4], 
 // `depths`: how many products of 32 bytes the chunk has.
 template <typename T, bool EXACT, int M, int N>
 __device__ inline void add_scores(
-    float (&s)[N][M][2][4], const unsigned char* x, const unsigned char* y, int first, int depths) {
+    float (&s)[N][M][2][4], const unsigned char* x, const unsigned char* y, int first, int depths, bool low_parts) {
   const int lane = threadIdx.x % 32;
   for (int k = 0; k < depths; ++k) {
     uint32_t a[M][4];
@@ -83,14 +86,15 @@ __device__ inline void add_scores(
       uint32_t r[4];
       warp_load_matrices(r, y + place(16 * n + lane % 8 + lane / 16 * 8, 2 * k + lane / 8 % 2));
       const uint32_t b[2][2] = {{r[0], r[1]}, {r[2], r[3]}};
-      multiply<T, EXACT>(s[n], a, b);
+      multiply<T, EXACT>(s[n], a, b, low_parts);
     }
   }
 }
 
 // out[d] += g y over a chunk of y's columns: 16 columns at a time, those from 16 d on. g lies as scores do.
 template <typename T, bool EXACT, int M, int N, int D>
-__device__ inline void add_products(float (&out)[D][M][2][4], const float (&g)[N][M][2][4], const unsigned char* y) {
+__device__ inline void add_products(
+    float (&out)[D][M][2][4], const float (&g)[N][M][2][4], const unsigned char* y, bool low_parts) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int n = 0; n < N; ++n) {
@@ -105,7 +109,7 @@ __device__ inline void add_products(float (&out)[D][M][2][4], const float (&g)[N
         uint32_t r[4];
         warp_load_matrices_transposed(r, y + place(16 * n + lane % 16, 2 * d + lane / 16));
         const uint32_t b[2][2] = {{r[0], r[1]}, {r[2], r[3]}};
-        multiply<T, EXACT>(out[d], a, b);
+        multiply<T, EXACT>(out[d], a, b, low_parts);
       }
     } else {
 #pragma unroll
@@ -127,7 +131,7 @@ __device__ inline void add_products(float (&out)[D][M][2][4], const float (&g)[N
             for (int r = 0; r < 2; ++r)
               b[q][r] = *reinterpret_cast<const uint32_t*>(y + place(row + r, column / 4) + column % 4 * 4);
           }
-          multiply<T, EXACT>(out[d], a, b);
+          multiply<T, EXACT>(out[d], a, b, low_parts);
         }
       }
     }

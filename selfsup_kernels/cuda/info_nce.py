@@ -4,12 +4,7 @@ out; ``csrc/cuda/info_nce.cu`` does the work."""
 import torch
 
 from selfsup_kernels import ops
-from selfsup_kernels._rows import Layout, check_size, half_factor, sort_by_class, upstream_of_rows
-
-
-def _exact(dtype):
-    """Whether float32 products keep float32's precision: as PyTorch's own do, unless TF32 was asked for."""
-    return dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+from selfsup_kernels._rows import Layout, check_size, half_factor, sort_by_class, takes_tf32, upstream_of_rows
 
 
 def _deterministic():
@@ -39,7 +34,7 @@ def forward(views, labels, queue, temperature_tensor, temperature, objective, co
         normalize,
         eps,
         _deterministic(),
-        _exact(first.dtype),
+        not takes_tf32(first.dtype),
     )
     if reduction:
         loss = loss.mean() if reduction == 1 else loss.sum()
@@ -69,6 +64,8 @@ def backward(
     need_temperature,
     dtype,
 ):
+    if dtype != z.dtype:
+        raise RuntimeError(f"impl='cuda' gives the gradient in the dtype of the views, {z.dtype}, not in {dtype}")
     layout = Layout(num_views, batch, dim, len(rnorm) - logw.shape[2], labels is not None)
     begin, end = order[batch:].to(torch.int32).chunk(2) if layout.labels else (None, None)
     upstream, grad_scale = (None, grad) if reduction else upstream_of_rows(layout, grad, order)
@@ -93,7 +90,7 @@ def backward(
         normalize,
         need_temperature,
         half_factor(z.dtype),
-        _exact(z.dtype),
+        not takes_tf32(z.dtype),
     )
     if need_temperature:
         return grad_views, parts.sum()

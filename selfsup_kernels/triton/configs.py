@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import torch
 
+from selfsup_kernels._rows import takes_tf32
+
 TABLE = Path(__file__).with_name("configs.json")
 ENVIRONMENT = "SELFSUP_KERNELS_TRITON_CONFIGS"
 
@@ -54,7 +56,7 @@ def precision_of(dtype: torch.dtype) -> str:
     TF32 products make one of float32's precision, faster than the units that have no matrices."""
     if dtype != torch.float32:
         return "ieee"  # products of 16-bit numbers are exact in float32 anyway
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32" if takes_tf32(dtype) else "tf32x3"
 
 
 def lookup(kernel: str, architecture: int, dtype: torch.dtype, dim: int) -> Config | None:

@@ -65,7 +65,7 @@ def load_rows_kernel(
         h = h * tl.abs(reciprocal)[:, None]
     else:
         reciprocal = square * 0.0 + 1.0
-        longest = tl.where(square < 3e38, square, 0.0).to(tl.float32)
+        longest = tl.where(square < float("inf"), tl.where(square < 3.4e38, square, 3.4e38), 0.0).to(tl.float32)
         tl.atomic_max(state + STATE_NORM, tl.max(longest))
     h = tl.where(valid[:, None], h, 0.0)  # padding is zeros whatever 1 / eps is
     at = stored + (first_row + row).to(tl.int64)[:, None] * STRIDE + d[None, :]

@@ -66,8 +66,9 @@ struct Meeting {
 
 std::vector<std::unique_ptr<Fiber>> fibers;
 std::vector<Meeting> meetings;
-std::vector<unsigned> ready;
-std::string barrier;  // where the threads that wait for the block are
+std::vector<std::vector<unsigned>> ready;  // threads of each warp
+unsigned favoured = 0;                     // the warp that runs while it can
+std::string barrier;                       // where the threads that wait for the block are
 unsigned waiting, live;
 std::string failure;
 ucontext_t scheduler;
@@ -133,11 +134,31 @@ void resume(Fiber& fiber) {
 #endif
 }
 
+void make_ready(unsigned thread) {
+  fibers[thread]->state = State::Ready;
+  ready[thread / warp_size].push_back(thread);
+}
+
+// The next thread to run, or -1. One warp runs far ahead of the others, until by chance another does: threads that
+// all advance alike would seldom overtake each other where a barrier is missing.
+int draw() {
+  if (ready[favoured].empty() || randomness() % 256 == 0) {
+    const unsigned start = randomness() % ready.size();
+    unsigned k = 0;
+    while (k < ready.size() && ready[(start + k) % ready.size()].empty()) ++k;
+    if (k == ready.size()) return -1;
+    favoured = (start + k) % ready.size();
+  }
+  std::vector<unsigned>& threads = ready[favoured];
+  std::swap(threads[randomness() % threads.size()], threads.back());
+  const int next = static_cast<int>(threads.back());
+  threads.pop_back();
+  return next;
+}
+
 void release_barrier() {
   for (unsigned k = 0; k < fibers.size(); ++k) {
-    if (fibers[k]->state != State::Barrier) continue;
-    fibers[k]->state = State::Ready;
-    ready.push_back(k);
+    if (fibers[k]->state == State::Barrier) make_ready(k);
   }
   waiting = 0;
 }
@@ -159,14 +180,15 @@ void run_block(unsigned threads, size_t shared) {
   here.shared = memory.get();
 
   meetings.assign((threads + warp_size - 1) / warp_size, {});
-  ready.clear();
+  ready.assign(meetings.size(), {});
+  favoured = 0;
   waiting = 0;
   live = threads;
   failure.clear();
+  for (auto& fiber : fibers) fiber->state = State::Done;  // also those that a failed launch left waiting
   for (unsigned k = 0; k < threads; ++k) {
     Fiber& fiber = *fibers[k];
     fiber.thread = k;
-    fiber.state = State::Ready;
     fiber.open.clear();
     fiber.groups.clear();
     fiber.fake_stack = nullptr;
@@ -176,10 +198,11 @@ void run_block(unsigned threads, size_t shared) {
     fiber.context.uc_stack.ss_size = stack_size;
     fiber.context.uc_link = nullptr;
     makecontext(&fiber.context, start, 0);
-    ready.push_back(k);
+    make_ready(k);
   }
   while (live > 0 && failure.empty()) {
-    if (ready.empty()) {
+    const int next = draw();
+    if (next < 0) {
       // Threads that have ended do not hold up a barrier.
       if (waiting == live) {
         release_barrier();
@@ -190,10 +213,7 @@ void run_block(unsigned threads, size_t shared) {
         if (m.arrived) failure += ", " + std::to_string(m.arrived) + " lanes at " + m.what;
       break;
     }
-    std::swap(ready[randomness() % ready.size()], ready.back());
-    Fiber& next = *fibers[ready.back()];
-    ready.pop_back();
-    resume(next);
+    resume(*fibers[next]);
   }
   for (size_t k = shared; k < bytes; ++k)
     if (!SK_SANITIZED && memory.get()[k] != 0xff && failure.empty()) failure = "a write past the end of shared memory";
@@ -229,11 +249,13 @@ static bool skip(const char* file, int line) {
 
 void sync_threads(const char* file, int line) {
   if (skip(file, line)) return;
-  barrier = std::string(file) + ":" + std::to_string(line);
+  const std::string site = std::string(file) + ":" + std::to_string(line);
+  if (waiting > 0 && site != barrier)
+    fail("threads of one block wait at different barriers: " + site + " and " + barrier);
+  barrier = site;
   if (++waiting == live) {
     release_barrier();
-    current->state = State::Ready;
-    ready.push_back(current->thread);
+    make_ready(current->thread);
   } else {
     current->state = State::Barrier;
   }
@@ -256,9 +278,7 @@ void warp_meet(Finish finish, void* mine, const char* what) {
   meeting.arrived = 0;
   const unsigned first = current->thread / warp_size * warp_size;
   for (unsigned k = first; k < first + warp_size; ++k) {
-    if (k == current->thread) continue;
-    fibers[k]->state = State::Ready;
-    ready.push_back(k);
+    if (k != current->thread) make_ready(k);
   }
 }
 
