@@ -39,10 +39,6 @@ Problem problem_of(
   return p;
 }
 
-Number number_of(const std::optional<Tensor>& tensor, double value) {
-  return tensor ? Number{tensor->data_ptr(), tensor->scalar_type(), 0} : Number{nullptr, ScalarType::Double, value};
-}
-
 Classes classes_of(const std::optional<Tensor>& begin, const std::optional<Tensor>& end) {
   return begin ? Classes{pointer<const int>(*begin), pointer<const int>(*end)} : Classes{};
 }
@@ -65,8 +61,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     bool exact) {
   const Tensor& first = views[0];
   STD_TORCH_CHECK(
-      on_this_device(first) && on_this_device(order) && (!queue || on_this_device(*queue)) &&
-          (!temperature_tensor || on_this_device(*temperature_tensor)),
+      on_this_device(first) && on_this_device(order) && (!queue || on_this_device(*queue)),
       "impl='cuda' takes CUDA tensors");
   const Device device(first);
   const Problem p = problem_of(
@@ -79,8 +74,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
       class_begin.has_value(),
       normalize);
   const Classes classes = classes_of(class_begin, class_end);
-  const Stored stored =
-      load_rows(device, p, views, queue, order_of(order), number_of(temperature_tensor, temperature), eps);
+  const Stored stored = load_rows(
+      device,
+      p,
+      views,
+      queue,
+      order_of(order),
+      temperature_tensor ? Number(*temperature_tensor, first) : Number(temperature),
+      eps);
   pair_sums(device, p, stored, classes, deterministic, exact);
   const Tables t =
       p.labels ? class_tables(device, p, stored, classes, order_of(order)) : view_tables(device, p, stored);
@@ -122,7 +123,7 @@ std::tuple<Tensor, Tensor> backward(
       saved,
       partial,
       order_of(order),
-      number_of(grad, 0),
+      Number(grad, rows),
       constant,
       static_cast<float>(factor),
       out,

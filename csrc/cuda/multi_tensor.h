@@ -15,6 +15,7 @@
 #include "common/layouts.h"
 #include "common/macros.h"
 #include "cuda/launch.h"
+#include "cuda/numbers.h"
 
 namespace selfsup_kernels::cuda {
 
@@ -165,35 +166,5 @@ struct Pack {
 };
 
 __device__ inline bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
-
-// Whether both are on the device that these kernels run on, and on the same one.
-inline bool on_one_device(const Tensor& a, const Tensor& b) {
-  return on_this_device(a) && on_this_device(b) && a.get_device_index() == b.get_device_index();
-}
-
-// A tensor of one number, which the kernel reads where it lies on the device, and the host where it lies there.
-struct Number {
-  const void* on_device = nullptr;
-  int dtype = 0;
-  double value = 0;
-
-  explicit Number(double value) : value(value) {}
-  // `like` is on the device of the kernel.
-  Number(const Tensor& t, const Tensor& like) : on_device(t.const_data_ptr()), dtype(dtype_number(t.scalar_type())) {
-    if (on_one_device(t, like)) return;
-    STD_TORCH_CHECK(t.is_cpu(), "expected a number on the device of the tensors or on the host");
-    value = read();
-    on_device = nullptr;
-  }
-  SK_HOST_DEVICE double read() const {
-    if (!on_device) return value;
-    double result = 0;
-    with_dtype(dtype, [&](auto type) {
-      using T = typename decltype(type)::type;
-      result = static_cast<double>(*static_cast<const T*>(on_device));
-    });
-    return result;
-  }
-};
 
 }  // namespace selfsup_kernels::cuda

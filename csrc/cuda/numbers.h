@@ -1,6 +1,7 @@
-// A number whose dtype is known at run time, read on the device.
+// A number that may lie on the device: read by the kernel, so that nothing waits for it.
 #pragma once
 
+#include "common/macros.h"
 #include "cuda/launch.h"
 #include "cuda/ptx.h"
 
@@ -8,22 +9,37 @@ namespace selfsup_kernels::cuda {
 
 using torch::headeronly::ScalarType;
 
+// Whether both are on the device that these kernels run on, and on the same one.
+inline bool on_one_device(const Tensor& a, const Tensor& b) {
+  return on_this_device(a) && on_this_device(b) && a.get_device_index() == b.get_device_index();
+}
+
+// A number, or a tensor of one number, which the kernel reads where it lies on the device, and the host where it lies
+// there.
 struct Number {
-  const void* at = nullptr;  // null: `value`
+  const void* on_device = nullptr;
   ScalarType dtype = ScalarType::Double;
   double value = 0;
 
-  __device__ double read() const {
-    if (at == nullptr) return value;
+  explicit Number(double value) : value(value) {}
+  // `like` is on the device of the kernel.
+  Number(const Tensor& t, const Tensor& like) : on_device(t.const_data_ptr()), dtype(t.scalar_type()) {
+    if (on_one_device(t, like)) return;
+    STD_TORCH_CHECK(t.is_cpu(), "expected a number on the device of the tensors or on the host");
+    value = read();
+    on_device = nullptr;
+  }
+  SK_HOST_DEVICE double read() const {
+    if (on_device == nullptr) return value;
     switch (dtype) {
       case ScalarType::Double:
-        return *static_cast<const double*>(at);
+        return *static_cast<const double*>(on_device);
       case ScalarType::Float:
-        return *static_cast<const float*>(at);
+        return *static_cast<const float*>(on_device);
       case ScalarType::BFloat16:
-        return static_cast<float>(*static_cast<const BFloat16*>(at));
+        return static_cast<float>(*static_cast<const BFloat16*>(on_device));
       default:
-        return static_cast<float>(*static_cast<const Half*>(at));
+        return static_cast<float>(*static_cast<const Half*>(on_device));
     }
   }
 };

@@ -44,10 +44,12 @@ expect overflow 1 "runtime error: signed integer overflow"
 "$python" -c 'from selfsup_kernels import _build, backends
 assert _build.record()["sanitized"] and str(_build.PACKAGE).startswith("'"$tree"'"), _build.PACKAGE
 assert backends.unavailable("cpu") is None, backends.unavailable("cpu")'
+# Without the tests of the benchmarks, which are not in the copy.
+tests="tests --ignore=tests/gpu --ignore=tests/test_gpu_bench.py --ignore=tests/test_gpu_check.py --ignore=tests/test_build_cuda.py"
 # The widest instruction set with everything, the others with all but the slow random cases.
-"$python" -m pytest tests --ignore=tests/gpu --ignore=tests/test_gpu_bench.py --ignore=tests/test_gpu_check.py -m sanitize -k "not reference" --durations=5
+"$python" -m pytest $tests -m sanitize -k "not reference" --durations=5
 for capability in avx2 default; do
   SELFSUP_KERNELS_CPU_CAPABILITY=$capability \
-    "$python" -m pytest tests --ignore=tests/gpu --ignore=tests/test_gpu_bench.py --ignore=tests/test_gpu_check.py -m sanitize -k "not reference" --ignore=tests/test_properties.py --ignore=tests/test_ops.py
+    "$python" -m pytest $tests -m sanitize -k "not reference" --ignore=tests/test_properties.py --ignore=tests/test_ops.py
 done
 SELFSUP_KERNELS_CUDA_EMULATOR=$emulator "$python" -m pytest tests/gpu -k "cuda or emulator" --durations=5
