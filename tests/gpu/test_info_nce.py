@@ -308,11 +308,13 @@ def test_tf32_where_pytorch_allows_it(impl, device, restored_precision, setting)
 
 
 @pytest.mark.parametrize("batch", [256, 700])
-def test_exact_products_stay_exact_over_many_rows(cuda_runs, device, batch):
+def test_exact_products_stay_exact_over_many_rows(impl, device, batch):
     """Rows that share a direction: sums of one sign, which tensor cores cut off where they add up. The mean gradient's
     error must not grow with the rows."""
+    if impl == "triton" and device.type == "cpu" and batch > 256:
+        pytest.skip("too slow in Triton's interpreter, whose products are float32's")
     views = (randn(2, batch, 16) + 3).to(device)
-    got = run(info_nce_loss, views, 0.1, impl="cuda")
+    got = run(info_nce_loss, views, 0.1, impl=impl)
     want = run(dense.info_nce_loss, views.double(), 0.1)
     assert (got[1] - want[1]).norm() <= 1e-6 * want[1].norm()
 
