@@ -3,7 +3,11 @@
 // A fiber runs until it meets a barrier or an instruction of the whole warp; which one is next is drawn at random from
 // a seed, as is the order of the blocks. Shared memory starts as NaN in every block, and what `cp.async` fetches is NaN
 // until it has been waited for. So a barrier or a wait that is missing shows as a wrong number, in some order.
-// What is not modelled: time, several blocks at once, warps of which only some threads take part in an instruction.
+// Why not a library: those that run such kernels on a CPU (HIP-CPU, hipCPU, chipStar) know HIP, neither `cp.async` nor
+// the fragments of `mma`, and run threads in one order.
+//
+// What is not modelled: races on global memory (one thread runs at a time), time, several blocks at once, warps of
+// which only some threads take part in an instruction.
 #pragma once
 
 #include <cstddef>
