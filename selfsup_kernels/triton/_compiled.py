@@ -143,7 +143,7 @@ def recording(architecture: int, wanted: Callable[[str], bool] = lambda kernel: 
         (_launch, "launch"): record,
         (_launch, "arch_of"): lambda tensor: architecture,
         (_launch, "processors_of"): lambda tensor: RESOURCES[architecture].processors,
-        (backends, "select"): lambda impl, tensor, any_dtype=False: "triton",
+        (backends, "select"): lambda impl, *_, **__: "triton",
     }
     before = {(owner, name): getattr(owner, name) for owner, name in replaced}
     active = driver._active

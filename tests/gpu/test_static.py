@@ -119,6 +119,13 @@ def test_the_command_names_the_configuration_that_fails(tmp_path):
     assert 0 < sums["prediction"]["fraction"] <= 1
 
 
+def test_the_command_compiles_what_a_call_of_the_package_launches():
+    """The shortest op; a call that the command no longer follows would fail for all."""
+    done = run("benchmarks/gpu_static.py", "--arch", 90, "--dtype", "bfloat16", "--op", "ema", "--jobs", 1, "--brief")
+    assert done.returncode == 0, done.stderr
+    assert " 0 not fit to ship" in done.stdout
+
+
 LISTING = """
 	Function : f
         /*0000*/                   MOV R1, RZ ;
