@@ -11,8 +11,7 @@
 #include <vector>
 
 #include "common/byol.h"
-#include "cuda/launch.h"
-#include "cuda/ptx.h"
+#include "cuda/byol_rows.h"
 
 namespace selfsup_kernels::cuda {
 
@@ -20,8 +19,6 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
-constexpr int threads = 256;
-constexpr int warps = threads / 32;
 // Of a multiprocessor at once, which leave a thread 64, 80 or 128 registers.
 constexpr int blocks_wanted(int group_warps, bool pairs) {
   return group_warps == 1 ? (pairs ? 4 : 3) : (pairs ? 3 : 2);
@@ -63,140 +60,6 @@ struct BackwardParameters {
   int views;
   float factor;
 };
-
-// n numbers that are moved at once: 16 bytes of an aligned row, else one number. Kept as they are stored, which takes
-// half of the registers that float32 would.
-template <typename T, int n>
-struct Pack {
-  T raw[n];
-
-  __device__ void read(const T* from) {
-    if constexpr (n == 1) {
-      raw[0] = *from;
-    } else {
-      static_assert(n * sizeof(T) == 16);
-      const uint4 bits = __ldg(reinterpret_cast<const uint4*>(from));
-      memcpy(raw, &bits, 16);
-    }
-  }
-  __device__ void write(T* to) const {
-    if constexpr (n == 1) {
-      *to = raw[0];
-    } else {
-      uint4 bits;
-      memcpy(&bits, raw, 16);
-      *reinterpret_cast<uint4*>(to) = bits;
-    }
-  }
-  __device__ float operator[](int k) const { return static_cast<float>(raw[k]); }
-};
-
-// Packs of a row that are on their way at once, so that a thread has 32 bytes of each of two rows to wait for.
-template <typename T, int n>
-constexpr int in_flight = n == 1 ? 4 : 2;
-
-// The threads that share a row: `width` of them, of which this one is number `rank`.
-template <int group_warps>
-struct Group {
-  static constexpr int width = 32 * group_warps;
-  int rank = threadIdx.x % width;
-
-  // The sums of N numbers over the group, in the same order every time. `scratch`: 2 * warps * N doubles of the block.
-  template <typename A, int N>
-  __device__ void sum(A (&x)[N], void* scratch) const {
-#pragma unroll
-    for (int lanes = 16; lanes > 0; lanes /= 2)
-#pragma unroll
-      for (int k = 0; k < N; ++k) x[k] += __shfl_xor_sync(0xffffffffu, x[k], lanes);
-    if constexpr (group_warps > 1) {
-      A* parts = static_cast<A*>(scratch);
-      __syncthreads();  // the sums before have been read
-      if (rank % 32 == 0)
-        for (int k = 0; k < N; ++k) parts[rank / 32 * N + k] = x[k];
-      __syncthreads();
-      for (int k = 0; k < N; ++k) {
-        x[k] = parts[k];
-        for (int w = 1; w < group_warps; ++w) x[k] += parts[w * N + k];
-      }
-    }
-  }
-  // What threads of the group have written is there for the others. A block needs nothing here: between writing a sum
-  // and reading what another thread wrote of it, and before it is written again, lie the barriers of `sum`.
-  __device__ void wait() const {
-    if constexpr (group_warps == 1) __syncwarp();
-  }
-};
-
-// use(column, a's pack, b's pack) for this thread's share of the columns; loads of several packs are on their way at
-// once.
-template <typename T, int n, int width, typename Use>
-__device__ inline void for_packs(const T* a, const T* b, int64_t dim, int rank, const Use& use) {
-  constexpr int many = in_flight<T, n>;
-  for (int64_t start = int64_t(rank) * n; start < dim; start += many * width * n) {
-    Pack<T, n> x[many], y[many];
-#pragma unroll
-    for (int k = 0; k < many; ++k) {
-      const int64_t at = start + k * width * n;
-      if (at < dim) {
-        x[k].read(a + at);
-        y[k].read(b + at);
-      }
-    }
-#pragma unroll
-    for (int k = 0; k < many; ++k) {
-      const int64_t at = start + k * width * n;
-      if (at < dim) use(at, x[k], y[k]);
-    }
-  }
-}
-
-// The squares of two rows, and their product.
-template <typename T, int n, int group_warps>
-__device__ inline void products(
-    float (&total)[3], const T* a, const T* b, int64_t dim, const Group<group_warps>& group, void* scratch) {
-  for (float& x : total) x = 0;
-  for_packs<T, n, Group<group_warps>::width>(a, b, dim, group.rank, [&](int64_t, const auto& x, const auto& y) {
-#pragma unroll
-    for (int k = 0; k < n; ++k) {
-      total[0] += x[k] * x[k];
-      total[1] += y[k] * y[k];
-      total[2] += x[k] * y[k];
-    }
-  });
-  group.sum(total, scratch);
-}
-
-// The squares of a row, and its product with a sum of unit rows less one of them: a (sum - size t).
-template <typename T, int n, int group_warps>
-__device__ inline void products_with_sum(
-    float (&total)[2],
-    const T* a,
-    const T* t,
-    float size,
-    const float* sum,
-    int64_t dim,
-    const Group<group_warps>& group,
-    void* scratch) {
-  for (float& x : total) x = 0;
-  for_packs<T, n, Group<group_warps>::width>(a, t, dim, group.rank, [&](int64_t at, const auto& x, const auto& y) {
-#pragma unroll
-    for (int k = 0; k < n; ++k) {
-      total[0] += x[k] * x[k];
-      total[1] += x[k] * (sum[at + k] - y[k] * size);
-    }
-  });
-  group.sum(total, scratch);
-}
-
-// The same in double, number by number, for rows that float32 has no squares of: N sums of `terms(column, sums)`.
-template <int N, int group_warps, typename Terms>
-__device__ inline void wide_sums(
-    double (&total)[N], int64_t dim, const Group<group_warps>& group, void* scratch, const Terms& terms) {
-  for (double& x : total) x = 0;
-#pragma unroll 1
-  for (int64_t at = group.rank; at < dim; at += Group<group_warps>::width) terms(at, total);
-  group.sum(total, scratch);
-}
 
 // Whether float32 sums of squares are those of the row: nothing that counts left its range. Not for NaN.
 __device__ inline bool in_range(float squares) { return squares > 1e-30f && squares < 1e38f; }
@@ -380,7 +243,7 @@ byol_backward_kernel(SK_GRID_CONSTANT(BackwardParameters<T>) in) {
 #pragma unroll
         for (int j = 0; j < many; ++j)
           if (column + j * 32 * n < in.dim) {
-            Pack<T, n> x;
+            RowPack<T, n> x;
             x.read(t + column + j * 32 * n);
 #pragma unroll
             for (int k = 0; k < n; ++k) sum[j][k] += x[k] * size;
@@ -390,7 +253,7 @@ byol_backward_kernel(SK_GRID_CONSTANT(BackwardParameters<T>) in) {
       const int v = pairs ? in.views - 1 - u : u;
       const int64_t i = u * in.batch + a;
       const T *p = in.p.row(u, a), *t = in.t.row(v, a);
-      Pack<T, n> x[many], y[many];
+      RowPack<T, n> x[many], y[many];
 #pragma unroll
       for (int j = 0; j < many; ++j)
         if (column + j * 32 * n < in.dim) {
