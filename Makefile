@@ -77,7 +77,7 @@ bench: setup
 test: setup
 	$(PY) -m pytest tests --ignore=tests/gpu --durations=10
 	emulator=$$($(PY) tests/emulator/build.py) && \
-	  TRITON_INTERPRET=1 SELFSUP_KERNELS_CUDA_EMULATOR=$$emulator $(PY) -m pytest tests/gpu --durations=5
+	  TRITON_INTERPRET=1 SELFSUP_KERNELS_CUDA_EMULATOR=$$emulator $(PY) -m pytest tests/gpu -rs --durations=5
 
 lint: $(DEPENDENCIES)
 	$(PY) -m ruff check .

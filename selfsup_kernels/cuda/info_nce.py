@@ -19,8 +19,6 @@ def forward(views, labels, queue, temperature_tensor, temperature, objective, co
         order, begin, end = torch.empty(0, dtype=torch.int64, device=first.device), None, None
     else:
         order, begin, end = sort_by_class(labels, len(views))
-    if temperature_tensor is not None and temperature_tensor.device != first.device:
-        temperature, temperature_tensor = float(temperature_tensor), None  # on the CPU: no synchronisation
     loss, stored, rnorm, weights, coef, state = ops.get("info_nce_forward_stages", "cuda")(
         views,
         queue if layout.queue else None,
@@ -28,7 +26,7 @@ def forward(views, labels, queue, temperature_tensor, temperature, objective, co
         begin,
         end,
         temperature_tensor,
-        float(temperature),
+        temperature,
         objective,
         core_view,
         normalize,
