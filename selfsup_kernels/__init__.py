@@ -4,7 +4,7 @@ See :mod:`selfsup_kernels.functional` for the losses, :mod:`selfsup_kernels.modu
 :mod:`selfsup_kernels.methods` for whole methods, and ``python -m selfsup_kernels info`` for what this machine runs.
 """
 
-from selfsup_kernels import backends, functional, methods, optim
+from selfsup_kernels import backends, compat, functional, methods, optim
 from selfsup_kernels.ema import EMA, cosine_momentum
 from selfsup_kernels.functional import ContrastiveStats, byol_loss, contrastive_stats, ema_update_, info_nce_loss
 from selfsup_kernels.modules import BYOLLoss, InfoNCELoss
@@ -20,6 +20,7 @@ __all__ = [
     "__version__",
     "backends",
     "byol_loss",
+    "compat",
     "contrastive_stats",
     "cosine_momentum",
     "ema_update_",
