@@ -26,6 +26,7 @@ SOURCES = (
     "csrc/cpu/kernels_avx512.cpp",
     "csrc/cpu/info_nce.cpp",
     "csrc/cpu/info_nce_labels.cpp",
+    "csrc/cpu/info_nce_layout.cpp",
     "csrc/cpu/byol.cpp",
     "csrc/cpu/ema.cpp",
     "csrc/cpu/optim.cpp",

@@ -22,17 +22,20 @@ SCHEMAS = {
     # loss is () or (V, B) by `reduction`. The other outputs are what the backward needs: z, the (normalised) rows in
     # the accumulation dtype; rnorm, 1/max(|h|, eps) (negative where the floor eps was taken); logw and coef, the
     # coefficient tables of the objective; zq, the rows of the queue; order, the samples sorted by label.
+    # With count >= 0 only the tables of samples first .. first + count are filled, and loss is (V, count) or of these
+    # anchors alone: one process's part of a batch of many, see `selfsup_kernels.distributed`.
     "info_nce_forward": (
         "(Tensor[] views, Tensor? labels, Tensor? queue, Tensor? temperature_tensor, float temperature,"
-        " int objective, int core_view, bool normalize, float eps, int reduction)"
+        " int objective, int core_view, bool normalize, float eps, int reduction, int first=0, int count=-1)"
         " -> (Tensor loss, Tensor z, Tensor rnorm, Tensor logw, Tensor coef, Tensor zq, Tensor order)"
     ),
-    # grad_temperature is a 0-dim float64 tensor; 0 unless need_temperature.
+    # grad_temperature is a 0-dim float64 tensor; 0 unless need_temperature. With count >= 0, the gradient of samples
+    # first .. first + count, (V, count, D), from the tables of all; grad is (V, B), and grad_temperature their share.
     "info_nce_backward": (
         "(Tensor grad, Tensor z, Tensor rnorm, Tensor logw, Tensor coef, Tensor zq, Tensor order, Tensor? labels,"
         " Tensor? temperature_tensor, float temperature, int num_views, int batch, int dim, int objective,"
-        " int core_view, bool normalize, int reduction, bool need_temperature, ScalarType dtype)"
-        " -> (Tensor grad_views, Tensor grad_temperature)"
+        " int core_view, bool normalize, int reduction, bool need_temperature, ScalarType dtype, int first=0,"
+        " int count=-1) -> (Tensor grad_views, Tensor grad_temperature)"
     ),
     # stats is (3, V, B): 1/max(|p|, eps), 1/max(|t|, eps) (both negative where the floor was taken) and the sum of the
     # anchor's cosines.
@@ -104,7 +107,18 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _info_nce_forward_fake(
-    views, labels, queue, temperature_tensor, temperature, objective, core_view, normalize, eps, reduction
+    views,
+    labels,
+    queue,
+    temperature_tensor,
+    temperature,
+    objective,
+    core_view,
+    normalize,
+    eps,
+    reduction,
+    first=0,
+    count=-1,
 ):
     num_views, batch, dim = len(views), views[0].shape[0], views[0].shape[1]
     rows = num_views * batch
@@ -113,7 +127,7 @@ def _info_nce_forward_fake(
     # With labels views no longer matter, so one column of negatives; the queue is one more.
     columns = (1 if labels is not None else num_views) + (queue is not None)
     return (
-        new((num_views, batch) if REDUCTIONS[reduction] == "none" else (), dtype=acc),
+        new((num_views, batch if count < 0 else count) if REDUCTIONS[reduction] == "none" else (), dtype=acc),
         new((rows, dim), dtype=acc),
         new((rows,), dtype=acc),
         new((rows, columns), dtype=torch.float64),
@@ -143,9 +157,11 @@ def _info_nce_backward_fake(
     reduction,
     need_temperature,
     dtype,
+    first=0,
+    count=-1,
 ):
     return (
-        z.new_empty((num_views, batch, dim), dtype=dtype),
+        z.new_empty((num_views, batch if count < 0 else count, dim), dtype=dtype),
         z.new_empty((), dtype=torch.float64),
     )
 
@@ -169,15 +185,28 @@ def _in_place_fake(*args):
 
 
 def _info_nce_forward_fake_gpu(
-    views, labels, queue, temperature_tensor, temperature, objective, core_view, normalize, eps, reduction
+    views,
+    labels,
+    queue,
+    temperature_tensor,
+    temperature,
+    objective,
+    core_view,
+    normalize,
+    eps,
+    reduction,
+    first=0,
+    count=-1,
 ):
     from selfsup_kernels._rows import Layout
 
-    first = views[0]
-    layout = Layout(len(views), *first.shape, 0 if queue is None else queue.shape[0], labels is not None)
-    new = first.new_empty
+    layout = Layout(len(views), *views[0].shape, 0 if queue is None else queue.shape[0], labels is not None)
+    new = views[0].new_empty
     return (
-        new((layout.user_views, layout.samples) if REDUCTIONS[reduction] == "none" else (), dtype=torch.float32),
+        new(
+            (layout.user_views, layout.samples if count < 0 else count) if REDUCTIONS[reduction] == "none" else (),
+            dtype=torch.float32,
+        ),
         new((layout.stored_rows, layout.stride)),
         new((layout.rows + layout.queue,), dtype=torch.float32),
         new((2, layout.columns, layout.rows), dtype=torch.float32),

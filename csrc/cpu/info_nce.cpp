@@ -30,64 +30,6 @@ LabelObjective label_objective(int64_t objective) {
   }
 }
 
-Layout layout_of(int64_t views, int64_t batch, int64_t objective, int64_t core, bool queue) {
-  Layout layout;
-  layout.rule = {static_cast<Objective>(objective), static_cast<int>(views), static_cast<int>(core), queue ? 1 : 0};
-  layout.batch = batch;
-  layout.rows = views * batch;
-  layout.cut_blocks();
-  return layout;
-}
-
-int64_t read_label(const Tensor& labels, int64_t i) {
-  const char* p = static_cast<const char*>(labels.data_ptr());
-  int64_t k = i * labels.stride(0);
-  switch (labels.scalar_type()) {
-    case ScalarType::Long:
-      return reinterpret_cast<const int64_t*>(p)[k];
-    case ScalarType::Int:
-      return reinterpret_cast<const int32_t*>(p)[k];
-    case ScalarType::Short:
-      return reinterpret_cast<const int16_t*>(p)[k];
-    case ScalarType::Char:
-      return reinterpret_cast<const int8_t*>(p)[k];
-    case ScalarType::Byte:
-      return reinterpret_cast<const uint8_t*>(p)[k];
-    default:
-      STD_TORCH_CHECK(false, "labels: expected int64, int32, int16, int8 or uint8");
-  }
-}
-
-// The samples by label (`order`, filled where `sort`), and the rows in that order: row = place in `order` * views +
-// view.
-Layout label_layout(const Tensor& labels, int64_t views, bool queue, int64_t* order, bool sort) {
-  Layout layout;
-  int64_t batch = labels.size(0);
-  layout.rule = {Objective::SupconOut, 1, -1, queue ? 1 : 0};
-  layout.batch = batch;
-  layout.rows = views * batch;
-  layout.labels = true;
-  std::vector<int64_t> label(batch);
-  for (int64_t i = 0; i < batch; ++i) label[i] = read_label(labels, i);
-  if (sort) {
-    for (int64_t i = 0; i < batch; ++i) order[i] = i;
-    std::stable_sort(order, order + batch, [&](int64_t a, int64_t b) { return label[a] < label[b]; });
-  }
-  layout.class_begin.resize(layout.rows);
-  layout.class_end.resize(layout.rows);
-  for (int64_t first = 0; first < batch;) {
-    int64_t stop = first + 1;
-    while (stop < batch && label[order[stop]] == label[order[first]]) ++stop;
-    for (int64_t row = first * views; row < stop * views; ++row) {
-      layout.class_begin[row] = first * views;
-      layout.class_end[row] = stop * views;
-    }
-    first = stop;
-  }
-  layout.cut_blocks();
-  return layout;
-}
-
 // Where the row of (view, sample number in row order) lies, and which sample that is.
 struct RowMap {
   const int64_t* order;  // null without labels
@@ -95,6 +37,10 @@ struct RowMap {
 
   int64_t view(int64_t row) const { return order ? row % views : row / batch; }
   int64_t sample(int64_t row) const { return order ? order[row / views] : row % batch; }
+  // Of an owned row in what is given to the user: (view, owned sample).
+  int64_t owned_place(const Layout& layout, int64_t row) const {
+    return view(row) * layout.count + sample(row) - layout.first;
+  }
 };
 
 // The largest |S| that rows of these norms allow: scale for unit rows, else by the longest finite row.
@@ -137,7 +83,8 @@ void load_rows(const RowReader<T>& reader, RowMap map, int64_t rows, bool normal
   });
 }
 
-// The losses and tables of the objectives that tell views apart. loss is by row, like logw and coef.
+// The losses and tables of the objectives that tell views apart, for the owned samples. loss is by row, like logw and
+// coef.
 template <typename T>
 void view_tables(
     const Layout& layout,
@@ -150,7 +97,7 @@ void view_tables(
     double* coef) {
   const int64_t batch = layout.batch, rows = layout.rows;
   const int views = layout.rule.views, columns = layout.rule.columns();
-  torch::stable::parallel_for(0, batch, 64, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(layout.first, layout.first + layout.count, 64, [&](int64_t begin, int64_t end) {
     std::vector<double> negatives(columns), positives(static_cast<size_t>(views) * views);
     for (int64_t a = begin; a < end; ++a) {
       for (int u = 0; u < views; ++u)
@@ -173,7 +120,8 @@ void view_positives(
     const Layout& layout, const T* z, int64_t dim, const double* coef, const std::vector<double>& g, T* dz) {
   const int64_t batch = layout.batch;
   const int views = layout.rule.views;
-  parallel(batch, std::max<int64_t>(1, 4096 / dim), [&](int64_t a) {
+  parallel(layout.count, std::max<int64_t>(1, 4096 / dim), [&](int64_t k) {
+    const int64_t a = layout.first + k;
     for (int u = 0; u < views; ++u) {
       for (int v = 0; v < views; ++v) {
         int64_t i = u * batch + a, j = v * batch + a;
@@ -199,19 +147,22 @@ Tables forward(
     int64_t core,
     bool normalize,
     double eps,
-    int64_t reduction) {
+    int64_t reduction,
+    int64_t first,
+    int64_t owned) {
   const int64_t count = views.size(), batch = views[0].size(0), dim = views[0].size(1), rows = count * batch;
   const int64_t queued = queue ? queue->size(0) : 0;
   const ScalarType f64 = ScalarType::Double;
 
   Tensor order = cpu_empty({labels ? batch : 0}, ScalarType::Long);
-  Layout layout = labels ? label_layout(*labels, count, queue.has_value(), data<int64_t>(order), true)
-                         : layout_of(count, batch, objective, core, queue.has_value());
+  const Layout layout = labels
+                            ? label_layout(*labels, count, queue.has_value(), data<int64_t>(order), true, first, owned)
+                            : view_layout(count, batch, objective, core, queue.has_value(), first, owned);
   const RowMap map{labels ? data<int64_t>(order) : nullptr, count, batch};
   const int64_t columns = layout.rule.columns();
 
   Tables out{
-      reduction == 0 ? cpu_empty({count, batch}, scalar_type<T>) : cpu_empty({}, scalar_type<T>),
+      reduction == 0 ? cpu_empty({count, layout.count}, scalar_type<T>) : cpu_empty({}, scalar_type<T>),
       cpu_empty({rows, dim}, scalar_type<T>),
       cpu_empty({rows}, scalar_type<T>),
       cpu_empty({rows, columns}, f64),
@@ -241,13 +192,13 @@ Tables forward(
     view_tables<T>(layout, z, dim, scale, n, loss.data(), data<double>(out.logw), data<double>(out.coef));
 
   T* result = data<T>(out.loss);
-  if (reduction == 0) {
-    for (int64_t i = 0; i < rows; ++i) result[map.view(i) * batch + map.sample(i)] = static_cast<T>(loss[i]);
-  } else {
-    double total = 0;
-    for (double l : loss) total += l;
-    *result = static_cast<T>(reduction == 1 ? total / static_cast<double>(rows) : total);
+  double total = 0;
+  for (int64_t i = 0; i < rows; ++i) {
+    if (!layout.owns(i)) continue;
+    total += loss[i];
+    if (reduction == 0) result[map.owned_place(layout, i)] = static_cast<T>(loss[i]);
   }
+  if (reduction != 0) *result = static_cast<T>(reduction == 1 ? total / layout.owned_rows() : total);
   return out;
 }
 
@@ -267,12 +218,14 @@ std::tuple<Tensor, Tensor> backward(
     int64_t core,
     bool normalize,
     int64_t reduction,
-    ScalarType dtype) {
+    ScalarType dtype,
+    int64_t first,
+    int64_t owned) {
   const int64_t rows = z_tensor.size(0), dim = z_tensor.size(1), batch = rows / count, queued = zq_tensor.size(0);
   T *z = data<T>(z_tensor), *zq = data<T>(zq_tensor);
   const bool queue = queued > 0;
-  Layout layout = labels ? label_layout(*labels, count, queue, data<int64_t>(order), false)
-                         : layout_of(count, batch, objective, core, queue);
+  const Layout layout = labels ? label_layout(*labels, count, queue, data<int64_t>(order), false, first, owned)
+                               : view_layout(count, batch, objective, core, queue, first, owned);
   const RowMap map{labels ? data<int64_t>(order) : nullptr, count, batch};
 
   std::vector<double> g(rows);
@@ -301,16 +254,17 @@ std::tuple<Tensor, Tensor> backward(
     view_positives<T>(layout, z, dim, data<double>(coef), g, dz);
 
   const Storage storage = storage_of(dtype);
-  const bool in_place = !labels && dtype == scalar_type<T>;
-  Tensor result = in_place ? dz_tensor : cpu_empty({count, batch, dim}, dtype);
+  const bool in_place = !labels && layout.whole() && dtype == scalar_type<T>;
+  Tensor result = in_place ? dz_tensor : cpu_empty({count, layout.count, dim}, dtype);
   char* to = static_cast<char*>(result.data_ptr());
-  std::vector<double> along(rows);
+  std::vector<double> along(rows, 0.0);
   parallel(rows, std::max<int64_t>(1, 16384 / dim), [&](int64_t i) {
+    if (!layout.owns(i)) return;
     T r = normalize ? data<T>(rnorm)[i] : T(0);
     along[i] = kernels<T>().finish_row(z + i * dim, dz + i * dim, dim, static_cast<T>(scale / boost), r);
     if (in_place) return;
-    int64_t row = map.view(i) * batch + map.sample(i);
-    kernels<T>().narrow(dz + i * dim, dim, r < 0, to + row * dim * item_size(storage), storage);
+    const int64_t place = map.owned_place(layout, i) * dim;
+    kernels<T>().narrow(dz + i * dim, dim, r < 0, to + place * item_size(storage), storage);
   });
 
   // d loss / d scale = sum <z_i, dz_i> / scale, a pair of the batch counted for both of its rows, one with the queue
@@ -335,7 +289,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_nce_forw
     int64_t core_view,
     bool normalize,
     double eps,
-    int64_t reduction) {
+    int64_t reduction,
+    int64_t first,
+    int64_t count) {
   STD_TORCH_CHECK(!views.empty() && views[0].dim() == 2, "info_nce_forward: expected a list of matrices");
   auto run = views[0].scalar_type() == ScalarType::Double ? forward<double> : forward<float>;
   Tables t =
@@ -347,7 +303,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_nce_forw
           core_view,
           normalize,
           eps,
-          reduction);
+          reduction,
+          first,
+          count);
   return {t.loss, t.z, t.rnorm, t.logw, t.coef, t.zq, t.order};
 }
 
@@ -370,7 +328,9 @@ std::tuple<Tensor, Tensor> info_nce_backward(
     bool normalize,
     int64_t reduction,
     bool need_temperature,
-    ScalarType dtype) {
+    ScalarType dtype,
+    int64_t first,
+    int64_t count) {
   (void)batch;  // z has these two sizes here
   (void)dim;
   (void)need_temperature;  // it falls out of products that are needed anyway
@@ -390,7 +350,9 @@ std::tuple<Tensor, Tensor> info_nce_backward(
       core_view,
       normalize,
       reduction,
-      dtype);
+      dtype,
+      first,
+      count);
 }
 
 }  // namespace selfsup_kernels

@@ -9,21 +9,23 @@ namespace {
 // Classes of no more rows than this are many and small: plain loops beat calls of a matrix library.
 constexpr int64_t small_class = 16;
 
-// Calls visit(first row, first column, tile) for the tiles of every class with itself; each piece of rows meets all of
-// its class in one thread, in order.
+// Calls visit(first row, first column, tile) for the tiles of every class's owned rows with all its rows; each piece of
+// rows meets all of its class in one thread, in order.
 template <typename T, typename Visit>
 void class_tiles(const Layout& layout, T* z, int64_t dim, const Visit& visit) {
   constexpr int64_t limit = 256;
   struct Piece {
-    int64_t begin, end, class_begin, class_end;
+    int64_t begin, end;
+    const Layout::Class& all;
   };
   std::vector<Piece> pieces;
-  for (int64_t first = 0; first < layout.rows; first = layout.class_end[first]) {
-    int64_t stop = layout.class_end[first];
-    if (stop - first < 2) continue;
-    Blocks blocks = cut(stop - first, limit);
+  for (int64_t first = 0; first < layout.owned_rows();) {
+    const Layout::Class& all = layout.class_of[first];
+    const int64_t own = all.runs[0].size();
+    Blocks blocks = cut(all.size() < 2 ? 0 : own, limit);
     for (int64_t k = 0; k < blocks.count(); ++k)
-      pieces.push_back({first + blocks.begin[k], first + blocks.begin[k + 1], first, stop});
+      pieces.push_back({first + blocks.begin[k], first + blocks.begin[k + 1], all});
+    first += own;
   }
   // A thread takes a run of classes. At least two tasks: see parallel_products.
   const int64_t count = pieces.size();
@@ -32,22 +34,25 @@ void class_tiles(const Layout& layout, T* z, int64_t dim, const Visit& visit) {
     if (k >= count) return;
     const Piece& piece = pieces[k];
     const int64_t rows = piece.end - piece.begin;
-    if (piece.class_end - piece.class_begin <= small_class) {
-      T values[small_class * small_class];
-      for (int64_t i = 0; i < rows; ++i)
-        for (int64_t j = 0; j < rows; ++j)
-          values[i * rows + j] = kernels<T>().dot(z + (piece.begin + i) * dim, z + (piece.begin + j) * dim, dim);
-      Tile<T> tile{rows, rows, values, nullptr, Tensor(), Tensor(), nullptr, Tensor()};
-      visit(piece.begin, piece.begin, tile);
-      return;
-    }
-    Tensor anchors = matrix(z + piece.begin * dim, rows, dim, dim, 1);
-    for (int64_t from = piece.class_begin; from < piece.class_end; from += limit) {
-      const int64_t cols = std::min(limit, piece.class_end - from);
-      Tile<T>& tile = tiles.get(thread_index(), rows, cols);
-      T* p = z + from * dim;
-      multiply<T>(tile, anchors, matrix(p, cols, dim, dim, 1), matrix(p, dim, cols, 1, dim), dim);
-      visit(piece.begin, from, tile);
+    for (const Layout::Run& run : piece.all.runs) {
+      if (piece.all.size() <= small_class) {
+        if (run.size() == 0) continue;
+        T values[small_class * small_class];
+        for (int64_t i = 0; i < rows; ++i)
+          for (int64_t j = 0; j < run.size(); ++j)
+            values[i * run.size() + j] = kernels<T>().dot(z + (piece.begin + i) * dim, z + (run.begin + j) * dim, dim);
+        Tile<T> tile{rows, run.size(), values, nullptr, Tensor(), Tensor(), nullptr, Tensor()};
+        visit(piece.begin, run.begin, tile);
+        continue;
+      }
+      Tensor anchors = matrix(z + piece.begin * dim, rows, dim, dim, 1);
+      for (int64_t from = run.begin; from < run.end; from += limit) {
+        const int64_t cols = std::min(limit, run.end - from);
+        Tile<T>& tile = tiles.get(thread_index(), rows, cols);
+        T* p = z + from * dim;
+        multiply<T>(tile, anchors, matrix(p, cols, dim, dim, 1), matrix(p, dim, cols, 1, dim), dim);
+        visit(piece.begin, from, tile);
+      }
     }
   });
 }
@@ -122,8 +127,8 @@ void label_tables(
     }
   });
 
-  parallel(rows, 1024, [&](int64_t i) {
-    const double count = static_cast<double>(layout.class_end[i] - layout.class_begin[i] - 1);
+  parallel(layout.owned_rows(), 1024, [&](int64_t i) {
+    const double count = static_cast<double>(layout.class_of[i].size() - 1);
     const double rest = negatives(i);
     const ClassAnchor anchor = class_anchor(by_name(objective), rest, sums[i], count);
     loss[i] = anchor.loss;

@@ -1,6 +1,8 @@
 // How the rows of an InfoNCE problem are ordered, and which pairs of them are negatives of each other.
 #pragma once
 
+#include <torch/csrc/stable/tensor.h>
+
 #include <limits>
 #include <tuple>
 
@@ -12,23 +14,52 @@ namespace selfsup_kernels {
 // Without labels the rows are view by view, row = view * batch + sample: the negatives of one view are one column of
 // the tables, and the rows of one sample are excluded. With labels they are sorted by class, and views no longer
 // matter: one column of negatives, and the rows of one class are excluded.
+//
+// Of a batch that is spread over many processes, only the rows of this one's samples are owned: they get tables and a
+// gradient, the others serve as columns. With labels the owned rows come first, so that a class is two runs of rows.
 struct Layout {
   struct Segment {
     int column;  // of the tables
     int64_t begin, end;
   };
+  struct Run {
+    int64_t begin = 0, end = 0;
+
+    int64_t size() const { return end - begin; }
+    bool holds(int64_t row) const { return begin <= row && row < end; }
+  };
+  struct Class {
+    Run runs[2];  // among the owned rows, among the others
+
+    int64_t size() const { return runs[0].size() + runs[1].size(); }
+  };
 
   ViewRule rule;  // with labels: one view
-  int64_t batch, rows;
+  int64_t views, batch, rows;
+  int64_t first, count;  // the owned samples
   bool labels = false;
-  std::vector<int64_t> class_begin, class_end;  // of each row, with labels
+  std::vector<Class> class_of;  // of each row, with labels
   Blocks blocks;
 
   int64_t queue_column() const { return rule.views; }
+  bool whole() const { return count == batch; }
+  int64_t owned_rows() const { return views * count; }
+
+  bool owns(int64_t row) const {
+    if (labels) return row < owned_rows();
+    int64_t sample = row % batch;
+    return first <= sample && sample < first + count;
+  }
 
   void cut_blocks() {
-    int64_t limit = block_limit(rows);
-    if (labels || rows <= limit) {
+    const int64_t limit = block_limit(rows);
+    if (labels) {
+      blocks.add_even(owned_rows(), limit);
+      blocks.add_even(rows - owned_rows(), limit);
+    } else if (!whole()) {  // a block is owned or not
+      for (int v = 0; v < rule.views; ++v)
+        for (int64_t part : {first, count, batch - first - count}) blocks.add_even(part, limit);
+    } else if (rows <= limit) {
       blocks.add_even(rows, limit);
     } else if (batch >= limit) {  // a block within one view has one segment
       for (int v = 0; v < rule.views; ++v) blocks.add_even(batch, limit);
@@ -56,10 +87,15 @@ struct Layout {
 
   // Whether the tile rows i x rows j holds any negatives.
   bool wanted(const std::vector<Segment>& i, const std::vector<Segment>& j) const {
-    if (labels)
-      return !(
-          class_begin[i[0].begin] <= j[0].begin && j[0].end <= class_end[i[0].begin] &&
-          class_begin[i[0].begin] == class_begin[i[0].end - 1]);
+    if (labels) {
+      auto within = [](const Segment& s, const Class& c) {
+        for (const Run& run : c.runs)
+          if (run.begin <= s.begin && s.end <= run.end) return true;
+        return false;
+      };
+      const Class& c = class_of[i[0].begin];
+      return !(within(i[0], c) && within(j[0], c));
+    }
     for (const Segment& a : i)
       for (const Segment& b : j)
         if (meets(a.column, b.column)) return true;
@@ -71,8 +107,10 @@ struct Layout {
   void excluded(int64_t row, const std::vector<Segment>& columns, Mark mark) const {
     int64_t origin = columns.front().begin;
     if (labels) {
-      int64_t from = std::max(class_begin[row], columns[0].begin), to = std::min(class_end[row], columns[0].end);
-      for (int64_t j = from; j < to; ++j) mark(j - origin);
+      for (const Run& run : class_of[row].runs) {
+        int64_t from = std::max(run.begin, columns[0].begin), to = std::min(run.end, columns[0].end);
+        for (int64_t j = from; j < to; ++j) mark(j - origin);
+      }
       return;
     }
     int64_t sample = row % batch;
@@ -82,6 +120,15 @@ struct Layout {
     }
   }
 };
+
+// `count` negative: all samples.
+Layout view_layout(
+    int64_t views, int64_t batch, int64_t objective, int64_t core, bool queue, int64_t first, int64_t count);
+
+// The samples by label (`order`, filled where `sort`), and the rows in that order: row = place in `order` * views +
+// view.
+Layout label_layout(
+    const Tensor& labels, int64_t views, bool queue, int64_t* order, bool sort, int64_t first, int64_t count);
 
 // weight * exp(x - ref) as weight' * exp(x - ref') with ref' a T: what rounding takes from the reference point, which
 // may be large at low temperatures, goes into the weight.

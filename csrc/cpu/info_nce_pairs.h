@@ -43,25 +43,27 @@ class Pairs {
         z_(z, dim, blocks_),
         zq_(zq, dim, queue_blocks_),
         tiles_(blocks_.longest(), std::max(blocks_.longest(), queue_blocks_.longest())) {
-    for (int64_t i = 0; i < blocks_.count(); ++i)
+    for (int64_t i = 0; i < blocks_.count(); ++i) {
       segments_.push_back(layout.segments(blocks_.begin[i], blocks_.begin[i + 1]));
+      owned_.push_back(layout.owns(blocks_.begin[i]));  // a block is owned as a whole
+    }
   }
 
   // N[c * rows + i]: log-sum-exp of row i's negatives in column c (a view, or the queue last). -Inf where there are
-  // none.
+  // none. Of the owned rows.
   std::vector<double> log_sums() {
     const int64_t rows = layout_.rows, columns = layout_.rule.columns();
     std::vector<double> n(columns * rows, 0.0);
     Scratch<T> column_sums(blocks_.longest());
     tournament(blocks_.count(), [&](int64_t i, int64_t j, int64_t thread) {
-      if (!layout_.wanted(segments_[i], segments_[j])) return;
+      if (!wanted(i, j)) return;
       auto& tile = scores(thread, i, j);
       for (const auto& a : segments_[i]) {
         for (const auto& b : segments_[j]) {
           if (!layout_.meets(a.column, b.column)) continue;
           const T* s = tile.values + (a.begin - blocks_.begin[i]) * tile.cols + (b.begin - blocks_.begin[j]);
           // A tile of a block with itself has both triangles: its row sums are all there is.
-          T* sums = i == j ? nullptr : column_sums.at(thread);
+          T* sums = i == j || !owned_[j] ? nullptr : column_sums.at(thread);
           if (sums) std::fill(sums, sums + (b.end - b.begin), T(0));
           kernel_.exp_sums(
               s, tile.cols, a.end - a.begin, b.end - b.begin, scale_, ref_, &n[b.column * rows + a.begin], sums);
@@ -72,6 +74,7 @@ class Pairs {
     });
     if (queue_ > 0) {
       parallel_products(blocks_.count(), [&](int64_t i) {
+        if (!owned_[i]) return;
         for (int64_t q = 0; q < queue_blocks_.count(); ++q) {
           auto& tile = tiles_.get(thread_index(), blocks_.rows(i), queue_blocks_.rows(q));
           multiply(tile, z_, i, zq_, q);
@@ -90,14 +93,14 @@ class Pairs {
 
     std::vector<int64_t> again;
     for (int64_t i = 0; i < rows; ++i)
-      if (has_small_sum(n, i)) again.push_back(i);
+      if (layout_.owns(i) && has_small_sum(n, i)) again.push_back(i);
     parallel(
         rows * columns, 4096, [&](int64_t k) { n[k] = n[k] > 0 || n[k] != n[k] ? ref_ + std::log(n[k]) : -INFINITY; });
     exact_log_sums(again, n);
     return n;
   }
 
-  // dz += sum_j G_ij z_j over the negatives of all rows, G_ij = e^S (g_i w_ij + g_j w_ji) with w = exp(logw).
+  // dz_i += sum_j G_ij z_j over the negatives of the owned rows i, G_ij = e^S (g_i w_ij + g_j w_ji) with w = exp(logw).
   // logw is rows x columns, g the upstream gradient of each row. Returns sum <z_i, the queue's part of dz_i>.
   double gradient(const double* logw, const std::vector<double>& g, T* dz) {
     double from_queue = queue_ > 0 ? queue_gradient(logw, g, dz) : 0;
@@ -113,13 +116,13 @@ class Pairs {
 
     BlockMatrix<T> out(dz, dim_, blocks_);
     tournament(blocks_.count(), [&](int64_t i, int64_t j, int64_t thread) {
-      if (!layout_.wanted(segments_[i], segments_[j])) return;
+      if (!wanted(i, j)) return;
       auto& tile = scores(thread, i, j);
       for (const auto& a : segments_[i]) {
         for (const auto& b : segments_[j]) {
           const int64_t top = a.begin - blocks_.begin[i], left = b.begin - blocks_.begin[j];
           T* s = tile.values + top * tile.cols + left;
-          T* turned = i == j ? nullptr : tile.turned_values + left * tile.rows + top;
+          T* turned = i == j || !owned_[j] ? nullptr : tile.turned_values + left * tile.rows + top;
           if (!layout_.meets(a.column, b.column)) {
             for (int64_t r = 0; r < a.end - a.begin; ++r) std::fill_n(s + r * tile.cols, b.end - b.begin, T(0));
             for (int64_t c = 0; turned && c < b.end - b.begin; ++c)
@@ -139,8 +142,9 @@ class Pairs {
               &weight[a.column * rows + b.begin]);
         }
       }
-      multiply_add<T>(out.plain[i], tile.plain, z_.plain[j], z_.turned[j], tile.rows, tile.cols, dim_);
-      if (i != j) multiply_add<T>(out.plain[j], tile.turned, z_.plain[i], z_.turned[i], tile.cols, tile.rows, dim_);
+      if (owned_[i]) multiply_add<T>(out.plain[i], tile.plain, z_.plain[j], z_.turned[j], tile.rows, tile.cols, dim_);
+      if (i != j && owned_[j])
+        multiply_add<T>(out.plain[j], tile.turned, z_.plain[i], z_.turned[i], tile.cols, tile.rows, dim_);
     });
 
     std::vector<int64_t> again;
@@ -151,6 +155,11 @@ class Pairs {
   }
 
  private:
+  // Whether owned rows have negatives in the tile of two blocks.
+  bool wanted(int64_t i, int64_t j) const {
+    return (owned_[i] || owned_[j]) && layout_.wanted(segments_[i], segments_[j]);
+  }
+
   // The inner products of two blocks, -Inf where the pair is none of negatives.
   Tile<T>& scores(int64_t thread, int64_t i, int64_t j) {
     Tile<T>& tile = tiles_.get(thread, blocks_.rows(i), blocks_.rows(j));
@@ -176,7 +185,7 @@ class Pairs {
     const int64_t rows = layout_.rows;
     int u = column_of(row);
     // The only sample of its problem, or a class that is everyone, has no negatives to look for.
-    bool some = layout_.labels ? layout_.class_end[row] - layout_.class_begin[row] < rows : layout_.batch > 1;
+    bool some = layout_.labels ? layout_.class_of[row].size() < rows : layout_.batch > 1;
     for (int c = 0; some && c < layout_.rule.views; ++c)
       if (layout_.meets(u, c) && sums[c * rows + row] < Limits<T>::smallest_sum) return true;
     return queue_ > 0 && sums[layout_.queue_column() * rows + row] < Limits<T>::smallest_sum;
@@ -239,8 +248,8 @@ class Pairs {
     });
   }
 
-  // As `gradient`, for the given rows as anchors: their own part, then what they add to every other row. Each exponent
-  // is S + logw <= 0, so nothing overflows.
+  // As `gradient`, for the given rows as anchors: their own part, then what they add to every other owned row. Each
+  // exponent is S + logw <= 0, so nothing overflows.
   void exact_gradient(const std::vector<int64_t>& which, const double* logw, const std::vector<double>& g, T* dz) {
     if (which.empty()) return;
     const int64_t columns = layout_.rule.columns();
@@ -254,7 +263,10 @@ class Pairs {
         }
       }
     };
-    gather(which, [&](const std::vector<int64_t>& rows, const Tensor& z, int64_t thread) {
+    std::vector<int64_t> own;
+    for (int64_t i : which)
+      if (layout_.owns(i)) own.push_back(i);
+    gather(own, [&](const std::vector<int64_t>& rows, const Tensor& z, int64_t thread) {
       Tensor sum = cpu_empty({static_cast<int64_t>(rows.size()), dim_}, scalar_type<T>);
       std::fill_n(data<T>(sum), rows.size() * dim_, T(0));
       for (int64_t j = 0; j < blocks_.count(); ++j) {
@@ -275,6 +287,7 @@ class Pairs {
     BlockMatrix<T> anchors(data<T>(packed), dim_, pieces);
     BlockMatrix<T> out(dz, dim_, blocks_);
     parallel_products(blocks_.count(), [&](int64_t j) {
+      if (!owned_[j]) return;
       for (int64_t k = 0; k < pieces.count(); ++k) {
         std::vector<int64_t> rows(which.begin() + pieces.begin[k], which.begin() + pieces.begin[k + 1]);
         Tile<T>& tile = tiles_.get(thread_index(), rows.size(), blocks_.rows(j));
@@ -293,6 +306,7 @@ class Pairs {
     BlockMatrix<T> out(dz, dim_, blocks_);
     std::vector<double> along(blocks_.count(), 0.0);
     parallel_products(blocks_.count(), [&](int64_t i) {
+      if (!owned_[i]) return;
       const int64_t first = blocks_.begin[i], rows = blocks_.rows(i);
       std::vector<T> ref(rows), weight(rows);
       for (int64_t r = 0; r < rows; ++r) {
@@ -321,6 +335,7 @@ class Pairs {
   const BlockMatrix<T> z_, zq_;
   Tiles<T> tiles_;
   std::vector<std::vector<Layout::Segment>> segments_;
+  std::vector<char> owned_;
 };
 
 }  // namespace selfsup_kernels

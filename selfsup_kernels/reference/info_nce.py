@@ -10,6 +10,9 @@ from the forward to the backward (and the same two in every implementation):
 So the backward does not know the objective: with ``G_ij = g_i exp(logw[i, v_j] + S_ij) + g_j exp(logw[j, v_i] + S_ij)``
 the gradient is ``dz_i = scale * sum_j G_ij z_j`` plus the positives' part, and ``d/d scale`` falls out of its products
 with the rows.
+
+Over many processes each computes the tables and the gradient of its own samples, ``first .. first + count``, against
+the rows of all; the rows of the others' tables arrive between forward and backward (``selfsup_kernels.distributed``).
 """
 
 import math
@@ -22,7 +25,20 @@ _CHUNK_ELEMENTS = 1 << 22
 """Scores held at a time: 16 MB in float32."""
 
 
-def forward(views, labels, queue, temperature_tensor, temperature, objective, core_view, normalize, eps, reduction):
+def forward(
+    views,
+    labels,
+    queue,
+    temperature_tensor,
+    temperature,
+    objective,
+    core_view,
+    normalize,
+    eps,
+    reduction,
+    first=0,
+    count=-1,
+):
     num_views, batch = len(views), views[0].shape[0]
     device = views[0].device
     acc = torch.float64 if views[0].dtype == torch.float64 else torch.float32
@@ -31,14 +47,16 @@ def forward(views, labels, queue, temperature_tensor, temperature, objective, co
         scale = _scale(temperature_tensor, temperature, device)
         z, rnorm = _rows(torch.cat([v.to(acc) for v in views]), normalize, eps)
         zq = z.new_empty((0, z.shape[1])) if queue is None else _rows(queue.to(acc).contiguous(), normalize, eps)[0]
+        own = _own_rows(num_views, batch, first, count, device)
         if labels is None:
             order = torch.empty(0, dtype=torch.int64, device=device)
-            loss, logw, coef = _view_tables(z, zq, scale, num_views, name, core_view)
+            loss, logw, coef = _view_tables(z, zq, scale, num_views, name, core_view, own)
         else:
             order = torch.argsort(labels)
-            loss, logw, coef = _label_tables(z, zq, scale, labels.repeat(num_views), name)
+            loss, logw, coef = _label_tables(z, zq, scale, labels.repeat(num_views), name, own)
+        logw, coef = (_at_rows(table, own, len(z)) for table in (logw, coef))
         loss = loss.to(acc)
-        loss = loss.view(num_views, batch) if reduction == 0 else loss.mean() if reduction == 1 else loss.sum()
+        loss = loss.view(num_views, -1) if reduction == 0 else loss.mean() if reduction == 1 else loss.sum()
     return loss, z, rnorm, logw, coef, zq, order
 
 
@@ -62,34 +80,41 @@ def backward(
     reduction,
     need_temperature,
     dtype,
+    first=0,
+    count=-1,
 ):
     rows = num_views * batch
+    count = batch if count < 0 else count
     name = OBJECTIVES[objective]
     with torch.autocast(z.device.type, enabled=False):
         scale = _scale(temperature_tensor, temperature, z.device)
         g = grad.double().expand(num_views, batch).reshape(rows)
         g = g / rows if reduction == 1 else g
-        in_batch = torch.zeros_like(z)
-        from_queue = torch.zeros_like(z)
+        own = _own_rows(num_views, batch, first, count, z.device)
+        in_batch = z.new_zeros(len(own), dim)
+        from_queue = torch.zeros_like(in_batch)
         view = torch.arange(rows, device=z.device) // batch
         groups = None if labels is None else labels.repeat(num_views)
-        for chunk in _chunks(rows, rows + len(zq)):
-            scores = scale.to(z.dtype) * (z[chunk] @ z.T)
+        for chunk in _chunks(len(own), rows + len(zq)):
+            at = own[chunk]
+            scores = scale.to(z.dtype) * (z[at] @ z.T)
             if groups is None:
-                pair = _view_pair_gradient(scores, chunk, logw, g, view, num_views)
+                pair = _view_pair_gradient(scores, at, logw, g, view, num_views)
             else:
-                pair = _label_pair_gradient(scores, chunk, logw, coef, g, groups, name)
+                pair = _label_pair_gradient(scores, at, logw, coef, g, groups, name)
             in_batch[chunk] = pair.to(z.dtype) @ z
             if len(zq):
-                scores = scale.to(z.dtype) * (z[chunk] @ zq.T)
-                pair = g[chunk, None] * (scores + logw[chunk, -1:]).exp()
+                scores = scale.to(z.dtype) * (z[at] @ zq.T)
+                pair = g[at, None] * (scores + logw[at, -1:]).exp()
                 from_queue[chunk] = pair.to(z.dtype) @ zq
         if groups is None:
-            zv = z.view(num_views, -1, dim)
-            c = (g[:, None] * coef).view(num_views, -1, num_views)
+            samples = slice(first, first + count)
+            zv = z.view(num_views, -1, dim)[:, samples]
+            c = (g[:, None] * coef).view(num_views, -1, num_views)[:, samples]
             for v in range(num_views):
                 both = c[:, :, v] + c[v].T
-                in_batch += (both.unsqueeze(-1) * zv[v]).to(z.dtype).view(rows, dim)
+                in_batch += (both.unsqueeze(-1) * zv[v]).to(z.dtype).view(-1, dim)
+        z, rnorm = z[own], rnorm[own]
         dz = scale.to(z.dtype) * (in_batch + from_queue)
         in_batch_part = (z.double() * in_batch.double()).sum(-1)
         queue_part = (z.double() * from_queue.double()).sum(-1)
@@ -103,7 +128,7 @@ def backward(
             if dtype == torch.float16:  # dz / eps of a zero row is finite in float32 only
                 limit = torch.finfo(dtype).max
                 dz = torch.where((rnorm > 0)[:, None], dz, dz.clamp(-limit, limit))
-    return dz.to(dtype).view(num_views, batch, dim), grad_temperature
+    return dz.to(dtype).view(num_views, count, dim), grad_temperature
 
 
 def _scale(temperature_tensor, temperature, device):
@@ -124,27 +149,42 @@ def _rows(h, normalize, eps):
     return (h * rnorm.abs()[:, None]).to(h.dtype), rnorm.to(h.dtype)
 
 
+def _own_rows(num_views, batch, first, count, device):
+    """The rows of samples first .. first + count, view by view."""
+    count = batch if count < 0 else count
+    row = torch.arange(num_views * batch, device=device)
+    return row.view(num_views, batch)[:, first : first + count].reshape(-1)
+
+
+def _at_rows(table, own, rows):
+    """The table of all rows; NaN where a row is another process's, whose table has not come yet."""
+    if len(own) == rows:
+        return table
+    return table.new_full((rows, table.shape[1]), torch.nan).index_copy_(0, own, table)
+
+
 def _chunks(rows, columns):
     step = max(1, _CHUNK_ELEMENTS // max(columns, 1))
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
-def _view_tables(z, zq, scale, num_views, name, core_view):
-    """loss (M,), logw (M, V [+ 1]) and coef (M, V), from N (negatives by view) and P (positives)."""
+def _view_tables(z, zq, scale, num_views, name, core_view, own):
+    """loss (R,), logw (R, V [+ 1]) and coef (R, V) of the rows ``own``, from N (negatives by view) and P (positives)"""
     rows = len(z)
     batch = rows // num_views
-    sample = torch.arange(rows, device=z.device) % batch
-    negatives = torch.empty(rows, num_views + bool(len(zq)), dtype=torch.float64, device=z.device)
-    for chunk in _chunks(rows, rows + len(zq)):
-        scores = (scale.to(z.dtype) * (z[chunk] @ z.T)).view(-1, num_views, batch)
+    sample = own % batch
+    negatives = torch.empty(len(own), num_views + bool(len(zq)), dtype=torch.float64, device=z.device)
+    for chunk in _chunks(len(own), rows + len(zq)):
+        mine = z[own[chunk]]
+        scores = (scale.to(z.dtype) * (mine @ z.T)).view(-1, num_views, batch)
         index = sample[chunk, None, None].expand(-1, num_views, 1)
         negatives[chunk, :num_views] = _logsumexp(scores.scatter_(2, index, -torch.inf))
         if len(zq):
-            negatives[chunk, -1] = _logsumexp(scale.to(z.dtype) * (z[chunk] @ zq.T))
-    zv = z.view(num_views, batch, -1)
+            negatives[chunk, -1] = _logsumexp(scale.to(z.dtype) * (mine @ zq.T))
+    zv = z[own].view(num_views, -1, z.shape[1])
     positives = torch.stack([(zv * zv[v]).sum(-1) for v in range(num_views)], -1).double() * scale
     tables = [
-        _coefficients(name, u, core_view, num_views, negatives.view(num_views, batch, -1)[u], positives[u])
+        _coefficients(name, u, core_view, num_views, negatives.view(*zv.shape[:2], -1)[u], positives[u])
         for u in range(num_views)
     ]
     return tuple(torch.cat(column) for column in zip(*tables, strict=True))
@@ -203,18 +243,18 @@ def _log_ratio(rest, pos):
     return torch.nn.functional.softplus(torch.where(pos < torch.inf, rest - pos, torch.nan), threshold=700)
 
 
-def _label_tables(z, zq, scale, groups, name):
-    """As ``_view_tables``, for labels: logw (M, 1 [+ 1]), coef (M, 4)."""
-    rows = len(z)
-    loss = torch.empty(rows, dtype=torch.float64, device=z.device)
-    logw = torch.empty(rows, 1 + bool(len(zq)), dtype=torch.float64, device=z.device)
-    coef = torch.empty(rows, 4, dtype=torch.float64, device=z.device)
-    for chunk in _chunks(rows, rows + len(zq)):
-        scores = (scale.to(z.dtype) * (z[chunk] @ z.T)).double()
-        positive, negative = _label_masks(groups, chunk)
+def _label_tables(z, zq, scale, groups, name, own):
+    """As ``_view_tables``, for labels: logw (R, 1 [+ 1]), coef (R, 4)."""
+    loss = torch.empty(len(own), dtype=torch.float64, device=z.device)
+    logw = torch.empty(len(own), 1 + bool(len(zq)), dtype=torch.float64, device=z.device)
+    coef = torch.empty(len(own), 4, dtype=torch.float64, device=z.device)
+    for chunk in _chunks(len(own), len(z) + len(zq)):
+        mine = z[own[chunk]]
+        scores = (scale.to(z.dtype) * (mine @ z.T)).double()
+        positive, negative = _label_masks(groups, own[chunk])
         rest = scores.masked_fill(~negative, -torch.inf)
         if len(zq):
-            rest = torch.cat([rest, (scale.to(z.dtype) * (z[chunk] @ zq.T)).double()], -1)
+            rest = torch.cat([rest, (scale.to(z.dtype) * (mine @ zq.T)).double()], -1)
         n = rest.logsumexp(-1)
         count = positive.sum(-1).double()
         safe = count.clamp_min(1)
@@ -239,30 +279,30 @@ def _label_tables(z, zq, scale, groups, name):
     return loss, logw, coef
 
 
-def _label_masks(groups, chunk):
-    """(positive, negative) masks of the chunk's rows against all rows; a row is neither to itself."""
-    same = groups[chunk, None] == groups[None, :]
-    own = torch.arange(len(groups), device=groups.device)
-    return same & (own[chunk, None] != own[None, :]), ~same
+def _label_masks(groups, at):
+    """(positive, negative) masks of the rows ``at`` against all rows; a row is neither to itself."""
+    same = groups[at, None] == groups[None, :]
+    every = torch.arange(len(groups), device=groups.device)
+    return same & (at[:, None] != every[None, :]), ~same
 
 
-def _view_pair_gradient(scores, chunk, logw, g, view, num_views):
-    """G of the chunk's rows: the anchors' own weights plus, G being symmetric, those of the columns as anchors."""
+def _view_pair_gradient(scores, at, logw, g, view, num_views):
+    """G of the rows ``at``: the anchors' own weights plus, G being symmetric, those of the columns as anchors."""
     rows = scores.shape[1]
     batch = rows // num_views
-    as_anchor = logw[chunk, :num_views].repeat_interleave(batch, dim=1)
-    as_column = logw[:, :num_views].T[view[chunk]]
+    as_anchor = logw[at, :num_views].repeat_interleave(batch, dim=1)
+    as_column = logw[:, :num_views].T[view[at]]
     scores = scores.double()
-    pair = g[chunk, None] * (scores + as_anchor).exp() + g * (scores + as_column).exp()
+    pair = g[at, None] * (scores + as_anchor).exp() + g * (scores + as_column).exp()
     index = torch.arange(rows, device=scores.device)
-    return pair.masked_fill_(index[chunk, None] % batch == index % batch, 0)
+    return pair.masked_fill_(at[:, None] % batch == index % batch, 0)
 
 
-def _label_pair_gradient(scores, chunk, logw, coef, g, groups, name):
+def _label_pair_gradient(scores, at, logw, coef, g, groups, name):
     scores = scores.double()
-    positive, negative = _label_masks(groups, chunk)
-    apart = g[chunk, None] * (scores + logw[chunk, :1]).exp() + g * (scores + logw[:, 0]).exp()
-    together = g[chunk, None] * _label_coefficients(name, scores, coef[chunk, None]) + g * _label_coefficients(
+    positive, negative = _label_masks(groups, at)
+    apart = g[at, None] * (scores + logw[at, :1]).exp() + g * (scores + logw[:, 0]).exp()
+    together = g[at, None] * _label_coefficients(name, scores, coef[at, None]) + g * _label_coefficients(
         name, scores, coef[None]
     )
     return apart.masked_fill(~negative, 0) + together.masked_fill(~positive, 0)

@@ -1,0 +1,84 @@
+#include "cpu/info_nce_layout.h"
+
+namespace selfsup_kernels {
+
+namespace {
+
+int64_t read_label(const Tensor& labels, int64_t i) {
+  const char* p = static_cast<const char*>(labels.data_ptr());
+  int64_t k = i * labels.stride(0);
+  switch (labels.scalar_type()) {
+    case ScalarType::Long:
+      return reinterpret_cast<const int64_t*>(p)[k];
+    case ScalarType::Int:
+      return reinterpret_cast<const int32_t*>(p)[k];
+    case ScalarType::Short:
+      return reinterpret_cast<const int16_t*>(p)[k];
+    case ScalarType::Char:
+      return reinterpret_cast<const int8_t*>(p)[k];
+    case ScalarType::Byte:
+      return reinterpret_cast<const uint8_t*>(p)[k];
+    default:
+      STD_TORCH_CHECK(false, "labels: expected int64, int32, int16, int8 or uint8");
+  }
+}
+
+Layout layout_of(int64_t views, int64_t batch, int64_t first, int64_t count) {
+  Layout layout;
+  layout.views = views;
+  layout.batch = batch;
+  layout.rows = views * batch;
+  layout.first = count < 0 ? 0 : first;
+  layout.count = count < 0 ? batch : count;
+  STD_TORCH_CHECK(
+      layout.first >= 0 && layout.first + layout.count <= batch, "first, count: expected a part of the batch");
+  return layout;
+}
+
+}  // namespace
+
+Layout view_layout(
+    int64_t views, int64_t batch, int64_t objective, int64_t core, bool queue, int64_t first, int64_t count) {
+  Layout layout = layout_of(views, batch, first, count);
+  layout.rule = {static_cast<Objective>(objective), static_cast<int>(views), static_cast<int>(core), queue ? 1 : 0};
+  layout.cut_blocks();
+  return layout;
+}
+
+Layout label_layout(
+    const Tensor& labels, int64_t views, bool queue, int64_t* order, bool sort, int64_t first, int64_t count) {
+  const int64_t batch = labels.size(0);
+  Layout layout = layout_of(views, batch, first, count);
+  layout.rule = {Objective::SupconOut, 1, -1, queue ? 1 : 0};
+  layout.labels = true;
+  std::vector<int64_t> label(batch);
+  for (int64_t i = 0; i < batch; ++i) label[i] = read_label(labels, i);
+  int64_t* const others = order + layout.count;  // the samples that are not owned
+  if (sort) {
+    int64_t *own = order, *other = others;
+    for (int64_t i = 0; i < batch; ++i) *(layout.first <= i && i < layout.first + layout.count ? own : other)++ = i;
+    auto by_label = [&](int64_t a, int64_t b) { return label[a] < label[b]; };
+    std::stable_sort(order, others, by_label);
+    std::stable_sort(others, order + batch, by_label);
+  }
+  // The classes in ascending order, from both parts at once.
+  layout.class_of.resize(layout.rows);
+  const int64_t ends[2] = {layout.count, batch};
+  for (int64_t at[2] = {0, layout.count}; at[0] < ends[0] || at[1] < ends[1];) {
+    int64_t lowest = std::numeric_limits<int64_t>::max();
+    for (int part : {0, 1})
+      if (at[part] < ends[part]) lowest = std::min(lowest, label[order[at[part]]]);
+    Layout::Class rows;
+    for (int part : {0, 1}) {
+      rows.runs[part].begin = at[part] * views;
+      while (at[part] < ends[part] && label[order[at[part]]] == lowest) ++at[part];
+      rows.runs[part].end = at[part] * views;
+    }
+    for (const Layout::Run& run : rows.runs)
+      for (int64_t row = run.begin; row < run.end; ++row) layout.class_of[row] = rows;
+  }
+  layout.cut_blocks();
+  return layout;
+}
+
+}  // namespace selfsup_kernels
