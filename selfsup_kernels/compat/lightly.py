@@ -1,0 +1,244 @@
+"""Drop-ins for lightly 1.6.0: ``lightly.loss`` and ``lightly.models.utils.update_momentum``."""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from selfsup_kernels.compat._common import pair, unsupported
+from selfsup_kernels.compat._distributed import check_gather, gather_group, gather_rows
+from selfsup_kernels.compat._queue import queue_contrast_loss, unit_rows
+from selfsup_kernels.functional import byol_loss, ema_update_, info_nce_loss
+
+__all__ = [
+    "DCLLoss",
+    "DCLWLoss",
+    "MemoryBankModule",
+    "NTXentLoss",
+    "NegativeCosineSimilarity",
+    "negative_mises_fisher_weights",
+    "update_momentum",
+]
+
+
+class NTXentLoss(nn.Module):
+    r"""``lightly.loss.NTXentLoss``: NT-Xent (arXiv:2002.05709), or MoCo's loss (arXiv:1911.05722) with a memory bank.
+
+    Without a bank it is the mean over the 2B rows of :math:`-\log` of the softmax of the row's positive over all rows
+    but itself: :func:`selfsup_kernels.info_nce_loss` with ``supcon_out``. With a bank it is the mean over the B rows of
+    ``out0`` of :math:`-\log` of the softmax of its positive in ``out1`` over that positive and the bank; nothing else
+    of the batch is a negative. ``out1`` takes a gradient where it requires one.
+
+    With a bank, a step whose ``out0`` requires a gradient puts the normalised ``out1`` into the bank, after the loss
+    was computed: at ``bank_ptr``, cut off at the bank's end, from where the pointer returns to 0. The bank is not part
+    of the state dict, as in the original; ``memory_bank.bank`` and ``memory_bank.bank_ptr`` are its buffers.
+
+    Args:
+        temperature: a positive number.
+        memory_bank_size: ``(rows, D)``, or 0 for none.
+        gather_distributed: negatives come from all processes, each of which has the mean loss of its own anchors; with
+            a bank, the rows of all processes enter it.
+
+    Raises:
+        ValueError: a temperature below 1e-8, or a size that is not one; in the forward, shapes that do not fit.
+        RuntimeError: a temperature below zero, which the original allows.
+    """
+
+    def __init__(self, temperature=0.5, memory_bank_size=0, gather_distributed=False):
+        super().__init__()
+        self.memory_bank = MemoryBankModule(size=memory_bank_size, gather_distributed=gather_distributed)
+        self.temperature = temperature
+        self.gather_distributed = gather_distributed
+        self.eps = 1e-8
+        check_gather(gather_distributed)
+        if abs(self.temperature) < self.eps:
+            raise ValueError(f"temperature: expected at least 1e-8, got {temperature}")
+        if self.temperature < 0:
+            raise unsupported("lightly.loss.NTXentLoss", f"temperature={temperature}, a negative one")
+
+    def forward(self, out0, out1):
+        """The loss of two views' ``(B, D)`` projections; they need not be normalised."""
+        pair("out0", out0, "out1", out1)
+        if self.memory_bank.size[0] == 0:
+            group = gather_group(self.gather_distributed)
+            if group is None and len(out0) == 1:
+                return 0 * (out0.sum() + out1.sum())  # as the original: one sample, no negatives
+            return _two_views(out0, out1, self.temperature, "supcon_out", group)
+        loss = queue_contrast_loss(out0, out1, self.memory_bank.bank.to(out0.device), self.temperature)
+        if torch.is_grad_enabled() and out0.requires_grad:
+            self.memory_bank._dequeue_and_enqueue(F.normalize(out1.detach(), dim=1))
+        return loss
+
+    def extra_repr(self):
+        return f"temperature={self.temperature}, gather_distributed={self.gather_distributed}"
+
+
+class MemoryBankModule(nn.Module):
+    """The state of lightly's ``MemoryBankModule``: a ring of rows, at first random unit rows.
+
+    Args:
+        size: ``(rows, D)``, or 0 for none.
+        gather_distributed: the rows of all processes enter the bank.
+        feature_dim_first: ``forward`` returns the bank as ``(D, rows)``.
+
+    Raises:
+        ValueError: ``size`` is negative, a number of rows without their width, or not a pair.
+    """
+
+    def __init__(self, size, gather_distributed=False, feature_dim_first=True):
+        super().__init__()
+        shape = (size,) if isinstance(size, int) else tuple(size)
+        if any(x < 0 for x in shape) or not (shape == (0,) or len(shape) == 2):
+            raise ValueError(f"memory_bank_size: expected (rows, D), or 0 for no memory bank, got {size}")
+        self.size = shape
+        self.gather_distributed = gather_distributed
+        self.feature_dim_first = feature_dim_first
+        rows = F.normalize(torch.randn(shape), dim=-1) if len(shape) == 2 else torch.empty(0)
+        self.register_buffer("bank", rows, persistent=False)
+        self.register_buffer("bank_ptr", torch.zeros(1, dtype=torch.long), persistent=False)
+
+    def forward(self, output, labels=None, update=False):
+        """``(output, a copy of the bank)``, or ``(output, None)`` without one; ``update`` then enters ``output``."""
+        if self.size[0] == 0:
+            return output, None
+        bank = self.bank.detach().clone()
+        if update:
+            self._dequeue_and_enqueue(output)
+        return output, bank.T if self.feature_dim_first else bank
+
+    @torch.no_grad()
+    def _dequeue_and_enqueue(self, batch):
+        if gather_group(self.gather_distributed) is not None:
+            batch = gather_rows(batch)
+        start, rows = int(self.bank_ptr), self.size[0]
+        self.bank[start : start + len(batch)] = batch[: rows - start].to(self.bank.dtype)
+        self.bank_ptr[0] = 0 if start + len(batch) >= rows else start + len(batch)
+
+
+class NegativeCosineSimilarity(nn.Module):
+    """``lightly.loss.NegativeCosineSimilarity``: minus the mean cosine (SimSiam, arXiv:2011.10566).
+
+    Half of :func:`selfsup_kernels.byol_loss`, less one. Both arguments take a gradient where they require one; detach
+    the target, as with the original.
+
+    Args:
+        dim: the dimension of the features.
+        eps: the floor of each norm.
+    """
+
+    def __init__(self, dim=1, eps=1e-8):
+        super().__init__()
+        self.dim = dim
+        self.eps = eps
+
+    def forward(self, x0, x1):
+        """The loss of two tensors of shapes that broadcast."""
+        for name, x in (("x0", x0), ("x1", x1)):
+            if not isinstance(x, torch.Tensor):
+                raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+        if x0.dim() != 2 or self.dim not in (1, -1) or x0.shape != x1.shape or x0.dtype != x1.dtype:
+            x0, x1 = self._matrices(x0, x1)
+        if not (x0.requires_grad or x1.requires_grad) or not x1.requires_grad:
+            return self._one_way(x0, x1)
+        if not x0.requires_grad:
+            return self._one_way(x1, x0)
+        other = self._one_way(x1, x0)
+        return self._one_way(x0, x1) + (other - other.detach())
+
+    def _one_way(self, x, constant):
+        return 0.5 * byol_loss(x, constant, eps=self.eps) - 1
+
+    def _matrices(self, x0, x1):
+        if not torch.is_autocast_enabled(x0.device.type):
+            dtype = torch.promote_types(x0.dtype, x1.dtype)
+            x0, x1 = x0.to(dtype), x1.to(dtype)
+        x0, x1 = (x.movedim(self.dim, -1) for x in torch.broadcast_tensors(x0, x1))
+        return x0.reshape(-1, x0.shape[-1]), x1.reshape(-1, x1.shape[-1])
+
+
+class DCLLoss(nn.Module):
+    r"""``lightly.loss.DCLLoss``: decoupled contrastive learning (arXiv:2110.06848, eq. 6).
+
+    The mean over the 2B rows of :math:`-w P + \operatorname{LSE}(\text{all } N)`: the positive :math:`P` is not in the
+    denominator, which holds both views of all other samples. It is :func:`selfsup_kernels.info_nce_loss` with
+    ``decoupled``, plus :math:`(1 - w) P` where there are weights.
+
+    Args:
+        temperature: a positive number.
+        weight_fn: ``weight_fn(out0, out1)`` gets the normalised rows and returns ``(B,)`` weights :math:`w`; it is
+            called for each direction, and its gradient counts. None for no weights.
+        gather_distributed: negatives come from all processes, each of which has the mean loss of its own anchors.
+
+    Raises:
+        ValueError: in the forward, shapes that do not fit, or one sample without negatives, where the original returns
+            minus infinity.
+    """
+
+    def __init__(self, temperature=0.1, weight_fn=None, gather_distributed=False):
+        super().__init__()
+        self.temperature = temperature
+        self.weight_fn = weight_fn
+        self.gather_distributed = gather_distributed
+        check_gather(gather_distributed)
+
+    def forward(self, out0, out1):
+        """The loss of two views' ``(B, D)`` projections; they need not be normalised."""
+        pair("out0", out0, "out1", out1)
+        loss = _two_views(out0, out1, self.temperature, "decoupled", gather_group(self.gather_distributed))
+        if not self.weight_fn:
+            return loss
+        z0, z1 = F.normalize(out0, dim=1), F.normalize(out1, dim=1)
+        positive = (unit_rows(out0) * unit_rows(out1)).sum(-1) / self.temperature
+        w0, w1 = self.weight_fn(z0, z1), self.weight_fn(z1, z0)
+        weighted = 0.5 * ((w0 * positive).mean() + (w1 * positive).mean())
+        return loss + (positive.mean() - weighted).to(loss.dtype)
+
+    def extra_repr(self):
+        return f"temperature={self.temperature}, gather_distributed={self.gather_distributed}"
+
+
+class DCLWLoss(DCLLoss):
+    """``lightly.loss.DCLWLoss``: :class:`DCLLoss` with :func:`negative_mises_fisher_weights`.
+
+    Args:
+        temperature: a positive number.
+        sigma: of the weights.
+        gather_distributed: negatives come from all processes; the weights are of each process' own batch.
+    """
+
+    def __init__(self, temperature=0.1, sigma=0.5, gather_distributed=False):
+        super().__init__(temperature, partial(negative_mises_fisher_weights, sigma=sigma), gather_distributed)
+
+
+def negative_mises_fisher_weights(out0, out1, sigma=0.5):
+    r"""``(B,)`` weights :math:`2 - B \operatorname{softmax}(\langle z_0, z_1 \rangle / \sigma)`, without gradient.
+
+    (arXiv:2110.06848, section 3.2.)
+    """
+    similarity = (out0.detach() * out1.detach()).sum(-1) / sigma
+    return 2 - len(out0) * F.softmax(similarity, dim=0)
+
+
+@torch.no_grad()
+def update_momentum(model, model_ema, m):
+    """``lightly.models.utils.update_momentum``: ``ema <- m ema + (1 - m) model`` for all parameters, in their order.
+
+    Buffers are left alone, as in the original: BatchNorm layers of the momentum model keep statistics of their own.
+
+    Args:
+        model, model_ema: modules with as many parameters of the same shapes.
+        m: a number in [0, 1], or a 0-dim tensor.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as of :func:`selfsup_kernels.ema_update_`. Nothing has changed then.
+    """
+    ema_update_(list(model_ema.parameters()), list(model.parameters()), m)
+
+
+def _two_views(out0, out1, temperature, objective, group):
+    """The mean of one process' own anchors."""
+    if group is None:
+        return info_nce_loss([out0, out1], temperature=temperature, objective=objective)
+    losses = info_nce_loss([out0, out1], temperature=temperature, objective=objective, reduction="none", group=group)
+    return losses.mean()
