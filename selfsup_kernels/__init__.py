@@ -5,6 +5,7 @@ See :mod:`selfsup_kernels.functional` for the losses, :mod:`selfsup_kernels.modu
 """
 
 from selfsup_kernels import backends, compat, functional, methods, optim
+from selfsup_kernels.chunked import chunked_backward
 from selfsup_kernels.ema import EMA, cosine_momentum
 from selfsup_kernels.functional import ContrastiveStats, byol_loss, contrastive_stats, ema_update_, info_nce_loss
 from selfsup_kernels.modules import BYOLLoss, InfoNCELoss
@@ -20,6 +21,7 @@ __all__ = [
     "__version__",
     "backends",
     "byol_loss",
+    "chunked_backward",
     "compat",
     "contrastive_stats",
     "cosine_momentum",

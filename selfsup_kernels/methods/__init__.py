@@ -1,6 +1,10 @@
 """Whole methods as plain modules: any trainer can drive them. The views come from the data loader."""
 
+from selfsup_kernels.methods._export import export_encoder
 from selfsup_kernels.methods.byol import BYOL
+from selfsup_kernels.methods.byol_contrast import BYOLContrast
 from selfsup_kernels.methods.cmc import CMC
+from selfsup_kernels.methods.moco import MoCo
+from selfsup_kernels.methods.simclr import SimCLR
 
-__all__ = ["BYOL", "CMC"]
+__all__ = ["BYOL", "CMC", "BYOLContrast", "MoCo", "SimCLR", "export_encoder"]

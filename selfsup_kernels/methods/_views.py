@@ -1,6 +1,8 @@
-"""The inputs of a method."""
+"""What the methods check of their arguments."""
 
 from collections.abc import Sequence
+
+from torch import nn
 
 
 def collect_views(views: tuple) -> list:
@@ -12,3 +14,9 @@ def collect_views(views: tuple) -> list:
     if len(views) < 2:
         raise ValueError(f"views: expected at least 2, got {len(views)}")
     return list(views)
+
+
+def require_modules(**modules) -> None:
+    for name, module in modules.items():
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"{name}: expected an nn.Module, got {type(module).__name__}")

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from selfsup_kernels.ema import EMA
-from selfsup_kernels.methods._views import collect_views
+from selfsup_kernels.methods._views import collect_views, require_modules
 from selfsup_kernels.modules import BYOLLoss
 
 
@@ -64,9 +64,7 @@ class BYOL(nn.Module):
         impl="auto",
     ):
         super().__init__()
-        for name, module in (("encoder", encoder), ("projector", projector), ("predictor", predictor)):
-            if not isinstance(module, nn.Module):
-                raise TypeError(f"{name}: expected an nn.Module, got {type(module).__name__}")
+        require_modules(encoder=encoder, projector=projector, predictor=predictor)
         self.online = nn.Sequential(OrderedDict(encoder=encoder, projector=projector))
         self.predictor = predictor
         self.target = EMA(self.online, momentum, buffers=buffers, stochastic_rounding=stochastic_rounding, impl=impl)

@@ -26,7 +26,8 @@ class CMC(nn.Module):
         encoder: one module for all views, or a sequence of one per view.
         projector: the same choice, independently; ``nn.Identity()`` for none. Its outputs are ``(B, D)``.
         temperature: :math:`\tau`; where training starts if it is learnable.
-        objective, core_view, learnable_temperature, max_scale, eps, impl: as in :class:`selfsup_kernels.InfoNCELoss`.
+        objective, core_view, learnable_temperature, max_scale, eps, group, impl: as in
+            :class:`selfsup_kernels.InfoNCELoss`. With ``group`` the negatives are those of all its processes.
 
     Attributes:
         encoder, projector: a module, or an ``nn.ModuleList`` of one per view.
@@ -44,6 +45,7 @@ class CMC(nn.Module):
         learnable_temperature=False,
         max_scale=None,
         eps=1e-12,
+        group=None,
         impl="auto",
     ):
         super().__init__()
@@ -60,6 +62,7 @@ class CMC(nn.Module):
             objective=objective,
             core_view=core_view,
             eps=eps,
+            group=group,
             impl=impl,
         )
 

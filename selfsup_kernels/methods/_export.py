@@ -1,0 +1,171 @@
+"""Pretrained encoders leave as the plain ``state_dict`` of a backbone."""
+
+import re
+from collections import OrderedDict
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from selfsup_kernels.ema import EMA
+from selfsup_kernels.ema import _inner as inner_module
+
+NETWORKS = ("online", "target")
+HEADS = ("fc", "classifier", "head", "heads", "head_dist", "last_linear")
+"""What torchvision and timm call the layers that make classes of features."""
+
+
+def export_encoder(source, *, network="online", view=0, prefix=None, backbone=None, heads=HEADS):
+    """The encoder's weights as a plain ``state_dict``, without the names that wrappers and methods put before them.
+
+    ::
+
+        state = sk.methods.export_encoder(method)                          # names as the encoder itself has them
+        backbone = torchvision.models.resnet18()
+        backbone.load_state_dict(sk.methods.export_encoder(method, backbone=backbone), strict=True)
+
+    Names lose ``module.`` (DataParallel, DistributedDataParallel) at their beginning and ``_orig_mod.``
+    (``torch.compile``) everywhere; of a method's or trainer's checkpoint only the encoder is kept.
+
+    Args:
+        source: a method, an :class:`selfsup_kernels.EMA`, an encoder, or a ``state_dict`` that holds one of them under
+            any prefix (a Lightning checkpoint's ``"state_dict"`` is found).
+        network: ``"online"``, or ``"target"`` for the moving average of a method that has one.
+        view: whose encoder, where every view has its own (:class:`CMC`).
+        prefix: what precedes the encoder's names in a ``state_dict``; None to find out.
+        backbone: the module that is to load the result. Then it has exactly this module's names and shapes: heads that
+            the encoder lacks (``fc`` replaced by ``nn.Identity``), or has for another number of classes, come from the
+            backbone, heads that the backbone lacks are left out, and the numbers of
+            ``nn.Sequential(*list(resnet.children())[:-1])`` become the names of the backbone's children.
+        heads: which children of a backbone count as heads.
+
+    Returns:
+        An ``OrderedDict`` of detached copies, on the device of the weights.
+
+    Raises:
+        TypeError: ``source`` or ``backbone`` is not of these.
+        ValueError: there is no such network, the encoder's place in a ``state_dict`` is not clear, or names or shapes
+            other than those of heads do not fit the backbone.
+    """
+    if network not in NETWORKS:
+        raise ValueError(f"network: expected one of {', '.join(NETWORKS)}, got {network!r}")
+    if isinstance(source, nn.Module):
+        if prefix is not None:
+            raise ValueError("prefix: expected None for a module; it is for a state_dict")
+        state = _encoder_of(source, network, view).state_dict()
+    elif isinstance(source, Mapping):
+        state = _encoder_state(source, network, view, prefix)
+    else:
+        raise TypeError(f"source: expected a module or a state_dict, got {type(source).__name__}")
+    state = OrderedDict((name.replace("_orig_mod.", ""), value) for name, value in state.items())
+    if backbone is not None:
+        if not isinstance(backbone, nn.Module):
+            raise TypeError(f"backbone: expected an nn.Module, got {type(backbone).__name__}")
+        state = _fit(state, inner_module(backbone), tuple(heads))
+    return OrderedDict((k, v.detach().clone() if isinstance(v, torch.Tensor) else v) for k, v in state.items())
+
+
+def _encoder_of(module, network, view) -> nn.Module:
+    module = inner_module(module)
+    if isinstance(module, EMA):
+        module = module.module
+    elif network == "target":
+        if not isinstance(getattr(module, "target", None), EMA):
+            raise ValueError(f"network: expected 'online', since {type(module).__name__} has no target network")
+        module = module.target.module
+    if isinstance(getattr(module, "projector", None), nn.Module) and hasattr(module, "encoder"):
+        module = module.encoder
+        if isinstance(module, nn.ModuleList):
+            if not 0 <= view < len(module):
+                raise ValueError(f"view: expected an integer in [0, {len(module)}), got {view!r}")
+            module = module[view]
+    return inner_module(module)
+
+
+def _encoder_state(state, network, view, prefix):
+    if isinstance(state.get("state_dict"), Mapping):
+        state = state["state_dict"]
+    if prefix is None:
+        state = {re.sub(r"^(module\.)+", "", name.replace("_orig_mod.", "")): value for name, value in state.items()}
+        prefix = _find_prefix(state, network, view)
+    elif prefix and not prefix.endswith("."):
+        prefix += "."
+    found = OrderedDict((name[len(prefix) :], value) for name, value in state.items() if name.startswith(prefix))
+    if not found:
+        raise ValueError(f"prefix: expected names that start with {prefix!r}, got {_some(state)}")
+    return OrderedDict((re.sub(r"^(module\.)+", "", name), value) for name, value in found.items())
+
+
+def _find_prefix(state, network, view) -> str:
+    """What precedes the encoder's names: it stands beside a projector, inside ``online.`` or ``target.module.``."""
+    prefixes = {""} if all(name.startswith("encoder.") for name in state) else set()
+    for name in state:
+        for pattern in (r"((?:.*?\.)??)projector\.", r"((?:.*?\.)??(?:online|target\.module)\.)encoder\."):
+            match = re.match(pattern, name)
+            if match:
+                prefixes.add(match[1])
+    targets = {p for p in prefixes if re.search(r"(^|\.)target\.module\.$", p)}
+    candidates = targets if network == "target" else prefixes - targets
+    candidates = {p for p in candidates if any(name.startswith(f"{p}encoder.") for name in state)}
+    if network == "target" and not candidates:
+        raise ValueError("network: expected a state_dict with target.module.encoder. and target.module.projector.")
+    if not candidates:
+        return ""
+    if len(candidates) > 1:
+        raise ValueError(f"prefix: expected to be told which of {', '.join(sorted(candidates))} precedes encoder.")
+    found = f"{candidates.pop()}encoder."
+    if view or _per_view(state, found):
+        found += f"{view}."
+    return found
+
+
+def _per_view(state, prefix) -> bool:
+    """Whether the projectors or encoders are a list of one per view: every number has the same names after it."""
+    names: dict[str, set] = {}
+    for name in state:
+        if name.startswith(prefix):
+            number, _, rest = name[len(prefix) :].partition(".")
+            names.setdefault(number, set()).add(rest)
+    return len(names) > 1 and all(n.isdigit() for n in names) and len({frozenset(s) for s in names.values()}) == 1
+
+
+def _fit(state, backbone, heads):
+    """``state`` with exactly the names and shapes of ``backbone``."""
+    wanted = backbone.state_dict()
+    first = {name.split(".")[0] for name in state}
+    if all(part.isdigit() for part in first) and not first <= {name.split(".")[0] for name in wanted}:
+        state = _named_by_position(state, backbone)
+    fitted, problems = OrderedDict(), []
+    for name, own in wanted.items():
+        value = state.get(name)
+        shape, expected = (tuple(x.shape) if isinstance(x, torch.Tensor) else None for x in (value, own))
+        if name in state and shape == expected:
+            fitted[name] = value
+        elif name.split(".")[0] in heads:
+            fitted[name] = own
+        elif name in state:
+            problems.append(f"{name} is {shape}, expected {expected}")
+        else:
+            problems.append(f"{name} is missing")
+    for name in state:
+        # A FrozenBatchNorm2d of detection does not count its batches.
+        if name not in wanted and name.split(".")[0] not in heads and not name.endswith(".num_batches_tracked"):
+            problems.append(f"{name} is unexpected")
+    if problems:
+        raise ValueError(f"backbone: expected one that the encoder's weights fit; {_some(problems, '; ')}")
+    return fitted
+
+
+def _named_by_position(state, backbone):
+    names = [name for name, _ in backbone.named_children()]
+    renamed = OrderedDict()
+    for name, value in state.items():
+        number, _, rest = name.partition(".")
+        place = names[int(number)] if int(number) < len(names) else number
+        renamed[f"{place}.{rest}"] = value
+    return renamed
+
+
+def _some(names, separator=", ") -> str:
+    names = list(names)
+    return separator.join(names[:5]) + (f"{separator}and {len(names) - 5} more" if len(names) > 5 else "") or "none"

@@ -1,0 +1,127 @@
+"""BYOL and N-view contrast, trained together."""
+
+import math
+
+import torch
+
+from selfsup_kernels.functional import byol_loss
+from selfsup_kernels.methods._group import global_mean
+from selfsup_kernels.methods._views import collect_views
+from selfsup_kernels.methods.byol import BYOL
+from selfsup_kernels.modules import InfoNCELoss
+
+
+class BYOLContrast(BYOL):
+    r"""BYOL and N-view contrast with weights, on one forward of the online network per view.
+
+    With online projections :math:`z_v = g(f(x_v))`, predictions :math:`p_v = q(z_v)` and the target network's
+    projections :math:`t_v = g_\xi(f_\xi(x_v))`,
+
+    .. math:: L = w_b \operatorname{mean}_{u \ne v} \bigl(2 - 2 \cos(p_u, \operatorname{sg}(t_v))\bigr)
+        + w_c \, \mathrm{InfoNCE}(z_1, \dots, z_V)
+
+    where the first mean (arXiv:2006.07733, eq. 2) is over the batch, too, and InfoNCE is one of the objectives of
+    :func:`selfsup_kernels.info_nce_loss` (by default CMC's full graph, arXiv:1906.05849). Weights (1, 0) are
+    :class:`BYOL`, weights (0, 1) are :class:`CMC` with one encoder. Call :meth:`update_target` after the optimizer's
+    step, as for BYOL.
+
+    No paper defines this sum. Of BYOL it keeps the predictor, the target and its momentum; of CMC that every view is
+    contrasted with every other one. The contrast is on the projections, not on the predictions: the predictor serves
+    BYOL's regression alone. What departs from either paper is said at :class:`BYOL` and :class:`CMC`.
+
+    Args:
+        encoder, projector, predictor, momentum: as in :class:`BYOL`.
+        temperature: of the contrast; where training starts if it is learnable.
+        byol_weight, contrast_weight: :math:`w_b` and :math:`w_c`, numbers >= 0. They are plain attributes: a schedule
+            may change them between steps.
+        objective, core_view, learnable_temperature, max_scale, group: of the contrast, as in
+            :class:`selfsup_kernels.InfoNCELoss`. With ``group`` the negatives are those of all its processes, and both
+            losses are means over all their samples.
+        buffers, stochastic_rounding, eps, impl: as in :class:`BYOL`.
+
+    Attributes:
+        parts: after a forward, ``{"byol": ..., "contrast": ...}``: both losses without weights, detached, for logs.
+        contrast: the :class:`selfsup_kernels.InfoNCELoss`.
+        online, predictor, target, loss: as in :class:`BYOL`.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message says which and why.
+    """
+
+    def __init__(
+        self,
+        encoder,
+        projector,
+        predictor,
+        momentum=0.996,
+        temperature=0.1,
+        *,
+        byol_weight=1.0,
+        contrast_weight=1.0,
+        objective="cross_view",
+        core_view=None,
+        learnable_temperature=False,
+        max_scale=None,
+        buffers="copy",
+        stochastic_rounding=False,
+        eps=1e-12,
+        group=None,
+        impl="auto",
+    ):
+        super().__init__(
+            encoder,
+            projector,
+            predictor,
+            momentum,
+            buffers=buffers,
+            stochastic_rounding=stochastic_rounding,
+            eps=eps,
+            impl=impl,
+        )
+        self.contrast = InfoNCELoss(
+            temperature,
+            learnable_temperature=learnable_temperature,
+            max_scale=max_scale,
+            objective=objective,
+            core_view=core_view,
+            eps=eps,
+            group=group,
+            impl=impl,
+        )
+        self.byol_weight = _weight("byol_weight", byol_weight)
+        self.contrast_weight = _weight("contrast_weight", contrast_weight)
+        if self.byol_weight == self.contrast_weight == 0:
+            raise ValueError("byol_weight, contrast_weight: expected one of them above 0, got 0 and 0")
+        self.parts: dict[str, torch.Tensor] = {}
+
+    def forward(self, *views):
+        """The weighted loss of two or more views of one batch, ``forward(x1, x2, ...)`` or ``forward([x1, x2, ...])``.
+
+        Raises:
+            ValueError: fewer than two views, or outputs of the networks that do not fit each other.
+        """
+        views = collect_views(views)
+        projections = [self.online(x) for x in views]
+        predictions = [self.predictor(z) for z in projections]
+        with torch.no_grad():
+            targets = [self.target(x) for x in views]
+        byol, contrast = self._byol(predictions, targets), self.contrast(projections)
+        self.parts = {"byol": byol.detach(), "contrast": contrast.detach()}
+        return self.byol_weight * byol + self.contrast_weight * contrast
+
+    def _byol(self, predictions, targets):
+        if self.contrast.group is None:
+            return self.loss(predictions, targets)
+        each = byol_loss(predictions, targets, eps=self.loss.eps, reduction="none", impl=self.loss.impl)
+        return global_mean(each, self.contrast.group)
+
+    def extra_repr(self):
+        return f"byol_weight={self.byol_weight:g}, contrast_weight={self.contrast_weight:g}"
+
+
+def _weight(name, value) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
+    return float(value)

@@ -1,0 +1,213 @@
+"""MoCo: momentum contrast."""
+
+from collections import OrderedDict
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from selfsup_kernels import _validate as check
+from selfsup_kernels.ema import EMA
+from selfsup_kernels.functional import info_nce_loss
+from selfsup_kernels.methods._group import gather_rows, global_mean
+from selfsup_kernels.methods._views import collect_views, require_modules
+
+
+class MoCo(nn.Module):
+    r"""Momentum contrast (arXiv:1911.05722; version 2, arXiv:2003.04297) with a queue of any size.
+
+    The online network makes a query :math:`q` of one view, the target network, its moving average (eq. 2 of the
+    paper), a key :math:`k` of the other. Both are normalised. The key is the query's only positive, and the queue of
+    earlier batches' keys holds its only negatives (eq. 1):
+
+    .. math:: L = \operatorname{mean}_a -\log \frac{\exp(\langle q_a, k_a \rangle / \tau)}
+        {\exp(\langle q_a, k_a \rangle / \tau) + \sum_j \exp(\langle q_a, \mathrm{queue}_j \rangle / \tau)}
+
+    The scores of the queue, ``(B, K)``, are never in memory, and the queue is not cloned for them: the loss works on
+    one normalised copy in its own layout. In training mode each forward then writes its keys over the oldest ones.
+    Batches may have any size: one that does not divide the queue goes on at its beginning, of one that is larger the
+    last keys stay.
+
+    What a training step does::
+
+        loss = method(query_view, key_view)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        method.update_target()
+
+    ``queue`` and ``queue_ptr`` (where the oldest key is) are buffers: part of the ``state_dict``, loaded strictly. The
+    queue starts with random unit rows, the same in every process.
+
+    Departures: no shuffling of BatchNorm's batches over the devices (section 3.3 of the paper): a target whose
+    BatchNorm layers see the same samples as the query's can betray the positive to it, so use ``nn.SyncBatchNorm`` or
+    a network without BatchNorm. The target is updated after the optimizer's step and not before the keys are made,
+    which differs by nothing but when one calls it. ``symmetric`` and ``predictor`` are not in these papers;
+    :class:`MoCo` with both is near version 3 (arXiv:2104.02057), which however has no queue.
+
+    Args:
+        encoder, projector: modules; the projector's output is ``(B, D)``.
+        queue_size: :math:`K`.
+        momentum: of :meth:`update_target` calls that do not give their own.
+        temperature: :math:`\tau`; 0.07 in version 1, 0.2 in version 2.
+        predictor: a module after the projector, of the online network only; None for none.
+        dim: :math:`D`; None for the width of the last linear layer of the projector.
+        symmetric: make queries and keys of every view, and take the mean over the ordered pairs of views; allows more
+            than two.
+        buffers, stochastic_rounding: of the target, as in :class:`selfsup_kernels.EMA`.
+        eps: the floor of the norms.
+        group: a process group: keys of all its processes enter the queue of each (batches may differ in size), and the
+            loss is the mean over all their samples, as :func:`selfsup_kernels.info_nce_loss` has it.
+        impl: as in :func:`selfsup_kernels.info_nce_loss`.
+
+    Attributes:
+        online: encoder and projector.
+        predictor: the predictor, or None.
+        target: the :class:`selfsup_kernels.EMA` of ``online``.
+        queue: ``(K, D)`` unit rows.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message says which and why.
+    """
+
+    def __init__(
+        self,
+        encoder,
+        projector,
+        queue_size=65536,
+        momentum=0.999,
+        temperature=0.07,
+        predictor=None,
+        *,
+        dim=None,
+        symmetric=False,
+        buffers="copy",
+        stochastic_rounding=False,
+        eps=1e-12,
+        group=None,
+        impl="auto",
+    ):
+        super().__init__()
+        require_modules(encoder=encoder, projector=projector)
+        if predictor is not None:
+            require_modules(predictor=predictor)
+        if isinstance(queue_size, bool) or not isinstance(queue_size, int) or queue_size < 1:
+            raise ValueError(f"queue_size: expected an integer >= 1, got {queue_size!r}")
+        self.online = nn.Sequential(OrderedDict(encoder=encoder, projector=projector))
+        self.predictor = predictor
+        self.target = EMA(self.online, momentum, buffers=buffers, stochastic_rounding=stochastic_rounding, impl=impl)
+        self.temperature = check.positive_number("temperature", temperature)
+        self.eps = check.positive_number("eps", eps)
+        self.symmetric = bool(symmetric)
+        self.group = group
+        self.impl = impl
+        # Numbers of its own: the same in every process, and the user's random state stays as it is.
+        rows = torch.randn(queue_size, _width(projector, dim), generator=torch.Generator().manual_seed(0))
+        device = next((p.device for p in self.online.parameters()), None)
+        self.register_buffer("queue", F.normalize(rows, dim=-1).to(device))
+        self.register_buffer("queue_ptr", torch.zeros((), dtype=torch.int64, device=device))
+
+    @property
+    def encoder(self) -> nn.Module:
+        """The online encoder: what is kept after training."""
+        return self.online.encoder
+
+    @property
+    def projector(self) -> nn.Module:
+        return self.online.projector
+
+    def forward(self, *views):
+        """The loss of two views of one batch, ``forward(query_view, key_view)`` or of a sequence of them.
+
+        Raises:
+            ValueError: not two views (with ``symmetric``: fewer), or embeddings that do not fit the queue.
+        """
+        views = collect_views(views)
+        if not self.symmetric and len(views) != 2:
+            raise ValueError(f"views: expected 2, a query's and a key's, without symmetric=True, got {len(views)}")
+        queries = [self.online(x) for x in (views if self.symmetric else views[:1])]
+        if self.predictor is not None:
+            queries = [self.predictor(q) for q in queries]
+        queries = [self._unit("queries", q) for q in queries]
+        with torch.no_grad():
+            keys = [self._unit("keys", self.target(x)) for x in (views if self.symmetric else views[1:])]
+        pairs = [(u, v) for u in range(len(queries)) for v in range(len(keys)) if u != v or not self.symmetric]
+        for u, v in pairs:
+            if queries[u].shape != keys[v].shape:
+                raise ValueError(f"views: expected as many samples in each, got {len(queries[u])} and {len(keys[v])}")
+        negatives = self._queue_log_sums(torch.cat(queries)).view(len(queries), -1)
+        # log(1 + exp(x)), exact beyond softplus' default threshold, too.
+        terms = [
+            F.softplus(negatives[u] - (queries[u] * keys[v]).sum(-1) / self.temperature, threshold=700)
+            for u, v in pairs
+        ]
+        loss = global_mean(torch.cat(terms), self.group)
+        if self.training:
+            self.enqueue(torch.cat(keys))
+        return loss
+
+    def _unit(self, name, rows):
+        """Unit rows, in float32 at least."""
+        if rows.dim() != 2 or rows.shape[1] != self.queue.shape[1]:
+            raise ValueError(f"{name}: expected (B, {self.queue.shape[1]}), as the queue has, got {tuple(rows.shape)}")
+        dtype = torch.promote_types(self.queue.dtype, torch.float32)
+        return F.normalize(rows.to(dtype), dim=-1, eps=self.eps)
+
+    def _queue_log_sums(self, rows):
+        r""":math:`\log \sum_j \exp(\langle q_a, \mathrm{queue}_j \rangle / \tau)` of unit rows, ``(N,)``.
+
+        All rows carry one label: none of them is another's negative then, and ``decoupled`` is this sum minus the mean
+        score with the other rows, which is linear work to put back.
+        """
+        count = len(rows)
+        if count == 1:  # a row needs another one of its class, or its loss counts as zero
+            rows = torch.cat([rows, rows.detach()])
+        apart = info_nce_loss(
+            [rows],
+            temperature=self.temperature,
+            objective="decoupled",
+            labels=torch.zeros(len(rows), dtype=torch.int64, device=rows.device),
+            queue=self.queue.to(rows.dtype),
+            eps=self.eps,
+            reduction="none",
+            impl=self.impl,
+        )[0]
+        mean = (rows * (rows.sum(0) - rows)).sum(-1) / (len(rows) - 1)
+        return (apart + mean / self.temperature)[:count]
+
+    @torch.no_grad()
+    def enqueue(self, keys):
+        """Write ``(N, D)`` unit rows over the oldest ones of the queue; with ``group`` those of all its processes.
+
+        ``forward`` does it in training mode. The loss that was computed before is not affected.
+        """
+        keys = gather_rows(keys, self.group)
+        size = len(self.queue)
+        kept = keys[-size:]
+        first = self.queue_ptr + (len(keys) - len(kept))
+        index = (first + torch.arange(len(kept), device=kept.device)) % size
+        self.queue.index_copy_(0, index, kept.to(self.queue.dtype))
+        self.queue_ptr.add_(len(keys)).remainder_(size)
+
+    def update_target(self, momentum=None):
+        """Move the target towards the online network; call it after the optimizer's step.
+
+        Args:
+            momentum: a number in [0, 1] or a 0-dim tensor; None for the one given at construction.
+        """
+        self.target.update(momentum)
+
+    def extra_repr(self):
+        symmetric = ", symmetric=True" if self.symmetric else ""
+        return f"queue={tuple(self.queue.shape)}, temperature={self.temperature:g}{symmetric}"
+
+
+def _width(projector, dim) -> int:
+    if dim is None:
+        layers = [m for m in projector.modules() if isinstance(m, nn.Linear)]
+        if not layers:
+            raise ValueError("dim: expected the width of the embeddings, since the projector has no nn.Linear")
+        return layers[-1].out_features
+    if isinstance(dim, bool) or not isinstance(dim, int) or dim < 1:
+        raise ValueError(f"dim: expected None or an integer >= 1, got {dim!r}")
+    return dim

@@ -1,0 +1,75 @@
+"""SimCLR: a simple framework for contrastive learning."""
+
+from torch import nn
+
+from selfsup_kernels.methods._views import collect_views, require_modules
+from selfsup_kernels.modules import InfoNCELoss
+
+
+class SimCLR(nn.Module):
+    r"""SimCLR (arXiv:2002.05709) over two or more views.
+
+    Every view is encoded and projected by the same network, :math:`z_v = g(f(x_v))`, and normalised. The loss is
+    NT-Xent (eq. 1 of the paper): every row is an anchor once, the same sample's row in the other view is its positive,
+    and all rows of all other samples, in both views, are its negatives:
+
+    .. math:: L = \operatorname{mean}_{i} -\log \frac{\exp(\langle z_i, z_{p(i)} \rangle / \tau)}
+        {\sum_{k \ne i} \exp(\langle z_i, z_k \rangle / \tau)}
+
+    Departures: more than two views are allowed, which the paper does not define. ``objective`` says what they then
+    mean: ``"supcon_out"`` lets the positives of an anchor share a denominator, ``"pairwise"`` is the mean of the
+    two-view losses. For two views both are the paper's loss. LARS, the augmentations and BatchNorm over all devices
+    (``nn.SyncBatchNorm``) are for the training script.
+
+    Args:
+        encoder, projector: modules; the projector's output is ``(B, D)``.
+        temperature: :math:`\tau`; where training starts if it is learnable.
+        objective, learnable_temperature, max_scale, eps, group, impl: as in :class:`selfsup_kernels.InfoNCELoss`. With
+            ``group`` the negatives are those of all its processes.
+
+    Attributes:
+        encoder, projector: as given.
+        loss: the :class:`selfsup_kernels.InfoNCELoss`.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message says which and why.
+    """
+
+    def __init__(
+        self,
+        encoder,
+        projector,
+        temperature=0.5,
+        *,
+        objective="supcon_out",
+        learnable_temperature=False,
+        max_scale=None,
+        eps=1e-12,
+        group=None,
+        impl="auto",
+    ):
+        super().__init__()
+        require_modules(encoder=encoder, projector=projector)
+        self.encoder = encoder
+        self.projector = projector
+        self.loss = InfoNCELoss(
+            temperature,
+            learnable_temperature=learnable_temperature,
+            max_scale=max_scale,
+            objective=objective,
+            eps=eps,
+            group=group,
+            impl=impl,
+        )
+
+    def embed(self, x):
+        """The ``(B, D)`` embedding of inputs of one view, not normalised."""
+        return self.projector(self.encoder(x))
+
+    def forward(self, *views):
+        """The loss of two or more views of one batch, ``forward(x1, x2, ...)`` or ``forward([x1, x2, ...])``.
+
+        Raises:
+            ValueError: fewer than two views, or embeddings of different shapes.
+        """
+        return self.loss([self.embed(x) for x in collect_views(views)])
