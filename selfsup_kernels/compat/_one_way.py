@@ -1,0 +1,68 @@
+"""Softmax denominators of one direction, queries against documents, from the two-view losses: in linear memory.
+
+``cross_view`` of the views (x, y) gives, per row, ``log sum_b exp(S_ab) - S_aa``, differentiable on its own: an
+upstream gradient that is zero for the anchors of y leaves the direction x -> y alone. Adding ``S_aa``, which costs one
+product of rows, makes it the logarithm of the sum; several of those, over several blocks of columns, add up to a
+denominator over all of them. Nothing of B x B numbers ever exists, and every block's rows take their gradient.
+"""
+
+import contextlib
+
+import torch
+import torch.nn.functional as F
+
+from selfsup_kernels import _validate as check
+from selfsup_kernels.functional import info_nce_loss
+
+
+class OneWay:
+    """Scores ``scale * <x_a, y_b>`` between columns of embeddings, ``(B, D)`` each, of the same B samples.
+
+    Args:
+        scale: a number > 0.
+        normalize, eps, group: as in :func:`selfsup_kernels.info_nce_loss`.
+    """
+
+    def __init__(self, scale, normalize, eps, group=None):
+        self.scale, self.normalize, self.eps, self.group = scale, normalize, eps, group
+
+    def losses(self, *views, objective="cross_view", core_view=None):
+        """(V, B) losses, in float32 at least."""
+        dtype = views[0].dtype
+        # Per-anchor values in 16 bits would be too coarse to add up. Autocast's are float32, of the rows as they are.
+        low = dtype in (torch.float16, torch.bfloat16)
+        with torch.autocast(views[0].device.type, dtype) if low else contextlib.nullcontext():
+            return info_nce_loss(
+                list(views),
+                temperature=1 / self.scale,
+                objective=objective,
+                core_view=core_view,
+                normalize=self.normalize,
+                eps=self.eps,
+                reduction="none",
+                group=self.group,
+            )
+
+    def own(self, x, y):
+        """(B,): ``S_aa``."""
+        wide = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
+        x, y = x.to(wide), y.to(wide)
+        if self.normalize:
+            x, y = F.normalize(x, dim=-1, eps=self.eps), F.normalize(y, dim=-1, eps=self.eps)
+        return self.scale * (x * y).sum(-1)
+
+    def others(self, x, y):
+        """(B,): ``log sum over b != a of exp(S_ab)``, or -inf where that is below ``S_aa - 87``.
+
+        Float32 does not hold what is lost then: no matter beside a term ``S_aa - 40``, which callers have to have.
+        """
+        loss = self.losses(x, y)[0]  # log(1 + exp(others - own))
+        there = loss > torch.finfo(torch.float32).tiny
+        safe = torch.where(there, loss, 1)
+        return torch.where(there, safe + (-(-safe).expm1()).log() + self.own(x, y), -torch.inf)
+
+
+def mean(losses, like):
+    """Their mean, in the dtype in which PyTorch's own losses return it."""
+    loss = losses.mean()
+    return loss if check.autocasts(like.device) else loss.to(like.dtype)

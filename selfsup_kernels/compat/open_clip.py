@@ -1,0 +1,116 @@
+"""Drop-ins for the losses of open_clip (open_clip_torch)."""
+
+import torch
+from torch import nn
+
+from selfsup_kernels.compat._common import pair, unsupported
+from selfsup_kernels.compat._gradient import ScaleGradient
+from selfsup_kernels.compat._processes import every_process
+from selfsup_kernels.functional import info_nce_loss
+
+__all__ = ["ClipLoss"]
+
+
+class ClipLoss(nn.Module):
+    r"""CLIP's loss (arXiv:2103.00020, figure 3): a drop-in for ``open_clip.ClipLoss`` in linear memory.
+
+    .. math:: L = \tfrac12 \operatorname{mean}_a \left[
+        -\log \frac{e^{s \langle i_a, t_a \rangle}}{\sum_b e^{s \langle i_a, t_b \rangle}}
+        -\log \frac{e^{s \langle i_a, t_a \rangle}}{\sum_b e^{s \langle i_b, t_a \rangle}} \right]
+
+    with the scale :math:`s` as it is given. The features are not normalised here: the caller does that, as with the
+    original. It is ``cross_view`` of :func:`selfsup_kernels.info_nce_loss` for two views.
+
+    With ``world_size`` > 1 the features of all processes are the negatives, as in the original:
+
+    - ``gather_with_grad=True``: value and gradient are the original's, for ``local_loss`` on and off.
+    - both False (the original's defaults): the original's gradient of the features, and so ours, is too small by a
+      factor of ``world_size``. Turn ``gather_with_grad`` on, unless a learning rate is tuned to it.
+    - ``local_loss=True`` alone: in the original no gradient reaches the features as negatives of other processes, so
+      that its direction is not that of the loss. Refused.
+
+    Args:
+        local_loss, gather_with_grad, rank, world_size: as in the original. ``torch.distributed``'s default group has
+            to have ``world_size`` processes.
+        cache_labels: taken, without effect: there are no labels here.
+        use_horovod: must be False.
+
+    Raises:
+        RuntimeError: horovod, or ``local_loss`` without ``gather_with_grad`` in several processes.
+    """
+
+    def __init__(
+        self,
+        local_loss=False,
+        gather_with_grad=False,
+        cache_labels=False,
+        rank=0,
+        world_size=1,
+        use_horovod=False,
+    ):
+        super().__init__()
+        if use_horovod:
+            raise unsupported("open_clip.ClipLoss", "use_horovod=True", "use torch.distributed")
+        if world_size > 1 and local_loss and not gather_with_grad:
+            raise unsupported(
+                "open_clip.ClipLoss",
+                "local_loss=True with gather_with_grad=False",
+                "its gradient has a wrong direction there; set gather_with_grad=True",
+            )
+        self.local_loss = local_loss
+        self.gather_with_grad = gather_with_grad
+        self.cache_labels = cache_labels
+        self.rank = rank
+        self.world_size = world_size
+        self.use_horovod = use_horovod
+
+    def forward(self, image_features, text_features, logit_scale, logit_bias=None, output_dict=False):
+        """The loss of a batch of ``(B, D)`` image and text features, B >= 2.
+
+        Args:
+            image_features, text_features: ``(B, D)``.
+            logit_scale: a number > 0, or a tensor of one element that may require grad.
+            logit_bias: a number or a tensor of one element. It adds the same number to every score, which a softmax
+                does not notice: the loss does not depend on it, and its gradient is zero.
+            output_dict: return ``{"contrastive_loss": loss}``.
+
+        Raises:
+            ValueError, TypeError: features, scale or bias do not fit; the message says which and why.
+            RuntimeError: the processes are not those that the constructor was told of.
+        """
+        pair("image_features", image_features, "text_features", text_features)
+        scale = _one_number("logit_scale", logit_scale)
+        if not isinstance(scale, (int, float)):
+            # float16 cannot hold the reciprocal well; the conversion passes the gradient on.
+            scale = scale.float() if scale.dtype in (torch.float16, torch.bfloat16) else scale
+        elif not scale > 0:
+            raise ValueError(f"logit_scale: expected a number > 0, got {scale}")
+        loss = self._loss(image_features, text_features, 1 / scale)
+        if isinstance(logit_bias, torch.Tensor):
+            # A parameter that takes part: DistributedDataParallel waits for its gradient.
+            loss = loss + 0 * _one_number("logit_bias", logit_bias).to(loss)
+        return {"contrastive_loss": loss} if output_dict else loss
+
+    def _loss(self, image, text, temperature):
+        arguments = {"temperature": temperature, "objective": "cross_view", "normalize": False}
+        if self.world_size == 1:
+            return info_nce_loss([image, text], **arguments)
+        group = every_process()
+        if group is None or group.size() != self.world_size:
+            raise RuntimeError(
+                f"world_size: expected the size of torch.distributed's default group,"
+                f" {1 if group is None else group.size()}, got {self.world_size}"
+            )
+        if self.local_loss:
+            return info_nce_loss([image, text], **arguments, reduction="none", group=group).mean()
+        if not self.gather_with_grad:
+            image, text = (ScaleGradient.apply(x, 1 / self.world_size) for x in (image, text))
+        return info_nce_loss([image, text], **arguments, group=group)
+
+
+def _one_number(name, value):
+    if not isinstance(value, torch.Tensor):
+        return value
+    if value.numel() != 1:
+        raise ValueError(f"{name}: expected a number or a tensor of one element, got shape {tuple(value.shape)}")
+    return value.reshape(())

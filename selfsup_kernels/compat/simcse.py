@@ -1,0 +1,68 @@
+"""SimCSE's objectives (arXiv:2104.08821) on embeddings: what ``simcse.models`` computes from its encoder's output."""
+
+import torch
+
+from selfsup_kernels import _validate as check
+from selfsup_kernels.compat._common import pair, unsupported
+from selfsup_kernels.compat._one_way import OneWay, mean
+
+__all__ = ["supervised_loss", "unsupervised_loss"]
+
+_EPS = 1e-8  # torch.nn.CosineSimilarity's
+
+
+def unsupervised_loss(z1, z2, temperature=0.05, *, group=None):
+    r"""SimCSE's unsupervised objective (arXiv:2104.08821, eq. 1; one direction):
+
+    .. math:: L = \operatorname{mean}_a \left[ \log \sum_b e^{\cos(z_{1,a}, z_{2,b}) / \tau} -
+        \cos(z_{1,a}, z_{2,a}) / \tau \right]
+
+    Args:
+        z1, z2: ``(B, D)``, B >= 2: two encodings of the same sentences; in the supervised setting a sentence and one
+            that it entails.
+        temperature: :math:`\tau`, a number.
+        group: the process group whose embeddings all are negatives. The result is then the mean over this process'
+            own sentences, with gradients to all, so that DistributedDataParallel's average is the gradient of one
+            process with the whole batch. SimCSE's own code passes no gradient to the embeddings of others, and every
+            process evaluates the loss of the whole batch: its gradients are too small by the number of processes.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message says which and why.
+    """
+    pair("z1", z1, "z2", z2)
+    way = OneWay(1 / check.positive_number("temperature", temperature), True, _EPS, group)
+    return mean(way.losses(z1, z2)[0], z1)
+
+
+def supervised_loss(z1, z2, z3, temperature=0.05, hard_negative_weight=0.0, *, group=None):
+    r"""SimCSE's supervised objective (arXiv:2104.08821, eq. 5), with a hard negative for each sentence:
+
+    .. math:: L = \operatorname{mean}_a \left[ \log \sum_b \left( e^{\cos(z_{1,a}, z_{2,b}) / \tau} +
+        e^{\cos(z_{1,a}, z_{3,b}) / \tau + w [a = b]} \right) - \cos(z_{1,a}, z_{2,a}) / \tau \right]
+
+    Args:
+        z1, z2: ``(B, D)``, B >= 2: sentences and what they entail.
+        z3: ``(B, D)``: what contradicts them. They take their gradient as the others do.
+        temperature: :math:`\tau`, a number.
+        hard_negative_weight: :math:`w`, added to the score of a sentence's own hard negative; the logarithm of the
+            paper's :math:`\alpha` (appendix).
+        group: as in :func:`unsupervised_loss`.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message says which and why.
+        RuntimeError: a weight below -40.
+    """
+    pair("z1", z1, "z2", z2)
+    pair("z1", z1, "z3", z3)
+    way = OneWay(1 / check.positive_number("temperature", temperature), True, _EPS, group)
+    first = way.losses(z1, z2)[0]
+    positive, own = way.own(z1, z2), way.own(z1, z3)
+    if hard_negative_weight == 0:
+        hard = way.losses(z1, z3)[0] + own
+    else:
+        if hard_negative_weight < -40:
+            raise unsupported(
+                "SimCSE's supervised objective", f"hard_negative_weight={hard_negative_weight}", "it takes -40 or more"
+            )
+        hard = torch.logaddexp(way.others(z1, z3), own + hard_negative_weight)
+    return mean(torch.logaddexp(first, hard - positive), z1)

@@ -1,0 +1,93 @@
+"""Drop-ins for the loss functions of solo-learn."""
+
+import torch
+
+from selfsup_kernels.compat._common import pair, unsupported
+from selfsup_kernels.compat._processes import every_process, gather_equal
+from selfsup_kernels.functional import byol_loss, info_nce_loss
+
+__all__ = ["byol_loss_func", "mocov3_loss_func", "simclr_loss_func"]
+
+
+def simclr_loss_func(z, indexes, temperature=0.1, extra_pos_mask=None):
+    r"""solo-learn's SimCLR loss, in both of its forms.
+
+    ``simclr_loss_func(z, indexes)`` of version 1.0.6: over the rows of all views,
+
+    .. math:: L = \operatorname{mean}_i
+        \left[ \log \sum_{j \ne i} e^{S_{ij}} - \log \sum_{p \in P(i)} e^{S_{ip}} \right]
+
+    where :math:`P(i)` are the other rows with the index of :math:`i`. This is SupCon's L_in (arXiv:2004.11362, eq. 3)
+    less the logarithm of the number of positives; for two views and an index per sample it is SimCLR's loss
+    (arXiv:2002.05709). In several processes (``torch.distributed`` initialised) the rows of all are negatives and
+    positives, and the loss is the mean over the process' own rows, with gradients to all, as in the original.
+
+    ``simclr_loss_func(z1, z2)`` of version 1.0.2: SimCLR's loss of two views, this process' rows alone.
+
+    Args:
+        z: ``(rows, D)``, normalised here; or z1, ``(B, D)``.
+        indexes: ``(rows,)`` integers; or z2, ``(B, D)``.
+        temperature: a number > 0.
+        extra_pos_mask: of the second form; must be None.
+
+    An index that only one row has makes the loss infinite, as in the original.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message says which and why.
+        RuntimeError: ``extra_pos_mask`` is given.
+    """
+    if extra_pos_mask is not None:
+        raise unsupported(
+            "solo.losses.simclr_loss_func", "extra_pos_mask", "give indexes, of which equal ones are positives"
+        )
+    if not isinstance(indexes, torch.Tensor):
+        raise TypeError(f"indexes: expected a tensor of integers, or z2, got {type(indexes).__name__}")
+    if indexes.is_floating_point():
+        pair("z1", z, "z2", indexes)
+        return info_nce_loss([z, indexes], temperature=temperature)
+    if not isinstance(z, torch.Tensor) or z.dim() != 2:
+        raise ValueError(f"z: expected a (rows, D) tensor, got {tuple(z.shape) if hasattr(z, 'shape') else type(z)}")
+    group = every_process()
+    loss = info_nce_loss(
+        [z], temperature=temperature, objective="supcon_in", labels=indexes, reduction="none", group=group
+    )
+    every = indexes if group is None else gather_equal(indexes)
+    _, place, members = torch.unique(every, return_inverse=True, return_counts=True)
+    rank = 0 if group is None else torch.distributed.get_rank()
+    positives = (members - 1)[place[rank * len(indexes) : (rank + 1) * len(indexes)]]
+    return loss.mean() - positives.to(loss.dtype).log().mean()
+
+
+def byol_loss_func(p, z, simplified=True):
+    r"""solo-learn's BYOL loss (arXiv:2006.07733, eq. 2): the mean of :math:`2 - 2 \cos(p_a, z_a)` over the rows.
+
+    Args:
+        p: ``(B, D)`` predictions.
+        z: ``(B, D)`` targets, which take no gradient.
+        simplified: the norms' floor is 1e-8 as in ``cosine_similarity``; without, 1e-12 as in ``F.normalize``.
+    """
+    pair("p", p, "z", z)
+    return byol_loss(p, z, eps=1e-8 if simplified else 1e-12)
+
+
+def mocov3_loss_func(query, key, temperature=0.2):
+    r"""solo-learn's MoCo v3 loss (arXiv:2104.02057, algorithm 1), queries against keys, in that direction only:
+
+    .. math:: L = 2 \tau \operatorname{mean}_a \left[ \log \sum_b e^{S_{ab}} - S_{aa} \right], \qquad
+        S_{ab} = \cos(q_a, k_b) / \tau
+
+    In several processes the keys of all are negatives. The keys take no gradient.
+
+    Args:
+        query, key: ``(B, D)``, normalised here.
+        temperature: a number > 0.
+    """
+    pair("query", query, "key", key)
+    loss = info_nce_loss(
+        [query, key.detach()],
+        temperature=temperature,
+        objective="cross_view",
+        reduction="none",
+        group=every_process(),
+    )
+    return 2 * temperature * loss[0].mean()

@@ -1,0 +1,94 @@
+"""The drop-in for open_clip's ClipLoss against CLIP's loss written out in float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import randn
+
+from selfsup_kernels.compat.open_clip import ClipLoss
+
+
+def eager(image, text, scale):
+    """Both directions of the cross-entropy over the table of scores (arXiv:2103.00020, figure 3)."""
+    scores = scale * image @ text.T
+    labels = torch.arange(len(image))
+    return (F.cross_entropy(scores, labels) + F.cross_entropy(scores.T, labels)) / 2
+
+
+def features(batch=9, dim=7, dtype=torch.float64, unit=True):
+    image, text = randn(batch, dim, dtype=dtype), randn(batch, dim, dtype=dtype, seed=1)
+    text = text + 0.5 * image
+    return (F.normalize(image, dim=-1), F.normalize(text, dim=-1)) if unit else (image, text)
+
+
+@pytest.mark.parametrize("unit", [True, False])
+@pytest.mark.parametrize("scale", [14.3, 2.0])
+def test_value_and_gradients(scale, unit):
+    inputs = [*features(unit=unit), torch.tensor(scale, dtype=torch.float64)]
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    loss, want = ClipLoss()(*leaves), eager(*leaves)
+    torch.testing.assert_close(loss, want, rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, leaves), torch.autograd.grad(want, leaves), rtol=1e-9, atol=1e-12
+    )
+    torch.testing.assert_close(ClipLoss()(*inputs[:2], scale), want.detach())
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_scale_takes_its_gradient_in_its_own_dtype_and_shape(shape, dtype):
+    image, text = features(dtype=torch.float32)
+    scale = torch.full(shape, 10.0, dtype=dtype, requires_grad=True)
+    ClipLoss()(image, text, scale).backward()
+    wide = torch.tensor(10.0, dtype=torch.float64, requires_grad=True)
+    (want,) = torch.autograd.grad(eager(image.double(), text.double(), wide), wide)
+    assert scale.grad.shape == shape
+    assert scale.grad.dtype == dtype
+    torch.testing.assert_close(scale.grad.double().reshape(()), want, rtol=1e-3, atol=1e-6)
+
+
+def test_a_bias_changes_nothing_and_has_a_gradient_of_zero():
+    image, text = features()
+    bias = torch.tensor([-10.0], requires_grad=True)
+    loss = ClipLoss()(image, text, 10.0, logit_bias=bias, output_dict=True)["contrastive_loss"]
+    torch.testing.assert_close(loss.detach(), eager(image, text, 10.0))
+    assert loss.shape == ()
+    loss.backward()
+    assert bias.grad.tolist() == [0]
+
+
+def test_the_loss_has_no_state():
+    assert not ClipLoss(cache_labels=True).state_dict()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"use_horovod": True}, "use_horovod.*torch.distributed"),
+        ({"local_loss": True, "world_size": 2}, "local_loss.*wrong direction.*gather_with_grad=True"),
+    ],
+)
+def test_what_is_not_supported(arguments, message):
+    with pytest.raises(RuntimeError, match=message):
+        ClipLoss(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"image_features": [1.0]}, TypeError, "image_features.*list"),
+        ({"text_features": torch.zeros(3, 7)}, ValueError, r"text_features.*\(9, 7\).*\(3, 7\)"),
+        ({"logit_scale": 0.0}, ValueError, "logit_scale.*> 0"),
+        ({"logit_scale": torch.ones(2)}, ValueError, "logit_scale.*one element"),
+        ({"logit_bias": torch.ones(2)}, ValueError, "logit_bias.*one element"),
+    ],
+)
+def test_bad_input(change, error, message):
+    image, text = features(dtype=torch.float32)
+    with pytest.raises(error, match=message):
+        ClipLoss()(**({"image_features": image, "text_features": text, "logit_scale": 10.0} | change))
+
+
+def test_several_processes_without_torch_distributed():
+    with pytest.raises(RuntimeError, match=r"world_size.*1, got 2"):
+        ClipLoss(world_size=2, gather_with_grad=True)(*features(), 10.0)
