@@ -1,0 +1,54 @@
+"""compat.open_clip against the installed open_clip."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from interop.helpers import assert_near, assert_same, value_and_grads, views
+from open_clip.loss import ClipLoss as Original
+
+from selfsup_kernels.compat.open_clip import ClipLoss
+
+
+def features(batch=64, dim=32):
+    return [F.normalize(x, dim=-1) for x in views(batch, dim)]
+
+
+@pytest.mark.parametrize("scale", [1 / 0.07, 100.0, 2.0])
+@pytest.mark.parametrize("batch", [64, 300])
+def test_value_and_gradients_of_features_and_scale(batch, scale):
+    assert_same(ClipLoss(), Original(), [*features(batch), torch.tensor(scale)])
+    assert_same(lambda i, t: ClipLoss()(i, t, scale), lambda i, t: Original()(i, t, scale), features(batch))
+
+
+def test_two_samples_against_the_original_in_float64():
+    inputs = [*features(2), torch.tensor(1 / 0.07)]  # a loss of 7e-4: in float32 the original's gradient is off by 5e-5
+    got = value_and_grads(ClipLoss(), inputs)
+    want = value_and_grads(Original(), [x.double() for x in inputs])
+    assert_near("value", got[0], want[0])
+    for i, (g, w) in enumerate(zip(got[1], want[1], strict=True)):
+        assert_near(f"gradient {i}", g, w, floor=0)
+
+
+@pytest.mark.parametrize("cache_labels", [False, True])
+def test_a_bias_and_the_dictionary(cache_labels):
+    def loss(of, bias):
+        module = of(cache_labels=cache_labels)
+        return lambda i, t, s, b: module(i, t, s, logit_bias=b if bias else None, output_dict=True)["contrastive_loss"]
+
+    inputs = [*features(), torch.tensor(14.0), torch.tensor(-10.0)]
+    for bias in (False, True):
+        got, want = assert_same(loss(ClipLoss, bias), loss(Original, bias), inputs[: 3 + bias] + [None] * (not bias))
+        assert (got[1][-1] is None) == (want[1][-1] is None)
+
+
+def test_features_that_are_not_normalised():
+    assert_same(ClipLoss(), Original(), [*views(64, 32), torch.tensor(0.5)])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_at_least_as_near_as_the_original(dtype):
+    inputs = [x.to(dtype) for x in (*features(), torch.tensor(14.0))]
+    truth = Original()(*(x.double() for x in inputs)).item()
+    ours, original = ClipLoss()(*inputs), Original()(*inputs)
+    assert ours.dtype == original.dtype
+    assert abs(ours.item() - truth) <= max(2 * abs(original.item() - truth), torch.finfo(dtype).eps * truth)
