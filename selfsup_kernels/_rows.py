@@ -10,6 +10,11 @@ PADDING = 256
 be loaded, or reaches into the next view."""
 
 
+STATE_SCALE, STATE_NORM, STATE_SLOW = 0, 1, 2
+"""Places in the small float32 tensor that the kernels of one call hand on: 1 / temperature, the largest squared norm of
+a row (where rows are not normalised), and whether a weight of the backward is out of the fast path's range."""
+
+
 class Layout(NamedTuple):
     """Where the rows lie. With labels all views are one, sorted by class: then ``views`` is 1."""
 
@@ -95,6 +100,17 @@ def upstream_of_rows(layout, grad, order):
     else:
         grad = torch.nn.functional.pad(grad, (0, layout.padded - layout.samples))
     return grad.reshape(-1).contiguous(), largest
+
+
+def sum_of_samples(layout, parts, order, first, count):
+    """Of one number per stored row, the sum over samples first .. first + count (negative: all)."""
+    if count < 0:
+        return parts.sum()
+    if layout.labels:
+        chosen = (order[: layout.samples] >= first) & (order[: layout.samples] < first + count)
+        parts = parts[: layout.batch].view(layout.samples, layout.user_views)
+        return torch.where(chosen[:, None], parts, 0).sum()
+    return parts.view(layout.views, -1)[:, first : first + count].sum()
 
 
 def check_size(impl, layout):

@@ -1,12 +1,16 @@
 """The public functions: check the arguments, choose an implementation, apply."""
 
+import math
+from typing import NamedTuple
+
 import torch
 
 from selfsup_kernels import _tensor_lists as lists
 from selfsup_kernels import _validate as check
-from selfsup_kernels import backends, ops
+from selfsup_kernels import backends, distributed, ops
 from selfsup_kernels.autograd.byol import BYOL
 from selfsup_kernels.autograd.info_nce import InfoNCE
+from selfsup_kernels.autograd.info_nce_group import GroupInfoNCE
 from selfsup_kernels.objectives import LABEL_OBJECTIVES, OBJECTIVES
 from selfsup_kernels.stats import ContrastiveStats, contrastive_stats
 
@@ -57,7 +61,14 @@ def info_nce_loss(
         normalize: divide the rows by their norm. With ``False`` scores are plain inner products.
         eps: the floor of the norm.
         reduction: ``"mean"`` or ``"sum"`` over the anchors, or ``"none"`` for ``(V, B)``.
-        group: reserved for losses over many processes; must be None in this version.
+        group: a ``torch.distributed`` process group: the batch is then that of all its processes together, each of
+            which passes the views (and labels) of its own samples, as many as it has. ``"mean"`` and ``"sum"`` are over
+            all anchors, the same number on every process; ``"none"`` gives ``(V, B)`` for its own. The gradient is
+            that of the sum over the processes of what each makes of its result, so that after
+            DistributedDataParallel's averaging the gradient of ``"mean"`` is the one of a single process with the
+            whole batch. A temperature gets this process's part of its gradient: let DistributedDataParallel average
+            it too. Every process has to make the same calls, forward and backward, in the same order. A queue is
+            each process's own.
         impl: ``"auto"``, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``.
 
     Returns:
@@ -66,13 +77,32 @@ def info_nce_loss(
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message says which and why.
-        RuntimeError: ``impl`` cannot be used here, or a second derivative is asked for.
+        RuntimeError: ``impl`` cannot be used here, a second derivative is asked for, or another process of the group
+            refused its arguments (arguments that differ between processes are a ValueError on all of them).
     """
+    arguments = (views, temperature, objective, labels, queue, core_view, normalize, eps, reduction, impl)
+    if group is None:
+        call = _check_info_nce(*arguments)
+        if call.matrices[0].shape[0] < 2 and queue is None:
+            raise ValueError("views: expected at least 2 samples (one sample has no negatives), got 1")
+        loss = InfoNCE.apply(*call.constants, *call.tensors)
+    else:
+        loss, call = _group_info_nce(group, arguments)
+    return loss if call.autocast else loss.to(call.matrices[0].dtype)
+
+
+class _InfoNCECall(NamedTuple):
+    matrices: list
+    autocast: bool
+    constants: tuple
+    tensors: tuple
+
+
+def _check_info_nce(views, temperature, objective, labels, queue, core_view, normalize, eps, reduction, impl):
+    """The arguments of ``InfoNCE``, of what the user passed."""
     matrices = check.views("views", views, 1 if labels is not None else 2)
     first = matrices[0]
     batch, dim = first.shape
-    if batch < 2 and queue is None:
-        raise ValueError("views: expected at least 2 samples (one sample has no negatives), got 1")
     autocast = check.autocasts(first.device)
     check.same_dtype_and_device({f"views[{i}]": m for i, m in enumerate(matrices)}, not autocast)
     temperature_tensor, temperature = check.temperature(temperature)
@@ -97,29 +127,50 @@ def info_nce_loss(
         queue = queue.detach()
     if temperature_tensor is not None and temperature_tensor.device not in (first.device, torch.device("cpu")):
         raise ValueError(f"temperature: expected the device of views, {first.device}, got {temperature_tensor.device}")
-    if group is not None:
-        raise RuntimeError("group: losses over many processes are not part of this version; expected None")
     impl = backends.select(impl, first)
 
     stacked = isinstance(views, torch.Tensor)
     if autocast:
         matrices, queue = _one_dtype(matrices, queue)
         views = views.to(matrices[0].dtype) if stacked else views
-    loss = InfoNCE.apply(
-        impl,
-        temperature,
-        objective,
-        -1 if core_view is None else core_view,
-        bool(normalize),
-        eps,
-        reduction,
-        stacked,
-        temperature_tensor,
-        labels,
-        queue,
-        *([views] if stacked else matrices),
+    core_view = -1 if core_view is None else core_view
+    constants = (impl, temperature, objective, core_view, bool(normalize), eps, reduction, stacked)
+    return _InfoNCECall(
+        matrices, autocast, constants, (temperature_tensor, labels, queue, *([views] if stacked else matrices))
     )
-    return loss if autocast else loss.to(first.dtype)
+
+
+@torch.compiler.disable
+def _group_info_nce(group, arguments):
+    """(loss, checked call) of this process's share. Not traced: the sizes of the others are read on the host."""
+    distributed.check_group(group)
+    call = distributed.announced(group, _check_info_nce, *arguments)
+    impl, temperature, objective, core_view, normalize, eps, reduction, _ = call.constants
+    temperature_tensor, labels, queue, *_ = call.tensors
+    if temperature_tensor is not None:
+        temperature = temperature_tensor.item() if temperature_tensor.device.type == "cpu" else math.nan
+    samples, features = call.matrices[0].shape
+    shares = distributed.agree(
+        group,
+        distributed.Header(
+            refused=0,
+            samples=samples,
+            views=len(call.matrices),
+            features=features,
+            dtype=check.FLOATING.index(call.matrices[0].dtype),
+            objective=objective,
+            core_view=core_view,
+            normalize=normalize,
+            eps=eps,
+            reduction=reduction,
+            labels=labels is not None,
+            queue=queue is not None,
+            temperature=temperature,
+            temperature_gradient=temperature_tensor is not None and temperature_tensor.requires_grad,
+            impl=ops.IMPLS.index(impl),
+        ),
+    )
+    return GroupInfoNCE.apply(shares, *call.constants, *call.tensors), call
 
 
 def byol_loss(predictions, targets, *, eps=1e-12, reduction="mean", impl="auto"):

@@ -4,19 +4,40 @@ out; ``csrc/cuda/info_nce.cu`` does the work."""
 import torch
 
 from selfsup_kernels import ops
-from selfsup_kernels._rows import Layout, check_size, half_factor, sort_by_class, takes_tf32, upstream_of_rows
+from selfsup_kernels._rows import (
+    Layout,
+    check_size,
+    half_factor,
+    sort_by_class,
+    sum_of_samples,
+    takes_tf32,
+    upstream_of_rows,
+)
 
 
 def _deterministic():
     return torch.are_deterministic_algorithms_enabled()
 
 
-def forward(views, labels, queue, temperature_tensor, temperature, objective, core_view, normalize, eps, reduction):
-    first = views[0]
-    layout = Layout(len(views), *first.shape, 0 if queue is None else queue.shape[0], labels is not None)
+def forward(
+    views,
+    labels,
+    queue,
+    temperature_tensor,
+    temperature,
+    objective,
+    core_view,
+    normalize,
+    eps,
+    reduction,
+    first=0,
+    count=-1,
+):
+    h = views[0]
+    layout = Layout(len(views), *h.shape, 0 if queue is None else queue.shape[0], labels is not None)
     check_size("cuda", layout)
     if labels is None:
-        order, begin, end = torch.empty(0, dtype=torch.int64, device=first.device), None, None
+        order, begin, end = torch.empty(0, dtype=torch.int64, device=h.device), None, None
     else:
         order, begin, end = sort_by_class(labels, len(views))
     loss, stored, rnorm, weights, coef, state = ops.get("info_nce_forward_stages", "cuda")(
@@ -32,8 +53,10 @@ def forward(views, labels, queue, temperature_tensor, temperature, objective, co
         normalize,
         eps,
         _deterministic(),
-        not takes_tf32(first.dtype),
+        not takes_tf32(h.dtype),
     )
+    if count >= 0:
+        loss = loss[:, first : first + count].contiguous()
     if reduction:
         loss = loss.mean() if reduction == 1 else loss.sum()
     if labels is not None:
@@ -61,6 +84,8 @@ def backward(
     reduction,
     need_temperature,
     dtype,
+    first=0,
+    count=-1,
 ):
     if dtype != z.dtype:
         raise RuntimeError(f"impl='cuda' gives the gradient in the dtype of the views, {z.dtype}, not in {dtype}")
@@ -90,6 +115,8 @@ def backward(
         half_factor(z.dtype),
         not takes_tf32(z.dtype),
     )
+    if count >= 0:
+        grad_views = grad_views[:, first : first + count].contiguous()
     if need_temperature:
-        return grad_views, parts.sum()
+        return grad_views, sum_of_samples(layout, parts, order, first, count)
     return grad_views, torch.zeros((), dtype=torch.float64, device=z.device)

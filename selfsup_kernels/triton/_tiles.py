@@ -3,16 +3,16 @@
 import triton
 import triton.language as tl
 
+from selfsup_kernels import _rows
+
 LOG2E = tl.constexpr(1.4426950408889634)
 
 HEADROOM = tl.constexpr(70.0)
 """Scores are exponentiated relative to ``max(bound - HEADROOM, 0)``: ``exp(70)``, summed 1e8 times, is a float32."""
 
-STATE_SCALE = tl.constexpr(0)
-STATE_NORM = tl.constexpr(1)
-STATE_SLOW = tl.constexpr(2)
-"""Places in the small float32 tensor that the kernels of one call hand on: 1 / temperature, the largest squared norm of
-a row (where rows are not normalised), and whether a weight of the backward is out of the fast path's range."""
+STATE_SCALE = tl.constexpr(_rows.STATE_SCALE)
+STATE_NORM = tl.constexpr(_rows.STATE_NORM)
+STATE_SLOW = tl.constexpr(_rows.STATE_SLOW)
 STATE_SIZE = 4
 
 

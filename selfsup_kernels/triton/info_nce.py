@@ -7,7 +7,7 @@ and out; what is saved between them is private to this file.
 
 import torch
 
-from selfsup_kernels._rows import Layout, check_size, half_factor, sort_by_class, upstream_of_rows
+from selfsup_kernels._rows import Layout, check_size, half_factor, sort_by_class, sum_of_samples, upstream_of_rows
 from selfsup_kernels.objectives import OBJECTIVES
 from selfsup_kernels.triton import _launch, configs
 from selfsup_kernels.triton.info_nce_classes import class_tables
@@ -17,7 +17,20 @@ from selfsup_kernels.triton.info_nce_sums import pair_sums
 from selfsup_kernels.triton.info_nce_tables import view_tables
 
 
-def forward(views, labels, queue, temperature_tensor, temperature, objective, core_view, normalize, eps, reduction):
+def forward(
+    views,
+    labels,
+    queue,
+    temperature_tensor,
+    temperature,
+    objective,
+    core_view,
+    normalize,
+    eps,
+    reduction,
+    first=0,
+    count=-1,
+):
     layout = Layout(len(views), *views[0].shape, 0 if queue is None else queue.shape[0], labels is not None)
     check_size("triton", layout)
     with _launch.on_device_of(views[0]):
@@ -39,6 +52,8 @@ def forward(views, labels, queue, temperature_tensor, temperature, objective, co
             order = torch.cat([order, classes.to(torch.int64), ends.to(torch.int64)])
         else:
             loss, weights, coef = view_tables(layout, stored, sums, state, objective, core_view, normalize, precision)
+        if count >= 0:
+            loss = loss[:, first : first + count].contiguous()
         if reduction:
             loss = loss.mean() if reduction == 1 else loss.sum()
     return loss, stored, rnorm, weights, coef, state, order
@@ -64,6 +79,8 @@ def backward(
     reduction,
     need_temperature,
     dtype,
+    first=0,
+    count=-1,
 ):
     layout = Layout(num_views, batch, dim, len(rnorm) - logw.shape[2], labels is not None)
     classes, ends = order[batch:].to(torch.int32).chunk(2) if layout.labels else (None, None)
@@ -104,6 +121,8 @@ def backward(
             factor,
             dtype,
         )
+        if count >= 0:
+            grad_views = grad_views[:, first : first + count].contiguous()
         if need_temperature:
-            return grad_views, parts.sum()
+            return grad_views, sum_of_samples(layout, parts, order, first, count)
         return grad_views, torch.zeros((), dtype=torch.float64, device=z.device)

@@ -1,6 +1,5 @@
 """InfoNCE on the GPU kernels: every kernel and path against the dense loss in float64, at sizes that fit no tile."""
 
-import contextlib
 import ctypes
 import math
 import random
@@ -17,52 +16,6 @@ from selfsup_kernels.reference import dense
 from selfsup_kernels.triton import _launch, configs
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(params=["clean+masked", "all", "waves"])
-def path(request, impl, monkeypatch):
-    """Small tiles, so that a few rows are many tiles; and each way that the launchers choose by size.
-
-    Triton: tiles with masks have kernels of their own, or all have the same. No configuration for the gradient's
-    accumulator sends it through the workspace. CUDA: large tiles; small ones; columns split over more blocks than there
-    are. One of them with the sums of deterministic mode.
-    """
-    if impl == "cuda":
-        monkeypatch.setenv("SELFSUP_KERNELS_CUDA_TILES", "large" if request.param == "clean+masked" else "small")
-        monkeypatch.setattr(cuda_launcher, "_deterministic", lambda: request.param == "all")
-        with processors(64 if request.param == "waves" else 1):
-            yield request.param
-        return
-
-    def small(kernel, architecture, kind, width):
-        if kernel in ("gradient", "masked_gradient") and request.param == "waves":
-            return None
-        m, n, k = {
-            # The tiles without masks are larger than those with, and neither are square.
-            "sums": (32, 64, 32),
-            "masked_sums": (16, 32, 32),
-            "gradient": (64, 64, 256 if width == "256" else 64),
-            "masked_gradient": (16, 32, 256 if width == "256" else 64),
-        }.get(kernel, (32, 32, 32))
-        return configs.Config(block_m=m, block_n=n, block_k=k, num_warps=4, num_stages=2)
-
-    monkeypatch.setattr(configs, "_lookup", small)
-    monkeypatch.setattr(_launch, "processors_of", lambda tensor: 1000 if request.param == "all" else 1)
-    monkeypatch.setattr(_launch, "MANY_TILES", 0 if request.param == "clean+masked" else 16)
-    monkeypatch.setattr(_launch, "deterministic", lambda: request.param == "all")
-    yield request.param
-
-
-@contextlib.contextmanager
-def processors(count):
-    """How many multiprocessors the emulator says it has; a GPU has its own."""
-    if backends.EMULATOR is None:
-        yield
-        return
-    library = ctypes.CDLL(str(backends.EMULATOR))
-    library.sk_emulator_processors(count)
-    yield
-    library.sk_emulator_processors(3)
 
 
 @pytest.mark.parametrize("size", [(2, 71, 20), (3, 40, 20)], ids=str)  # three blocks, and two

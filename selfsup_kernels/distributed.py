@@ -1,0 +1,175 @@
+"""What the processes of a group tell each other for a loss over the batch of all of them.
+
+A call has three exchanges: a header (sizes and arguments, which must agree), the rows, and in the backward one small
+table. Each process computes the tables and the gradient of its own samples against the rows of all; the gradient of
+pairs is symmetric, so no gradients are sent.
+"""
+
+import struct
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from selfsup_kernels import ops
+from selfsup_kernels._validate import FLOATING
+from selfsup_kernels.objectives import OBJECTIVES
+
+
+class Shares(NamedTuple):
+    """How the samples of a batch are spread: rank r has ``sizes[r]`` of them, in the order of the ranks."""
+
+    group: dist.ProcessGroup
+    rank: int
+    sizes: tuple[int, ...]
+
+    @property
+    def batch(self) -> int:
+        return sum(self.sizes)
+
+    @property
+    def first(self) -> int:
+        return sum(self.sizes[: self.rank])
+
+    @property
+    def count(self) -> int:
+        return self.sizes[self.rank]
+
+
+class Header(NamedTuple):
+    """What a process says of its call. All fields but ``samples`` have to be the same on all of them."""
+
+    refused: int  # 1: this process raised an error of its own instead
+    samples: int
+    views: int
+    features: int
+    dtype: int
+    objective: int
+    core_view: int
+    normalize: int
+    eps: float
+    reduction: int
+    labels: int
+    queue: int
+    temperature: float  # NaN: not known on the host
+    temperature_gradient: int
+    impl: int
+
+    def shown(self, field: str) -> str:
+        value = getattr(self, field)
+        names = {
+            "dtype": [str(d).removeprefix("torch.") for d in FLOATING],
+            "objective": OBJECTIVES,
+            "reduction": ops.REDUCTIONS,
+            "impl": ops.IMPLS,
+        }
+        if field in names:
+            return repr(names[field][value])
+        if field in ("labels", "queue"):
+            return "given" if value else "None"
+        if field in ("normalize", "temperature_gradient"):
+            return str(bool(value))
+        if field == "core_view":
+            return str(value if value >= 0 else None)
+        return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+_FLOATS = ("eps", "temperature")
+_REFUSED = Header(1, *[0] * (len(Header._fields) - 1))
+
+
+def check_group(group) -> None:
+    """Raise unless ``group`` is a process group that this process is in."""
+    if not isinstance(group, dist.ProcessGroup):
+        what = "GroupMember.NON_GROUP_MEMBER" if group is dist.GroupMember.NON_GROUP_MEMBER else type(group).__name__
+        raise TypeError(f"group: expected None or a torch.distributed.ProcessGroup, got {what}")
+    if not dist.is_initialized() or dist.get_rank(group) < 0:
+        raise ValueError("group: expected a group that this process is a member of")
+
+
+def announced(group, check, *args):
+    """``check(*args)``. If it raises, the other processes of the group, which wait for a header, are told first."""
+    try:
+        return check(*args)
+    except (ValueError, TypeError, RuntimeError):
+        _exchange(group, _REFUSED)
+        raise
+
+
+def agree(group: dist.ProcessGroup, header: Header) -> Shares:
+    """The shares of all processes, whose headers agree.
+
+    Raises:
+        RuntimeError: another process refused its arguments.
+        ValueError: an argument differs between processes, or they have one sample together and no queue.
+    """
+    headers = _exchange(group, header)
+    refused = [rank for rank, other in enumerate(headers) if other.refused]
+    if refused:
+        raise RuntimeError(f"group: the arguments were refused on rank {', '.join(map(str, refused))} of the group")
+    for field in Header._fields:
+        for rank, other in enumerate(headers):
+            ours, theirs = getattr(headers[0], field), getattr(other, field)
+            if field != "samples" and ours != theirs and not (ours != ours and theirs != theirs):
+                raise ValueError(
+                    f"group: {field} has to be the same on every rank, got {headers[0].shown(field)} on rank 0"
+                    f" and {other.shown(field)} on rank {rank}"
+                )
+    shares = Shares(group, dist.get_rank(group), tuple(other.samples for other in headers))
+    if shares.batch < 2 and not header.queue:
+        raise ValueError("views: expected at least 2 samples in the group (one sample has no negatives), got 1")
+    return shares
+
+
+def _exchange(group, header) -> list[Header]:
+    words = [
+        _bits(value) if field in _FLOATS else int(value) for field, value in zip(header._fields, header, strict=True)
+    ]
+    own = torch.tensor(words, dtype=torch.int64, device=_host_device(group))
+    every = own.new_empty((dist.get_world_size(group), len(words)))
+    dist.all_gather_into_tensor(every, own, group=group)
+    return [
+        Header(*(_number(w) if field in _FLOATS else w for field, w in zip(Header._fields, row, strict=True)))
+        for row in every.tolist()
+    ]
+
+
+def _host_device(group) -> torch.device:
+    """Where small messages go: the CPU where the group has a backend for it, which spares the GPU a synchronisation."""
+    kinds = {device.type for device in group._device_types}
+    if "cpu" in kinds:
+        return torch.device("cpu")
+    kind = kinds.pop()
+    return torch.device(kind, torch.get_device_module(kind).current_device())
+
+
+def _bits(number: float) -> int:
+    return struct.unpack("<q", struct.pack("<d", number))[0]
+
+
+def _number(bits: int) -> float:
+    return struct.unpack("<d", struct.pack("<q", bits))[0]
+
+
+def gather_samples(x: torch.Tensor, shares: Shares) -> torch.Tensor:
+    """``(V, own samples, C)`` of each process as the ``(V, all samples, C)`` of the group; no gradient."""
+    longest = max(shares.sizes)
+    own = x.new_zeros(x.shape[0], longest, x.shape[2]) if x.shape[1] < longest else x.contiguous()
+    if own is not x and x.shape[1] < longest:
+        own[:, : x.shape[1]] = x
+    every = own.new_empty((len(shares.sizes), *own.shape))
+    # As bytes: not every backend knows every dtype.
+    dist.all_gather_into_tensor(_bytes(every), _bytes(own), group=shares.group)
+    if min(shares.sizes) == longest:
+        return every.transpose(0, 1).reshape(x.shape[0], shares.batch, x.shape[2])
+    return torch.cat([part[:, :size] for part, size in zip(every, shares.sizes, strict=True)], dim=1)
+
+
+def _bytes(x):
+    return x.view(-1).view(torch.uint8)
+
+
+def sum_over(x: torch.Tensor, shares: Shares) -> torch.Tensor:
+    """The sum of ``x`` over the processes, in place."""
+    dist.all_reduce(x, group=shares.group)
+    return x

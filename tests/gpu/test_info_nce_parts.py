@@ -1,0 +1,39 @@
+"""As `tests/test_info_nce_parts.py`, by the kernels of the GPUs."""
+
+import pytest
+import torch
+from helpers import randn, random_labels
+from parts import compare_parts
+
+from selfsup_kernels.objectives import LABEL_OBJECTIVES, OBJECTIVES
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("sizes", [(23, 1, 40), (30, 41)], ids=str)
+def test_objectives(impl, path, device, dtype, objective, sizes):
+    queue = randn(9, 20, dtype=dtype, seed=1).to(device) if sizes[0] == 23 else None
+    compare_parts(impl, randn(2, sum(sizes), 20, dtype=dtype).to(device), sizes, objective, queue=queue)
+
+
+def test_core_view(impl, path, device, dtype):
+    compare_parts(impl, randn(3, 64, 20, dtype=dtype).to(device), (23, 1, 40), "supcon_out", core=1)
+
+
+@pytest.mark.parametrize("classes", [1, 4, 10**6])
+@pytest.mark.parametrize("objective", LABEL_OBJECTIVES)
+def test_labels(impl, path, device, dtype, objective, classes):
+    labels = random_labels(45, classes).to(device)
+    queue = randn(10, 20, dtype=dtype, seed=1).to(device) if classes == 1 else None
+    views = randn(2, 45, 20, dtype=dtype).to(device)
+    compare_parts(impl, views, (12, 33), objective, labels=labels, queue=queue)
+
+
+def test_weights_out_of_range(impl, path, device):
+    """Where one process's weights are, all take the slow path."""
+    views = torch.nn.functional.normalize(randn(2, 60, 20), dim=-1)
+    views[:, 30:] *= -1
+    compare_parts(impl, views.to(device), (17, 43), "supcon_out", temperature=0.004)
+
+
+def test_rows_that_are_not_normalised(impl, path, device):
+    compare_parts(impl, (3 * randn(2, 60, 8)).to(device), (17, 43), "supcon_out", temperature=0.5, normalize=False)

@@ -1,0 +1,77 @@
+"""What the processes of a group do for one loss, one after the other in this process."""
+
+import torch
+from helpers import assert_within, randn, run, temperature_rounding
+
+from selfsup_kernels import _tables, ops
+from selfsup_kernels.objectives import OBJECTIVES
+from selfsup_kernels.reference import dense
+
+
+def in_parts(impl, views, sizes, temperature, upstream, objective, labels=None, queue=None, core=-1, normalize=True):
+    """(losses (V, B), gradient of the views, of the temperature) of a batch of which process r has ``sizes[r]``."""
+    number = OBJECTIVES.index(objective)
+    num_views, batch, dim = views.shape
+    parts = [(sum(sizes[:r]), size) for r, size in enumerate(sizes)]
+    forward, backward = (ops.get(f"info_nce_{way}", impl) for way in ("forward", "backward"))
+    results = [
+        forward(list(views.unbind(0)), labels, queue, None, temperature, number, core, normalize, 1e-12, 0, *part)
+        for part in parts
+    ]
+    known = (impl, labels is not None, normalize)
+    rows = torch.cat(
+        [
+            _tables.own_rows(known[0], saved, *known[1:], num_views, batch, *part)
+            for (_, *saved), part in zip(results, parts, strict=True)
+        ],
+        1,
+    )
+    assert rows.isfinite().logical_or(rows.isinf()).all(), "an owned row has no table"
+    gradients = [
+        backward(
+            upstream,
+            *_tables.with_all_rows(known[0], saved, *known[1:], rows),
+            labels,
+            None,
+            temperature,
+            num_views,
+            batch,
+            dim,
+            number,
+            core,
+            normalize,
+            0,
+            True,
+            views.dtype,
+            *part,
+        )
+        for (_, *saved), part in zip(results, parts, strict=True)
+    ]
+    return (
+        torch.cat([loss for loss, *_ in results], 1).to(views.dtype),
+        torch.cat([grad for grad, _ in gradients], 1),
+        sum(t for _, t in gradients).to(views.dtype),
+    )
+
+
+def compare_parts(impl, views, sizes, objective, temperature=0.1, labels=None, queue=None, core=-1, normalize=True):
+    """Values and gradients of ``in_parts`` against the dense loss of the whole batch."""
+    assert sum(sizes) == views.shape[1]
+    dtype = views.dtype
+    upstream = randn(*views.shape[:2], dtype=ops.accumulation_dtype(dtype), seed=99).to(views.device)
+    # The temperature as the kernels have it, a number; as a tensor for autograd.
+    number = torch.tensor(temperature, dtype=dtype).item()
+    known = {"objective": objective, "labels": labels, "core_view": core if core >= 0 else None, "normalize": normalize}
+    ours = in_parts(impl, views, sizes, number, upstream, objective, labels, queue, core, normalize)
+
+    def oracle(x, t, q):
+        return run(dense.info_nce_loss, x, t, upstream, queue=q, reduction="none", **known)
+
+    truth = oracle(views.double(), number, None if queue is None else queue.double())
+    eager = None if dtype == torch.float64 else oracle(views, number, queue)
+    wide = None if queue is None else queue.double()
+    mean = {name: value for name, value in known.items() if name != "normalize"}
+    floor = upstream.numel() * temperature_rounding(views, torch.tensor(number, dtype=dtype), queue=wide, **mean)
+    floors = (0.0, 0.0, 0.0 if eager is None else floor)
+    for i, name in enumerate(("loss", "grad", "temperature")):
+        assert_within(name, ours[i], truth[i], None if eager is None else eager[i], floors[i])
