@@ -189,7 +189,6 @@ def _embed(streams, chunks, devices) -> list[Tensor]:
 def _encode_again(chunks, embeddings, devices) -> None:
     """Each chunk's forward with a graph, and its backward."""
     syncing = [_syncing(chunk.stream.modules) for chunk in chunks]
-    torch.clear_autocast_cache()  # the weights that were cast without a graph
     after = _random_states(devices)
     try:
         for i, chunk in enumerate(chunks):
@@ -204,7 +203,6 @@ def _encode_again(chunks, embeddings, devices) -> None:
                     continue
                 with _no_autocast(devices):
                     rows.backward(torch.zeros_like(rows) if grad is None else grad[chunk.rows])
-            torch.clear_autocast_cache()
     finally:
         _set_random_states(after, devices)
 
