@@ -126,11 +126,11 @@ def _exchange(group, header) -> list[Header]:
         _bits(value) if field in _FLOATS else int(value) for field, value in zip(header._fields, header, strict=True)
     ]
     own = torch.tensor(words, dtype=torch.int64, device=_host_device(group))
-    every = own.new_empty((dist.get_world_size(group), len(words)))
+    every = own.new_empty(dist.get_world_size(group) * len(words))
     dist.all_gather_into_tensor(every, own, group=group)
     return [
         Header(*(_number(w) if field in _FLOATS else w for field, w in zip(Header._fields, row, strict=True)))
-        for row in every.tolist()
+        for row in every.view(-1, len(words)).tolist()
     ]
 
 

@@ -1,0 +1,300 @@
+"""InfoNCE over the processes of a group: gloo, 2, 3 and 4 uneven ranks, against one process with the whole batch."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import IMPLS, assert_within, randn, random_labels, run
+from ranks import Ranks
+from torch import nn
+
+import selfsup_kernels as sk
+from selfsup_kernels.objectives import LABEL_OBJECTIVES, OBJECTIVES
+from selfsup_kernels.reference import dense
+
+SIZES = {2: (9, 4), 3: (5, 1, 11), 4: (2, 13, 1, 6)}
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    processes = Ranks(4)
+    yield processes
+    processes.close()
+
+
+def own(group, tensor, dim=1):
+    """This rank's samples of a tensor of the whole batch."""
+    sizes = SIZES[dist.get_world_size(group)]
+    rank = dist.get_rank(group)
+    return tensor.narrow(dim, sum(sizes[:rank]), sizes[rank])
+
+
+def shares(group, views, cases):
+    """Of each case ``(impl, temperature, upstream, arguments)``: (loss, gradients of own rows and temperature)."""
+    results = []
+    for impl, temperature, upstream, arguments in cases:
+        arguments = dict(arguments)
+        if arguments.get("labels") is not None:
+            arguments["labels"] = own(group, arguments["labels"], 0)
+        if arguments.get("queue") is not None and arguments["queue"].dim() == 3:
+            arguments["queue"] = arguments["queue"][dist.get_rank(group)]
+        if upstream.dim():
+            upstream = own(group, upstream)
+        results.append(
+            run(sk.info_nce_loss, own(group, views), temperature, upstream, group=group, impl=impl, **arguments)
+        )
+    return results
+
+
+def check(ranks, world, views, temperature, upstream, **arguments):
+    """All implementations against the dense loss. After averaging, as DistributedDataParallel does, the gradient of
+    "mean" and "sum" is that of one process; that of "none", which is a sum over the ranks already, is not averaged."""
+    queue = arguments.get("queue")
+    if queue is not None and queue.dim() == 3:
+        want = _each_with_its_queue(world, views, temperature, upstream, arguments)
+    else:
+        wide = {**arguments, "queue": None if queue is None else queue.double()}
+        want = run(dense.info_nce_loss, views.double(), temperature, upstream.double(), **wide)
+    cases = [(impl, temperature, upstream, arguments) for impl in IMPLS]
+    averaged = world if arguments.get("reduction", "mean") != "none" else 1
+    for results in zip(*ranks.run(world, shares, views, cases), strict=True):
+        losses, grads, temperatures = zip(*results, strict=True)
+        loss = torch.cat(losses, 1) if averaged == 1 else losses[0]
+        assert averaged == 1 or all(torch.equal(other, loss) for other in losses)
+        for name, got, expected in zip(
+            ("loss", "grad", "temperature"),
+            (loss, torch.cat(grads, 1) / averaged, sum(temperatures) / averaged),
+            want,
+            strict=True,
+        ):
+            assert_within(name, got, expected)
+
+
+def _each_with_its_queue(world, views, temperature, upstream, arguments):
+    """A rank's anchors meet the queue of that rank."""
+    results = []
+    arguments = {**arguments, "reduction": "none"}
+    rank = torch.repeat_interleave(torch.tensor(SIZES[world]))
+    for r, queue in enumerate(arguments.pop("queue").double()):
+        weight = upstream.double() * (rank == r)
+        loss, *grads = run(dense.info_nce_loss, views.double(), temperature, weight, queue=queue, **arguments)
+        results.append((loss * (rank == r), *grads))
+    return [sum(parts) for parts in zip(*results, strict=True)]
+
+
+ONE = torch.tensor(1.0, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("world", SIZES)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_mean(ranks, world, objective):
+    views = randn(3, sum(SIZES[world]), 7, dtype=torch.float64)
+    check(ranks, world, views, 0.3, ONE, objective=objective)
+    check(ranks, world, views, 0.05, ONE, objective=objective, core_view=1, reduction="sum")
+
+
+@pytest.mark.parametrize("world", SIZES)
+@pytest.mark.parametrize("classes", [1, 3, 10**6])
+@pytest.mark.parametrize("objective", LABEL_OBJECTIVES)
+def test_labels(ranks, world, objective, classes):
+    batch = sum(SIZES[world])
+    queue = randn(5, 7, dtype=torch.float64, seed=1) if classes == 1 else None
+    views = randn(2, batch, 7, dtype=torch.float64)
+    check(ranks, world, views, 0.3, ONE, objective=objective, labels=random_labels(batch, classes), queue=queue)
+
+
+@pytest.mark.parametrize("world", SIZES)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_per_anchor_losses(ranks, world, objective):
+    """Each anchor's loss with a weight of its own, known only to its rank."""
+    batch = sum(SIZES[world])
+    views, weight = randn(2, batch, 7, dtype=torch.float64), randn(2, batch, dtype=torch.float64, seed=5)
+    check(ranks, world, views, 0.3, weight, objective=objective, reduction="none")
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_queues_of_their_own(ranks, labelled):
+    batch = sum(SIZES[3])
+    views, weight = randn(2, batch, 7, dtype=torch.float64), randn(2, batch, dtype=torch.float64, seed=5)
+    labels = random_labels(batch, 3) if labelled else None
+    queue = randn(3, 6, 7, dtype=torch.float64, seed=1)
+    check(ranks, 3, views, 0.3, weight, reduction="none", labels=labels, queue=queue)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_dtypes(ranks, dtype):
+    views = randn(2, sum(SIZES[3]), 16, dtype=dtype)
+    temperature = torch.tensor(0.2, dtype=dtype).item()
+    check(ranks, 3, views, temperature, torch.ones((), dtype=dtype), normalize=False)
+    check(ranks, 3, views, temperature, torch.ones((), dtype=dtype))
+
+
+def weighted(group, views, weights):
+    """The gradient where every rank weighs the common loss as it likes."""
+    leaf = own(group, views).clone().requires_grad_()
+    (sk.info_nce_loss(leaf, group=group) * weights[dist.get_rank(group)]).backward()
+    return leaf.grad
+
+
+def test_ranks_that_weigh_the_loss_differently(ranks):
+    """The gradient is that of the sum over the ranks, whatever each makes of its result."""
+    views = randn(2, sum(SIZES[3]), 7, dtype=torch.float64)
+    weights = (0.5, 2.0, -3.0)
+    _, want, _ = run(dense.info_nce_loss, views, 0.1, ONE * sum(weights))
+    assert_within("grad", torch.cat(ranks.run(3, weighted, views, weights), 1), want)
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 7)).double()
+
+
+class Trained(nn.Module):
+    """A network with its loss, as a trainer wraps it: the temperature is one of its parameters."""
+
+    def __init__(self, group=None):
+        super().__init__()
+        self.network = network()
+        self.loss = sk.InfoNCELoss(0.2, learnable_temperature=True, objective="cross_view", group=group)
+
+    def forward(self, views):
+        return self.loss([self.network(x) for x in views])
+
+
+def train(group, views, steps):
+    """Steps of DistributedDataParallel with its averaging; the parameters after them."""
+    method = nn.parallel.DistributedDataParallel(Trained(group), process_group=group)
+    optimizer = torch.optim.SGD(method.parameters(), 0.5)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = method(own(group, views))
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, [p.detach().clone() for p in method.parameters()]
+
+
+@pytest.mark.parametrize("world", SIZES)
+def test_distributed_data_parallel_trains_as_one_process(ranks, world):
+    views = randn(2, sum(SIZES[world]), 6, dtype=torch.float64)
+    alone = Trained()
+    optimizer = torch.optim.SGD(alone.parameters(), 0.5)
+    expected = []
+    for _ in range(4):
+        optimizer.zero_grad()
+        z = torch.stack([alone.network(x) for x in views])
+        loss = dense.info_nce_loss(z, temperature=alone.loss.temperature.double(), objective="cross_view")
+        loss.backward()
+        optimizer.step()
+        expected.append(loss.item())
+    for losses, parameters in ranks.run(world, train, views, 4):
+        torch.testing.assert_close(losses, expected, rtol=1e-6, atol=0)  # the temperature is a float32 number
+        for got, want in zip(parameters, alone.parameters(), strict=True):
+            torch.testing.assert_close(got, want.detach(), rtol=1e-5, atol=1e-8)
+
+
+def error_of(group, arguments):
+    """What a call with this rank's arguments raises; then that the group still works."""
+    try:
+        sk.info_nce_loss(group=group, **arguments[dist.get_rank(group)])
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}"
+    else:
+        text = "nothing"
+    total = torch.ones(())
+    dist.all_reduce(total, group=group)
+    assert total.item() == dist.get_world_size(group)
+    return text
+
+
+GOOD = {"views": torch.ones(2, 3, 4)}
+LABELS = torch.arange(3)
+
+
+@pytest.mark.parametrize(
+    ("bad", "on_the_bad_rank", "elsewhere"),
+    [
+        ({"views": torch.ones(2, 3, 5)}, "ValueError: group: features has to be .* 4 on rank 0 and 5 on rank 1", None),
+        ({"views": torch.ones(3, 3, 4)}, "ValueError: group: views has to be .* 2 on rank 0 and 3 on rank 1", None),
+        (
+            {"views": torch.ones(2, 3, 4, dtype=torch.float64)},
+            "ValueError: group: dtype has .* 'float32' on rank 0 and 'float64' on rank 1",
+            None,
+        ),
+        ({**GOOD, "objective": "decoupled"}, "ValueError: group: objective .* 'supcon_out' .* 'decoupled'", None),
+        ({**GOOD, "temperature": 0.2}, "ValueError: group: temperature .* 0.1 on rank 0 and 0.2 on rank 1", None),
+        ({**GOOD, "reduction": "none"}, "ValueError: group: reduction .* 'mean' .* 'none'", None),
+        ({**GOOD, "labels": LABELS}, "ValueError: group: labels .* None on rank 0 and given on rank 1", None),
+        ({**GOOD, "queue": torch.ones(2, 4)}, "ValueError: group: queue .* None on rank 0 and given on rank 1", None),
+        ({**GOOD, "impl": "reference"}, "ValueError: group: impl has to be", None),
+        (
+            {"views": torch.ones(2, 0, 4)},
+            "ValueError: views: expected a non-empty batch",
+            "RuntimeError: group: the arguments were refused on rank 1",
+        ),
+        ({"views": "no tensors"}, "TypeError: views: ", "RuntimeError: group: the arguments were refused on rank 1"),
+    ],
+)
+def test_bad_input_is_an_error_on_every_rank(ranks, bad, on_the_bad_rank, elsewhere):
+    errors = ranks.run(3, error_of, [GOOD, bad, GOOD])
+    for rank, error in enumerate(errors):
+        with pytest.raises(AssertionError, match=on_the_bad_rank if rank == 1 else elsewhere or on_the_bad_rank):
+            raise AssertionError(error)
+
+
+def test_one_sample_together_is_too_few(ranks):
+    assert ranks.run(1, error_of, [{"views": torch.ones(2, 1, 4)}]) == [
+        "ValueError: views: expected at least 2 samples in the group (one sample has no negatives), got 1"
+    ]
+
+
+def test_one_sample_each_is_enough(ranks):
+    views = randn(2, 3, 4, dtype=torch.float64)
+    one = [{"views": views[:, r : r + 1]} for r in range(3)]
+    assert ranks.run(3, error_of, one) == ["nothing"] * 3
+
+
+def compiled(group, views):
+    leaf = own(group, views).clone().requires_grad_()
+    loss = torch.compile(lambda x: sk.info_nce_loss(2 * x, group=group) + 1, backend="eager")(leaf)
+    loss.backward()
+    return loss.detach(), leaf.grad
+
+
+def test_a_compiled_caller(ranks):
+    views = randn(2, sum(SIZES[2]), 7, dtype=torch.float64)
+    loss, want, _ = run(dense.info_nce_loss, views, 0.1)
+    results = ranks.run(2, compiled, views)
+    assert_within("grad", torch.cat([grad for _, grad in results], 1) / 2, want)
+    assert_within("loss", results[0][0], loss + 1)
+
+
+def leaves(group, views, dead):
+    """A rank ends without a word; how long the others wait, and for what."""
+    if dist.get_rank(group) == dead:
+        import os
+
+        os._exit(0)
+    try:
+        sk.info_nce_loss(own(group, views), group=group)
+    except Exception as error:
+        return type(error).__name__
+    return "nothing"
+
+
+def test_a_rank_that_dies_is_an_error_on_the_others():
+    processes = Ranks(3)
+    views = randn(2, sum(SIZES[3]), 7)
+    processes.start(3, leaves, views, 1)
+    errors = [processes.answer(rank) for rank in (0, 2)]
+    processes.close()
+    assert all(error is None and name != "nothing" for name, error in errors), errors
+
+
+def test_groups_that_are_none():
+    views = copy.deepcopy(GOOD["views"])
+    for group in ("world", 3, dist.GroupMember.NON_GROUP_MEMBER):
+        with pytest.raises(TypeError, match=r"group: expected None or a torch\.distributed\.ProcessGroup"):
+            sk.info_nce_loss(views, group=group)
