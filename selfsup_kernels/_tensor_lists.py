@@ -9,7 +9,7 @@ from operator import add, attrgetter, eq, gt
 
 import torch
 
-from selfsup_kernels import _overlap
+from selfsup_kernels import _overlap, _shards
 from selfsup_kernels import _validate as check
 
 Tensor = torch.Tensor
@@ -20,11 +20,17 @@ def named_tensors(module: torch.nn.Module) -> tuple[dict[str, Tensor], dict[str,
 
     As ``named_parameters`` and ``named_buffers``, in one pass over the modules, and without the ``_orig_mod.`` that
     ``torch.compile`` puts into the names: a compiled module has the parameters of the module that it wraps.
+
+    Where FSDP2 has left gathered parameters (the root's after a forward without backward), the shards come back first:
+    what is written into gathered ones would be lost.
     """
     parameters: dict[str, Tensor] = {}
     buffers: dict[str, Tensor] = {}
     seen = set()
+    fsdp = _shards.fsdp_module_type()
     for prefix, owner in module.named_modules():
+        if fsdp is not None and isinstance(owner, fsdp):
+            owner.reshard()  # before its parts are visited, whose parameters it may hold too
         prefix = f"{prefix}.".replace("_orig_mod.", "") if prefix else ""
         for found, own in ((parameters, owner._parameters), (buffers, owner._buffers)):
             for key, tensor in own.items():
@@ -77,13 +83,14 @@ def check_update(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Refuse what an in-place update of ``targets`` from ``sources`` is not defined for.
 
-    Returns both lists without the pairs that have nothing to do: no elements, or the source is the destination.
+    Returns both lists without the pairs that have nothing to do: no elements, or the source is the destination. Of
+    DTensors it returns the local shards.
     ``names``, one per target, are for the messages. Without ``averaged`` the sources are only copied, which any dtype
     allows.
 
     Raises:
-        ValueError: different lengths, shapes or devices; a destination appears twice.
-        TypeError: not tensors, or dtypes that cannot be averaged.
+        ValueError: different lengths, shapes, devices or (DTensors) placements; a destination appears twice.
+        TypeError: not tensors, dtypes that cannot be averaged, or only one of a pair is a DTensor.
         RuntimeError: a destination overlaps itself, another one or a source.
     """
     if len(targets) != len(sources):
@@ -93,6 +100,10 @@ def check_update(
         _check_pairs(targets, sources, names, averaged)
         return targets, sources
     signature = _signature(targets, sources, averaged)
+    if signature is None:
+        shards = _shards.local(targets, sources, lambda i: _names(names, i))
+        if shards is not None:
+            return check_update(*shards, names, averaged=averaged)
     key = (len(targets), signature[1][0]) if targets and signature is not None else None
     if key is not None and _accepted.get(key) == signature:
         return targets, sources

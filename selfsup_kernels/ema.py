@@ -8,9 +8,9 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from selfsup_kernels import _shards, backends
 from selfsup_kernels import _tensor_lists as lists
 from selfsup_kernels import _validate as check
-from selfsup_kernels import backends
 from selfsup_kernels.functional import ema_update_pairs_
 
 BUFFERS = ("copy", "average", "ignore")
@@ -28,6 +28,15 @@ class EMA(nn.Module):
     model whose names no longer match is refused. A model that is compiled (``torch.compile``) or wrapped in
     DataParallel or DistributedDataParallel stands for the module inside. Tied weights are updated once.
 
+    With FSDP2 every process updates its own shards; nothing is sent. Its modules cannot be copied, so the EMA comes
+    first, and the copy is sharded like the model::
+
+        ema = sk.EMA(model)
+        for network in (model, ema.module):
+            for layer in network.layers:
+                fully_shard(layer, mesh=mesh)
+            fully_shard(network, mesh=mesh)
+
     Args:
         model: what to average.
         momentum: :math:`m` of updates that do not give their own; a number in [0, 1].
@@ -41,6 +50,7 @@ class EMA(nn.Module):
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message says which and why.
+        RuntimeError: a model that ``fully_shard`` was called on.
     """
 
     def __init__(self, model, momentum=0.996, *, buffers="copy", dtype=None, stochastic_rounding=False, impl="auto"):
@@ -60,6 +70,11 @@ class EMA(nn.Module):
         self.impl = impl
 
         model = _inner(model)
+        if _shards.is_fsdp(model):
+            raise RuntimeError(
+                "model: FSDP2's modules cannot be copied; make the EMA before fully_shard, then call fully_shard on"
+                " ema.module and its parts exactly as on the model and its parts"
+            )
         object.__setattr__(self, "_model", model)  # past nn.Module's own, which would register it
         self.module = copy.deepcopy(model).requires_grad_(False)
         if dtype is not None:

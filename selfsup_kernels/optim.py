@@ -12,9 +12,9 @@ from collections.abc import Iterable
 
 import torch
 
+from selfsup_kernels import _shards, backends
 from selfsup_kernels import _tensor_lists as lists
 from selfsup_kernels import _validate as check
-from selfsup_kernels import backends
 from selfsup_kernels.ema import EMA
 from selfsup_kernels.functional import ema_update_pairs_
 
@@ -55,7 +55,7 @@ class _FusedStep:
             What ``closure`` returned, or None.
 
         Raises:
-            TypeError: sparse gradients, or parameters of a dtype that is not supported.
+            TypeError: sparse gradients, DTensors, or parameters of a dtype that is not supported.
             ValueError: an option that only torch's own class has, or as :meth:`selfsup_kernels.EMA.update`.
             RuntimeError: ``impl`` cannot be used here.
         """
@@ -93,7 +93,13 @@ class _FusedStep:
             if group.get(option):
                 raise ValueError(f"{option}: not supported by {type(self).__name__}; use torch.optim's own class")
         params = [p for p in group["params"] if p.grad is not None]
+        spread = _shards.dtensor_type()
         for p in params:
+            if spread is not None and isinstance(p, spread):
+                raise TypeError(
+                    "params: expected plain tensors, got a DTensor (FSDP2); use torch.optim's own class, and call"
+                    " ema.update() after its step"
+                )
             if p.grad.layout != torch.strided:
                 raise TypeError(f"params: expected dense gradients, got layout {p.grad.layout}")
             if p.dtype not in check.FLOATING:

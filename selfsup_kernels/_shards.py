@@ -1,0 +1,66 @@
+"""Parameters that are spread over processes: DTensors, and the modules of FSDP2 that hold them.
+
+An average goes element by element, so that every process updates its own shard and nothing is sent. Neither module of
+torch is imported here: who has such tensors has imported them.
+"""
+
+import sys
+
+import torch
+
+
+def fsdp_module_type():
+    """The class of the modules that ``fully_shard`` was called on; None where nobody can have called it."""
+    return getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+
+
+def is_fsdp(module: torch.nn.Module) -> bool:
+    """Whether ``fully_shard`` was called on this module or a part of it."""
+    kind = fsdp_module_type()
+    return kind is not None and any(isinstance(part, kind) for part in module.modules())
+
+
+def dtensor_type():
+    return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+
+
+@torch.no_grad()
+def local(targets, sources, pair_names):
+    """Both lists with the local shard in the place of each DTensor, or None if there are none.
+
+    Args:
+        pair_names: the function from a position to the names of both for the messages.
+
+    Raises:
+        TypeError: one of a pair is a DTensor and the other is not.
+        ValueError: shapes, meshes or placements of a pair differ: its shards are not the same elements.
+    """
+    kind = dtensor_type()
+    if kind is None or not any(isinstance(x, kind) for x in (*targets, *sources)):
+        return None
+    shards: tuple[list, list] = ([], [])
+    for i, (target, source) in enumerate(zip(targets, sources, strict=True)):
+        spread = isinstance(target, kind)
+        if spread != isinstance(source, kind):
+            t, s = pair_names(i)
+            raise TypeError(
+                f"{s}: expected {'a DTensor' if spread else 'a plain tensor'} like {t}, got"
+                f" {type(source).__name__} (a module that fully_shard left gathered gives its shards after reshard())"
+            )
+        if spread:
+            _check_same(target, source, pair_names(i))
+            target, source = target.to_local(), source.to_local()
+        shards[0].append(target)
+        shards[1].append(source)
+    return shards
+
+
+def _check_same(target, source, names) -> None:
+    t, s = names
+    if target.shape != source.shape:
+        raise ValueError(f"{s}: expected the shape of {t}, {tuple(target.shape)}, got {tuple(source.shape)}")
+    if target.device_mesh != source.device_mesh or target.placements != source.placements:
+        raise ValueError(
+            f"{s}: expected the mesh and placements of {t}, {target.device_mesh} {target.placements},"
+            f" got {source.device_mesh} {source.placements}"
+        )
