@@ -23,6 +23,29 @@ class Layout(NamedTuple):
     dim: int
     queue: int
     labels: bool
+    first: int = 0
+    count: int = -1
+    """The samples that are this process's own; a negative count: all."""
+
+    @property
+    def own(self):
+        """This process's samples."""
+        return self.samples if self.count < 0 else self.count
+
+    @property
+    def partial(self):
+        """Whether tables and gradient are of some rows alone. With labels, where they are sorted by class, a process's
+        rows lie among all others: it does the work of all."""
+        return self.own < self.samples and not self.labels
+
+    def own_rows(self):
+        """(first, end) of this process's rows within each view."""
+        return (self.first, self.first + self.own) if self.partial else (0, self.batch)
+
+    def own_blocks(self, size):
+        """(first, count) of the blocks of ``size`` rows that hold own rows of a view."""
+        first, end = self.own_rows()
+        return first // size, _round_up(end, size) // size - first // size
 
     @property
     def views(self):
@@ -100,17 +123,6 @@ def upstream_of_rows(layout, grad, order):
     else:
         grad = torch.nn.functional.pad(grad, (0, layout.padded - layout.samples))
     return grad.reshape(-1).contiguous(), largest
-
-
-def sum_of_samples(layout, parts, order, first, count):
-    """Of one number per stored row, the sum over samples first .. first + count (negative: all)."""
-    if count < 0:
-        return parts.sum()
-    if layout.labels:
-        chosen = (order[: layout.samples] >= first) & (order[: layout.samples] < first + count)
-        parts = parts[: layout.batch].view(layout.samples, layout.user_views)
-        return torch.where(chosen[:, None], parts, 0).sum()
-    return parts.view(layout.views, -1)[:, first : first + count].sum()
 
 
 def check_size(impl, layout):

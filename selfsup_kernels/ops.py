@@ -67,12 +67,13 @@ CUDA_STAGES = {
     "info_nce_forward_stages": (
         "(Tensor[] views, Tensor? queue, Tensor order, Tensor? class_begin, Tensor? class_end,"
         " Tensor? temperature_tensor, float temperature, int objective, int core_view, bool normalize, float eps,"
-        " bool deterministic, bool exact) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+        " int first, int count, bool deterministic, bool exact) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
     "info_nce_backward_stages": (
         "(Tensor grad, Tensor? upstream, Tensor rows, Tensor rnorm, Tensor weights, Tensor coef, Tensor state,"
         " Tensor order, Tensor? class_begin, Tensor? class_end, float constant, int num_views, int batch, int dim,"
-        " int queue, int objective, int core_view, bool normalize, bool need_temperature, float factor, bool exact)"
+        " int queue, int first, int count, int objective, int core_view, bool normalize, bool need_temperature,"
+        " float factor, bool exact)"
         " -> (Tensor, Tensor)"
     ),
 }

@@ -18,6 +18,8 @@ Problem problem_of(
     int64_t samples,
     int64_t dim,
     int64_t queue,
+    int64_t first,
+    int64_t count,
     int64_t objective,
     int64_t core,
     bool labels,
@@ -26,6 +28,8 @@ Problem problem_of(
   p.user_views = static_cast<int>(views);
   p.samples = static_cast<int>(samples);
   p.dim = static_cast<int>(dim);
+  p.first = static_cast<int>(first);
+  p.count = static_cast<int>(count);
   p.views = labels ? 1 : p.user_views;
   p.batch = static_cast<int>(labels ? views * samples : samples);
   p.padded = round_up(p.batch, padding);
@@ -57,18 +61,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     int64_t core_view,
     bool normalize,
     double eps,
+    int64_t first,
+    int64_t count,
     bool deterministic,
     bool exact) {
-  const Tensor& first = views[0];
+  const Tensor& h = views[0];
   STD_TORCH_CHECK(
-      on_this_device(first) && on_this_device(order) && (!queue || on_this_device(*queue)),
+      on_this_device(h) && on_this_device(order) && (!queue || on_this_device(*queue)),
       "impl='cuda' takes CUDA tensors");
-  const Device device(first);
+  const Device device(h);
   const Problem p = problem_of(
       views.size(),
-      first.size(0),
-      first.size(1),
+      h.size(0),
+      h.size(1),
       queue ? queue->size(0) : 0,
+      first,
+      count,
       objective,
       core_view,
       class_begin.has_value(),
@@ -80,7 +88,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
       views,
       queue,
       order_of(order),
-      temperature_tensor ? Number(*temperature_tensor, first) : Number(temperature),
+      temperature_tensor ? Number(*temperature_tensor, h) : Number(temperature),
       eps);
   pair_sums(device, p, stored, classes, deterministic, exact);
   const Tables t =
@@ -104,6 +112,8 @@ std::tuple<Tensor, Tensor> backward(
     int64_t samples,
     int64_t dim,
     int64_t queue,
+    int64_t first,
+    int64_t count,
     int64_t objective,
     int64_t core_view,
     bool normalize,
@@ -111,11 +121,12 @@ std::tuple<Tensor, Tensor> backward(
     double factor,
     bool exact) {
   const Device device(rows);
-  const Problem p = problem_of(views, samples, dim, queue, objective, core_view, class_begin.has_value(), normalize);
+  const Problem p =
+      problem_of(views, samples, dim, queue, first, count, objective, core_view, class_begin.has_value(), normalize);
   const Saved saved{rows, rnorm, weights, coef, state, upstream ? pointer<const float>(*upstream) : nullptr};
   const Partial partial =
       gradient(device, p, saved, classes_of(class_begin, class_end), static_cast<float>(factor), exact);
-  Tensor out = new_tensor(rows, {views, samples, dim}, rows.scalar_type());
+  Tensor out = new_tensor(rows, {views, count, dim}, rows.scalar_type());
   Tensor parts = new_tensor(rows, {need_temperature ? p.rows() : 0}, ScalarType::Double);
   finish_rows(
       device,

@@ -27,6 +27,7 @@ struct Problem {
   int views, batch, padded;      // of the stored rows; with labels one view of them all
   int queue, queue_padded;       // rows
   int user_views, samples, dim;  // the user's
+  int first, count;              // the samples that are this process's own
   int stride;                    // numbers from one stored row to the next: a multiple of 16 bytes
   int core;                      // negative: none
   Objective objective;
@@ -41,6 +42,16 @@ struct Problem {
     return (core < 0 || u == v || u == core || v == core) && !(u == v && cross());
   }
   SK_HOST_DEVICE int limit(int v) const { return v >= views ? queue : batch; }
+  SK_HOST_DEVICE bool owns(int sample) const { return first <= sample && sample < first + count; }
+  // Whether tables and gradient are of some rows alone. With labels, where rows are sorted by class, a process's lie
+  // among all others: it does the work of all.
+  SK_HOST_DEVICE bool partial() const { return count < samples && !labels; }
+  // The blocks of `side` rows that hold own rows of a view: the first of them, and how many.
+  SK_HOST_DEVICE int own_block(int side) const { return partial() ? first / side : 0; }
+  SK_HOST_DEVICE int own_blocks(int side) const {
+    const int end = partial() ? first + count : batch;
+    return (end + side - 1) / side - own_block(side);
+  }
 };
 
 struct Score {
@@ -93,7 +104,7 @@ void pair_sums(
     bool deterministic,
     bool exact);
 
-// loss (user_views, samples); weights (2, columns, rows): exp(logw + reference), and logw; coef.
+// loss (user_views, count); weights (2, columns, rows): exp(logw + reference), and logw; coef.
 struct Tables {
   Tensor loss, weights, coef;
 };

@@ -74,8 +74,8 @@ SK_KERNEL(threads, 1)
 gradient_kernel(Problem p, GradientArguments a) {
   constexpr int x_side = 16 * M * tile_warps, y_side = 16 * N, D = chunk_width<T> / 16;
   constexpr int x_bytes = x_side * chunk_bytes, y_bytes = y_side * chunk_bytes;
-  const int blocks = (p.batch + x_side - 1) / x_side;
-  const int u = static_cast<int>(blockIdx.x) / blocks, x_local = static_cast<int>(blockIdx.x) % blocks * x_side;
+  const int blocks = p.own_blocks(x_side), x_block = p.own_block(x_side) + static_cast<int>(blockIdx.x) % blocks;
+  const int u = static_cast<int>(blockIdx.x) / blocks, x_local = x_block * x_side;
   const int slab = static_cast<int>(blockIdx.y) * SLAB, share = blockIdx.z;
   const bool queue = share == a.splits;
   const int x_row = u * p.padded + x_local, limit = queue ? p.queue : p.batch;
@@ -276,7 +276,7 @@ void launch(const Device& device, const Problem& p, const GradientArguments& a) 
   const int chunks = ceil_div(p.stride * sizeof(T), chunk_bytes);
   const size_t shared = RESIDENT ? chunks * (x_bytes + 2 * y_bytes) : 2 * (x_bytes + y_bytes);
   const dim3 grid(
-      p.views * ceil_div(p.batch, 16 * M * tile_warps), ceil_div(chunks, SLAB), a.splits + (p.queue > 0 ? 1 : 0));
+      p.views * p.own_blocks(16 * M * tile_warps), ceil_div(chunks, SLAB), a.splits + (p.queue > 0 ? 1 : 0));
   device.launch(gradient_kernel<T, EXACT, M, N, SLAB, RESIDENT>, grid, threads, shared, p, a);
 }
 
@@ -298,7 +298,7 @@ Partial gradient(
     const Device& device, const Problem& p, const Saved& saved, Classes classes, float factor, bool exact) {
   // Few rows leave most of the machine idle: the columns of a block of rows go to several.
   constexpr int side = 16 * tile_warps;
-  const int blocks = p.views * ceil_div(p.batch, side);
+  const int blocks = p.views * p.own_blocks(side);
   const int splits = std::max(1, std::min<int>(ceil_div(p.batch, side), 2 * device.processors() / blocks));
   const int queues = p.queue > 0 ? 1 : 0;
   Partial partial{new_tensor(saved.rows, {splits + queues, p.rows(), p.stride}, ScalarType::Float), splits};

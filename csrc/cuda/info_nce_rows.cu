@@ -109,7 +109,7 @@ finish_rows_kernel(
   const int row = static_cast<int>(blockIdx.x) * warps + static_cast<int>(threadIdx.x / 32);
   if (row >= p.rows()) return;
   const Place place = place_of(p, row, order);
-  if (!place.valid) {
+  if (!place.valid || !p.owns(place.sample)) {
     if (parts && lane == 0) parts[row] = 0;
     return;
   }
@@ -148,7 +148,7 @@ finish_rows_kernel(
   const bool floored = r < 0;
   // Below the floor the norm is a constant: no projection.
   const float projection = p.normalize && !floored ? static_cast<float>(along) : 0.0f;
-  T* to = out + (static_cast<int64_t>(place.view) * p.samples + place.sample) * p.dim;
+  T* to = out + (static_cast<int64_t>(place.view) * p.count + place.sample - p.first) * p.dim;
   for (int d = lane; d < p.dim; d += 32) {
     float dz = (partial[at + d] - static_cast<float>(stored[at + d]) * projection) * factor * fabsf(r);
     // dz / eps of a zero row is finite in float32 only. NaN stays.

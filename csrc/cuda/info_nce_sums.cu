@@ -3,7 +3,8 @@
 // Tile (x, y) of the symmetric matrix gives its row sums to the rows of x and its column sums to those of y. A block of
 // threads keeps the rows of x and streams blocks y past them. Blocks are paired round a circle, block J with J, J + 1,
 // ..., J + n / 2 (mod n), so that every block has the same work. A deterministic run sees all columns of a block's rows
-// in one place, at twice the work, and adds each sum to memory once: no order to depend on.
+// in one place, at twice the work, and adds each sum to memory once: no order to depend on. Where other processes have
+// the other rows, a block of threads sees a part of all columns of its rows.
 #include <cstdlib>
 #include <cstring>
 
@@ -19,7 +20,7 @@ struct SumsArguments {
   const float* state;
   Classes classes;
   int chunk;  // blocks that a work item streams
-  bool symmetric;
+  bool deterministic, symmetric;
 };
 
 // Rows of view u, block x, with the blocks of view v (views: the queue) at offsets [first, last) of the circle.
@@ -33,19 +34,22 @@ SK_HOST_DEVICE inline int view_pairs(const Problem& p) {
 }
 
 // Work items of a launch, for n blocks a view and q of the queue.
-inline int64_t count_items(const Problem& p, const SumsArguments& a, int n, int q) {
-  if (!a.symmetric) return int64_t(n) * p.views * p.columns();
+inline int64_t count_items(const Problem& p, const SumsArguments& a, int side, int n, int q) {
+  if (!a.symmetric) return int64_t(p.own_blocks(side)) * p.views * p.columns() * pieces(std::max(n, q), a.chunk);
   return int64_t(n) * ((p.cross() ? 0 : p.views) * pieces(n / 2 + 1, a.chunk) + view_pairs(p) * pieces(n, a.chunk) +
                        p.views * pieces(q, a.chunk));
 }
 
-__device__ Item decode(const Problem& p, const SumsArguments& a, int item, int n, int q) {
+__device__ Item decode(const Problem& p, const SumsArguments& a, int item, int side, int n, int q) {
+  if (!a.symmetric) {
+    const int own = p.own_blocks(side), all = pieces(max(n, q), a.chunk);
+    const int block = p.own_block(side) + item % own;
+    item /= own;
+    const int u = item % p.views, v = item / p.views / all, first = item / p.views % all * a.chunk;
+    return {u, v, block, first, p.meets(u, v) ? min(first + a.chunk, v == p.views ? q : n) : 0};
+  }
   const int block = item % n;
   item /= n;
-  if (!a.symmetric) {
-    const int u = item % p.views, v = item / p.views;
-    return {u, v, block, 0, p.meets(u, v) ? (v == p.views ? q : n) : 0};
-  }
   int u, v, length, piece;
   const int own = p.cross() ? 0 : p.views * pieces(n / 2 + 1, a.chunk), across = view_pairs(p) * pieces(n, a.chunk);
   if (item < own) {
@@ -95,7 +99,7 @@ SK_KERNEL(threads, M == 1 ? 3 : 2)
 sums_kernel(Problem p, SumsArguments a) {
   constexpr int side = 16 * M * tile_warps, N = side / 16, bytes = side * chunk_bytes;
   const int blocks = (p.batch + side - 1) / side, queue_blocks = (p.queue + side - 1) / side;
-  const Item item = decode(p, a, static_cast<int>(blockIdx.x), blocks, queue_blocks);
+  const Item item = decode(p, a, static_cast<int>(blockIdx.x), side, blocks, queue_blocks);
   if (item.first >= item.last) return;
   const int u = item.u, v = item.v;
   const bool queue = v == p.views;
@@ -243,9 +247,12 @@ void launch(const Device& device, const Problem& p, SumsArguments a) {
   const int n = ceil_div(p.batch, side), q = ceil_div(p.queue, side);
   // Long enough to load the rows of x once for many tiles, short enough for eight rounds of work.
   const int64_t own = p.cross() ? 0 : p.views;
-  const int64_t tiles = n * (own * (n / 2 + 1) + int64_t(view_pairs(p)) * n + int64_t(p.views) * q);
-  a.chunk = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(64, tiles / (16 * device.processors()))));
-  const int64_t items = count_items(p, a, n, q);
+  const int64_t tiles = a.symmetric ? n * (own * (n / 2 + 1) + int64_t(view_pairs(p)) * n + int64_t(p.views) * q)
+                                    : int64_t(p.own_blocks(side)) * p.views * (int64_t(p.views) * n + q);
+  a.chunk = a.deterministic
+                ? std::max(n, q)
+                : static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(64, tiles / (16 * device.processors()))));
+  const int64_t items = count_items(p, a, side, n, q);
   const int chunks = ceil_div(p.stride * sizeof(T), chunk_bytes);
   const int64_t resident = int64_t(3) * chunks * bytes;
   STD_TORCH_CHECK(items < (int64_t(1) << 31), "impl='cuda': too many pairs of blocks; use impl='reference'");
@@ -274,7 +281,13 @@ void launch_for_size(const Device& device, const Problem& p, const SumsArguments
 void pair_sums(
     const Device& device, const Problem& p, const Stored& stored, Classes classes, bool deterministic, bool exact) {
   SumsArguments a{
-      stored.rows.data_ptr(), pointer<float>(stored.sums), pointer<float>(stored.state), classes, 1, !deterministic};
+      stored.rows.data_ptr(),
+      pointer<float>(stored.sums),
+      pointer<float>(stored.state),
+      classes,
+      1,
+      deterministic,
+      !(deterministic || p.partial())};
   by_dtype(stored.rows.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     if (exact && sizeof(T) == 4) return launch_for_size<T, sizeof(T) == 4>(device, p, a);

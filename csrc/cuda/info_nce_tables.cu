@@ -89,11 +89,11 @@ view_tables_kernel(Problem p, TablesArguments a, int anchors) {
   const int columns = p.columns(), strip = 2 * (columns + p.views);
   double* shared = reinterpret_cast<double*>(shared_memory());
   const Score score = score_reference(a.state, p.normalize);
-  const int u = blockIdx.y, first = static_cast<int>(blockIdx.x) * anchors;
+  const int u = blockIdx.y, first = p.first + static_cast<int>(blockIdx.x) * anchors;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   for (int k = warp; k < anchors * columns; k += warps) {
     const int sample = first + k / columns, c = k % columns, row = u * p.padded + sample;
-    if (sample >= p.batch) continue;
+    if (!p.owns(sample)) continue;
     double* n = shared + k / columns * strip;
     double* positive = n + 2 * columns;
     const double value = p.meets(u, c) ? negatives<T>(p, a, row, c, score) : -INFINITY;
@@ -110,12 +110,12 @@ view_tables_kernel(Problem p, TablesArguments a, int anchors) {
   const ViewRule rule{p.objective, p.views, p.core, columns - p.views};
   for (int k = threadIdx.x; k < anchors; k += 32 * warps) {
     const int sample = first + k, row = u * p.padded + sample;
-    if (sample >= p.batch) continue;
+    if (!p.owns(sample)) continue;
     double* n = shared + k * strip;
     double *logw = n + columns, *positive = logw + columns, *coef = positive + p.views;
     positive[u] = 0;
     const double loss = anchor_loss(rule, u, n, positive, logw, coef);
-    a.loss[static_cast<int64_t>(u) * p.batch + sample] = static_cast<float>(loss);
+    a.loss[static_cast<int64_t>(u) * p.count + sample - p.first] = static_cast<float>(loss);
     for (int c = 0; c < columns; ++c) store_weight(p, a, row, c, logw[c], score.reference);
     for (int v = 0; v < p.views; ++v) a.coef[static_cast<int64_t>(v) * p.rows() + row] = static_cast<float>(coef[v]);
   }
@@ -152,7 +152,8 @@ class_tables_kernel(Problem p, TablesArguments a) {
   sums.exponential = inside.total;
   const ClassAnchor anchor = class_anchor(p.objective, rest, sums, end - begin - 1);
   const int sample = static_cast<int>(a.order[row / p.user_views]);
-  a.loss[static_cast<int64_t>(row % p.user_views) * p.samples + sample] = static_cast<float>(anchor.loss);
+  if (p.owns(sample))
+    a.loss[static_cast<int64_t>(row % p.user_views) * p.count + sample - p.first] = static_cast<float>(anchor.loss);
   for (int c = 0; c < p.columns(); ++c) store_weight(p, a, row, c, anchor.logw, score.reference);
   double pivot = anchor.den, factor = 1;
   if (p.objective == Objective::SupconIn) {
@@ -169,7 +170,7 @@ class_tables_kernel(Problem p, TablesArguments a) {
 
 Tables allocate(const Problem& p, const Stored& s) {
   return {
-      new_tensor(s.rows, {p.user_views, p.samples}, ScalarType::Float),
+      new_tensor(s.rows, {p.user_views, p.count}, ScalarType::Float),
       new_tensor(s.rows, {2, p.columns(), p.rows()}, ScalarType::Float),
       new_tensor(s.rows, {p.labels ? 3 : p.views, p.rows()}, ScalarType::Float)};
 }
@@ -196,7 +197,7 @@ Tables view_tables(const Device& device, const Problem& p, const Stored& stored)
   by_dtype(stored.rows.scalar_type(), [&](auto zero) {
     device.launch(
         view_tables_kernel<decltype(zero)>,
-        dim3(ceil_div(p.batch, anchors), p.views),
+        dim3(ceil_div(p.count, anchors), p.views),
         32 * warps,
         static_cast<size_t>(anchors) * strip,
         p,

@@ -9,7 +9,6 @@ from selfsup_kernels._rows import (
     check_size,
     half_factor,
     sort_by_class,
-    sum_of_samples,
     takes_tf32,
     upstream_of_rows,
 )
@@ -34,7 +33,8 @@ def forward(
     count=-1,
 ):
     h = views[0]
-    layout = Layout(len(views), *h.shape, 0 if queue is None else queue.shape[0], labels is not None)
+    queued = 0 if queue is None else queue.shape[0]
+    layout = Layout(len(views), *h.shape, queued, labels is not None, first, count)
     check_size("cuda", layout)
     if labels is None:
         order, begin, end = torch.empty(0, dtype=torch.int64, device=h.device), None, None
@@ -52,11 +52,11 @@ def forward(
         core_view,
         normalize,
         eps,
+        layout.first,
+        layout.own,
         _deterministic(),
         not takes_tf32(h.dtype),
     )
-    if count >= 0:
-        loss = loss[:, first : first + count].contiguous()
     if reduction:
         loss = loss.mean() if reduction == 1 else loss.sum()
     if labels is not None:
@@ -89,7 +89,7 @@ def backward(
 ):
     if dtype != z.dtype:
         raise RuntimeError(f"impl='cuda' gives the gradient in the dtype of the views, {z.dtype}, not in {dtype}")
-    layout = Layout(num_views, batch, dim, len(rnorm) - logw.shape[2], labels is not None)
+    layout = Layout(num_views, batch, dim, len(rnorm) - logw.shape[2], labels is not None, first, count)
     begin, end = order[batch:].to(torch.int32).chunk(2) if layout.labels else (None, None)
     upstream, grad_scale = (None, grad) if reduction else upstream_of_rows(layout, grad, order)
     grad_views, parts = ops.get("info_nce_backward_stages", "cuda")(
@@ -108,6 +108,8 @@ def backward(
         batch,
         dim,
         layout.queue,
+        layout.first,
+        layout.own,
         objective,
         core_view,
         normalize,
@@ -115,8 +117,6 @@ def backward(
         half_factor(z.dtype),
         not takes_tf32(z.dtype),
     )
-    if count >= 0:
-        grad_views = grad_views[:, first : first + count].contiguous()
     if need_temperature:
-        return grad_views, sum_of_samples(layout, parts, order, first, count)
+        return grad_views, parts.sum()
     return grad_views, torch.zeros((), dtype=torch.float64, device=z.device)

@@ -7,7 +7,7 @@ and out; what is saved between them is private to this file.
 
 import torch
 
-from selfsup_kernels._rows import Layout, check_size, half_factor, sort_by_class, sum_of_samples, upstream_of_rows
+from selfsup_kernels._rows import Layout, check_size, half_factor, sort_by_class, upstream_of_rows
 from selfsup_kernels.objectives import OBJECTIVES
 from selfsup_kernels.triton import _launch, configs
 from selfsup_kernels.triton.info_nce_classes import class_tables
@@ -31,7 +31,8 @@ def forward(
     first=0,
     count=-1,
 ):
-    layout = Layout(len(views), *views[0].shape, 0 if queue is None else queue.shape[0], labels is not None)
+    queued = 0 if queue is None else queue.shape[0]
+    layout = Layout(len(views), *views[0].shape, queued, labels is not None, first, count)
     check_size("triton", layout)
     with _launch.on_device_of(views[0]):
         if labels is None:
@@ -52,8 +53,6 @@ def forward(
             order = torch.cat([order, classes.to(torch.int64), ends.to(torch.int64)])
         else:
             loss, weights, coef = view_tables(layout, stored, sums, state, objective, core_view, normalize, precision)
-        if count >= 0:
-            loss = loss[:, first : first + count].contiguous()
         if reduction:
             loss = loss.mean() if reduction == 1 else loss.sum()
     return loss, stored, rnorm, weights, coef, state, order
@@ -82,7 +81,7 @@ def backward(
     first=0,
     count=-1,
 ):
-    layout = Layout(num_views, batch, dim, len(rnorm) - logw.shape[2], labels is not None)
+    layout = Layout(num_views, batch, dim, len(rnorm) - logw.shape[2], labels is not None, first, count)
     classes, ends = order[batch:].to(torch.int32).chunk(2) if layout.labels else (None, None)
     factor = half_factor(z.dtype)
     with _launch.on_device_of(z):
@@ -121,8 +120,6 @@ def backward(
             factor,
             dtype,
         )
-        if count >= 0:
-            grad_views = grad_views[:, first : first + count].contiguous()
         if need_temperature:
-            return grad_views, sum_of_samples(layout, parts, order, first, count)
+            return grad_views, parts.sum()
         return grad_views, torch.zeros((), dtype=torch.float64, device=z.device)

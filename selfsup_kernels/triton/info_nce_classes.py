@@ -188,7 +188,7 @@ def class_gradient(
 
 
 def class_tables(layout, stored, sums, state, classes, ends, order, objective, normalize, precision):
-    """(per-anchor losses (V, B) in float32, both tables of weights, coef)."""
+    """(losses of this process's anchors (V, B) in float32, both tables of weights, coef)."""
     new = functools.partial(_launch.empty, dtype=torch.float32, device=stored.device)
     loss = new((layout.user_views, layout.samples))
     weights = new((2, layout.columns, layout.rows))
@@ -221,4 +221,4 @@ def class_tables(layout, stored, sums, state, classes, ends, order, objective, n
         PRECISION=precision,
         num_warps=8,
     )
-    return loss, weights, coef
+    return loss[:, layout.first : layout.first + layout.own].contiguous(), weights, coef

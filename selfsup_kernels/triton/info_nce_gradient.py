@@ -13,7 +13,21 @@ from selfsup_kernels.triton.info_nce_pairs import masked_blocks, pair_gradient, 
 from selfsup_kernels.triton.info_nce_waves import in_waves
 
 
-@triton.jit(do_not_specialize=["rows", "BATCH", "PADDED", "QUEUE", "VIEWS", "CORE", "SHARES", "SLOT", "QUEUE_SLOT"])
+@triton.jit(
+    do_not_specialize=[
+        "rows",
+        "BATCH",
+        "PADDED",
+        "QUEUE",
+        "VIEWS",
+        "CORE",
+        "SHARES",
+        "SLOT",
+        "QUEUE_SLOT",
+        "first_block",
+        "own_blocks",
+    ]
+)
 def gradient_kernel(
     source_x,
     source_y,
@@ -34,6 +48,8 @@ def gradient_kernel(
     SHARES,
     SLOT,
     QUEUE_SLOT,
+    first_block,
+    own_blocks,
     PART: tl.constexpr,
     LABELS: tl.constexpr,
     OBJECTIVE: tl.constexpr,
@@ -54,9 +70,8 @@ def gradient_kernel(
     Program (block of rows, share). Each share has as many blocks of every view. PART: the blocks of which no pair is
     left out ("clean"; none of them where weights are out of its range), the others ("masked"), or "all".
     """
-    blocks_m = tl.cdiv(BATCH, BLOCK_M)
-    u = tl.program_id(0) // blocks_m
-    x_local = tl.program_id(0) % blocks_m * BLOCK_M
+    u = tl.program_id(0) // own_blocks
+    x_local = (first_block + tl.program_id(0) % own_blocks) * BLOCK_M
     x_row = u * PADDED + x_local
     share = tl.program_id(1)
     scale, reference = score_reference(state, NORMALIZE)
@@ -148,7 +163,7 @@ def gradient(
         return in_waves(layout, stored, tables, cross, core, constants), 1
 
     def blocks(config):
-        return layout.views * triton.cdiv(layout.batch, config.block_m)
+        return layout.views * layout.own_blocks(config.block_m)[1]
 
     def shares(config):
         """Few rows leave most of the machine idle: give each block's columns to several programs."""
@@ -184,6 +199,7 @@ def gradient(
             count,
             slot,
             queue_slot,
+            *layout.own_blocks(config.block_m),
             PART=part,
             CROSS=cross,
             BLOCK_M=config.block_m,

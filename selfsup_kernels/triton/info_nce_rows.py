@@ -85,7 +85,7 @@ def load_rows_kernel(
             tl.store(state + STATE_SLOW, 0.0)
 
 
-@triton.jit(do_not_specialize=["BATCH_PADDED", "BATCH", "rows", "SPLITS"])
+@triton.jit(do_not_specialize=["BATCH_PADDED", "BATCH", "rows", "SPLITS", "first", "count"])
 def finish_rows_kernel(
     partial,
     stored,
@@ -102,6 +102,8 @@ def finish_rows_kernel(
     BATCH,
     rows,
     SPLITS,
+    first,
+    count,
     VIEWS: tl.constexpr,
     LABELS: tl.constexpr,
     QUEUES: tl.constexpr,
@@ -114,7 +116,7 @@ def finish_rows_kernel(
     FACTOR: tl.constexpr,
     LIMIT: tl.constexpr,
 ):
-    """out <- the gradient of the user's rows, in their order.
+    """out <- the gradient of the user's rows of samples first .. first + count, in their order.
 
     The partial sums over pairs of different samples are added in order; the positives come from the rows themselves,
     in float32. ``partial`` is (SPLITS + QUEUES, rows, STRIDE), FACTOR times too large.
@@ -129,6 +131,7 @@ def finish_rows_kernel(
         view = row // BATCH_PADDED
         sample = row % BATCH_PADDED
         valid = (sample < BATCH) & (view < VIEWS)
+    valid = valid & (sample >= first) & (sample < first + count)
     mask = valid[:, None] & (d < DIM)[None, :]
     at = row.to(tl.int64)[:, None] * STRIDE + d[None, :]
     size = rows.to(tl.int64) * STRIDE
@@ -175,7 +178,7 @@ def finish_rows_kernel(
         if LIMIT > 0:  # dz / eps of a zero row is finite in float32 only
             clamped = tl.where(dz > LIMIT, LIMIT, tl.where(dz < -LIMIT, -LIMIT, dz))
             dz = tl.where((r < 0)[:, None], clamped, dz)
-    to = (view.to(tl.int64) * BATCH + sample) * DIM
+    to = (view.to(tl.int64) * count + sample - first) * DIM
     tl.store(out + to[:, None] + d[None, :], dz.to(out.dtype.element_ty), mask=mask)
 
 
@@ -264,7 +267,7 @@ def finish_rows(
 ):
     """(gradient of the views, (rows,) float64 parts of the temperature's gradient or None)."""
     device = stored.device
-    out = _launch.empty((layout.user_views, layout.samples, layout.dim), dtype, device)
+    out = _launch.empty((layout.user_views, layout.own, layout.dim), dtype, device)
     parts = _launch.empty(layout.rows, torch.float64, device) if need else None
     block, width, warps = _blocks(layout.stride)
     _launch.launch(
@@ -285,6 +288,8 @@ def finish_rows(
         layout.samples,
         layout.rows,
         splits,
+        layout.first,
+        layout.own,
         VIEWS=layout.user_views,
         LABELS=layout.labels,
         QUEUES=partial.shape[0] - splits,

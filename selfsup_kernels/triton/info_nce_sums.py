@@ -5,7 +5,8 @@ keeps the rows of y and the column sums, streams blocks x past them, and adds ro
 paired round a circle, block J with J, J + 1, ..., J + n / 2 (mod n), so that every block has the same work.
 
 With ``SYMMETRIC = False`` (``torch.use_deterministic_algorithms``) a program sees all columns of its rows, at twice the
-work, and each sum is added to memory once: no order to depend on.
+work, and each sum is added to memory once: no order to depend on. Where other processes have the other rows, a program
+sees a part of all columns of its rows.
 """
 
 import triton
@@ -16,7 +17,18 @@ from selfsup_kernels.triton._tiles import load_tile, relative_exponential, score
 
 
 @triton.jit
-def _decode(item, blocks, VIEWS, CORE, QUEUE_BLOCKS, CHUNK, SYMMETRIC: tl.constexpr, CROSS: tl.constexpr):
+def _decode(
+    item,
+    blocks,
+    first_block,
+    own_blocks,
+    VIEWS,
+    CORE,
+    QUEUE_BLOCKS,
+    CHUNK,
+    SYMMETRIC: tl.constexpr,
+    CROSS: tl.constexpr,
+):
     """Work item -> (view u of the rows that stay, view v of those that stream by (VIEWS: the queue), the block of u,
     its first offset on the circle, the one past the last)."""
     if SYMMETRIC:
@@ -48,15 +60,16 @@ def _decode(item, blocks, VIEWS, CORE, QUEUE_BLOCKS, CHUNK, SYMMETRIC: tl.conste
             length = QUEUE_BLOCKS
         y_block = item % blocks
     else:
-        u = item // blocks % VIEWS
-        v = item // blocks // VIEWS
-        chunk = 0
+        chunks = tl.cdiv(tl.maximum(blocks, QUEUE_BLOCKS), CHUNK)
+        u = item // own_blocks % VIEWS
+        chunk = item // own_blocks // VIEWS % chunks
+        v = item // own_blocks // VIEWS // chunks
         length = tl.where(v == VIEWS, QUEUE_BLOCKS, blocks)
         meets = (CORE < 0) | (u == v) | (u == CORE) | (v == CORE) | (v == VIEWS)
         if CROSS:
             meets = meets & (u != v)
         length = tl.where(meets, length, 0)
-        y_block = item % blocks
+        y_block = first_block + item % own_blocks
     return u, v, y_block, chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, length)
 
 
@@ -162,7 +175,20 @@ def _stream(
     return tl.sum(column_sums, 0)
 
 
-@triton.jit(do_not_specialize=["rows", "BATCH", "PADDED", "QUEUE", "VIEWS", "CORE", "CHUNK", "items"])
+@triton.jit(
+    do_not_specialize=[
+        "rows",
+        "BATCH",
+        "PADDED",
+        "QUEUE",
+        "VIEWS",
+        "CORE",
+        "CHUNK",
+        "items",
+        "first_block",
+        "own_blocks",
+    ]
+)
 def sums_kernel(
     source_x,
     source_y,
@@ -178,6 +204,8 @@ def sums_kernel(
     CORE,
     CHUNK,
     items,
+    first_block,
+    own_blocks,
     PART: tl.constexpr,
     LABELS: tl.constexpr,
     PAIRED: tl.constexpr,
@@ -205,7 +233,9 @@ def sums_kernel(
     queue_blocks = tl.cdiv(QUEUE, SPAN)
     scale, reference = score_reference(state, NORMALIZE)
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
-        u, v, y_block, first, last = _decode(item // PIECES, blocks, VIEWS, CORE, queue_blocks, CHUNK, SYMMETRIC, CROSS)
+        u, v, y_block, first, last = _decode(
+            item // PIECES, blocks, first_block, own_blocks, VIEWS, CORE, queue_blocks, CHUNK, SYMMETRIC, CROSS
+        )
         span = y_block * SPAN
         y_local = span + item % PIECES * BLOCK_N
         y_row = u * PADDED + y_local
@@ -279,7 +309,8 @@ def pair_sums(layout, stored, sums, state, classes, ends, cross, core, normalize
         configs.lookup(k, _launch.arch_of(stored), stored.dtype, layout.stride) for k in ("sums", "masked_sums")
     )
     processors = _launch.processors_of(stored)
-    symmetric = not _launch.deterministic()
+    deterministic = _launch.deterministic()
+    symmetric = not (deterministic or layout.partial)
     pairs = layout.views * (layout.views - 1) // 2 if core < 0 else layout.views - 1
     own = 0 if cross else layout.views
 
@@ -288,23 +319,26 @@ def pair_sums(layout, stored, sums, state, classes, ends, cross, core, normalize
 
     def tiles(config):
         n, q = blocks(config)
+        if not symmetric:
+            return layout.own_blocks(config.block_n)[1] * layout.views * (layout.views * n + q)
         return n * (own * (n // 2 + 1) + pairs * n + layout.views * q)
 
     # Few tiles are one launch, at the speed of masked ones; of many, those with masks are a small share.
-    many = symmetric and tiles(clean) >= _launch.MANY_TILES * processors * clean.programs
+    many = not deterministic and tiles(clean) >= _launch.MANY_TILES * processors * clean.programs
     for part, config in (("clean", clean), ("masked", masked)) if many else (("all", masked),):
         circle = clean if many else config  # both launches go round the same circle
         configs.check_divides("sums", circle, config)
         n, q = blocks(circle)
+        first_block, own_blocks = layout.own_blocks(circle.block_n)
         programs = processors * config.programs
+        # Long enough to load a block of rows once for many tiles, short enough for eight rounds of work a program.
+        chunk = 4 if part == "masked" else max(1, min(64, tiles(circle) // (8 * programs)))
         if symmetric:
-            # Long enough to load a block of rows once for many tiles, short enough for eight rounds of work a program.
-            chunk = 4 if part == "masked" else max(1, min(64, tiles(circle) // (8 * programs)))
             rounds = (own * triton.cdiv(n // 2 + 1, chunk), pairs * triton.cdiv(n, chunk))
             items = n * (sum(rounds) + layout.views * triton.cdiv(q, chunk))
         else:
-            chunk = max(n, q)
-            items = n * layout.views * (layout.views + (q > 0))
+            chunk = max(n, q) if deterministic else chunk
+            items = own_blocks * layout.views * (layout.views + (q > 0)) * triton.cdiv(max(n, q), chunk)
         items *= circle.block_n // config.block_n
         x, y = _launch.tile_sources(stored, config)
         _launch.launch(
@@ -324,6 +358,8 @@ def pair_sums(layout, stored, sums, state, classes, ends, cross, core, normalize
             core,
             chunk,
             items,
+            first_block,
+            own_blocks,
             PART=part,
             LABELS=layout.labels,
             PAIRED=_launch.arch_of(stored) // 10 != 10,

@@ -149,7 +149,7 @@ def store_weights(weights, slow, state, logw, reference, at, mask):
         tl.atomic_max(state + STATE_SLOW, 1.0)
 
 
-@triton.jit(do_not_specialize=["rows", "BATCH", "PADDED", "QUEUE_ROWS", "CORE"])
+@triton.jit(do_not_specialize=["rows", "BATCH", "PADDED", "QUEUE_ROWS", "CORE", "first", "count"])
 def view_tables_kernel(
     stored,
     sums,
@@ -163,6 +163,8 @@ def view_tables_kernel(
     PADDED,
     QUEUE_ROWS,
     CORE,
+    first,
+    count,
     VIEWS: tl.constexpr,
     QUEUE: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -174,11 +176,12 @@ def view_tables_kernel(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Program (samples, view u): the losses of these anchors, ``weights``, ``slow`` (VIEWS [+ 1], rows) and ``coef``
-    (VIEWS, rows). Positives are inner products of the rows in float32."""
+    """Program (samples of first .. first + count, view u): the losses of these anchors, ``weights``, ``slow``
+    (VIEWS [+ 1], rows) and ``coef`` (VIEWS, rows). Positives are inner products of the rows in float32."""
     u = tl.program_id(1)
-    sample = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    valid = sample < BATCH
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    valid = place < count
+    sample = first + place
     row = u * PADDED + sample
     column = tl.arange(0, WIDTH)
     k = tl.arange(0, BLOCK_K)
@@ -225,7 +228,7 @@ def view_tables_kernel(
                 dot += tl.sum(x.to(tl.float32) * y.to(tl.float32), 1)
             p = tl.where((column == v)[None, :], (dot.to(tl.float64) * scale.to(tl.float64))[:, None], p)
     value, logw, c = anchor_tables(n, p, u, column, CORE, VIEWS, QUEUE, OBJECTIVE)
-    tl.store(loss + u.to(tl.int64) * BATCH + sample, value.to(tl.float32), mask=valid)
+    tl.store(loss + u.to(tl.int64) * count + place, value.to(tl.float32), mask=valid)
     # (BLOCK, WIDTH) tables, a few columns: element (i, v) goes to [v][i].
     at = column[None, :] * rows + row[:, None]
     there = valid[:, None] & (column < VIEWS + QUEUE)[None, :]
@@ -236,12 +239,12 @@ def view_tables_kernel(
 def view_tables(layout, stored, sums, state, objective, core, normalize, precision):
     """(per-anchor losses (V, B) in float32, both tables of weights, coef)."""
     new = functools.partial(_launch.empty, dtype=torch.float32, device=stored.device)
-    loss = new((layout.user_views, layout.samples))
+    loss = new((layout.user_views, layout.own))
     weights = new((2, layout.columns, layout.rows))
     coef = new((layout.views, layout.rows))
     _launch.launch(
         view_tables_kernel,
-        (triton.cdiv(layout.batch, TABLE_BLOCK), layout.views),
+        (triton.cdiv(layout.own, TABLE_BLOCK), layout.views),
         stored,
         sums,
         state,
@@ -254,6 +257,8 @@ def view_tables(layout, stored, sums, state, objective, core, normalize, precisi
         layout.padded,
         layout.queue,
         core,
+        layout.first,
+        layout.own,
         VIEWS=layout.views,
         QUEUE=int(layout.queue > 0),
         WIDTH=triton.next_power_of_2(max(2, layout.columns)),

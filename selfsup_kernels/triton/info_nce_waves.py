@@ -4,6 +4,7 @@ in the L2 cache, then a plain matrix product from there."""
 import triton
 import triton.language as tl
 
+from selfsup_kernels._rows import PADDING
 from selfsup_kernels.triton import _launch, configs
 from selfsup_kernels.triton._tiles import STATE_SLOW, load_tile, score_reference, tile_scores
 from selfsup_kernels.triton.info_nce_pairs import masked_blocks, pair_gradient, partial_sums
@@ -178,12 +179,14 @@ def in_waves(layout, stored, tables, cross, core, constants):
     partial = partial_sums(layout, 1, int(layout.queue > 0), stored)
     workspace = _launch.empty((height, width), stored.dtype, stored.device)
     x, y = _launch.tile_sources(stored, pairs)
+    x_begin, x_end = layout.own_rows()
+    x_begin = x_begin // PADDING * PADDING  # no tile is larger
     product_sources = _launch.product_sources(workspace, stored, product)
     for u, v in visits(layout, cross, core):
         slot = int(v == layout.views)
         limit = layout.queue if slot else layout.batch
-        for x_first in range(0, layout.batch, height):
-            x_count = min(height, layout.batch - x_first)
+        for x_first in range(x_begin, x_end, height):
+            x_count = min(height, x_end - x_first)
             for y_first in range(0, limit, width):
                 y_count = min(width, limit - y_first)
                 _launch.launch(

@@ -37,3 +37,9 @@ def test_weights_out_of_range(impl, path, device):
 
 def test_rows_that_are_not_normalised(impl, path, device):
     compare_parts(impl, (3 * randn(2, 60, 8)).to(device), (17, 43), "supcon_out", temperature=0.5, normalize=False)
+
+
+@pytest.mark.parametrize("path", ["waves"], indirect=True)
+def test_a_part_that_begins_past_the_padding(impl, path, device):
+    """Rows are stored in multiples of 256: a part that begins in the second of them."""
+    compare_parts(impl, randn(2, 310, 16).to(device), (290, 20), "cross_view")
