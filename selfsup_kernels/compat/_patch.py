@@ -52,7 +52,7 @@ def patch(name: str) -> "Patch":
     originals = _originals(library)
     with _lock:
         # Again for a library that is patched already: a module may have got hold of an original since.
-        _swap(zip(originals, _replacements(library), strict=True))
+        _swap([(original, _replacement(library, swap)) for swap, original in originals.items()])
         handle = Patch(library, originals)
         _handles.setdefault(library, []).append(handle)
     return handle
@@ -73,7 +73,7 @@ class Patch:
                 return
             handles.remove(self)
             if not handles:
-                _swap(zip(_replacements(self.library), self._originals, strict=True))
+                _swap([(_replacement(self.library, swap), original) for swap, original in self._originals.items()])
 
     def __enter__(self):
         return self
@@ -82,31 +82,29 @@ class Patch:
         self.undo()
 
     def __repr__(self):
-        names = ", ".join(f"{swap.module}.{swap.attribute}" for swap in TABLE[self.library])
+        names = ", ".join(f"{swap.module}.{swap.attribute}" for swap in self._originals)
         return f"<{'active' if self in _handles.get(self.library, []) else 'undone'} patch of {names}>"
 
 
 def _originals(library):
-    """The library's own objects, in the order of the table, whether it is patched or not."""
+    """The library's own objects by entry of the table, whether it is patched or not."""
     if importlib.util.find_spec(library) is None:
         raise RuntimeError(f"name: expected an installed library, but {library} is not installed here")
     with _lock:
         if _handles.get(library):
             return _handles[library][0]._originals
-    found = []
+    found = {}
     for swap in TABLE[library]:
         try:
-            found.append(getattr(importlib.import_module(swap.module), swap.attribute))
+            module = importlib.import_module(swap.module)
+            if hasattr(module, swap.attribute) or not swap.optional:
+                found[swap] = getattr(module, swap.attribute)
         except (ImportError, AttributeError) as error:
             raise RuntimeError(
                 f"name: {swap.module}.{swap.attribute} cannot be patched in the installed {library}"
                 f" ({type(error).__name__}: {error}); the drop-ins follow version {TESTED[library]}"
             ) from error
     return found
-
-
-def _replacements(library):
-    return [_replacement(library, swap) for swap in TABLE[library]]
 
 
 @functools.cache
@@ -142,7 +140,6 @@ def _swap(pairs) -> None:
 
     Through the dictionaries: asking a module for an attribute may import things, and lazy modules have odd ones.
     """
-    pairs = list(pairs)
     new = {id(first): second for first, second in pairs}
     for module in list(sys.modules.values()):
         if not isinstance(module, types.ModuleType):

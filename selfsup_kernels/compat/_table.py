@@ -6,15 +6,23 @@ from typing import NamedTuple
 class Swap(NamedTuple):
     """``module.attribute`` of a library, and the name of our drop-in for it in ``selfsup_kernels.compat.<library>``.
 
-    ``module`` is the one to import; other modules that hold the same object are found by identity.
+    ``module`` is the one to import; other modules that hold the same object are found by identity. What is ``optional``
+    may be missing in some versions of the library.
     """
 
     module: str
     attribute: str
     ours: str
+    optional: bool = False
 
 
-TESTED = {"lightly": "1.6.0", "pytorch_metric_learning": "2.9.0"}
+TESTED = {
+    "lightly": "1.6.0",
+    "open_clip": "3.3.0",
+    "pytorch_metric_learning": "2.9.0",
+    "sentence_transformers": "6.2.0",
+    "solo": "1.0.6",
+}
 """The version of each library that the drop-ins follow."""
 
 TABLE = {
@@ -25,8 +33,21 @@ TABLE = {
         Swap("lightly.loss", "DCLWLoss", "DCLWLoss"),
         Swap("lightly.models.utils", "update_momentum", "update_momentum"),
     ],
+    "open_clip": [Swap("open_clip.loss", "ClipLoss", "ClipLoss")],
     "pytorch_metric_learning": [
         Swap("pytorch_metric_learning.losses", "NTXentLoss", "NTXentLoss"),
         Swap("pytorch_metric_learning.losses", "SupConLoss", "SupConLoss"),
+    ],
+    "sentence_transformers": [
+        Swap(
+            "sentence_transformers.sentence_transformer.losses",
+            "MultipleNegativesRankingLoss",
+            "MultipleNegativesRankingLoss",
+        ),
+    ],
+    "solo": [
+        Swap("solo.losses", "simclr_loss_func", "simclr_loss_func"),
+        Swap("solo.losses", "byol_loss_func", "byol_loss_func"),
+        Swap("solo.losses", "mocov3_loss_func", "mocov3_loss_func", optional=True),
     ],
 }

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from selfsup_kernels.compat._common import pair, unsupported
-from selfsup_kernels.compat._distributed import check_gather, gather_group, gather_rows
+from selfsup_kernels.compat._processes import every_process, gather_equal
 from selfsup_kernels.compat._queue import queue_contrast_loss, unit_rows
 from selfsup_kernels.functional import byol_loss, ema_update_, info_nce_loss
 
@@ -51,7 +51,7 @@ class NTXentLoss(nn.Module):
         self.temperature = temperature
         self.gather_distributed = gather_distributed
         self.eps = 1e-8
-        check_gather(gather_distributed)
+        _check_gather(gather_distributed)
         if abs(self.temperature) < self.eps:
             raise ValueError(f"temperature: expected at least 1e-8, got {temperature}")
         if self.temperature < 0:
@@ -61,9 +61,9 @@ class NTXentLoss(nn.Module):
         """The loss of two views' ``(B, D)`` projections; they need not be normalised."""
         pair("out0", out0, "out1", out1)
         if self.memory_bank.size[0] == 0:
-            group = gather_group(self.gather_distributed)
+            group = every_process() if self.gather_distributed else None
             if group is None and len(out0) == 1:
-                return 0 * (out0.sum() + out1.sum())  # as the original: one sample, no negatives
+                return 0 * (out0.sum() + out1.sum())  # as the original without negatives
             return _two_views(out0, out1, self.temperature, "supcon_out", group)
         loss = queue_contrast_loss(out0, out1, self.memory_bank.bank.to(out0.device), self.temperature)
         if torch.is_grad_enabled() and out0.requires_grad:
@@ -109,8 +109,8 @@ class MemoryBankModule(nn.Module):
 
     @torch.no_grad()
     def _dequeue_and_enqueue(self, batch):
-        if gather_group(self.gather_distributed) is not None:
-            batch = gather_rows(batch)
+        if self.gather_distributed and every_process() is not None:
+            batch = gather_equal(batch)
         start, rows = int(self.bank_ptr), self.size[0]
         self.bank[start : start + len(batch)] = batch[: rows - start].to(self.bank.dtype)
         self.bank_ptr[0] = 0 if start + len(batch) >= rows else start + len(batch)
@@ -180,12 +180,13 @@ class DCLLoss(nn.Module):
         self.temperature = temperature
         self.weight_fn = weight_fn
         self.gather_distributed = gather_distributed
-        check_gather(gather_distributed)
+        _check_gather(gather_distributed)
 
     def forward(self, out0, out1):
         """The loss of two views' ``(B, D)`` projections; they need not be normalised."""
         pair("out0", out0, "out1", out1)
-        loss = _two_views(out0, out1, self.temperature, "decoupled", gather_group(self.gather_distributed))
+        group = every_process() if self.gather_distributed else None
+        loss = _two_views(out0, out1, self.temperature, "decoupled", group)
         if not self.weight_fn:
             return loss
         z0, z1 = F.normalize(out0, dim=1), F.normalize(out1, dim=1)
@@ -234,6 +235,11 @@ def update_momentum(model, model_ema, m):
         ValueError, TypeError, RuntimeError: as of :func:`selfsup_kernels.ema_update_`. Nothing has changed then.
     """
     ema_update_(list(model_ema.parameters()), list(model.parameters()), m)
+
+
+def _check_gather(gather_distributed):
+    if gather_distributed and not torch.distributed.is_available():
+        raise ValueError("gather_distributed: expected False, since this PyTorch was built without torch.distributed")
 
 
 def _two_views(out0, out1, temperature, objective, group):

@@ -225,8 +225,7 @@ def in_each_process(rank, world, temperature, dtype):
     return results
 
 
-@pytest.mark.parametrize("world", [2, 3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("world", "dtype"), [(2, torch.float32), (3, torch.float64)])
 def test_gather_distributed(world, dtype):
     for by_loss in run_processes(world, in_each_process, 0.3, dtype):
         for mine, original in by_loss:
