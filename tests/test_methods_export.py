@@ -88,6 +88,11 @@ def test_shared_encoder_in_cmc_and_an_encoder_that_has_an_encoder():
     assert_same_state(export(vit.state_dict()), vit.state_dict())
 
 
+def test_a_sequence_is_not_taken_for_one_encoder_per_view():
+    method = moved(sk.methods.SimCLR(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), nn.Linear(2, 2)))
+    assert_same_state(export(method.state_dict()), method.encoder.state_dict())
+
+
 def test_without_a_projector():
     method = moved(sk.methods.BYOL(Backbone(), nn.Identity(), nn.Linear(4, 4)))
     for network in ("online", "target"):
@@ -164,6 +169,8 @@ def test_children_in_a_sequence_get_their_names():
         (lambda: export(make("SimCLR"), network="target"), ValueError, "SimCLR has no target"),
         (lambda: export(make("SimCLR").state_dict(), network="target"), ValueError, "network: .*target.module"),
         (lambda: export(make("CMC"), view=2), ValueError, r"view: .*\[0, 2\), got 2"),
+        (lambda: export(make("CMC")), ValueError, r"view: .*\[0, 2\), got None"),
+        (lambda: export(make("BYOL"), view=0), ValueError, "view: expected None, since all views have one encoder"),
         (lambda: export(make("CMC"), prefix="x."), ValueError, "prefix: expected None for a module"),
         (lambda: export(make("CMC").state_dict(), prefix="x."), ValueError, "start with 'x.', got encoder.0.conv"),
         (lambda: export(Backbone(), backbone="resnet"), TypeError, "backbone: expected an nn.Module, got str"),

@@ -15,7 +15,7 @@ HEADS = ("fc", "classifier", "head", "heads", "head_dist", "last_linear")
 """What torchvision and timm call the layers that make classes of features."""
 
 
-def export_encoder(source, *, network="online", view=0, prefix=None, backbone=None, heads=HEADS):
+def export_encoder(source, *, network="online", view=None, prefix=None, backbone=None, heads=HEADS):
     """The encoder's weights as a plain ``state_dict``, without the names that wrappers and methods put before them.
 
     ::
@@ -31,7 +31,7 @@ def export_encoder(source, *, network="online", view=0, prefix=None, backbone=No
         source: a method, an :class:`selfsup_kernels.EMA`, an encoder, or a ``state_dict`` that holds one of them under
             any prefix (a Lightning checkpoint's ``"state_dict"`` is found).
         network: ``"online"``, or ``"target"`` for the moving average of a method that has one.
-        view: whose encoder, where every view has its own (:class:`CMC`).
+        view: whose encoder, where every view has its own (:class:`CMC`); None where there is one.
         prefix: what precedes the encoder's names in a ``state_dict``; None to find out.
         backbone: the module that is to load the result. Then it has exactly this module's names and shapes: heads that
             the encoder lacks (``fc`` replaced by ``nn.Identity``), or has for another number of classes, come from the
@@ -76,9 +76,11 @@ def _encoder_of(module, network, view) -> nn.Module:
     if isinstance(getattr(module, "projector", None), nn.Module) and hasattr(module, "encoder"):
         module = module.encoder
         if isinstance(module, nn.ModuleList):
-            if not 0 <= view < len(module):
-                raise ValueError(f"view: expected an integer in [0, {len(module)}), got {view!r}")
+            if view not in range(len(module)):
+                raise ValueError(f"view: expected whose encoder, an integer in [0, {len(module)}), got {view!r}")
             module = module[view]
+        elif view is not None:
+            raise ValueError(f"view: expected None, since all views have one encoder, got {view!r}")
     return inner_module(module)
 
 
@@ -114,19 +116,7 @@ def _find_prefix(state, network, view) -> str:
     if len(candidates) > 1:
         raise ValueError(f"prefix: expected to be told which of {', '.join(sorted(candidates))} precedes encoder.")
     found = f"{candidates.pop()}encoder."
-    if view or _per_view(state, found):
-        found += f"{view}."
-    return found
-
-
-def _per_view(state, prefix) -> bool:
-    """Whether the projectors or encoders are a list of one per view: every number has the same names after it."""
-    names: dict[str, set] = {}
-    for name in state:
-        if name.startswith(prefix):
-            number, _, rest = name[len(prefix) :].partition(".")
-            names.setdefault(number, set()).add(rest)
-    return len(names) > 1 and all(n.isdigit() for n in names) and len({frozenset(s) for s in names.values()}) == 1
+    return found if view is None else f"{found}{view}."
 
 
 def _fit(state, backbone, heads):

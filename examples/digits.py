@@ -1,0 +1,79 @@
+"""What the examples share: scikit-learn's handwritten digits, views of them, small networks, and a k-NN score."""
+
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from torch import nn
+
+WIDTH, DIM = 128, 64
+
+
+def load():
+    """(training images, labels, test images, labels); 1797 images ``(1, 8, 8)`` in [0, 1]."""
+    pixels, labels = load_digits(return_X_y=True)
+    images = torch.tensor(pixels / 16, dtype=torch.float32).view(-1, 1, 8, 8)
+    labels = torch.tensor(labels)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    train, test = order[:1300], order[1300:]
+    return images[train], labels[train], images[test], labels[test]
+
+
+def augment(images):
+    """One random view of each image: rotated, sheared, moved, scaled, with another contrast and noise."""
+    n = len(images)
+    theta = torch.eye(2, 3).repeat(n, 1, 1) + 0.25 * torch.randn(n, 2, 3)
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    moved = F.grid_sample(images, grid, align_corners=False)
+    return moved * (0.6 + 0.8 * torch.rand(n, 1, 1, 1)) + 0.08 * torch.randn_like(moved)
+
+
+def loader(images, batch=256, num_views=2, view=augment):
+    """Batches of ``num_views`` views each, epoch after epoch in another order."""
+
+    def views(items):
+        chosen = images[torch.stack(items)]
+        return [view(chosen) for _ in range(num_views)]
+
+    indices = torch.arange(len(images))
+    return torch.utils.data.DataLoader(indices, batch, shuffle=True, drop_last=True, collate_fn=views)
+
+
+def endless(batches):
+    while True:
+        yield from batches
+
+
+def encoder(channels=1):
+    """``(B, channels, 8, 8)`` to ``(B, WIDTH)``."""
+    return nn.Sequential(
+        nn.Conv2d(channels, 32, 3, padding=1, bias=False),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+        nn.Conv2d(32, 64, 3, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(64),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(64 * 16, WIDTH),
+    )
+
+
+def head(inside=WIDTH, outside=DIM):
+    """A projector or a predictor: an MLP of one hidden layer."""
+    return nn.Sequential(nn.Linear(inside, 128), nn.BatchNorm1d(128), nn.ReLU(), nn.Linear(128, outside))
+
+
+@torch.no_grad()
+def knn_accuracy(network, k=5):
+    """Test accuracy of the vote of the ``k`` nearest training images by cosine."""
+    training = network.training
+    network.eval()
+    x, y, x_test, y_test = load()
+    z, z_test = (F.normalize(network(images).flatten(1), dim=-1) for images in (x, x_test))
+    network.train(training)
+    votes = y[(z_test @ z.T).topk(k).indices]
+    return (votes.mode(dim=1).values == y_test).float().mean().item()
+
+
+def report(step, loss, every=20):
+    if step % every == 0:
+        print(f"step {step:4d}  loss {loss:.4f}")

@@ -1,0 +1,124 @@
+"""The methods as Lightning modules, and a Trainer that runs one of them on handwritten digits.
+
+    python examples/lightning_modules.py {simclr,moco,byol,cmc,byol_contrast,chunked} [--steps N]
+
+Needs Lightning. A method is a plain module; what Lightning adds is said in `Contrastive`, `WithTarget` and `Chunked`.
+"""
+
+import argparse
+
+import lightning
+import torch
+from digits import DIM, WIDTH, encoder, head, knn_accuracy, load, loader
+from torch import nn
+
+import selfsup_kernels as sk
+
+
+class Contrastive(lightning.LightningModule):
+    """A method without a target: SimCLR, CMC. A batch is a list of views.
+
+    Under several processes give the method the group whose samples are the negatives, once there is one::
+
+        def setup(self, stage):
+            self.method.loss.group = torch.distributed.group.WORLD
+    """
+
+    def __init__(self, method, lr=1e-3):
+        super().__init__()
+        self.method, self.lr = method, lr
+
+    def training_step(self, views, batch_idx):
+        loss = self.method(views)
+        self.log("loss", loss, prog_bar=True)
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW([p for p in self.method.parameters() if p.requires_grad], lr=self.lr)
+
+
+class WithTarget(Contrastive):
+    """A method with a target network: BYOL, MoCo, BYOLContrast.
+
+    The target moves in `optimizer_step`: after the optimizer's step, only where there was one (not for every batch of
+    an accumulated gradient), and before Lightning's callbacks save a checkpoint, which `on_train_batch_end` of a module
+    is too late for. Queue and target are part of the module's state, so that a checkpoint holds them.
+    """
+
+    def __init__(self, method, lr=1e-3, momentum=None):
+        super().__init__(method, lr)
+        self.momentum = momentum  # where BYOL's cosine schedule starts; None for the method's constant one
+
+    def optimizer_step(self, *arguments, **named):
+        super().optimizer_step(*arguments, **named)
+        momentum = self.momentum
+        if momentum is not None:
+            steps = self.trainer.estimated_stepping_batches
+            momentum = sk.cosine_momentum(self.trainer.global_step, steps, base=momentum)
+        self.method.update_target(momentum)
+
+
+class BYOLContrast(WithTarget):
+    """Logs both parts of the loss."""
+
+    def training_step(self, views, batch_idx):
+        loss = super().training_step(views, batch_idx)
+        self.log_dict(self.method.parts)
+        return loss
+
+
+class Chunked(Contrastive):
+    """SimCLR over batches whose activations do not fit: manual optimization, since the gradients come chunk by chunk.
+
+    `manual_backward` lets Lightning scale the loss where its precision wants that.
+    """
+
+    def __init__(self, method, lr=1e-3, chunk_size=64):
+        super().__init__(method, lr)
+        self.automatic_optimization = False
+        self.chunk_size = chunk_size
+
+    def training_step(self, views, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        method = self.method
+        loss = sk.chunked_backward(method.embed, views, method.loss, self.chunk_size, backward=self.manual_backward)
+        optimizer.step()
+        self.log("loss", loss, prog_bar=True)
+
+
+def build(name):
+    """The module of that name, with small networks for digits."""
+    methods = sk.methods
+    if name == "simclr":
+        return Contrastive(methods.SimCLR(encoder(), head()))
+    if name == "moco":
+        return WithTarget(methods.MoCo(encoder(), head(), 1000, momentum=0.99, temperature=0.2))
+    if name == "byol":
+        return WithTarget(methods.BYOL(encoder(), head(), head(DIM)), momentum=0.98)
+    if name == "cmc":
+        return Contrastive(methods.CMC([encoder(), encoder()], head(), temperature=0.2))
+    if name == "byol_contrast":
+        return BYOLContrast(methods.BYOLContrast(encoder(), head(), head(DIM), temperature=0.2), momentum=0.98)
+    # BatchNorm would see chunks instead of the batch.
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(64, 256), nn.LayerNorm(256), nn.GELU(), nn.Linear(256, WIDTH))
+    return Chunked(methods.SimCLR(flat, nn.Linear(WIDTH, DIM)))
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("method", choices=["simclr", "moco", "byol", "cmc", "byol_contrast", "chunked"])
+    parser.add_argument("--steps", type=int, default=100)
+    options = parser.parse_args(arguments)
+    lightning.seed_everything(0)
+    module = build(options.method)
+    trainer = lightning.Trainer(
+        max_steps=options.steps, accelerator="cpu", logger=False, enable_checkpointing=False, enable_model_summary=False
+    )
+    trainer.fit(module, loader(load()[0]))
+    network = module.method.encoder
+    print(f"k-NN accuracy {knn_accuracy(network[0] if isinstance(network, nn.ModuleList) else network):.3f}")
+
+
+if __name__ == "__main__":
+    main()
