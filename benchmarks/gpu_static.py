@@ -32,6 +32,7 @@ import gpu_model
 import torch
 
 import selfsup_kernels as sk
+from selfsup_kernels import ops
 from selfsup_kernels.triton import _compiled, configs
 
 ARCHITECTURES = configs.ARCHITECTURES
@@ -64,6 +65,8 @@ class Case(NamedTuple):
     learned: bool = False
     """The temperature is a tensor that requires grad."""
     rows: int = LARGE
+    part: bool = False
+    """One process's half of the samples."""
 
 
 EVERYWHERE = (
@@ -75,9 +78,13 @@ EVERYWHERE = (
 instruction."""
 FULL = (Case("small", rows=SMALL),)
 """In bfloat16 and full float32."""
-WIDER = (Case("deterministic", deterministic=True), Case("labels", labels=True))
+WIDER = (
+    Case("deterministic", deterministic=True),
+    Case("labels", labels=True),
+    Case("part of a group", reduction="none", part=True),
+)
 WIDER_ARCHITECTURE = 90
-"""Where the two of these cases are told apart, in bfloat16: elsewhere each of them is seen in one of the above."""
+"""Where these cases are told apart, in bfloat16: elsewhere each of them is seen in one of the above."""
 ONCE = (
     *(Case(f"labels, {name}", labels=True, objective=name) for name in ("supcon_in", "decoupled")),
     Case("cross_view, queue", queue=True, objective="cross_view", reduction="none"),
@@ -146,8 +153,10 @@ def _info_nce(job, dtype):
 
 def _call_info_nce(case, dim, dtype):
     samples = case.rows // case.views
-    views = [torch.zeros(samples, dim, dtype=dtype, requires_grad=True) for _ in range(case.views)]
     torch.use_deterministic_algorithms(case.deterministic)
+    if case.part:
+        return _call_part([torch.zeros(samples, dim, dtype=dtype) for _ in range(case.views)], samples // 2)
+    views = [torch.zeros(samples, dim, dtype=dtype, requires_grad=True) for _ in range(case.views)]
     loss = sk.info_nce_loss(
         views,
         temperature=torch.ones((), requires_grad=True) if case.learned else 0.1,
@@ -160,6 +169,15 @@ def _call_info_nce(case, dim, dtype):
         impl="triton",
     )
     loss.sum().backward()
+
+
+def _call_part(views, count):
+    """What a process of a group does between its exchanges with the others."""
+    forward, backward = (ops.get(f"info_nce_{way}", "triton") for way in ("forward", "backward"))
+    _, *saved = forward(views, None, None, None, 0.1, 0, -1, True, 1e-12, 0, count, count)
+    upstream = torch.ones(len(views), len(views[0]))
+    sizes = (len(views), *views[0].shape)
+    backward(upstream, *saved, None, None, 0.1, *sizes, 0, -1, True, 0, False, views[0].dtype, count, count)
 
 
 def _byol(job, dtype):

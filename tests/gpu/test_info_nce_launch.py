@@ -36,16 +36,20 @@ def record(monkeypatch):
     return launches
 
 
-def call(record, size, dtype=torch.bfloat16, labels=None, queue=0, objective="supcon_out", core=-1, reduction="mean"):
-    """The launches of a forward and of its backward."""
+def call(
+    record, size, dtype=torch.bfloat16, labels=None, queue=0, objective="supcon_out", core=-1, reduction="mean", part=()
+):
+    """The launches of a forward and of its backward; of ``part`` = (first, count) of the samples."""
     views = list(torch.zeros(size, dtype=dtype).unbind(0))
     zq = torch.zeros(queue, size[2], dtype=dtype) if queue else None
     number, how = OBJECTIVES.index(objective), ops.REDUCTIONS.index(reduction)
-    loss, *saved = ops.get("info_nce_forward", "triton")(views, labels, zq, None, 0.1, number, core, True, 1e-12, how)
+    loss, *saved = ops.get("info_nce_forward", "triton")(
+        views, labels, zq, None, 0.1, number, core, True, 1e-12, how, *part
+    )
     forward = record.copy()
     record.clear()
     ops.get("info_nce_backward", "triton")(
-        torch.ones_like(loss), *saved, labels, None, 0.1, *size, number, core, True, how, False, dtype
+        torch.ones_like(loss), *saved, labels, None, 0.1, *size, number, core, True, how, False, dtype, *part
     )
     return forward, record.copy()
 
@@ -152,6 +156,48 @@ def visits(item, batch, queue, num_views, core, sums):
                 yield (u, y), (v, x)
                 if v != num_views and (u != v or x_block != block):
                     yield (v, x), (u, y)
+
+
+@pytest.mark.parametrize("core", [-1, 1])
+@pytest.mark.parametrize("many", [0, 10**6])
+def test_items_of_a_part_cover_its_pairs_once(record, monkeypatch, many, core):
+    monkeypatch.setattr(_launch, "MANY_TILES", many)
+    num_views, batch, queue, (first, count) = 3, 2000, 400, (500, 300)
+    forward, backward = call(record, (num_views, batch, 64), core=core, queue=queue, part=(first, count))
+    launches = [k for k in forward if k.name == "sums"]
+    assert [k["PART"] for k in launches] == (["all"] if many else ["clean", "masked"])
+    seen = Counter()
+    for sums in launches:
+        span, chunk, own = sums["SPAN"], sums["CHUNK"], sums["own_blocks"]
+        n, q = -(-batch // span), -(-queue // span)
+        chunks = -(-max(n, q) // chunk)
+        for item in range(sums["items"]):
+            item, piece = divmod(item, span // sums["BLOCK_N"])
+            block, u, rest = sums["first_block"] + item % own, item // own % num_views, item // own // num_views
+            piece_of_columns, v = rest % chunks, rest // chunks
+            if not (core < 0 or u == v or core in (u, v) or v == num_views):
+                continue
+            for offset in range(piece_of_columns * chunk, min((piece_of_columns + 1) * chunk, q if v == 3 else n)):
+                if sums["PART"] == "all" or (sums["PART"] == "clean") == (v == num_views or offset >= 1):
+                    column = offset if v == num_views else (block + offset) % n
+                    rows = range(piece * sums["BLOCK_N"] // UNIT, (piece + 1) * sums["BLOCK_N"] // UNIT)
+                    seen.update((u, block, row, v, column) for row in rows)
+    blocks = range(first // span, -(-(first + count) // span))
+    want = {
+        (u, block, row, v, column)
+        for u in range(num_views)
+        for block in blocks
+        for row in range(span // UNIT)
+        for v in range(num_views + 1)
+        if core < 0 or u == v or core in (u, v) or v == num_views
+        for column in range(q if v == num_views else n)
+    }
+    assert seen == dict.fromkeys(want, 1)
+    for gradient in backward[:-1]:
+        side = gradient["BLOCK_M"]
+        own = -(-(first + count) // side) - first // side
+        assert (gradient["first_block"], gradient["own_blocks"]) == (first // side, own)
+        assert gradient.grid[0] == num_views * own
 
 
 @pytest.mark.parametrize(("batch", "queue", "labelled"), [(1000, 0, False), (1000, 300, False), (700, 300, True)])
