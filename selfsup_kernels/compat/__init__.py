@@ -16,6 +16,8 @@ __all__ = [
     "simcse",
     "solo",
     "supcontrast",
+    "swa_utils",
+    "timm",
 ]
 
 

@@ -14,3 +14,18 @@ class ScaleGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return grad * ctx.factor, None
+
+
+class AverageGradient(torch.autograd.Function):
+    """The identity, whose gradient is the mean of those of all processes of a group."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad / ctx.group.size()
+        torch.distributed.all_reduce(grad, group=ctx.group)
+        return grad, None

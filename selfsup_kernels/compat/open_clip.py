@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from selfsup_kernels.compat._common import pair, unsupported
-from selfsup_kernels.compat._gradient import ScaleGradient
+from selfsup_kernels.compat._gradient import AverageGradient, ScaleGradient
 from selfsup_kernels.compat._processes import every_process
 from selfsup_kernels.functional import info_nce_loss
 
@@ -23,7 +23,9 @@ class ClipLoss(nn.Module):
 
     With ``world_size`` > 1 the features of all processes are the negatives, as in the original:
 
-    - ``gather_with_grad=True``: value and gradient are the original's, for ``local_loss`` on and off.
+    - ``gather_with_grad=True``: value and gradient are the original's, for ``local_loss`` on and off. With
+      ``local_loss`` the gradients of the scale are spread over the processes in another way, and have the original's
+      mean, which is what DistributedDataParallel takes.
     - both False (the original's defaults): the original's gradient of the features, and so ours, is too small by a
       factor of ``world_size``. Turn ``gather_with_grad`` on, unless a learning rate is tuned to it.
     - ``local_loss=True`` alone: in the original no gradient reaches the features as negatives of other processes, so
@@ -85,27 +87,31 @@ class ClipLoss(nn.Module):
             scale = scale.float() if scale.dtype in (torch.float16, torch.bfloat16) else scale
         elif not scale > 0:
             raise ValueError(f"logit_scale: expected a number > 0, got {scale}")
-        loss = self._loss(image_features, text_features, 1 / scale)
+        loss = self._loss(image_features, text_features, scale)
         if isinstance(logit_bias, torch.Tensor):
             # A parameter that takes part: DistributedDataParallel waits for its gradient.
             loss = loss + 0 * _one_number("logit_bias", logit_bias).to(loss)
         return {"contrastive_loss": loss} if output_dict else loss
 
-    def _loss(self, image, text, temperature):
-        arguments = {"temperature": temperature, "objective": "cross_view", "normalize": False}
+    def _loss(self, image, text, scale):
+        arguments = {"objective": "cross_view", "normalize": False}
         if self.world_size == 1:
-            return info_nce_loss([image, text], **arguments)
+            return info_nce_loss([image, text], temperature=1 / scale, **arguments)
         group = every_process()
         if group is None or group.size() != self.world_size:
             raise RuntimeError(
                 f"world_size: expected the size of torch.distributed's default group,"
                 f" {1 if group is None else group.size()}, got {self.world_size}"
             )
+        arguments["group"] = group
         if self.local_loss:
-            return info_nce_loss([image, text], **arguments, reduction="none", group=group).mean()
+            return info_nce_loss([image, text], temperature=1 / scale, reduction="none", **arguments).mean()
+        if isinstance(scale, torch.Tensor):
+            # A process' own has its samples' share; in the original all processes have the gradient of the whole loss.
+            scale = AverageGradient.apply(scale.to(image.device), group)
         if not self.gather_with_grad:
             image, text = (ScaleGradient.apply(x, 1 / self.world_size) for x in (image, text))
-        return info_nce_loss([image, text], **arguments, group=group)
+        return info_nce_loss([image, text], temperature=1 / scale, **arguments)
 
 
 def _one_number(name, value):

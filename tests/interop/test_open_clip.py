@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from interop.helpers import assert_near, assert_same, value_and_grads, views
+from interop.helpers import assert_near, assert_same, run_processes, value_and_grads, views
 from open_clip.loss import ClipLoss as Original
 
 from selfsup_kernels.compat.open_clip import ClipLoss
@@ -52,3 +52,43 @@ def test_half_precision_is_at_least_as_near_as_the_original(dtype):
     ours, original = ClipLoss()(*inputs), Original()(*inputs)
     assert ours.dtype == original.dtype
     assert abs(ours.item() - truth) <= max(2 * abs(original.item() - truth), torch.finfo(dtype).eps * truth)
+
+
+def _rank_features(rank, dtype=torch.float64):
+    image, text = (F.normalize(x, dim=-1) for x in views(12, 8, dtype=torch.float64))
+    rows = slice(4 * rank, 4 * rank + 4)
+    return [image[rows].to(dtype), text[rows].to(dtype), torch.tensor(9.0, dtype=dtype)]
+
+
+MODES = [(False, True), (True, True), (False, False)]
+DTYPES = {torch.float64: 1e-9, torch.float32: 2e-5}
+
+
+def _both(rank, world):
+    """By mode and dtype: value and gradients of ours and of the original. Local losses count more on rank 1."""
+    results = []
+    for local_loss, gather_with_grad in MODES:
+        weight = 1 + 0.5 * rank * local_loss
+        modules = [of(local_loss, gather_with_grad, rank=rank, world_size=world) for of in (ClipLoss, Original)]
+        for dtype in DTYPES:
+            results += [
+                value_and_grads(lambda *x, m=m, weight=weight: m(*x) * weight, _rank_features(rank, dtype))
+                for m in modules
+            ]
+    return results
+
+
+def test_two_processes():
+    ranks = run_processes(2, _both)
+    for mode in MODES:
+        for dtype, bound in DTYPES.items():
+            both = [(results.pop(0), results.pop(0)) for results in ranks]
+            for rank, (got, want) in enumerate(both):
+                where = f"rank {rank}, {mode}, {dtype}"
+                assert_near(f"{where}: value", got[0], want[0], bound)
+                assert_near(f"{where}: image", got[1][0], want[1][0], bound)
+                assert_near(f"{where}: text", got[1][1], want[1][1], bound)
+                if not mode[0]:
+                    assert_near(f"{where}: scale", got[1][2], want[1][2], bound)
+            scales = [sum(result[k][1][2] for result in both) / 2 for k in (0, 1)]
+            assert_near(f"{mode}, {dtype}: scale", *scales, bound)

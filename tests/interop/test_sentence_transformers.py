@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from interop.helpers import assert_same, views
+from interop.helpers import assert_near, assert_same, run_processes, value_and_grads, views
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss as Original
 from sentence_transformers.util import cos_sim, dot_score
 
@@ -77,3 +77,37 @@ def test_a_model_trains_alike():
         modules.append(module)
     assert modules[0].state_dict().keys() == modules[1].state_dict().keys()
     torch.testing.assert_close(modules[0].state_dict(), modules[1].state_dict(), rtol=2e-4, atol=2e-5)
+
+
+def _ranks(rank, world):
+    inputs = [x[5 * rank : 5 * rank + 5] for x in views(10, 8, 4, dtype=torch.float64)]
+    results = []
+    for arguments in CASES:
+        modules = [of(Encoder(), gather_across_devices=True, **arguments) for of in OF]
+        results.append(
+            [
+                value_and_grads(
+                    lambda *x, m=m: (1 + 0.5 * rank) * m.compute_loss_from_embeddings(list(x), None), inputs
+                )
+                for m in modules
+            ]
+        )
+    return results
+
+
+OF = (MultipleNegativesRankingLoss, Original)
+CASES = [
+    {},
+    {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"},
+    {"directions": DIRECTIONS[-1]},
+    {"directions": DIRECTIONS[-1], "hardness_mode": "all_negatives", "hardness_strength": 5.0},
+]
+
+
+def test_two_processes():
+    for rank, results in enumerate(run_processes(2, _ranks)):
+        for arguments, (got, want) in zip(CASES, results, strict=True):
+            where = f"rank {rank}, {arguments}"
+            assert_near(f"{where}: value", got[0], want[0], 1e-9)
+            for g, w in zip(got[1], want[1], strict=True):
+                assert_near(f"{where}: gradient", g, w, 1e-9)

@@ -1,0 +1,44 @@
+"""Drop-ins for ``torch.optim.swa_utils``."""
+
+import torch
+
+from selfsup_kernels.functional import ema_update_
+
+__all__ = ["get_ema_multi_avg_fn"]
+
+
+def get_ema_multi_avg_fn(decay=0.999):
+    r"""``torch.optim.swa_utils.get_ema_multi_avg_fn`` for torch's own ``AveragedModel``, in one call for all tensors.
+
+    ::
+
+        from selfsup_kernels.compat.swa_utils import get_ema_multi_avg_fn
+        average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.999), use_buffers=True)
+
+    :math:`t \leftarrow d\, t + (1 - d)\, s`, bit for bit as torch computes it; beyond torch's, the model may have
+    another floating dtype than the average. ``AveragedModel`` does the rest as ever: it copies on the first call of
+    ``update_parameters``, pairs tensors by position, counts ``n_averaged``, and with ``use_buffers=False`` copies the
+    buffers. :class:`selfsup_kernels.EMA`, made where ``update_parameters`` is called first, is the same average:
+    ``buffers="copy"``, or ``"average"`` for ``use_buffers=True``. Integer buffers it always copies, where torch
+    averages and truncates them then.
+
+    Raises:
+        ValueError: a decay outside [0, 1].
+    """
+    if not 0.0 <= decay <= 1.0:
+        raise ValueError(f"decay: expected a number in [0, 1], got {decay}")
+
+    @torch.no_grad()
+    def ema_update(ema_param_list, current_param_list, _):
+        if not ema_param_list:
+            return
+        first = ema_param_list[0]  # all are of its dtype and device
+        if first.is_complex():
+            torch._foreach_lerp_(ema_param_list, current_param_list, 1 - decay)
+        elif first.is_floating_point():
+            ema_update_(ema_param_list, current_param_list, decay)
+        else:
+            for average, current in zip(ema_param_list, current_param_list, strict=True):
+                average.copy_(average * decay + current * (1 - decay))
+
+    return ema_update

@@ -1,0 +1,151 @@
+"""A drop-in for timm's moving average of a model."""
+
+import copy
+
+import torch
+from torch import nn
+
+from selfsup_kernels import _tensor_lists as lists
+from selfsup_kernels.ema import _inner
+from selfsup_kernels.functional import ema_update_pairs_
+
+__all__ = ["ModelEmaV3"]
+
+
+class ModelEmaV3(nn.Module):
+    r"""The moving average of everything in a model's ``state_dict``: a drop-in for ``timm.utils.ModelEmaV3`` (1.0.31).
+
+    :math:`t \leftarrow d\, t + (1 - d)\, s` for parameters and floating buffers; other buffers are copied. With a
+    ``step``, the decay :math:`d` is 0 up to step ``update_after_step + 1``, so that the average starts there; with
+    ``use_warmup`` it then is, k being the steps since,
+
+    .. math:: d = \operatorname{clip}(1 - (1 + k / \gamma)^{-p},\ d_{min},\ d_{max})
+
+    Values are timm's bit for bit where the copy has the model's dtype, and ``state_dict`` has timm's names.
+
+    Departures:
+
+    - Tensors are paired by name, where timm pairs them by position: a model that does not fit is an error. Wrappers
+      (``torch.compile``, DataParallel, DistributedDataParallel) stand for the model inside.
+    - Tied weights move once per update; timm moves them once per name, that is with the square of the decay.
+    - ``stochastic_rounding`` draws other random numbers than timm's, from the same expectation.
+    - :class:`selfsup_kernels.EMA` in timm's terms: ``buffers="average"``, or ``"copy"`` for ``exclude_buffers``.
+
+    Args:
+        model, decay, min_decay, update_after_step, use_warmup, warmup_gamma, warmup_power: as in timm.
+        device: of the copy; the model's tensors are sent there on every update if it is another one.
+        dtype: of the copy's floating tensors; None keeps the model's.
+        stochastic_rounding, stochastic_rounding_seed: of bfloat16 copies, from a generator of its own.
+        foreach: taken, without effect: all tensors always move in one call.
+        exclude_buffers: copy the buffers instead.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: from updates with a model that does not fit; nothing has changed then.
+    """
+
+    def __init__(
+        self,
+        model,
+        decay=0.9999,
+        min_decay=0.0,
+        update_after_step=0,
+        use_warmup=False,
+        warmup_gamma=1.0,
+        warmup_power=2 / 3,
+        device=None,
+        dtype=None,
+        stochastic_rounding=True,
+        stochastic_rounding_seed=0,
+        foreach=True,
+        exclude_buffers=False,
+    ):
+        super().__init__()
+        self.module = copy.deepcopy(model)
+        self.module.eval()
+        self.decay = decay
+        self.min_decay = min_decay
+        self.update_after_step = update_after_step
+        self.use_warmup = use_warmup
+        self.warmup_gamma = warmup_gamma
+        self.warmup_power = warmup_power
+        self.foreach = foreach
+        self.device = device
+        self.dtype = dtype
+        self.stochastic_rounding = stochastic_rounding
+        self.stochastic_rounding_seed = stochastic_rounding_seed
+        self.exclude_buffers = exclude_buffers
+        if device is not None:
+            self.module.to(device=device)
+        if dtype is not None:
+            self.module.to(dtype=dtype)
+        self._sr_generator = torch.Generator(device=next(self.module.parameters()).device)
+        self._sr_generator.manual_seed(stochastic_rounding_seed)
+
+    def get_decay(self, step=None):
+        """The decay at a step; ``decay`` itself for None."""
+        if step is None:
+            return self.decay
+        step = max(0, step - self.update_after_step - 1)
+        if step == 0:
+            return 0.0
+        if not self.use_warmup:
+            return self.decay
+        decay = 1 - (1 + step / self.warmup_gamma) ** -self.warmup_power
+        return max(min(decay, self.decay), self.min_decay)
+
+    @torch.no_grad()
+    def update(self, model, step=None):
+        """One update with :meth:`get_decay` of ``step``."""
+        apply = self.apply_update_no_buffers_ if self.exclude_buffers else self.apply_update_
+        apply(model, self.get_decay(step))
+
+    @torch.no_grad()
+    def apply_update_(self, model, decay):
+        """Average parameters and floating buffers, copy the other buffers; those not in the ``state_dict`` stay."""
+        parameters, buffers = self._pairs(model, persistent=True)
+        floating = [pair for pair in buffers if pair[0].is_floating_point()]
+        self._move([*parameters, *floating], [pair for pair in buffers if not pair[0].is_floating_point()], decay)
+
+    @torch.no_grad()
+    def apply_update_no_buffers_(self, model, decay):
+        """Average parameters, copy all buffers."""
+        self._move(*self._pairs(model, persistent=False), decay)
+
+    @torch.no_grad()
+    def set(self, model):
+        """Copy everything in the model's ``state_dict``."""
+        self._move([], [pair for pairs in self._pairs(model, persistent=True) for pair in pairs], 0.0)
+
+    def forward(self, *args, **kwargs):
+        return self.module(*args, **kwargs)
+
+    def _pairs(self, model, persistent):
+        """[(target, source, name)] of parameters and of buffers; ``persistent``: only those in a ``state_dict``."""
+        own, theirs = lists.named_tensors(_inner(self.module)), lists.named_tensors(_inner(model))
+        pairs = [list(zip(*lists.match(t, s), strict=True)) for t, s in zip(own, theirs, strict=True)]
+        if persistent:
+            scratch = {
+                id(part._buffers[name]) for part in self.module.modules() for name in part._non_persistent_buffers_set
+            }
+            pairs[1] = [pair for pair in pairs[1] if id(pair[0]) not in scratch]
+        return pairs
+
+    def _move(self, averaged, copied, decay):
+        copies = lists.check_update(*_columns(copied), averaged=False)
+        # timm rounds bfloat16 alone at random.
+        parts: dict[bool, list] = {False: [], True: []}
+        for pair in averaged:
+            parts[self.stochastic_rounding and pair[0].dtype == torch.bfloat16].append(pair)
+        for randomly, pairs in parts.items():
+            if pairs:
+                generator = self._sr_generator if randomly else None
+                ema_update_pairs_(*_columns(pairs), decay, randomly, generator, "auto")
+        if copies[0]:
+            torch._foreach_copy_(*copies)
+
+
+def _columns(pairs):
+    """([target], [source], [name]), the sources on the targets' devices."""
+    targets = [target for target, _, _ in pairs]
+    sources = [source if source.device == target.device else source.to(target.device) for target, source, _ in pairs]
+    return targets, sources, [name for _, _, name in pairs]
