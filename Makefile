@@ -1,6 +1,7 @@
 # Every target works alone on a fresh machine: it makes .venv and builds the extension where they are missing or stale.
 #
-#   make setup | demo | bench | test | lint | asan | compat | cuda | cuda-static | gpu-static | gpu-check | clean
+#   make setup | demo | bench | test | lint | asan | interop-setup | interop | interop-bench | compat | cuda
+#        cuda-static | gpu-static | gpu-check | clean
 #
 # With PYTHON given on the command line (make test PYTHON=python3) that interpreter is used as it is: it needs torch
 # and the tools listed in pyproject.toml, and only the extension is built, in place.
@@ -37,7 +38,7 @@ OP_TESTS := tests/test_ops.py tests/test_info_nce.py tests/test_info_nce_precisi
 
 export SELFSUP_KERNELS_REQUIRE_EXTENSION := 1
 
-.PHONY: setup demo bench test lint asan compat cuda cuda-static gpu-static gpu-check clean
+.PHONY: setup demo bench test lint asan interop-setup interop interop-bench compat cuda cuda-static gpu-static gpu-check clean
 
 setup: $(BUILT)
 
@@ -105,6 +106,22 @@ compat: setup $(if $(NVCC),$(CUDA_LIBRARY)) .venv-compat/.dependencies
 	.venv-compat/bin/python -m pip install "$(COMPAT_TORCH)" "$(COMPAT_TRITON)" pytest hypothesis "numpy<2.4" rich
 	touch $@
 
+# Drop-ins, methods and examples against the libraries that they are for, in an environment that has them.
+interop-setup: setup .venv-interop/.dependencies
+
+interop: interop-setup
+	.venv-interop/bin/python -m pytest tests/interop --durations=5
+
+# The speed of each drop-in beside its original. ARGUMENTS="--json FILE" and the like.
+interop-bench: interop-setup
+	.venv-interop/bin/python benchmarks/compat.py $(ARGUMENTS)
+
+.venv-interop/.dependencies: tests/interop/requirements.txt Makefile
+	test -x .venv-interop/bin/python || $(PYTHON) -m venv .venv-interop
+	.venv-interop/bin/python -m pip install --quiet -r tests/interop/requirements.txt
+	.venv-interop/bin/python -m pip install --quiet --no-deps solo-learn==1.0.2
+	touch $@
+
 # Every configuration of the GPU kernels, compiled without a GPU. ARGUMENTS="--arch 90 --json FILE" and the like.
 gpu-static: $(DEPENDENCIES)
 	$(PY) benchmarks/gpu_static.py $(ARGUMENTS)
@@ -118,6 +135,6 @@ gpu-check: $(DEPENDENCIES)
 	$(PY) benchmarks/gpu_check.py $(if $(RESULTS),--out "$(RESULTS)")
 
 clean:
-	rm -rf build dist out .venv .venv-compat *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf build dist out .venv .venv-compat .venv-interop *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
 	rm -f $(BUILT) selfsup_kernels/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -6,6 +6,8 @@ import os
 # Before torch is imported, since OpenMP reads it once.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import importlib.util
+
 import hypothesis
 import pytest
 import torch
@@ -16,6 +18,10 @@ from selfsup_kernels import backends
 # Without deadlines, since a first call may compile; derandomized, so that a failure is a failure on every run.
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, max_examples=200, database=None)
 hypothesis.settings.load_profile("suite")
+
+
+# Those tests need the libraries of make interop.
+collect_ignore = [] if importlib.util.find_spec("lightly") else ["interop"]
 
 
 def pytest_report_header(config):
