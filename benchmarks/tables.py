@@ -1,9 +1,9 @@
-"""Writes the README's tables from the committed results: no number there without a file.
+"""Writes the tables of README.md and docs/compat.md from the committed results: no number there without a file.
 
     python benchmarks/tables.py [--check]
 
-Between ``<!-- results:NAME -->`` and ``<!-- end -->`` in README.md stands the table NAME of the results folder that the
-marker names. ``--check`` fails where the README differs from what the files say.
+Between ``<!-- results:FOLDER/NAME -->`` and ``<!-- end -->`` stands the table NAME of that folder of results.
+``--check`` fails where a page differs from what the files say.
 """
 
 import argparse
@@ -81,7 +81,19 @@ def memory(data):
     return lines
 
 
-TABLES = {"info_nce": info_nce, "byol": byol, "ema": ema, "memory": memory}
+def compat(data):
+    lines = ["| drop-in for | version | B | ours | original | factor |", "|---|---|---|---|---|---|"]
+    for row in data["rows"]:
+        ours, original = median(row, "selfsup_kernels"), median(row, "original")
+        lines.append(
+            f"| {row['name']} | {row['version']} | {row['batch'] or '-'} | {milliseconds(ours)} ms |"
+            f" {milliseconds(original)} ms | {original / ours:.1f}x |"
+        )
+    return lines
+
+
+TABLES = {"info_nce": info_nce, "byol": byol, "ema": ema, "memory": memory, "compat": compat}
+PAGES = [ROOT / "README.md", ROOT / "docs" / "compat.md"]
 
 
 def device_line(header):
@@ -107,14 +119,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
-    readme = ROOT / "README.md"
-    before = readme.read_text()
-    after = fill(before)
-    if args.check:
-        if before != after:
-            sys.exit("README.md differs from benchmarks/results: run python benchmarks/tables.py")
-    else:
-        readme.write_text(after)
+    for page in PAGES:
+        before = page.read_text()
+        after = fill(before)
+        if not args.check:
+            page.write_text(after)
+        elif before != after:
+            sys.exit(f"{page.name} differs from benchmarks/results: run python benchmarks/tables.py")
 
 
 if __name__ == "__main__":
