@@ -138,6 +138,29 @@ def test_large_scores_do_not_end(name):
 
 
 @pytest.mark.parametrize("name", TERMS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_large_classes_in_low_precision(name, dtype):
+    """Two classes of 200: 79,600 positive pairs are more than float16 can count."""
+    x = (randn(400, 9, dtype=torch.float64) + 0.3).to(dtype)
+    labels = torch.arange(400) % 2
+    got = gradients(lambda x: getattr(pml, name)(0.3)(x, labels), x)
+    same = labels[:, None] == labels
+
+    def formula(x):
+        scores = similarities(x, 0.3).masked_fill(torch.eye(400, dtype=torch.bool), -torch.inf)
+        positive = scores[same & scores.isfinite()].view(400, 199)
+        if name == "SupConLoss":
+            return (scores.logsumexp(1) - positive.mean(1)).mean()
+        negative = scores[~same].view(400, 200).logsumexp(1, keepdim=True)
+        return F.softplus(negative - positive).mean()
+
+    want = gradients(formula, x.double())
+    for g, w in zip(got, want, strict=True):
+        assert g.dtype == dtype
+        assert (g.double() - w).norm() <= 2 * torch.finfo(dtype).eps * w.norm() + 400 * 9 * torch.finfo(dtype).tiny
+
+
+@pytest.mark.parametrize("name", TERMS)
 def test_one_sample_and_dtypes_of_labels(name):
     criterion = getattr(pml, name)()
     value, grad = gradients(lambda x: criterion(x, torch.tensor([3])), rows()[:1])

@@ -1,6 +1,11 @@
 """What the drop-ins share."""
 
+import contextlib
+
 import torch
+
+from selfsup_kernels import _validate as check
+from selfsup_kernels.functional import info_nce_loss
 
 
 def unsupported(original: str, feature: str, instead: str = "") -> RuntimeError:
@@ -26,3 +31,19 @@ def pair(first_name: str, first, second_name: str, second) -> None:
         raise ValueError(
             f"{second_name}: expected the shape of {first_name}, {tuple(first.shape)}, got {tuple(second.shape)}"
         )
+
+
+def wide_loss(views, **arguments):
+    """:func:`selfsup_kernels.info_nce_loss`, its value in float32 at least: for losses that are computed with further.
+
+    Under autocast the value is float32 for views of any dtype, which are read as they are.
+    """
+    device, dtype = views[0].device.type, views[0].dtype
+    low = dtype in (torch.float16, torch.bfloat16)
+    with torch.autocast(device, dtype) if low else contextlib.nullcontext():
+        return info_nce_loss(views, **arguments)
+
+
+def narrow(loss, like):
+    """``loss`` in the dtype of ``like``, as PyTorch's own losses return it; as it is under autocast."""
+    return loss if check.autocasts(like.device) else loss.to(like.dtype)

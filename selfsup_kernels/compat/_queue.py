@@ -3,8 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from selfsup_kernels import _validate as check
-from selfsup_kernels.functional import info_nce_loss
+from selfsup_kernels.compat._common import narrow, wide_loss
 
 
 def queue_contrast_loss(anchors, positives, queue, temperature):
@@ -24,8 +23,7 @@ def queue_contrast_loss(anchors, positives, queue, temperature):
     a, p = unit_rows(anchors), unit_rows(positives)
     negative = _queue_logsumexp(anchors, a, queue, temperature)
     # LSE(n, p) - p, without cancellation
-    loss = F.softplus(negative - (a * p).sum(-1) / temperature, threshold=700).mean()
-    return loss if check.autocasts(anchors.device) else loss.to(anchors.dtype)
+    return narrow(F.softplus(negative - (a * p).sum(-1) / temperature, threshold=700).mean(), anchors)
 
 
 def _queue_logsumexp(anchors, unit, queue, temperature):
@@ -38,7 +36,7 @@ def _queue_logsumexp(anchors, unit, queue, temperature):
     if count == 0:
         return (unit * unit_rows(queue).to(unit)).sum(-1).div(temperature).logsumexp(0, keepdim=True)
     one_class = torch.zeros(len(anchors), dtype=torch.int64, device=anchors.device)
-    losses = info_nce_loss(
+    losses = wide_loss(
         [anchors],
         temperature=temperature,
         objective="decoupled",

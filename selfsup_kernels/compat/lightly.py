@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from selfsup_kernels.compat._common import pair, unsupported
+from selfsup_kernels.compat._common import narrow, pair, unsupported, wide_loss
 from selfsup_kernels.compat._processes import every_process, gather_equal
 from selfsup_kernels.compat._queue import queue_contrast_loss, unit_rows
-from selfsup_kernels.functional import byol_loss, ema_update_, info_nce_loss
+from selfsup_kernels.functional import byol_loss, ema_update_
 
 __all__ = [
     "DCLLoss",
@@ -64,7 +64,7 @@ class NTXentLoss(nn.Module):
             group = every_process() if self.gather_distributed else None
             if group is None and len(out0) == 1:
                 return 0 * (out0.sum() + out1.sum())  # as the original without negatives
-            return _two_views(out0, out1, self.temperature, "supcon_out", group)
+            return narrow(_two_views(out0, out1, self.temperature, "supcon_out", group), out0)
         loss = queue_contrast_loss(out0, out1, self.memory_bank.bank.to(out0.device), self.temperature)
         if torch.is_grad_enabled() and out0.requires_grad:
             self.memory_bank._dequeue_and_enqueue(F.normalize(out1.detach(), dim=1))
@@ -188,12 +188,12 @@ class DCLLoss(nn.Module):
         group = every_process() if self.gather_distributed else None
         loss = _two_views(out0, out1, self.temperature, "decoupled", group)
         if not self.weight_fn:
-            return loss
+            return narrow(loss, out0)
         z0, z1 = F.normalize(out0, dim=1), F.normalize(out1, dim=1)
         positive = (unit_rows(out0) * unit_rows(out1)).sum(-1) / self.temperature
         w0, w1 = self.weight_fn(z0, z1), self.weight_fn(z1, z0)
         weighted = 0.5 * ((w0 * positive).mean() + (w1 * positive).mean())
-        return loss + (positive.mean() - weighted).to(loss.dtype)
+        return narrow(loss + positive.mean() - weighted, out0)
 
     def extra_repr(self):
         return f"temperature={self.temperature}, gather_distributed={self.gather_distributed}"
@@ -243,8 +243,7 @@ def _check_gather(gather_distributed):
 
 
 def _two_views(out0, out1, temperature, objective, group):
-    """The mean of one process' own anchors."""
-    if group is None:
-        return info_nce_loss([out0, out1], temperature=temperature, objective=objective)
-    losses = info_nce_loss([out0, out1], temperature=temperature, objective=objective, reduction="none", group=group)
-    return losses.mean()
+    """The mean of one process' own anchors, in float32 at least."""
+    reduction = "mean" if group is None else "none"
+    losses = wide_loss([out0, out1], temperature=temperature, objective=objective, reduction=reduction, group=group)
+    return losses if group is None else losses.mean()

@@ -4,8 +4,7 @@ import torch
 from torch import nn
 
 from selfsup_kernels import _validate as check
-from selfsup_kernels.compat._common import unsupported
-from selfsup_kernels.functional import info_nce_loss
+from selfsup_kernels.compat._common import narrow, unsupported, wide_loss
 
 __all__ = ["NTXentLoss", "SupConLoss"]
 
@@ -68,7 +67,7 @@ class _PairLoss(nn.Module):
         labels = _integer_labels(labels, embeddings)
         if len(embeddings) == 1:
             return (embeddings * 0).sum()  # as the original: no pairs
-        losses = info_nce_loss(
+        losses = wide_loss(
             [embeddings],
             temperature=self.temperature,
             objective=self._objective,
@@ -76,7 +75,7 @@ class _PairLoss(nn.Module):
             normalize=self._normalize,
             reduction="none",
         )[0]
-        return self._reduce(losses, labels)
+        return narrow(self._reduce(losses, labels), embeddings)
 
     def extra_repr(self):
         return f"temperature={self.temperature}"
