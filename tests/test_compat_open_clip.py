@@ -57,6 +57,13 @@ def test_a_bias_changes_nothing_and_has_a_gradient_of_zero():
     assert bias.grad.tolist() == [0]
 
 
+def test_one_sample():
+    leaves = [x.requires_grad_() for x in (*features(1), torch.tensor(10.0))]
+    loss = ClipLoss()(*leaves)
+    assert loss == 0
+    assert not any(grad.any() for grad in torch.autograd.grad(loss, leaves))
+
+
 def test_the_loss_has_no_state():
     assert not ClipLoss(cache_labels=True).state_dict()
 

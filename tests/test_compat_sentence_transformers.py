@@ -78,6 +78,20 @@ def test_value_and_gradients(directions, negatives, mode):
         )
 
 
+@pytest.mark.parametrize("negatives", [0, 2])
+@pytest.mark.parametrize("directions", [DIRECTIONS[0], DIRECTIONS[-1], ("query_to_doc", "query_to_query")])
+@pytest.mark.parametrize("mode", [None, "all_negatives"])
+def test_one_sample_has_its_own_documents_alone(mode, directions, negatives):
+    strength = 5.0 if mode else 0.0
+    compare(
+        columns(negatives, batch=1),
+        lambda x: written_out(x, 20.0, directions, mode=mode, strength=strength),
+        directions=directions,
+        hardness_mode=mode,
+        hardness_strength=strength,
+    )
+
+
 @pytest.mark.parametrize("scale", [20.0, 100.0])
 def test_a_large_scale_and_one_that_underflows(scale):
     inputs = columns(1)

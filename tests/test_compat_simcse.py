@@ -52,6 +52,12 @@ def test_supervised(temperature, weight):
     )
 
 
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_one_sentence(weight):
+    compare(lambda *z: supervised_loss(*z, 0.05, weight), lambda *z: eager(*z, weight=weight), sentences(1))
+    assert unsupervised_loss(*sentences(1)[:2]) == 0
+
+
 def test_the_default_temperature_is_the_papers():
     z1, z2, z3 = sentences()
     assert unsupervised_loss(z1, z2) == unsupervised_loss(z1, z2, 0.05)

@@ -86,6 +86,18 @@ def test_mocov3(temperature):
     assert mocov3_loss_func(query, key) == mocov3_loss_func(query, key, 0.2)
 
 
+def test_one_sample():
+    z1, z2 = (randn(1, 5, seed=s).requires_grad_() for s in (0, 1))
+    for loss in (
+        simclr_loss_func(z1, z2),
+        mocov3_loss_func(z1, z2),
+        simclr_loss_func(torch.cat([z1, z2]), torch.zeros(2, dtype=int)),
+    ):
+        assert loss == 0
+        (grad,) = torch.autograd.grad(loss, z1)
+        assert not grad.any()
+
+
 def test_not_supported():
     with pytest.raises(RuntimeError, match=r"extra_pos_mask.*indexes"):
         simclr_loss_func(randn(4, 3), randn(4, 3), extra_pos_mask=torch.zeros(8, 8, dtype=torch.bool))

@@ -27,8 +27,14 @@ class OneWay:
         self.scale, self.normalize, self.eps, self.group = scale, normalize, eps, group
 
     def losses(self, *views, objective="cross_view", core_view=None):
-        """(V, B) losses, in float32 at least."""
+        """(V, B) losses, in float32 at least. One sample alone has none: its positive is all there is.
+
+        The same of ``decoupled``, whose denominator is then empty, is -inf.
+        """
         dtype = views[0].dtype
+        if len(views[0]) == 1 and self.group is None:
+            nothing = sum(0 * self.own(x, x) for x in views)
+            return torch.stack([nothing - (torch.inf if objective == "decoupled" else 0)] * len(views))
         # Per-anchor values in 16 bits would be too coarse to add up. Autocast's are float32, of the rows as they are.
         low = dtype in (torch.float16, torch.bfloat16)
         with torch.autocast(views[0].device.type, dtype) if low else contextlib.nullcontext():

@@ -22,6 +22,7 @@ TESTED = {
     "pytorch_metric_learning": "2.9.0",
     "sentence_transformers": "6.2.0",
     "solo": "1.0.6",
+    "timm": "1.0.31",
 }
 """The version of each library that the drop-ins follow."""
 
@@ -50,4 +51,5 @@ TABLE = {
         Swap("solo.losses", "byol_loss_func", "byol_loss_func"),
         Swap("solo.losses", "mocov3_loss_func", "mocov3_loss_func", optional=True),
     ],
+    "timm": [Swap("timm.utils", "ModelEmaV3", "ModelEmaV3")],
 }

@@ -67,7 +67,7 @@ class ClipLoss(nn.Module):
         self.use_horovod = use_horovod
 
     def forward(self, image_features, text_features, logit_scale, logit_bias=None, output_dict=False):
-        """The loss of a batch of ``(B, D)`` image and text features, B >= 2.
+        """The loss of a batch of image and text features; 0 for a batch of one, as in the original.
 
         Args:
             image_features, text_features: ``(B, D)``.
@@ -96,6 +96,8 @@ class ClipLoss(nn.Module):
     def _loss(self, image, text, scale):
         arguments = {"objective": "cross_view", "normalize": False}
         if self.world_size == 1:
+            if len(image) == 1:  # the positive is all there is
+                return (0 * scale * image * text).sum()
             return info_nce_loss([image, text], temperature=1 / scale, **arguments)
         group = every_process()
         if group is None or group.size() != self.world_size:

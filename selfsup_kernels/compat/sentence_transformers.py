@@ -118,7 +118,7 @@ def multiple_negatives_ranking_loss(
     """:class:`MultipleNegativesRankingLoss` of embeddings.
 
     Args:
-        embeddings: ``[queries, documents, *hard negatives]``, each ``(B, D)``, B >= 2.
+        embeddings: ``[queries, documents, *hard negatives]``, each ``(B, D)``.
         The others are those of the class.
     """
     _check(scale, similarity_fct, directions, partition_mode, hardness_mode, hardness_strength)

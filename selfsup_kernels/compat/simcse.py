@@ -18,7 +18,7 @@ def unsupervised_loss(z1, z2, temperature=0.05, *, group=None):
         \cos(z_{1,a}, z_{2,a}) / \tau \right]
 
     Args:
-        z1, z2: ``(B, D)``, B >= 2: two encodings of the same sentences; in the supervised setting a sentence and one
+        z1, z2: ``(B, D)``: two encodings of the same sentences; in the supervised setting a sentence and one
             that it entails.
         temperature: :math:`\tau`, a number.
         group: the process group whose embeddings all are negatives. The result is then the mean over this process'
@@ -41,7 +41,7 @@ def supervised_loss(z1, z2, z3, temperature=0.05, hard_negative_weight=0.0, *, g
         e^{\cos(z_{1,a}, z_{3,b}) / \tau + w [a = b]} \right) - \cos(z_{1,a}, z_{2,a}) / \tau \right]
 
     Args:
-        z1, z2: ``(B, D)``, B >= 2: sentences and what they entail.
+        z1, z2: ``(B, D)``: sentences and what they entail.
         z3: ``(B, D)``: what contradicts them. They take their gradient as the others do.
         temperature: :math:`\tau`, a number.
         hard_negative_weight: :math:`w`, added to the score of a sentence's own hard negative; the logarithm of the

@@ -44,6 +44,8 @@ def simclr_loss_func(z, indexes, temperature=0.1, extra_pos_mask=None):
         raise TypeError(f"indexes: expected a tensor of integers, or z2, got {type(indexes).__name__}")
     if indexes.is_floating_point():
         pair("z1", z, "z2", indexes)
+        if len(z) == 1:  # the positive is all there is
+            return 0 * (z + indexes).sum()
         return info_nce_loss([z, indexes], temperature=temperature)
     if not isinstance(z, torch.Tensor) or z.dim() != 2:
         raise ValueError(f"z: expected a (rows, D) tensor, got {tuple(z.shape) if hasattr(z, 'shape') else type(z)}")
@@ -83,11 +85,14 @@ def mocov3_loss_func(query, key, temperature=0.2):
         temperature: a number > 0.
     """
     pair("query", query, "key", key)
+    group = every_process()
+    if len(query) == 1 and group is None:  # the positive is all there is
+        return 0 * query.sum()
     loss = info_nce_loss(
         [query, key.detach()],
         temperature=temperature,
         objective="cross_view",
         reduction="none",
-        group=every_process(),
+        group=group,
     )
     return 2 * temperature * loss[0].mean()
