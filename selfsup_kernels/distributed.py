@@ -127,11 +127,20 @@ def _exchange(group, header) -> list[Header]:
     ]
     own = torch.tensor(words, dtype=torch.int64, device=_host_device(group))
     every = own.new_empty(dist.get_world_size(group) * len(words))
-    dist.all_gather_into_tensor(every, own, group=group)
+    _all_gather(every, own, group=group)
     return [
         Header(*(_number(w) if field in _FLOATS else w for field, w in zip(Header._fields, row, strict=True)))
         for row in every.view(-1, len(words)).tolist()
     ]
+
+
+# The newer name of the same; the older one warns where both exist.
+_ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+
+
+def _all_gather(out, own, group) -> None:
+    """``out`` <- the flat tensors ``own`` of all processes, one after the other."""
+    getattr(dist, _ALL_GATHER)(out, own, group=group)
 
 
 def _host_device(group) -> torch.device:
@@ -159,7 +168,7 @@ def gather_samples(x: torch.Tensor, shares: Shares) -> torch.Tensor:
         own[:, : x.shape[1]] = x
     every = own.new_empty((len(shares.sizes), *own.shape))
     # As bytes: not every backend knows every dtype.
-    dist.all_gather_into_tensor(_bytes(every), _bytes(own), group=shares.group)
+    _all_gather(_bytes(every), _bytes(own), group=shares.group)
     if min(shares.sizes) == longest:
         return every.transpose(0, 1).reshape(x.shape[0], shares.batch, x.shape[2])
     return torch.cat([part[:, :size] for part, size in zip(every, shares.sizes, strict=True)], dim=1)

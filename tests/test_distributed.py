@@ -1,6 +1,8 @@
 """InfoNCE over the processes of a group: gloo, 2, 3 and 4 uneven ranks, against one process with the whole batch."""
 
 import copy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,10 @@ from torch import nn
 import selfsup_kernels as sk
 from selfsup_kernels.objectives import LABEL_OBJECTIVES, OBJECTIVES
 from selfsup_kernels.reference import dense
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import scaling
+import scaling_model
 
 SIZES = {2: (9, 4), 3: (5, 1, 11), 4: (2, 13, 1, 6)}
 
@@ -269,6 +275,19 @@ def test_a_compiled_caller(ranks):
     results = ranks.run(2, compiled, views)
     assert_within("grad", torch.cat([grad for _, grad in results], 1) / 2, want)
     assert_within("loss", results[0][0], loss + 1)
+
+
+def sent(group, views):
+    """Bytes that this rank, with its half of the samples, is sent in a forward and backward."""
+    leaf = views.tensor_split(2, 1)[dist.get_rank(group)].clone().requires_grad_()
+    with scaling.counted() as received:
+        sk.info_nce_loss(leaf, group=group).backward()
+    return sum(received)
+
+
+def test_what_is_sent_is_what_the_documents_say(ranks):
+    model = scaling_model.cpu(processes=2, rows=24, dim=5, views=3)
+    assert ranks.run(2, sent, randn(3, 8, 5)) == [model.received_bytes] * 2
 
 
 def leaves(group, views, dead):

@@ -1,0 +1,76 @@
+"""What one process of a group is sent, holds and computes for an InfoNCE loss over many: counts, from the code, and
+times, from rates that have to be given. `docs/scaling.md` states the same; ``scaling.py`` compares it with runs.
+
+M = V B rows in all, m = M / W of them on each of W processes, D features. The objectives that tell views apart, float32
+or bfloat16, no queue.
+"""
+
+from typing import NamedTuple
+
+HEADER_BYTES = 15 * 8
+
+
+class Work(NamedTuple):
+    """Of one process, for one forward and backward."""
+
+    received_bytes: int
+    """By the all-gathers and the all-reduce: what the other processes sent."""
+    peak_bytes: int
+    """At most held at a time, above the process's own embeddings."""
+    products: float
+    """Operations of the matrix products (a multiplication and an addition are two)."""
+
+
+def received_bytes(processes, rows, dim, views, element, table_element, table_columns):
+    """Three exchanges: a header, the rows, and in the backward one table; the loss itself is one number."""
+    others = rows - rows // processes
+    return (processes - 1) * (HEADER_BYTES + 8) + others * (dim * element + table_columns * table_element)
+
+
+def cpu(processes, rows, dim, views) -> Work:
+    """float32 on the CPU. Tables are float64: a column of logw and of coef for each view, and the upstream gradient."""
+    columns = 2 * views + 1
+    # In the forward first the rows as they come and in their order, then in their order and normalised; in the
+    # backward normalised and their gradient. Tables: N and its copy, logw, coef and the losses; then those sent,
+    # those received in parts, and joined.
+    wide = 2 * rows * dim * 4
+    forward = wide + 8 * rows * (3 * views + 1)
+    backward = wide + 8 * rows * (2 * views + 2 * columns + 2 * views) + rows * (8 + 4 * views)
+    own = rows / processes
+    return Work(
+        received_bytes(processes, rows, dim, views, 4, 8, columns),
+        int(max(forward, backward) + own * dim * 4),
+        # Pairs of own rows are computed once for both; scores are computed again in the backward.
+        dim * (6 * own * rows - 2 * own * own),
+    )
+
+
+def gpu(processes, rows, dim, views, element=2) -> Work:
+    """The GPU tiers. Tables are float32: fast and slow weights and coef of each view, two numbers of the whole process,
+    the upstream gradient. One process alone computes each score once for both rows in the forward."""
+    columns = 3 * views + 3
+    own = rows / processes
+    stored = rows * dim * element
+    partial = rows * dim * 4
+    tables = 4 * rows * (3 * views + 1)
+    return Work(
+        received_bytes(processes, rows, dim, views, element, 4, columns) if processes > 1 else 0,
+        int(stored + partial + tables + 4 * rows * columns + own * dim * element),
+        dim * (6 * own * rows - (rows * rows if processes == 1 else 0)),
+    )
+
+
+class Rates(NamedTuple):
+    """Of one process; none of them measured here."""
+
+    products_per_second: float
+    inside_bytes_per_second: float
+    """Within a machine of ``per_machine`` processes."""
+    outside_bytes_per_second: float
+    per_machine: int = 8
+
+
+def seconds(work: Work, processes: int, rates: Rates) -> tuple[float, float]:
+    """(computing, communicating), one after the other. A ring through all processes runs at its slowest link."""
+    slowest = rates.inside_bytes_per_second if processes <= rates.per_machine else rates.outside_bytes_per_second
+    return work.products / rates.products_per_second, work.received_bytes / slowest
