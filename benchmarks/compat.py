@@ -80,11 +80,14 @@ def lightly_memory_bank():
     return [query, key.detach()], *made
 
 
-def lightly_negative_cosine():
-    from lightly.loss import NegativeCosineSimilarity
+def lightly_negative_cosine(batch):
+    def make():
+        from lightly.loss import NegativeCosineSimilarity
 
-    prediction, target = embeddings()
-    return [prediction, target.detach()], compat.lightly.NegativeCosineSimilarity(), NegativeCosineSimilarity()
+        prediction, target = embeddings(batch=batch)
+        return [prediction, target.detach()], compat.lightly.NegativeCosineSimilarity(), NegativeCosineSimilarity()
+
+    return make
 
 
 def lightly_update_momentum():
@@ -201,7 +204,8 @@ CASES = [
     Case("lightly NTXentLoss, bank of 16384", "lightly", lightly_memory_bank),
     Case("lightly DCLLoss", "lightly", lightly("DCLLoss", 0.1)),
     Case("lightly DCLWLoss", "lightly", lightly("DCLWLoss", 0.1)),
-    Case("lightly NegativeCosineSimilarity", "lightly", lightly_negative_cosine),
+    Case("lightly NegativeCosineSimilarity", "lightly", lightly_negative_cosine(BATCH)),
+    Case("lightly NegativeCosineSimilarity", "lightly", lightly_negative_cosine(16 * BATCH), 16 * BATCH),
     Case("lightly update_momentum, ResNet-50", "lightly", lightly_update_momentum, 0),
     Case(
         "pytorch-metric-learning NTXentLoss, pairs",
