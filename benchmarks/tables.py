@@ -103,6 +103,35 @@ def compat(data):
     return lines
 
 
+def scaling(data):
+    lines = ["| ranks | rows | received | model | memory | model | time of one | model | gradient, off by |"]
+    lines.append("|---|---|---|---|---|---|---|---|---|")
+    for row in data["rows"]:
+        alone = next(r for r in data["rows"] if r["rows"] == row["rows"])
+        lines.append(
+            f"| {row['processes']} | {row['rows']} | {row['received_bytes'] / 1e6:.2f} MB |"
+            f" {row['model_received_bytes'] / 1e6:.2f} MB | {row['peak_bytes'] / 1e6:.0f} MB |"
+            f" {row['model_peak_bytes'] / 1e6:.0f} MB | {row['processor_ms'] / alone['processor_ms']:.2f} |"
+            f" {row['model_products'] / alone['model_products']:.2f} | {row['gradient_error']:.1e} |"
+        )
+    return lines
+
+
+def gpus():
+    """The model of `docs/scaling.md`, with the rates that it states."""
+    rates = scaling_model.Rates(300e12, 200e9, 25e9)
+    lines = ["| GPUs | rows | received | memory | operations | computing | sending |", "|---|---|---|---|---|---|---|"]
+    for processes in (1, 8, 64, 256, 1024):
+        rows = 1024 * processes
+        work = scaling_model.gpu(processes, rows, 256, 2)
+        computing, sending = scaling_model.seconds(work, processes, rates)
+        lines.append(
+            f"| {processes} | {rows:,} | {work.received_bytes / 1e6:,.1f} MB | {work.peak_bytes / 1e6:,.0f} MB |"
+            f" {work.products / 1e12:.3g} T | {1e3 * computing:.3g} ms | {1e3 * sending:.3g} ms |"
+        )
+    return lines
+
+
 TABLES = {"info_nce": info_nce, "byol": byol, "ema": ema, "memory": memory, "compat": compat, "scaling": scaling}
 MODELS = {"gpus": gpus}
 
