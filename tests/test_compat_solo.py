@@ -45,6 +45,25 @@ def test_simclr(indexes, temperature):
     )
 
 
+@pytest.mark.parametrize("temperature", [0.1, 0.7])
+@pytest.mark.parametrize("classes", [1, 7, 75])
+def test_simclr_in_float32(classes, temperature):
+    indexes = (torch.arange(150) % classes)[torch.randperm(150, generator=torch.Generator().manual_seed(0))]
+    z = (randn(150, 24) + 0.5 * randn(24, seed=1)).requires_grad_()
+    wide = z.detach().double().requires_grad_()
+    loss = simclr_loss_func(z, indexes, temperature)
+    rows = F.normalize(wide, dim=-1)
+    scores = (rows @ rows.T / temperature).masked_fill(torch.eye(150, dtype=torch.bool), -torch.inf)
+    positive = scores.masked_fill(indexes[:, None] != indexes, -torch.inf)
+    want = (scores.logsumexp(1) - positive.logsumexp(1)).mean()
+    if classes == 1:
+        assert abs(loss.item()) < 2e-5
+        return
+    grads = torch.autograd.grad(loss, z)[0].double(), torch.autograd.grad(want, wide)[0]
+    assert abs(loss.item() - want.item()) <= 2e-5 * want.item()
+    assert (grads[0] - grads[1]).norm() <= 2e-5 * grads[1].norm()
+
+
 def test_a_row_without_positives_makes_simclr_infinite():
     assert simclr_loss_func(randn(5, 4), torch.tensor([0, 0, 1, 2, 2])).item() == float("inf")
 

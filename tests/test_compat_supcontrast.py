@@ -57,6 +57,31 @@ def test_value_and_gradient(case, views, mode):
     compare(module, features(views), classes, mode, labels=labels)
 
 
+def in_matrices(features, labels, temperature, mode):
+    """The same for many rows; base temperature 0.07."""
+    batch, views = features.shape[:2]
+    rows, classes = features.transpose(0, 1).flatten(0, 1), labels.repeat(views)
+    others = ~torch.eye(len(rows), dtype=torch.bool)
+    positive = (classes[:, None] == classes) & others
+    scores = rows @ rows.T / temperature
+    total = scores.masked_fill(~others, -torch.inf).logsumexp(1)
+    mean = scores.masked_fill(~positive, 0).sum(1) / positive.sum(1)
+    return temperature / 0.07 * (total - mean)[: batch if mode == "one" else None].mean()
+
+
+@pytest.mark.parametrize("temperature", [0.07, 0.5])
+@pytest.mark.parametrize("mode", ["all", "one"])
+@pytest.mark.parametrize("classes", [1, 7, 10**6])
+def test_float32_with_random_labels(classes, mode, temperature):
+    labels = torch.randint(classes, (150,), generator=torch.Generator().manual_seed(0))
+    x = F.normalize(randn(150, 2, 24) + 0.5 * randn(24, seed=1), dim=-1).requires_grad_()
+    wide = x.detach().double().requires_grad_()
+    loss, want = SupConLoss(temperature, mode)(x, labels), in_matrices(wide, labels, temperature, mode)
+    grads = torch.autograd.grad(loss, x)[0].double(), torch.autograd.grad(want, wide)[0]
+    assert abs(loss.item() - want.item()) <= 2e-5 * want.item()
+    assert (grads[0] - grads[1]).norm() <= 2e-5 * grads[1].norm()
+
+
 def test_defaults_and_features_that_are_not_normalised():
     module = SupConLoss()
     assert (module.temperature, module.base_temperature, module.contrast_mode) == (0.07, 0.07, "all")

@@ -23,8 +23,9 @@ def unsupervised_loss(z1, z2, temperature=0.05, *, group=None):
         temperature: :math:`\tau`, a number.
         group: the process group whose embeddings all are negatives. The result is then the mean over this process'
             own sentences, with gradients to all, so that DistributedDataParallel's average is, for batches of one size,
-            the gradient of one process with the whole batch. SimCSE's own code passes no gradient to the embeddings of others, and every
-            process evaluates the loss of the whole batch: its gradients are too small by the number of processes.
+            the gradient of one process with the whole batch. SimCSE's own code passes no gradient to the embeddings of
+            others, and every process evaluates the loss of the whole batch: its gradients are too small by the number
+            of processes.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message says which and why.
