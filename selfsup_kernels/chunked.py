@@ -73,9 +73,11 @@ def chunked_backward(encoder, views, loss, chunk_size, *, scaler=None, backward=
     chunks = [chunk for stream in streams for chunk in stream.chunks()]
     devices = _accelerators(streams)
     buffers = _Buffers(streams)
-    with torch.no_grad():
-        embeddings = _embed(streams, chunks, devices)
-    buffers.rewind()
+    try:
+        with torch.no_grad():
+            embeddings = _embed(streams, chunks, devices)
+    finally:
+        buffers.rewind()
 
     value = loss(embeddings)
     if not isinstance(value, Tensor) or value.dim():
@@ -219,17 +221,35 @@ class _Buffers:
     """The buffers that the second encoding changes again."""
 
     def __init__(self, streams):
-        owners = dict.fromkeys(m for s in streams if not s.frozen for outer in s.modules for m in outer.modules())
-        self.saved = [
-            (owner, name, buffer, buffer.clone())
-            for owner in owners
-            for name, buffer in owner._buffers.items()
-            if buffer is not None and not is_lazy(buffer)
-        ]
+        self.saved, self.hooks = {}, []
+        for outer in dict.fromkeys(m for s in streams if not s.frozen for m in s.modules):
+            self._save(outer)
+            for module in outer.modules():
+                if isinstance(module, nn.parallel.DistributedDataParallel) and module.broadcast_buffers:
+                    # Its first forward takes the buffers of rank 0: those are what the first encoding starts from.
+                    self.hooks.append(module.module.register_forward_pre_hook(self._save_once()))
+
+    def _save(self, module):
+        for owner in module.modules():
+            for name, buffer in owner._buffers.items():
+                if buffer is not None and not is_lazy(buffer):
+                    self.saved[owner, name] = buffer, buffer.clone()
+
+    def _save_once(self):
+        seen = []
+
+        def hook(module, args):
+            if not seen:
+                seen.append(True)
+                self._save(module)
+
+        return hook
 
     @torch.no_grad()
     def rewind(self):
-        for owner, name, buffer, before in self.saved:
+        for hook in self.hooks:
+            hook.remove()
+        for (owner, name), (buffer, before) in self.saved.items():
             buffer.copy_(before)
             owner._buffers[name] = buffer  # where the module has put another tensor in its place
 

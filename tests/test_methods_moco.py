@@ -161,6 +161,17 @@ def test_small_loss_has_its_gradient(impl):
     torch.testing.assert_close(ours, want, rtol=1e-9, atol=1e-9 * want.abs().max().item())
 
 
+def test_large_loss_is_exact(impl):
+    """A queue row that is the query itself, and scores 21 above the key: log(1 + exp(21)) is not 21."""
+    method, views = moco(impl, 1).eval(), [x[:1] for x in batches(0)]
+    with torch.no_grad():
+        q, k = (F.normalize(method.online(x), dim=-1) for x in views)
+        method.queue.copy_(q)
+        method.temperature = ((1 - (q * k).sum()) / 21).item()
+        expected = torch.tensor(21.0, dtype=torch.float64).exp().log1p()
+        torch.testing.assert_close(method(views), expected, rtol=1e-13, atol=0)
+
+
 def test_enqueueing_before_backward_changes_no_gradient(impl):
     """The queue is written in place between forward and backward; its old rows are what the gradient is of."""
     method = moco(impl)

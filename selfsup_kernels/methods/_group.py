@@ -1,25 +1,28 @@
-"""What MoCo exchanges with other processes. Every call is collective: each process of the group makes it."""
+"""What the methods exchange with other processes. Every call is collective: each process of the group makes it."""
 
 import torch
-from torch import distributed
+from torch import distributed as dist
+
+from selfsup_kernels import distributed
 
 
 @torch.no_grad()
 def gather_rows(rows: torch.Tensor, group) -> torch.Tensor:
-    """The rows of all processes, in the order of their ranks; each process may bring another number of them."""
+    """The ``(N, D)`` rows of all processes in the order of their ranks; each may bring another number of them.
+
+    Raises:
+        ValueError: D differs between processes; on all of them.
+    """
     if group is None:
         return rows
-    world = distributed.get_world_size(group)
-    count = torch.tensor([len(rows)], device=rows.device)
-    counts = [torch.empty_like(count) for _ in range(world)]
-    distributed.all_gather(counts, count, group=group)
-    counts = [int(c) for c in counts]
-    longest = max(counts)
-    padded = rows.new_zeros(longest, *rows.shape[1:])
-    padded[: len(rows)] = rows
-    parts = [torch.empty_like(padded) for _ in range(world)]
-    distributed.all_gather(parts, padded, group=group)
-    return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])
+    own = torch.tensor(rows.shape, dtype=torch.int64, device=distributed._host_device(group))
+    every = own.new_empty(dist.get_world_size(group) * 2)
+    distributed._all_gather(every, own, group=group)
+    sizes, widths = every.view(-1, 2).T.tolist()
+    if len(set(widths)) > 1:
+        raise ValueError(f"group: expected rows of one width on all processes, got {widths}")
+    shares = distributed.Shares(group, dist.get_rank(group), tuple(sizes))
+    return distributed.gather_samples(rows[None], shares)[0]
 
 
 def global_mean(values: torch.Tensor, group) -> torch.Tensor:
@@ -31,7 +34,9 @@ def global_mean(values: torch.Tensor, group) -> torch.Tensor:
     if group is None:
         return values.mean()
     with torch.no_grad():
-        total = torch.stack([values.sum().double(), values.new_tensor(values.numel(), dtype=torch.float64)])
-        distributed.all_reduce(total, group=group)
-    own = values.sum() * (distributed.get_world_size(group) / total[1]).to(values.dtype)
+        total = torch.stack(
+            [values.sum().double(), torch.full((), values.numel(), dtype=torch.float64, device=values.device)]
+        )
+        dist.all_reduce(total, group=group)
+    own = values.sum() * (dist.get_world_size(group) / total[1]).to(values.dtype)
     return own + ((total[0] / total[1]).to(values.dtype) - own.detach())
