@@ -6,13 +6,10 @@ product of rows, makes it the logarithm of the sum; several of those, over sever
 denominator over all of them. Nothing of B x B numbers ever exists, and every block's rows take their gradient.
 """
 
-import contextlib
-
 import torch
 import torch.nn.functional as F
 
-from selfsup_kernels import _validate as check
-from selfsup_kernels.functional import info_nce_loss
+from selfsup_kernels.compat._common import wide_loss
 
 
 class OneWay:
@@ -31,23 +28,19 @@ class OneWay:
 
         The same of ``decoupled``, whose denominator is then empty, is -inf.
         """
-        dtype = views[0].dtype
         if len(views[0]) == 1 and self.group is None:
             nothing = sum(0 * self.own(x, x) for x in views)
             return torch.stack([nothing - (torch.inf if objective == "decoupled" else 0)] * len(views))
-        # Per-anchor values in 16 bits would be too coarse to add up. Autocast's are float32, of the rows as they are.
-        low = dtype in (torch.float16, torch.bfloat16)
-        with torch.autocast(views[0].device.type, dtype) if low else contextlib.nullcontext():
-            return info_nce_loss(
-                list(views),
-                temperature=1 / self.scale,
-                objective=objective,
-                core_view=core_view,
-                normalize=self.normalize,
-                eps=self.eps,
-                reduction="none",
-                group=self.group,
-            )
+        return wide_loss(
+            list(views),
+            temperature=1 / self.scale,
+            objective=objective,
+            core_view=core_view,
+            normalize=self.normalize,
+            eps=self.eps,
+            reduction="none",
+            group=self.group,
+        )
 
     def own(self, x, y):
         """(B,): ``S_aa``."""
@@ -66,9 +59,3 @@ class OneWay:
         there = loss > torch.finfo(torch.float32).tiny
         safe = torch.where(there, loss, 1)
         return torch.where(there, safe + (-(-safe).expm1()).log() + self.own(x, y), -torch.inf)
-
-
-def mean(losses, like):
-    """Their mean, in the dtype in which PyTorch's own losses return it."""
-    loss = losses.mean()
-    return loss if check.autocasts(like.device) else loss.to(like.dtype)

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from selfsup_kernels.compat._common import pair, unsupported
+from selfsup_kernels.compat._common import narrow, pair, unsupported, wide_loss
 from selfsup_kernels.compat._gradient import AverageGradient, ScaleGradient
 from selfsup_kernels.compat._processes import every_process
 from selfsup_kernels.functional import info_nce_loss
@@ -107,7 +107,8 @@ class ClipLoss(nn.Module):
             )
         arguments["group"] = group
         if self.local_loss:
-            return info_nce_loss([image, text], temperature=1 / scale, reduction="none", **arguments).mean()
+            losses = wide_loss([image, text], temperature=1 / scale, reduction="none", **arguments)
+            return narrow(losses.mean(), image)
         if isinstance(scale, torch.Tensor):
             # A process' own has its samples' share; in the original all processes have the gradient of the whole loss.
             scale = AverageGradient.apply(scale.to(image.device), group)

@@ -3,9 +3,9 @@
 import torch
 from torch import nn
 
-from selfsup_kernels.compat._common import pair, unsupported
+from selfsup_kernels.compat._common import narrow, pair, unsupported
 from selfsup_kernels.compat._gradient import ScaleGradient
-from selfsup_kernels.compat._one_way import OneWay, mean
+from selfsup_kernels.compat._one_way import OneWay
 from selfsup_kernels.compat._processes import every_process
 
 __all__ = ["MultipleNegativesRankingLoss", "cos_sim", "dot_score", "multiple_negatives_ranking_loss"]
@@ -139,7 +139,7 @@ def multiple_negatives_ranking_loss(
         losses = (to_documents + from_documents[0]) / 2
     else:
         losses = torch.logsumexp(torch.stack([to_documents, *from_documents]), 0)
-    return mean(losses, embeddings[0])
+    return narrow(losses.mean(), embeddings[0])
 
 
 class _Parts:

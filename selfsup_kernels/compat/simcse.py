@@ -3,8 +3,8 @@
 import torch
 
 from selfsup_kernels import _validate as check
-from selfsup_kernels.compat._common import pair, unsupported
-from selfsup_kernels.compat._one_way import OneWay, mean
+from selfsup_kernels.compat._common import narrow, pair, unsupported
+from selfsup_kernels.compat._one_way import OneWay
 
 __all__ = ["supervised_loss", "unsupervised_loss"]
 
@@ -32,7 +32,7 @@ def unsupervised_loss(z1, z2, temperature=0.05, *, group=None):
     """
     pair("z1", z1, "z2", z2)
     way = OneWay(1 / check.positive_number("temperature", temperature), True, _EPS, group)
-    return mean(way.losses(z1, z2)[0], z1)
+    return narrow(way.losses(z1, z2)[0].mean(), z1)
 
 
 def supervised_loss(z1, z2, z3, temperature=0.05, hard_negative_weight=0.0, *, group=None):
@@ -66,4 +66,4 @@ def supervised_loss(z1, z2, z3, temperature=0.05, hard_negative_weight=0.0, *, g
                 "SimCSE's supervised objective", f"hard_negative_weight={hard_negative_weight}", "it takes -40 or more"
             )
         hard = torch.logaddexp(way.others(z1, z3), own + hard_negative_weight)
-    return mean(torch.logaddexp(first, hard - positive), z1)
+    return narrow(torch.logaddexp(first, hard - positive).mean(), z1)

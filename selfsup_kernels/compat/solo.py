@@ -2,7 +2,7 @@
 
 import torch
 
-from selfsup_kernels.compat._common import pair, unsupported
+from selfsup_kernels.compat._common import narrow, pair, unsupported, wide_loss
 from selfsup_kernels.compat._processes import every_process, gather_equal
 from selfsup_kernels.functional import byol_loss, info_nce_loss
 
@@ -50,14 +50,12 @@ def simclr_loss_func(z, indexes, temperature=0.1, extra_pos_mask=None):
     if not isinstance(z, torch.Tensor) or z.dim() != 2:
         raise ValueError(f"z: expected a (rows, D) tensor, got {tuple(z.shape) if hasattr(z, 'shape') else type(z)}")
     group = every_process()
-    loss = info_nce_loss(
-        [z], temperature=temperature, objective="supcon_in", labels=indexes, reduction="none", group=group
-    )
+    loss = wide_loss([z], temperature=temperature, objective="supcon_in", labels=indexes, reduction="none", group=group)
     every = indexes if group is None else gather_equal(indexes)
     _, place, members = torch.unique(every, return_inverse=True, return_counts=True)
     rank = 0 if group is None else torch.distributed.get_rank()
     positives = (members - 1)[place[rank * len(indexes) : (rank + 1) * len(indexes)]]
-    return loss.mean() - positives.to(loss.dtype).log().mean()
+    return narrow(loss.mean() - positives.to(loss.dtype).log().mean(), z)
 
 
 def byol_loss_func(p, z, simplified=True):
@@ -88,11 +86,11 @@ def mocov3_loss_func(query, key, temperature=0.2):
     group = every_process()
     if len(query) == 1 and group is None:  # the positive is all there is
         return 0 * query.sum()
-    loss = info_nce_loss(
+    loss = wide_loss(
         [query, key.detach()],
         temperature=temperature,
         objective="cross_view",
         reduction="none",
         group=group,
     )
-    return 2 * temperature * loss[0].mean()
+    return narrow(2 * temperature * loss[0].mean(), query)

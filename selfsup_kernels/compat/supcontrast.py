@@ -3,8 +3,7 @@
 import torch
 from torch import nn
 
-from selfsup_kernels.compat._common import unsupported
-from selfsup_kernels.functional import info_nce_loss
+from selfsup_kernels.compat._common import narrow, unsupported, wide_loss
 
 __all__ = ["SupConLoss"]
 
@@ -66,14 +65,14 @@ class SupConLoss(nn.Module):
             labels = labels_of_mask(mask, batch, views).to(features.device)
         rows = features.flatten(2).transpose(0, 1)
         one = self.contrast_mode == "one"
-        loss = info_nce_loss(
+        loss = wide_loss(
             rows,
             temperature=self.temperature,
             labels=labels,
             normalize=False,
             reduction="none" if one else "mean",
         )
-        return (self.temperature / self.base_temperature) * (loss[0].mean() if one else loss)
+        return narrow((self.temperature / self.base_temperature) * (loss[0].mean() if one else loss), features)
 
     def extra_repr(self):
         return (
