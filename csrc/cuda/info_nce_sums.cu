@@ -19,8 +19,9 @@ struct SumsArguments {
   float* sums;
   const float* state;
   Classes classes;
-  int chunk;  // blocks that a work item streams
   bool deterministic, symmetric;
+  int chunk;                          // blocks that a work item streams
+  int own_block = 0, own_blocks = 0;  // of a view, where rows are not worked on by symmetry
 };
 
 // Rows of view u, block x, with the blocks of view v (views: the queue) at offsets [first, last) of the circle.
@@ -34,25 +35,25 @@ SK_HOST_DEVICE inline int view_pairs(const Problem& p) {
 }
 
 // Work items of a launch, for n blocks a view and q of the queue.
-inline int64_t count_items(const Problem& p, const SumsArguments& a, int side, int n, int q) {
-  if (!a.symmetric) return int64_t(p.own_blocks(side)) * p.views * p.columns() * pieces(std::max(n, q), a.chunk);
+inline int64_t count_items(const Problem& p, const SumsArguments& a, int n, int q) {
+  if (!a.symmetric) return int64_t(a.own_blocks) * p.views * p.columns() * pieces(std::max(n, q), a.chunk);
   return int64_t(n) * ((p.cross() ? 0 : p.views) * pieces(n / 2 + 1, a.chunk) + view_pairs(p) * pieces(n, a.chunk) +
                        p.views * pieces(q, a.chunk));
 }
 
-__device__ Item decode(const Problem& p, const SumsArguments& a, int item, int side, int n, int q) {
-  if (!a.symmetric) {
-    const int own = p.own_blocks(side), all = pieces(max(n, q), a.chunk);
-    const int block = p.own_block(side) + item % own;
-    item /= own;
-    const int u = item % p.views, v = item / p.views / all, first = item / p.views % all * a.chunk;
-    return {u, v, block, first, p.meets(u, v) ? min(first + a.chunk, v == p.views ? q : n) : 0};
-  }
-  const int block = item % n;
-  item /= n;
+__device__ Item decode(const Problem& p, const SumsArguments& a, int item, int n, int q) {
+  const int in_view = a.symmetric ? n : a.own_blocks;
+  const int block = item % in_view + (a.symmetric ? 0 : a.own_block);
+  item /= in_view;
   int u, v, length, piece;
   const int own = p.cross() ? 0 : p.views * pieces(n / 2 + 1, a.chunk), across = view_pairs(p) * pieces(n, a.chunk);
-  if (item < own) {
+  if (!a.symmetric) {
+    const int all = pieces(max(n, q), a.chunk);
+    u = item % p.views;
+    piece = item / p.views % all;
+    v = item / p.views / all;
+    length = p.meets(u, v) ? (v == p.views ? q : n) : 0;
+  } else if (item < own) {
     u = v = item % p.views;
     piece = item / p.views;
     // An even circle has its opposite block once, not twice.
@@ -99,11 +100,11 @@ SK_KERNEL(threads, M == 1 ? 3 : 2)
 sums_kernel(Problem p, SumsArguments a) {
   constexpr int side = 16 * M * tile_warps, N = side / 16, bytes = side * chunk_bytes;
   const int blocks = (p.batch + side - 1) / side, queue_blocks = (p.queue + side - 1) / side;
-  const Item item = decode(p, a, static_cast<int>(blockIdx.x), side, blocks, queue_blocks);
+  const Item item = decode(p, a, static_cast<int>(blockIdx.x), blocks, queue_blocks);
   if (item.first >= item.last) return;
   const int u = item.u, v = item.v;
   const bool queue = v == p.views;
-  const int count = queue ? queue_blocks : blocks, limit = p.limit(v);
+  const int limit = p.limit(v);
   const int row_bytes = p.stride * static_cast<int>(sizeof(T)), chunks = (row_bytes + chunk_bytes - 1) / chunk_bytes;
   const int x_local = item.block * side, x_row = u * p.padded + x_local;
   const int warp_row = 16 * M * static_cast<int>(threadIdx.x / 32);
@@ -115,19 +116,18 @@ sums_kernel(Problem p, SumsArguments a) {
   const int stage_bytes = RESIDENT ? chunks * bytes : 2 * bytes;
   auto block_at = [&](int offset) {
     if (queue) return offset;
-    return item.block + offset < count ? item.block + offset : item.block + offset - count;
+    return item.block + offset < blocks ? item.block + offset : item.block + offset - blocks;
   };
-  // Stage k of the pipeline: a whole tile, or one chunk of it.
-  const int steps = (item.last - item.first) * (RESIDENT ? 1 : chunks);
-  auto fetch = [&](int step) {
-    if (step < steps) {
-      unsigned char* to = stages + step % 2 * stage_bytes;
-      const int64_t row = v * p.padded + block_at(item.first + (RESIDENT ? step : step / chunks)) * side;
+  // A stage of the pipeline: a whole tile, or one chunk of it.
+  auto fetch = [&](int offset, int chunk, int stage) {
+    if (offset < item.last) {
+      unsigned char* to = stages + stage * stage_bytes;
+      const int64_t row = v * p.padded + block_at(offset) * side;
       if constexpr (RESIDENT) {
         for (int c = 0; c < chunks; ++c) fetch_chunk<side>(to + c * bytes, a.stored, row, c, row_bytes);
       } else {
-        fetch_chunk<side>(to, a.stored, x_row, step % chunks, row_bytes);
-        fetch_chunk<side>(to + bytes, a.stored, row, step % chunks, row_bytes);
+        fetch_chunk<side>(to, a.stored, x_row, chunk, row_bytes);
+        fetch_chunk<side>(to + bytes, a.stored, row, chunk, row_bytes);
       }
     }
     async_commit();
@@ -138,24 +138,25 @@ sums_kernel(Problem p, SumsArguments a) {
 
   if constexpr (RESIDENT)
     for (int c = 0; c < chunks; ++c) fetch_chunk<side>(shared + c * bytes, a.stored, x_row, c, row_bytes);
-  fetch(0);
+  fetch(item.first, 0, 0);
   float row_sums[M][2] = {};
-  int step = 0;
+  int stage = 0;
   for (int offset = item.first; offset < item.last; ++offset) {
     float s[N][M][2][4] = {};
     if constexpr (RESIDENT) {
       next_stage();
-      fetch(step + 1);
-      const unsigned char* y = stages + step % 2 * stage_bytes;
+      fetch(offset + 1, 0, 1 - stage);
+      const unsigned char* y = stages + stage * stage_bytes;
       for (int c = 0; c < chunks; ++c)
         add_scores<T, EXACT>(s, shared + c * bytes, y + c * bytes, warp_row, depths(c), low_parts);
-      ++step;
+      stage = 1 - stage;
     } else {
-      for (int c = 0; c < chunks; ++c, ++step) {
+      for (int c = 0; c < chunks; ++c, stage = 1 - stage) {
         next_stage();
-        fetch(step + 1);
-        const unsigned char* stage = stages + step % 2 * stage_bytes;
-        add_scores<T, EXACT>(s, stage, stage + bytes, warp_row, depths(c), low_parts);
+        const bool last = c + 1 == chunks;
+        fetch(last ? offset + 1 : offset, last ? 0 : c + 1, 1 - stage);
+        const unsigned char* xy = stages + stage * stage_bytes;
+        add_scores<T, EXACT>(s, xy, xy + bytes, warp_row, depths(c), low_parts);
       }
     }
 
@@ -245,14 +246,16 @@ template <typename T, bool EXACT, int M>
 void launch(const Device& device, const Problem& p, SumsArguments a) {
   constexpr int side = 16 * M * tile_warps, bytes = side * chunk_bytes;
   const int n = ceil_div(p.batch, side), q = ceil_div(p.queue, side);
+  a.own_block = p.own_block(side);
+  a.own_blocks = p.own_blocks(side);
   // Long enough to load the rows of x once for many tiles, short enough for eight rounds of work.
   const int64_t own = p.cross() ? 0 : p.views;
   const int64_t tiles = a.symmetric ? n * (own * (n / 2 + 1) + int64_t(view_pairs(p)) * n + int64_t(p.views) * q)
-                                    : int64_t(p.own_blocks(side)) * p.views * (int64_t(p.views) * n + q);
+                                    : int64_t(a.own_blocks) * p.views * (int64_t(p.views) * n + q);
   a.chunk = a.deterministic
                 ? std::max(n, q)
                 : static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(64, tiles / (16 * device.processors()))));
-  const int64_t items = count_items(p, a, side, n, q);
+  const int64_t items = count_items(p, a, n, q);
   const int chunks = ceil_div(p.stride * sizeof(T), chunk_bytes);
   const int64_t resident = int64_t(3) * chunks * bytes;
   STD_TORCH_CHECK(items < (int64_t(1) << 31), "impl='cuda': too many pairs of blocks; use impl='reference'");
@@ -285,9 +288,9 @@ void pair_sums(
       pointer<float>(stored.sums),
       pointer<float>(stored.state),
       classes,
-      1,
       deterministic,
-      !(deterministic || p.partial())};
+      !(deterministic || p.partial()),
+      1};
   by_dtype(stored.rows.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     if (exact && sizeof(T) == 4) return launch_for_size<T, sizeof(T) == 4>(device, p, a);
