@@ -3,7 +3,8 @@
 import torch
 import torch.nn.functional as F
 
-from selfsup_kernels.compat._common import narrow, wide_loss
+from selfsup_kernels._queue import queue_log_sums
+from selfsup_kernels.compat._common import narrow
 
 
 def queue_contrast_loss(anchors, positives, queue, temperature):
@@ -21,31 +22,9 @@ def queue_contrast_loss(anchors, positives, queue, temperature):
         The loss in the dtype of the anchors; in float32 at least under autocast.
     """
     a, p = unit_rows(anchors), unit_rows(positives)
-    negative = _queue_logsumexp(anchors, a, queue, temperature)
+    negative = queue_log_sums(a, queue, temperature)
     # LSE(n, p) - p, without cancellation
     return narrow(F.softplus(negative - (a * p).sum(-1) / temperature, threshold=700).mean(), anchors)
-
-
-def _queue_logsumexp(anchors, unit, queue, temperature):
-    """(B,) log-sum-exp of each anchor's scores with the queue.
-
-    In a batch of one class nothing is a negative but the queue; an anchor's loss is then LSE(queue) minus the mean of
-    its scores with the other anchors, which the class' sum gives in linear time.
-    """
-    count = len(anchors) - 1
-    if count == 0:
-        return (unit * unit_rows(queue).to(unit)).sum(-1).div(temperature).logsumexp(0, keepdim=True)
-    one_class = torch.zeros(len(anchors), dtype=torch.int64, device=anchors.device)
-    losses = wide_loss(
-        [anchors],
-        temperature=temperature,
-        objective="decoupled",
-        labels=one_class,
-        queue=queue.to(anchors.dtype),
-        reduction="none",
-    )[0]
-    others = unit.sum(0) - unit
-    return losses + (unit * others).sum(-1) / (count * temperature)
 
 
 def unit_rows(x):

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from selfsup_kernels.compat._common import narrow, pair, unsupported, wide_loss
-from selfsup_kernels.compat._processes import every_process, gather_equal
+from selfsup_kernels.compat._processes import every_process
 from selfsup_kernels.compat._queue import queue_contrast_loss, unit_rows
+from selfsup_kernels.distributed import gather_rows
 from selfsup_kernels.functional import byol_loss, ema_update_
 
 __all__ = [
@@ -109,8 +110,8 @@ class MemoryBankModule(nn.Module):
 
     @torch.no_grad()
     def _dequeue_and_enqueue(self, batch):
-        if self.gather_distributed and every_process() is not None:
-            batch = gather_equal(batch)
+        if self.gather_distributed:
+            batch = gather_rows(batch.detach(), every_process())
         start, rows = int(self.bank_ptr), self.size[0]
         self.bank[start : start + len(batch)] = batch[: rows - start].to(self.bank.dtype)
         self.bank_ptr[0] = 0 if start + len(batch) >= rows else start + len(batch)

@@ -3,7 +3,8 @@
 import torch
 
 from selfsup_kernels.compat._common import narrow, pair, unsupported, wide_loss
-from selfsup_kernels.compat._processes import every_process, gather_equal
+from selfsup_kernels.compat._processes import every_process
+from selfsup_kernels.distributed import gather_rows
 from selfsup_kernels.functional import byol_loss, info_nce_loss
 
 __all__ = ["byol_loss_func", "mocov3_loss_func", "simclr_loss_func"]
@@ -51,7 +52,7 @@ def simclr_loss_func(z, indexes, temperature=0.1, extra_pos_mask=None):
         raise ValueError(f"z: expected a (rows, D) tensor, got {tuple(z.shape) if hasattr(z, 'shape') else type(z)}")
     group = every_process()
     loss = wide_loss([z], temperature=temperature, objective="supcon_in", labels=indexes, reduction="none", group=group)
-    every = indexes if group is None else gather_equal(indexes)
+    every = gather_rows(indexes[:, None], group)[:, 0]
     _, place, members = torch.unique(every, return_inverse=True, return_counts=True)
     rank = 0 if group is None else torch.distributed.get_rank()
     positives = (members - 1)[place[rank * len(indexes) : (rank + 1) * len(indexes)]]

@@ -4,8 +4,8 @@ import math
 
 import torch
 
+from selfsup_kernels.distributed import global_mean
 from selfsup_kernels.functional import byol_loss
-from selfsup_kernels.methods._group import global_mean
 from selfsup_kernels.methods._views import collect_views
 from selfsup_kernels.methods.byol import BYOL
 from selfsup_kernels.modules import InfoNCELoss

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from selfsup_kernels import _validate as check
+from selfsup_kernels._queue import queue_log_sums
+from selfsup_kernels.distributed import gather_rows, global_mean
 from selfsup_kernels.ema import EMA
-from selfsup_kernels.functional import info_nce_loss
-from selfsup_kernels.methods._group import gather_rows, global_mean
 from selfsup_kernels.methods._views import collect_views, require_modules
 
 
@@ -135,7 +135,8 @@ class MoCo(nn.Module):
         for u, v in pairs:
             if queries[u].shape != keys[v].shape:
                 raise ValueError(f"views: expected as many samples in each, got {len(queries[u])} and {len(keys[v])}")
-        negatives = self._queue_log_sums(torch.cat(queries)).view(len(queries), -1)
+        negatives = queue_log_sums(torch.cat(queries), self.queue, self.temperature, self.eps, self.impl)
+        negatives = negatives.view(len(queries), -1)
         # log(1 + exp(x)), exact beyond softplus' default threshold, too.
         terms = [
             F.softplus(negatives[u] - (queries[u] * keys[v]).sum(-1) / self.temperature, threshold=700)
@@ -152,28 +153,6 @@ class MoCo(nn.Module):
             raise ValueError(f"{name}: expected (B, {self.queue.shape[1]}), as the queue has, got {tuple(rows.shape)}")
         dtype = torch.promote_types(self.queue.dtype, torch.float32)
         return F.normalize(rows.to(dtype), dim=-1, eps=self.eps)
-
-    def _queue_log_sums(self, rows):
-        r""":math:`\log \sum_j \exp(\langle q_a, \mathrm{queue}_j \rangle / \tau)` of unit rows, ``(N,)``.
-
-        All rows carry one label: none of them is another's negative then, and ``decoupled`` is this sum minus the mean
-        score with the other rows, which is linear work to put back.
-        """
-        count = len(rows)
-        if count == 1:  # a row needs another one of its class, or its loss counts as zero
-            rows = torch.cat([rows, rows.detach()])
-        apart = info_nce_loss(
-            [rows],
-            temperature=self.temperature,
-            objective="decoupled",
-            labels=torch.zeros(len(rows), dtype=torch.int64, device=rows.device),
-            queue=self.queue.to(rows.dtype),
-            eps=self.eps,
-            reduction="none",
-            impl=self.impl,
-        )[0]
-        mean = (rows * (rows.sum(0) - rows)).sum(-1) / (len(rows) - 1)
-        return (apart + mean / self.temperature)[:count]
 
     @torch.no_grad()
     def enqueue(self, keys):
