@@ -177,8 +177,8 @@ def test_a_library_of_another_version(monkeypatch):
 
 @pytest.mark.parametrize(
     ("dtype", "steps", "bound"),
-    # In float32, training itself doubles a difference of one rounding with every step.
-    [("float32", 4, 2e-6), ("float64", 12, 1e-8)],
+    # In float32, training itself doubles a difference of one rounding with every step: a few, to the drop-ins' bound.
+    [("float32", 4, 2e-5), ("float64", 12, 1e-8)],
 )
 def test_lightly_script(tmp_path, dtype, steps, bound):
     """examples/lightly_simclr.py, and the same file without its one line: the same losses, step by step."""
