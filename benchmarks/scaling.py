@@ -132,8 +132,10 @@ def counted():
         return reduce(x, group=group)
 
     distributed._all_gather, dist.all_reduce = all_gather, all_reduce
-    yield received
-    distributed._all_gather, dist.all_reduce = gather, reduce
+    try:
+        yield received
+    finally:
+        distributed._all_gather, dist.all_reduce = gather, reduce
 
 
 def show(rows):

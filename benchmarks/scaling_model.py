@@ -7,7 +7,7 @@ or bfloat16, no queue.
 
 from typing import NamedTuple
 
-HEADER_BYTES = 15 * 8
+HEADER_BYTES = 16 * 8
 
 
 class Work(NamedTuple):
@@ -21,10 +21,11 @@ class Work(NamedTuple):
     """Operations of the matrix products (a multiplication and an addition are two)."""
 
 
-def received_bytes(processes, rows, dim, views, element, table_element, table_columns):
-    """Three exchanges: a header, the rows, and in the backward one table; the loss itself is one number."""
-    others = rows - rows // processes
-    return (processes - 1) * (HEADER_BYTES + 8) + others * (dim * element + table_columns * table_element)
+def received_bytes(processes, longest, dim, views, element, table_element, table_columns, labels=False):
+    """The others' headers, rows, labels, losses and tables. ``longest``: rows of the process that has most, all views;
+    every process sends as many."""
+    a_row = dim * element + table_columns * table_element
+    return (processes - 1) * (HEADER_BYTES + 8 + longest * a_row + (8 * longest // views if labels else 0))
 
 
 def cpu(processes, rows, dim, views) -> Work:
@@ -38,24 +39,31 @@ def cpu(processes, rows, dim, views) -> Work:
     backward = wide + 8 * rows * (2 * views + 2 * columns + 2 * views) + rows * (8 + 4 * views)
     own = rows / processes
     return Work(
-        received_bytes(processes, rows, dim, views, 4, 8, columns),
+        received_bytes(processes, rows // processes, dim, views, 4, 8, columns),
         int(max(forward, backward) + own * dim * 4),
         # Pairs of own rows are computed once for both; scores are computed again in the backward.
         dim * (6 * own * rows - 2 * own * own),
     )
 
 
+SPLIT_ROWS = 2 * 132 * 64
+"""Where a process has few rows, their columns go to several blocks of threads, each with sums of its own: two blocks of
+64 rows for each of an H200's 132 multiprocessors."""
+
+
 def gpu(processes, rows, dim, views, element=2) -> Work:
-    """The GPU tiers. Tables are float32: fast and slow weights and coef of each view, two numbers of the whole process,
-    the upstream gradient. One process alone computes each score once for both rows in the forward."""
-    columns = 3 * views + 3
+    """The GPU tiers. Tables are float32: fast and slow weights and coef of each view, three numbers of the whole
+    process, the upstream gradient. One process alone computes each score once for both rows in the forward."""
+    columns = 3 * views + 4
     own = rows / processes
     stored = rows * dim * element
-    partial = rows * dim * 4
-    tables = 4 * rows * (3 * views + 1)
+    # First the rows as they come and in their order, then in their order and normalised; in the backward normalised.
+    forward = 2 * stored + 4 * rows * (4 * views + 1)
+    partial = max(own, SPLIT_ROWS) * dim * 4
+    backward = stored + partial + 4 * rows * (3 * views + 1 + 2 * columns + 3 * views)
     return Work(
-        received_bytes(processes, rows, dim, views, element, 4, columns) if processes > 1 else 0,
-        int(stored + partial + tables + 4 * rows * columns + own * dim * element),
+        received_bytes(processes, rows // processes, dim, views, element, 4, columns) if processes > 1 else 0,
+        int(max(forward, backward) + own * dim * element),
         dim * (6 * own * rows - (rows * rows if processes == 1 else 0)),
     )
 

@@ -48,6 +48,14 @@ class Layout(NamedTuple):
         return first // size, _round_up(end, size) // size - first // size
 
     @property
+    def part(self):
+        """(first, count) of the rows of a view for which the backward has memory: those of its own, padded."""
+        if not self.partial:
+            return 0, self.padded
+        first, count = self.own_blocks(PADDING)
+        return first * PADDING, count * PADDING
+
+    @property
     def views(self):
         return 1 if self.labels else self.user_views
 

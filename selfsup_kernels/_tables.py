@@ -3,7 +3,7 @@ part that the processes of a group send each other."""
 
 import torch
 
-from selfsup_kernels._rows import PADDING, STATE_NORM, STATE_SLOW
+from selfsup_kernels._rows import PADDING, STATE_NORM, STATE_SCALE, STATE_SLOW
 
 
 def own_rows(impl, saved, labelled, normalize, num_views, batch, first, count):
@@ -12,7 +12,8 @@ def own_rows(impl, saved, labelled, normalize, num_views, batch, first, count):
     if impl in ("triton", "cuda"):
         columns = [_gpu_by_sample(t, order, labelled, num_views, batch) for t in (*logw, coef)]
         # What concerns all rows of a process goes along with each: no exchange of its own.
-        whole = torch.stack([state[STATE_SLOW], _bound(state, normalize)]).expand(num_views, batch, 2)
+        whole = torch.stack([state[STATE_SLOW], _bound(state, normalize), state[STATE_SCALE]])
+        whole = whole.expand(num_views, batch, 3)
         return torch.cat([*columns, whole], -1)[:, first : first + count]
     if impl == "cpu" and labelled:
         place = torch.argsort(order[:count])  # this process's samples come first, sorted by class
@@ -27,12 +28,15 @@ def with_all_rows(impl, saved, labelled, normalize, rows):
         width = logw.shape[1]
         parts = rows[..., : 2 * width + len(coef)].split([width, width, len(coef)], -1)
         fast, slow, coef = (_gpu_by_row(t, order, labelled) for t in parts)
-        others = rows[..., -2:].reshape(-1, 2)
+        others = rows[..., -3:].reshape(-1, 3)
         # Weights are relative to a score reference; where a process had another one (un-normalised rows and queues
         # that differ), only the absolute ones will do.
         apart = (others[:, 1] != _bound(state, normalize)).any()
         state = state.clone()
         state[STATE_SLOW] = torch.maximum(others[:, 0].amax(), apart.to(state.dtype))
+        # A temperature on the device was not compared when the call began; a mixed gradient must not look right.
+        same = (others[:, 2] == state[STATE_SCALE]).all()
+        state[STATE_SCALE] = torch.where(same, state[STATE_SCALE], torch.nan)
         return z, rnorm, torch.stack([fast, slow]), coef, state, order
     width = logw.shape[1]
     if impl == "cpu" and labelled:

@@ -88,6 +88,8 @@ def choice(name: str, value, allowed: Sequence[str]) -> int:
 def positive_number(name: str, value) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if isinstance(value, int) and value > 2**1000:
+        raise ValueError(f"{name}: expected a number that float64 holds, got one of {value.bit_length()} bits")
     if not 0 < value < math.inf:  # comparisons, since torch.compile can follow them where the number is symbolic
         raise ValueError(f"{name}: expected a finite number > 0, got {value}")
     return float(value)

@@ -1,8 +1,8 @@
 """What the processes of a group tell each other for a loss over the batch of all of them.
 
-A call has three exchanges: a header (sizes and arguments, which must agree), the rows, and in the backward one small
-table. Each process computes the tables and the gradient of its own samples against the rows of all; the gradient of
-pairs is symmetric, so no gradients are sent.
+A call exchanges a header (sizes and arguments, which must agree), the rows, labels where there are any, the sum of the
+losses, and in the backward one small table. Each process computes the tables and the gradient of its own samples
+against the rows of all; the gradient of pairs is symmetric, so no gradients are sent.
 """
 
 import struct
@@ -37,7 +37,8 @@ class Shares(NamedTuple):
 
 
 class Header(NamedTuple):
-    """What a process says of its call. All fields but ``samples`` have to be the same on all of them."""
+    """What a process says of its call. All fields but ``samples`` and ``queue_rows`` have to be the same on all of
+    them: what the result is made of, and whether a backward, with its exchange, will follow."""
 
     refused: int  # 1: this process raised an error of its own instead
     samples: int
@@ -52,8 +53,9 @@ class Header(NamedTuple):
     labels: int
     queue: int
     temperature: float  # NaN: not known on the host
-    temperature_gradient: int
+    gradient: int
     impl: int
+    queue_rows: int
 
     def shown(self, field: str) -> str:
         value = getattr(self, field)
@@ -67,14 +69,17 @@ class Header(NamedTuple):
             return repr(names[field][value])
         if field in ("labels", "queue"):
             return "given" if value else "None"
-        if field in ("normalize", "temperature_gradient"):
+        if field == "gradient":
+            return "wanted" if value else "not wanted"
+        if field == "normalize":
             return str(bool(value))
         if field == "core_view":
             return str(value if value >= 0 else None)
-        return f"{value:g}" if isinstance(value, float) else str(value)
+        return repr(value)
 
 
 _FLOATS = ("eps", "temperature")
+_OWN = ("samples", "queue_rows")
 _REFUSED = Header(1, *[0] * (len(Header._fields) - 1))
 
 
@@ -91,13 +96,13 @@ def announced(group, check, *args):
     """``check(*args)``. If it raises, the other processes of the group, which wait for a header, are told first."""
     try:
         return check(*args)
-    except (ValueError, TypeError, RuntimeError):
+    except Exception:
         _exchange(group, _REFUSED)
         raise
 
 
-def agree(group: dist.ProcessGroup, header: Header) -> Shares:
-    """The shares of all processes, whose headers agree.
+def agree(group: dist.ProcessGroup, header: Header) -> tuple[Shares, int]:
+    """The shares of all processes, whose headers agree, and the rows of the longest queue.
 
     Raises:
         RuntimeError: another process refused its arguments.
@@ -110,7 +115,7 @@ def agree(group: dist.ProcessGroup, header: Header) -> Shares:
     for field in Header._fields:
         for rank, other in enumerate(headers):
             ours, theirs = getattr(headers[0], field), getattr(other, field)
-            if field != "samples" and ours != theirs and not (ours != ours and theirs != theirs):
+            if field not in _OWN and ours != theirs and not (ours != ours and theirs != theirs):
                 raise ValueError(
                     f"group: {field} has to be the same on every rank, got {headers[0].shown(field)} on rank 0"
                     f" and {other.shown(field)} on rank {rank}"
@@ -118,7 +123,7 @@ def agree(group: dist.ProcessGroup, header: Header) -> Shares:
     shares = Shares(group, dist.get_rank(group), tuple(other.samples for other in headers))
     if shares.batch < 2 and not header.queue:
         raise ValueError("views: expected at least 2 samples in the group (one sample has no negatives), got 1")
-    return shares
+    return shares, max(other.queue_rows for other in headers)
 
 
 def _exchange(group, header) -> list[Header]:
@@ -148,6 +153,8 @@ def _host_device(group) -> torch.device:
     kinds = {device.type for device in group._device_types}
     if "cpu" in kinds:
         return torch.device("cpu")
+    if group.bound_device_id is not None:
+        return group.bound_device_id
     kind = kinds.pop()
     return torch.device(kind, torch.get_device_module(kind).current_device())
 

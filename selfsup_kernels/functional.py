@@ -8,6 +8,7 @@ import torch
 from selfsup_kernels import _tensor_lists as lists
 from selfsup_kernels import _validate as check
 from selfsup_kernels import backends, distributed, ops
+from selfsup_kernels._rows import Layout, check_size
 from selfsup_kernels.autograd.byol import BYOL
 from selfsup_kernels.autograd.info_nce import InfoNCE
 from selfsup_kernels.autograd.info_nce_group import GroupInfoNCE
@@ -150,7 +151,7 @@ def _group_info_nce(group, arguments):
     if temperature_tensor is not None:
         temperature = temperature_tensor.item() if temperature_tensor.device.type == "cpu" else math.nan
     samples, features = call.matrices[0].shape
-    shares = distributed.agree(
+    shares, longest_queue = distributed.agree(
         group,
         distributed.Header(
             refused=0,
@@ -166,10 +167,14 @@ def _group_info_nce(group, arguments):
             labels=labels is not None,
             queue=queue is not None,
             temperature=temperature,
-            temperature_gradient=temperature_tensor is not None and temperature_tensor.requires_grad,
+            gradient=torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in call.tensors),
             impl=ops.IMPLS.index(impl),
+            queue_rows=0 if queue is None else len(queue),
         ),
     )
+    if impl in ("triton", "cuda"):  # here, where all processes come to the same answer
+        layout = Layout(len(call.matrices), shares.batch, features, longest_queue, labels is not None)
+        check_size(impl, layout)
     return GroupInfoNCE.apply(shares, *call.constants, *call.tensors), call
 
 
@@ -268,6 +273,8 @@ def ema_update_(targets, sources, momentum, *, stochastic_rounding=False, genera
 
     Tensors without elements are skipped, an empty list is a no-op, and so is a source that is its destination.
     Sources may share memory with each other.
+
+    DTensors are updated shard by shard, and nothing is sent: a target and its source need the same mesh and placements.
 
     Everything is checked before anything is written: a refused update has changed nothing. While ``torch.compile``
     traces, memory has no addresses, so that what concerns it (destinations given twice, overlaps) is not checked.

@@ -236,6 +236,12 @@ LABELS = torch.arange(3)
         ({**GOOD, "queue": torch.ones(2, 4)}, "ValueError: group: queue .* None on rank 0 and given on rank 1", None),
         ({**GOOD, "impl": "reference"}, "ValueError: group: impl has to be", None),
         (
+            {"views": torch.ones(2, 3, 4, requires_grad=True)},
+            "ValueError: group: gradient .* not wanted on rank 0 and wanted on rank 1",
+            None,
+        ),
+        ({**GOOD, "temperature": 10**400}, "ValueError: temperature: ", "RuntimeError: group: the arguments were ref"),
+        (
             {"views": torch.ones(2, 0, 4)},
             "ValueError: views: expected a non-empty batch",
             "RuntimeError: group: the arguments were refused on rank 1",
@@ -262,6 +268,61 @@ def test_one_sample_each_is_enough(ranks):
     assert ranks.run(3, error_of, one) == ["nothing"] * 3
 
 
+def modes(group, views):
+    """What autograd and autocast can ask of a call; each gradient or what was raised."""
+    mine = own(group, views)
+
+    def loss(x, **arguments):
+        return sk.info_nce_loss(x, group=group, **arguments)
+
+    found = {}
+    with torch.no_grad():
+        found["no_grad"] = loss(mine)
+    leaf = mine.clone().requires_grad_()
+    value = loss(leaf)
+    value.backward(retain_graph=True)
+    value.backward()
+    found["twice"] = leaf.grad
+    leaf = mine.clone().requires_grad_()
+    torch.utils.checkpoint.checkpoint(loss, leaf, use_reentrant=False).backward()
+    found["checkpoint"] = leaf.grad
+    leaf = mine.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(loss(leaf), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        grad.sum().backward()
+    half = [x.half().requires_grad_() for x in mine]
+    with torch.autocast("cpu", torch.bfloat16):
+        value = loss(half)
+    value.backward()
+    found["autocast"] = torch.stack([x.grad for x in half])
+    return found
+
+
+def test_autograd_and_autocast(ranks):
+    views = randn(2, sum(SIZES[3]), 7).half().double()
+    loss, want, _ = run(dense.info_nce_loss, views, 0.1)
+    results = ranks.run(3, modes, views)
+    for found in results:
+        assert_within("no_grad", found["no_grad"], loss)
+    for name, times in (("twice", 2), ("checkpoint", 1), ("autocast", 1)):
+        assert_within(name, torch.cat([r[name] for r in results], 1) / 3, times * want)
+
+
+def infinite(group, views, labels):
+    return sk.info_nce_loss(
+        own(group, views), group=group, reduction="none", normalize=False, labels=own(group, labels, 0), impl="cpu"
+    )
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_what_is_not_finite_is_so_on_every_rank(ranks, value):
+    views, labels = randn(2, sum(SIZES[3]), 7, dtype=torch.float64), random_labels(sum(SIZES[3]), 4)
+    views[1, 5, 3] = value
+    want = sk.info_nce_loss(views, reduction="none", normalize=False, labels=labels, impl="reference")
+    got = torch.cat(ranks.run(3, infinite, views, labels), 1)
+    torch.testing.assert_close(got, want, equal_nan=True, rtol=1e-9, atol=1e-9)
+
+
 def compiled(group, views):
     leaf = own(group, views).clone().requires_grad_()
     loss = torch.compile(lambda x: sk.info_nce_loss(2 * x, group=group) + 1, backend="eager")(leaf)
@@ -277,17 +338,22 @@ def test_a_compiled_caller(ranks):
     assert_within("loss", results[0][0], loss + 1)
 
 
-def sent(group, views):
-    """Bytes that this rank, with its half of the samples, is sent in a forward and backward."""
-    leaf = views.tensor_split(2, 1)[dist.get_rank(group)].clone().requires_grad_()
+def sent(group, views, labels):
+    """Bytes that this rank is sent in a forward and backward."""
+    leaf = own(group, views).clone().requires_grad_()
     with scaling.counted() as received:
-        sk.info_nce_loss(leaf, group=group).backward()
+        sk.info_nce_loss(leaf, labels=None if labels is None else own(group, labels, 0), group=group).backward()
     return sum(received)
 
 
-def test_what_is_sent_is_what_the_documents_say(ranks):
-    model = scaling_model.cpu(processes=2, rows=24, dim=5, views=3)
-    assert ranks.run(2, sent, randn(3, 8, 5)) == [model.received_bytes] * 2
+@pytest.mark.parametrize("labelled", [False, True])
+def test_what_is_sent_is_what_the_documents_say(ranks, labelled):
+    """Also of shares that differ, which are all sent as long as the longest."""
+    labels = random_labels(sum(SIZES[3]), 4) if labelled else None
+    # logw, coef and the upstream gradient of each row, in float64.
+    columns = 1 + 4 + 1 if labelled else 3 + 3 + 1
+    model = scaling_model.received_bytes(3, 3 * max(SIZES[3]), 5, 3, 4, 8, columns, labelled)
+    assert ranks.run(3, sent, randn(3, sum(SIZES[3]), 5), labels) == [model] * 3
 
 
 def leaves(group, views, dead):

@@ -120,7 +120,8 @@ void label_tables(
           sum.top = high;
         }
         double part[2] = {0, 0};
-        kernel.label_sums(row, length, s, static_cast<T>(sum.top), part);
+        // All -Inf: nothing to add, unless a NaN hides among them, which the sum finds.
+        kernel.label_sums(row, length, s, sum.top == -INFINITY ? T(0) : static_cast<T>(sum.top), part);
         sum.linear += part[0];
         sum.exponential += part[1];
       });

@@ -9,8 +9,6 @@ namespace selfsup_kernels::cuda {
 
 namespace {
 
-constexpr int padding = 256;  // `selfsup_kernels/_rows.py` has the same
-
 int round_up(int64_t x, int64_t multiple) { return static_cast<int>((x + multiple - 1) / multiple * multiple); }
 
 Problem problem_of(

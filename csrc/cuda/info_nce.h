@@ -22,6 +22,8 @@ constexpr float log2e = 1.4426950408889634f;
 // Scores are exponentiated relative to max(bound - headroom, 0): exp(70), summed 1e8 times, is a float.
 constexpr float headroom = 70;
 
+constexpr int padding = 256;  // `selfsup_kernels/_rows.py` has the same
+
 // What every kernel of a call knows.
 struct Problem {
   int views, batch, padded;      // of the stored rows; with labels one view of them all
@@ -46,6 +48,9 @@ struct Problem {
   // Whether tables and gradient are of some rows alone. With labels, where rows are sorted by class, a process's lie
   // among all others: it does the work of all.
   SK_HOST_DEVICE bool partial() const { return count < samples && !labels; }
+  // The rows of a view for which the backward has memory, those of its own, padded: the first, and how many.
+  SK_HOST_DEVICE int part_first() const { return own_block(padding) * padding; }
+  SK_HOST_DEVICE int part_rows() const { return partial() ? own_blocks(padding) * padding : padded; }
   // The blocks of `side` rows that hold own rows of a view: the first of them, and how many.
   SK_HOST_DEVICE int own_block(int side) const { return partial() ? first / side : 0; }
   SK_HOST_DEVICE int own_blocks(int side) const {
@@ -112,7 +117,7 @@ Tables view_tables(const Device& device, const Problem& problem, const Stored& s
 Tables class_tables(
     const Device& device, const Problem& problem, const Stored& stored, Classes classes, const int64_t* order);
 
-// (splits [+ 1 for the queue], rows, stride): the sums over pairs of G_ij z_j, `factor` times too large.
+// (splits [+ 1 for the queue], views * part_rows, stride): the sums over pairs of G_ij z_j, `factor` times too large.
 struct Partial {
   Tensor sums;
   int splits;

@@ -250,7 +250,7 @@ gradient_kernel(Problem p, GradientArguments a) {
     }
   }
 
-  float* to = a.partial + static_cast<int64_t>(share) * rows * p.stride;
+  float* to = a.partial + (static_cast<int64_t>(share * p.views + u) * p.part_rows() - p.part_first()) * p.stride;
 #pragma unroll
   for (int c = 0; c < SLAB; ++c)
 #pragma unroll
@@ -265,7 +265,7 @@ gradient_kernel(Problem p, GradientArguments a) {
             const int column = (slab + c) * chunk_width<T> + tile_column(d, h, 0);
             // Strides are even, so that a pair is inside or not.
             if (x < p.batch && column < p.stride)
-              *reinterpret_cast<float2*>(to + static_cast<int64_t>(u * p.padded + x) * p.stride + column) =
+              *reinterpret_cast<float2*>(to + static_cast<int64_t>(x) * p.stride + column) =
                   make_float2(out[c][d][m][h][2 * half], out[c][d][m][h][2 * half + 1]);
           }
 }
@@ -301,7 +301,8 @@ Partial gradient(
   const int blocks = p.views * p.own_blocks(side);
   const int splits = std::max(1, std::min<int>(ceil_div(p.batch, side), 2 * device.processors() / blocks));
   const int queues = p.queue > 0 ? 1 : 0;
-  Partial partial{new_tensor(saved.rows, {splits + queues, p.rows(), p.stride}, ScalarType::Float), splits};
+  Partial partial{
+      new_tensor(saved.rows, {splits + queues, p.views * p.part_rows(), p.stride}, ScalarType::Float), splits};
   const GradientArguments a{
       saved.rows.data_ptr(),
       pointer<const float>(saved.weights),

@@ -113,7 +113,10 @@ finish_rows_kernel(
     if (parts && lane == 0) parts[row] = 0;
     return;
   }
-  const int64_t size = static_cast<int64_t>(p.rows()) * p.stride, at = static_cast<int64_t>(row) * p.stride;
+  const int64_t size = static_cast<int64_t>(p.views) * p.part_rows() * p.stride;
+  const int64_t at = static_cast<int64_t>(row) * p.stride;
+  const int part_row = p.labels ? row : place.view * p.part_rows() + place.sample - p.part_first();
+  float* own_partial = partial + static_cast<int64_t>(part_row) * p.stride;
   const float scale = state[state_scale];
   const double weight = scaling.constant * scaling.grad.read();
   const float own = upstream ? upstream[row] : 1.0f;
@@ -122,7 +125,7 @@ finish_rows_kernel(
   double inside = 0, along = 0;
   for (int d = lane; d < p.dim; d += 32) {
     float sum = 0;
-    for (int k = 0; k < splits; ++k) sum += partial[k * size + at + d];
+    for (int k = 0; k < splits; ++k) sum += own_partial[k * size + d];
     sum *= scaling.unscale;
     if (!p.labels)
       for (int v = 0; v < p.views; ++v) {
@@ -135,9 +138,9 @@ finish_rows_kernel(
       }
     const float z = static_cast<float>(stored[at + d]);
     inside += static_cast<double>(z) * sum;
-    if (p.queue) sum += partial[splits * size + at + d] * scaling.unscale;
+    if (p.queue) sum += own_partial[splits * size + d] * scaling.unscale;
     along += static_cast<double>(z) * sum;
-    partial[at + d] = sum;  // for the second pass; this row's alone
+    own_partial[d] = sum;  // for the second pass; this row's alone
   }
   inside = warp_sum(inside);
   along = warp_sum(along);
@@ -150,7 +153,7 @@ finish_rows_kernel(
   const float projection = p.normalize && !floored ? static_cast<float>(along) : 0.0f;
   T* to = out + (static_cast<int64_t>(place.view) * p.count + place.sample - p.first) * p.dim;
   for (int d = lane; d < p.dim; d += 32) {
-    float dz = (partial[at + d] - static_cast<float>(stored[at + d]) * projection) * factor * fabsf(r);
+    float dz = (own_partial[d] - static_cast<float>(stored[at + d]) * projection) * factor * fabsf(r);
     // dz / eps of a zero row is finite in float32 only. NaN stays.
     if (std::is_same_v<T, Half> && floored && dz == dz) dz = fminf(fmaxf(dz, -65504.0f), 65504.0f);
     to[d] = static_cast<T>(dz);

@@ -1,5 +1,7 @@
 """The autograd Function of the InfoNCE loss over the batch of many processes."""
 
+import functools
+
 import torch
 
 from selfsup_kernels import _tables, backends
@@ -8,11 +10,24 @@ from selfsup_kernels.autograd._once import once
 from selfsup_kernels.ops import REDUCTIONS, accumulation_dtype
 
 
+def without_autocast(function):
+    """Autocast would change the dtypes of what is put together here, or refuse to put it together."""
+
+    @functools.wraps(function)
+    def wrapper(*args):
+        device = next(x for x in reversed(args) if isinstance(x, torch.Tensor)).device
+        with torch.autocast(device.type, enabled=False):
+            return function(*args)
+
+    return wrapper
+
+
 class GroupInfoNCE(torch.autograd.Function):
     """As ``InfoNCE``, for this process's share of the samples. The gradient is that of the sum over the processes of
     what each makes of its result: both directions communicate, in the same order everywhere."""
 
     @staticmethod
+    @without_autocast
     def forward(
         ctx,
         shares: group.Shares,
@@ -60,6 +75,7 @@ class GroupInfoNCE(torch.autograd.Function):
 
     @staticmethod
     @once
+    @without_autocast
     def backward(ctx, saved, grad):
         *saved, labels, temperature_tensor = saved[:8]
         temperature, objective, core_view, normalize, reduction = ctx.arguments

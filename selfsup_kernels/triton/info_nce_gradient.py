@@ -26,6 +26,8 @@ from selfsup_kernels.triton.info_nce_waves import in_waves
         "QUEUE_SLOT",
         "first_block",
         "own_blocks",
+        "part_first",
+        "part_rows",
     ]
 )
 def gradient_kernel(
@@ -50,6 +52,8 @@ def gradient_kernel(
     QUEUE_SLOT,
     first_block,
     own_blocks,
+    part_first,
+    part_rows,
     PART: tl.constexpr,
     LABELS: tl.constexpr,
     OBJECTIVE: tl.constexpr,
@@ -65,7 +69,7 @@ def gradient_kernel(
     FACTOR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """partial[SLOT + k, i, :] <- sum over share k of the columns of G_ij z_j; share SHARES is the queue's.
+    """partial[SLOT + k, place of i, :] <- sum over share k of the columns of G_ij z_j; share SHARES is the queue's.
 
     Program (block of rows, share). Each share has as many blocks of every view. PART: the blocks of which no pair is
     left out ("clean"; none of them where weights are out of its range), the others ("masked"), or "all".
@@ -136,13 +140,10 @@ def gradient_kernel(
                     FACTOR,
                 )
                 total = tl.dot(g.to(y.dtype), y, total, input_precision=PRECISION)
-    at = x_row + tl.arange(0, BLOCK_M)
+    slot = tl.where(from_queue, QUEUE_SLOT, SLOT + share).to(tl.int64)
+    at = (slot * VIEWS + u) * part_rows + x_local - part_first + tl.arange(0, BLOCK_M)
     k = tl.arange(0, BLOCK_K)
-    to = (
-        partial
-        + (tl.where(from_queue, QUEUE_SLOT, SLOT + share).to(tl.int64) * rows + at)[:, None] * STRIDE
-        + k[None, :]
-    )
+    to = partial + at[:, None] * STRIDE + k[None, :]
     inside = (x_local + tl.arange(0, BLOCK_M) < BATCH)[:, None] & (k < STRIDE)[None, :]
     tl.store(to, total, mask=inside)
 
@@ -200,6 +201,7 @@ def gradient(
             slot,
             queue_slot,
             *layout.own_blocks(config.block_m),
+            *layout.part,
             PART=part,
             CROSS=cross,
             BLOCK_M=config.block_m,

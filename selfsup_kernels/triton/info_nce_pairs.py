@@ -108,5 +108,5 @@ def pair_gradient(
 
 
 def partial_sums(layout, splits, queues, stored):
-    """Memory for (splits + queues, rows, stride) of sums over pairs, which ``finish_rows`` adds up."""
-    return _launch.empty((splits + queues, layout.rows, layout.stride), torch.float32, stored.device)
+    """Memory for (splits + queues, own rows, stride) of sums over pairs, which ``finish_rows`` adds up."""
+    return _launch.empty((splits + queues, layout.views * layout.part[1], layout.stride), torch.float32, stored.device)

@@ -85,7 +85,7 @@ def load_rows_kernel(
             tl.store(state + STATE_SLOW, 0.0)
 
 
-@triton.jit(do_not_specialize=["BATCH_PADDED", "BATCH", "rows", "SPLITS", "first", "count"])
+@triton.jit(do_not_specialize=["BATCH_PADDED", "BATCH", "rows", "SPLITS", "first", "count", "part_first", "part_rows"])
 def finish_rows_kernel(
     partial,
     stored,
@@ -104,6 +104,8 @@ def finish_rows_kernel(
     SPLITS,
     first,
     count,
+    part_first,
+    part_rows,
     VIEWS: tl.constexpr,
     LABELS: tl.constexpr,
     QUEUES: tl.constexpr,
@@ -119,7 +121,7 @@ def finish_rows_kernel(
     """out <- the gradient of the user's rows of samples first .. first + count, in their order.
 
     The partial sums over pairs of different samples are added in order; the positives come from the rows themselves,
-    in float32. ``partial`` is (SPLITS + QUEUES, rows, STRIDE), FACTOR times too large.
+    in float32. ``partial`` is (SPLITS + QUEUES, rows from part_first on of each view, STRIDE), FACTOR times too large.
     """
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     d = tl.arange(0, BLOCK_D)
@@ -127,19 +129,23 @@ def finish_rows_kernel(
         view = row % VIEWS
         valid = row < BATCH * VIEWS
         sample = tl.load(order + row // VIEWS, mask=valid, other=0).to(tl.int32)
+        place = row
+        size = part_rows.to(tl.int64) * STRIDE
     else:
         view = row // BATCH_PADDED
         sample = row % BATCH_PADDED
         valid = (sample < BATCH) & (view < VIEWS)
+        place = view * part_rows + sample - part_first
+        size = VIEWS * part_rows.to(tl.int64) * STRIDE
     valid = valid & (sample >= first) & (sample < first + count)
     mask = valid[:, None] & (d < DIM)[None, :]
     at = row.to(tl.int64)[:, None] * STRIDE + d[None, :]
-    size = rows.to(tl.int64) * STRIDE
+    sums = partial + place.to(tl.int64)[:, None] * STRIDE + d[None, :]
     z = tl.load(stored + at, mask=mask, other=0.0).to(tl.float32)
 
-    in_batch = tl.load(partial + at, mask=mask, other=0.0)
+    in_batch = tl.load(sums, mask=mask, other=0.0)
     for k in range(1, SPLITS):
-        in_batch += tl.load(partial + k * size + at, mask=mask, other=0.0)
+        in_batch += tl.load(sums + k * size, mask=mask, other=0.0)
     in_batch *= 1.0 / FACTOR
     if not LABELS:
         own = 1.0
@@ -158,7 +164,7 @@ def finish_rows_kernel(
             in_batch += (c + back)[:, None] * zv.to(tl.float32)
     total = in_batch
     for k in range(SPLITS, SPLITS + QUEUES):
-        total += tl.load(partial + k * size + at, mask=mask, other=0.0) * (1.0 / FACTOR)
+        total += tl.load(sums + k * size, mask=mask, other=0.0) * (1.0 / FACTOR)
 
     scale = tl.load(state + STATE_SCALE)
     weight = (constant * tl.load(grad_scale).to(tl.float64)).to(tl.float32)
@@ -290,6 +296,7 @@ def finish_rows(
         splits,
         layout.first,
         layout.own,
+        *layout.part,
         VIEWS=layout.user_views,
         LABELS=layout.labels,
         QUEUES=partial.shape[0] - splits,

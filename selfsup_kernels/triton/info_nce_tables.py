@@ -181,7 +181,7 @@ def view_tables_kernel(
     u = tl.program_id(1)
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = place < count
-    sample = first + place
+    sample = first + tl.minimum(place, count - 1)  # rows past the last are read, too
     row = u * PADDED + sample
     column = tl.arange(0, WIDTH)
     k = tl.arange(0, BLOCK_K)

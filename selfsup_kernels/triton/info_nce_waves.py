@@ -4,7 +4,6 @@ in the L2 cache, then a plain matrix product from there."""
 import triton
 import triton.language as tl
 
-from selfsup_kernels._rows import PADDING
 from selfsup_kernels.triton import _launch, configs
 from selfsup_kernels.triton._tiles import STATE_SLOW, load_tile, score_reference, tile_scores
 from selfsup_kernels.triton.info_nce_pairs import masked_blocks, pair_gradient, partial_sums
@@ -175,17 +174,17 @@ def in_waves(layout, stored, tables, cross, core, constants):
             f"{configs.ENVIRONMENT}: a wave's columns must be whole pieces of the product, got {pairs}, {product}"
         )
     padded = max(layout.padded, layout.queue_padded)
-    height, width = wave_shape(padded, layout.padded, stored.element_size())
+    part_first, part_rows = layout.part
+    height, width = wave_shape(padded, part_rows, stored.element_size())
     partial = partial_sums(layout, 1, int(layout.queue > 0), stored)
     workspace = _launch.empty((height, width), stored.dtype, stored.device)
     x, y = _launch.tile_sources(stored, pairs)
-    x_begin, x_end = layout.own_rows()
-    x_begin = x_begin // PADDING * PADDING  # no tile is larger
+    _, x_end = layout.own_rows()
     product_sources = _launch.product_sources(workspace, stored, product)
     for u, v in visits(layout, cross, core):
         slot = int(v == layout.views)
         limit = layout.queue if slot else layout.batch
-        for x_first in range(x_begin, x_end, height):
+        for x_first in range(part_first, x_end, height):
             x_count = min(height, x_end - x_first)
             for y_first in range(0, limit, width):
                 y_count = min(width, limit - y_first)
@@ -219,7 +218,7 @@ def in_waves(layout, stored, tables, cross, core, constants):
                     (triton.cdiv(layout.stride, product.block_n), triton.cdiv(x_count, product.block_m)),
                     *product_sources,
                     partial[slot],
-                    u * layout.padded + x_first,
+                    u * part_rows + x_first - part_first,
                     v * layout.padded + y_first,
                     x_count,
                     y_count,

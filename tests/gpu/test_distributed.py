@@ -7,8 +7,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import assert_within, randn, random_labels, run
+from ranks import Ranks
 
 import selfsup_kernels as sk
+from selfsup_kernels import backends
 from selfsup_kernels.reference import dense
 
 
@@ -17,6 +19,29 @@ def group(tmp_path):
     dist.init_process_group("nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     yield dist.group.WORLD
     dist.destroy_process_group()
+
+
+def test_two_emulated_processes():
+    """The whole road over a group, by the kernels for GPUs: CUDA's, in the emulator, which takes CPU tensors."""
+    if not backends.emulated("cuda"):
+        pytest.skip("needs SELFSUP_KERNELS_CUDA_EMULATOR; NCCL with several GPUs is not tested")
+    processes = Ranks(2)
+    views = randn(2, 13, 20)
+    for labels in (None, random_labels(13, 3)):
+        queue = randn(5, 20, seed=1)
+        want = run(dense.info_nce_loss, views.double(), 0.2, labels=labels, queue=queue.double())
+        results = processes.run(2, of_two, views, labels, queue)
+        assert_within("loss", results[1][0], want[0])
+        assert_within("grad", torch.cat([grad for _, grad, _ in results], 1) / 2, want[1])
+        assert_within("temperature", sum(t for _, _, t in results) / 2, want[2])
+    processes.close()
+
+
+def of_two(group, views, labels, queue):
+    """Rank 0 has 9 samples, rank 1 has 4."""
+    mine = slice(0, 9) if dist.get_rank(group) == 0 else slice(9, 13)
+    labels = None if labels is None else labels[mine]
+    return run(sk.info_nce_loss, views[:, mine], 0.2, labels=labels, queue=queue, group=group, impl="cuda")
 
 
 @pytest.mark.cuda

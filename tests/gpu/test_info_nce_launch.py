@@ -198,6 +198,9 @@ def test_items_of_a_part_cover_its_pairs_once(record, monkeypatch, many, core):
         own = -(-(first + count) // side) - first // side
         assert (gradient["first_block"], gradient["own_blocks"]) == (first // side, own)
         assert gradient.grid[0] == num_views * own
+        # Memory for the stored rows around its own, 256 .. 1024 of each view, not for those of all processes.
+        assert (gradient["part_first"], gradient["part_rows"]) == (256, 768)
+        assert gradient["partial"].shape[1:] == (num_views * 768, 64)
 
 
 @pytest.mark.parametrize(("batch", "queue", "labelled"), [(1000, 0, False), (1000, 300, False), (700, 300, True)])

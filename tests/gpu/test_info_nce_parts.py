@@ -1,17 +1,21 @@
 """As `tests/test_info_nce_parts.py`, by the kernels of the GPUs."""
 
+import math
+
 import pytest
 import torch
+from guard import guarded
 from helpers import randn, random_labels
 from parts import compare_parts
 
 from selfsup_kernels.objectives import LABEL_OBJECTIVES, OBJECTIVES
+from selfsup_kernels.triton import _launch
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("sizes", [(23, 1, 40), (30, 41)], ids=str)
-def test_objectives(impl, path, device, dtype, objective, sizes):
-    queue = randn(9, 20, dtype=dtype, seed=1).to(device) if sizes[0] == 23 else None
+def test_objectives(impl, path, device, dtype, objective):
+    sizes = (23, 1, 40)
+    queue = randn(9, 20, dtype=dtype, seed=1).to(device) if objective in ("supcon_out", "cross_view") else None
     compare_parts(impl, randn(2, sum(sizes), 20, dtype=dtype).to(device), sizes, objective, queue=queue)
 
 
@@ -19,7 +23,7 @@ def test_core_view(impl, path, device, dtype):
     compare_parts(impl, randn(3, 64, 20, dtype=dtype).to(device), (23, 1, 40), "supcon_out", core=1)
 
 
-@pytest.mark.parametrize("classes", [1, 4, 10**6])
+@pytest.mark.parametrize("classes", [1, 4])
 @pytest.mark.parametrize("objective", LABEL_OBJECTIVES)
 def test_labels(impl, path, device, dtype, objective, classes):
     labels = random_labels(45, classes).to(device)
@@ -37,6 +41,21 @@ def test_weights_out_of_range(impl, path, device):
 
 def test_rows_that_are_not_normalised(impl, path, device):
     compare_parts(impl, (3 * randn(2, 60, 8)).to(device), (17, 43), "supcon_out", temperature=0.5, normalize=False)
+
+
+@pytest.mark.parametrize("path", ["all"], indirect=True)
+def test_nothing_past_an_end_is_read_where_sums_are_done_again(impl, path, device, monkeypatch):
+    """The last rows of a full store, whose sums underflow, as the part of a process."""
+    if device.type != "cpu":
+        pytest.skip("pages that cannot be touched are the CPU's")
+
+    def fenced(shape, dtype, device):
+        return guarded(torch.full(shape if isinstance(shape, tuple) else (shape,), math.nan).to(dtype))
+
+    monkeypatch.setattr(_launch, "empty", fenced)
+    views = torch.nn.functional.normalize(randn(2, 256, 16), dim=-1)
+    views[:, :128], views[:, 128:250] = views[:1, :1], -views[:1, :1]
+    compare_parts(impl, views, (250, 6), "supcon_out", temperature=0.003)
 
 
 @pytest.mark.parametrize("path", ["waves"], indirect=True)
