@@ -5,6 +5,7 @@ losses, and in the backward one small table. Each process computes the tables an
 against the rows of all; the gradient of pairs is symmetric, so no gradients are sent.
 """
 
+import copy
 import struct
 from typing import NamedTuple
 
@@ -81,6 +82,17 @@ class Header(NamedTuple):
 _FLOATS = ("eps", "temperature")
 _OWN = ("samples", "queue_rows")
 _REFUSED = Header(1, *[0] * (len(Header._fields) - 1))
+
+
+class SharesGroup:
+    """For modules with a ``group``, which is a handle of this process and no data: their copies share it."""
+
+    def __deepcopy__(self, memo):
+        memo[id(self.group)] = self.group
+        copied = self.__class__.__new__(self.__class__)
+        memo[id(self)] = copied
+        copied.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return copied
 
 
 def check_group(group) -> None:

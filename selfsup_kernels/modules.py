@@ -7,11 +7,12 @@ from torch import nn
 
 from selfsup_kernels import _validate as check
 from selfsup_kernels import backends, ops
+from selfsup_kernels.distributed import SharesGroup
 from selfsup_kernels.functional import byol_loss, info_nce_loss
 from selfsup_kernels.objectives import OBJECTIVES
 
 
-class InfoNCELoss(nn.Module):
+class InfoNCELoss(SharesGroup, nn.Module):
     r"""N-view InfoNCE as a module; see :func:`selfsup_kernels.info_nce_loss` for the equations and the arguments.
 
     Args:

@@ -356,6 +356,22 @@ def test_what_is_sent_is_what_the_documents_say(ranks, labelled):
     assert ranks.run(3, sent, randn(3, sum(SIZES[3]), 5), labels) == [model] * 3
 
 
+def copied(group, views):
+    """Of a method with a group: its loss, and that of its copy with moved weights."""
+    torch.manual_seed(0)
+    method = sk.methods.SimCLR(nn.Linear(7, 7).double(), nn.Identity(), group=group)
+    other = copy.deepcopy(method)
+    assert other.loss.group is group
+    assert other.encoder.weight is not method.encoder.weight
+    assert copy.deepcopy(sk.methods.MoCo(nn.Linear(7, 7), nn.Identity(), 8, dim=7, group=group)).group is group
+    return method(*own(group, views)).item(), other(*own(group, views)).item()
+
+
+def test_copies_share_the_group(ranks):
+    for one, other in ranks.run(2, copied, randn(2, sum(SIZES[2]), 7, dtype=torch.float64)):
+        assert one == other
+
+
 def leaves(group, views, dead):
     """A rank ends without a word; how long the others wait, and for what."""
     if dist.get_rank(group) == dead:

@@ -8,12 +8,12 @@ from torch import nn
 
 from selfsup_kernels import _validate as check
 from selfsup_kernels._queue import queue_log_sums
-from selfsup_kernels.distributed import gather_rows, global_mean
+from selfsup_kernels.distributed import SharesGroup, gather_rows, global_mean
 from selfsup_kernels.ema import EMA
 from selfsup_kernels.methods._views import collect_views, require_modules
 
 
-class MoCo(nn.Module):
+class MoCo(SharesGroup, nn.Module):
     r"""Momentum contrast (arXiv:1911.05722; version 2, arXiv:2003.04297) with a queue of any size.
 
     The online network makes a query :math:`q` of one view, the target network, its moving average (eq. 2 of the
