@@ -114,7 +114,7 @@ interop: interop-setup
 
 # The speed of each drop-in beside its original. ARGUMENTS="--json FILE" and the like.
 interop-bench: interop-setup
-	.venv-interop/bin/python benchmarks/compat.py $(ARGUMENTS)
+	PYTHONPATH=. .venv-interop/bin/python benchmarks/compat.py $(ARGUMENTS)
 
 .venv-interop/.dependencies: tests/interop/requirements.txt Makefile
 	test -x .venv-interop/bin/python || $(PYTHON) -m venv .venv-interop
