@@ -5,6 +5,8 @@ losses, and in the backward one small table. Each process computes the tables an
 against the rows of all; the gradient of pairs is symmetric, so no gradients are sent.
 """
 
+from __future__ import annotations  # a torch that was built without torch.distributed lacks its names
+
 import copy
 import struct
 from typing import NamedTuple
@@ -97,6 +99,8 @@ class SharesGroup:
 
 def check_group(group) -> None:
     """Raise unless ``group`` is a process group that this process is in."""
+    if not dist.is_available():
+        raise RuntimeError("group: this build of PyTorch has no torch.distributed; expected None")
     if not isinstance(group, dist.ProcessGroup):
         what = "GroupMember.NON_GROUP_MEMBER" if group is dist.GroupMember.NON_GROUP_MEMBER else type(group).__name__
         raise TypeError(f"group: expected None or a torch.distributed.ProcessGroup, got {what}")

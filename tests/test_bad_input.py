@@ -140,11 +140,6 @@ def test_labels_and_core_view_exclude_each_other():
         info_nce_loss(VIEWS, labels=LABELS, core_view=0)
 
 
-def test_group_is_not_part_of_this_version():
-    with pytest.raises(RuntimeError, match=r"^group"):
-        info_nce_loss(VIEWS, group=object())
-
-
 def test_unknown_and_positional_arguments():
     with pytest.raises(TypeError):
         info_nce_loss(VIEWS, 0.1)
