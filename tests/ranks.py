@@ -4,6 +4,7 @@ longer than nearly all of what they are asked to do."""
 import datetime
 import multiprocessing
 import os
+import shutil
 import tempfile
 import traceback
 
@@ -72,3 +73,4 @@ class Ranks:
             process.join(10)
             if process.is_alive():
                 process.kill()
+        shutil.rmtree(self._store, ignore_errors=True)
