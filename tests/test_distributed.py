@@ -15,9 +15,7 @@ import selfsup_kernels as sk
 from selfsup_kernels.objectives import LABEL_OBJECTIVES, OBJECTIVES
 from selfsup_kernels.reference import dense
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-import scaling
-import scaling_model
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 SIZES = {2: (9, 4), 3: (5, 1, 11), 4: (2, 13, 1, 6)}
 
@@ -338,8 +336,18 @@ def test_a_compiled_caller(ranks):
     assert_within("loss", results[0][0], loss + 1)
 
 
+def scaling_benchmark():
+    """`benchmarks/scaling.py`, imported here alone: the sanitizers' copy of the tree has no benchmarks."""
+    if str(BENCHMARKS) not in sys.path:
+        sys.path.insert(0, str(BENCHMARKS))
+    import scaling
+
+    return scaling
+
+
 def sent(group, views, labels):
     """Bytes that this rank is sent in a forward and backward."""
+    scaling = scaling_benchmark()
     leaf = own(group, views).clone().requires_grad_()
     with scaling.counted() as received:
         sk.info_nce_loss(leaf, labels=None if labels is None else own(group, labels, 0), group=group).backward()
@@ -352,7 +360,7 @@ def test_what_is_sent_is_what_the_documents_say(ranks, labelled):
     labels = random_labels(sum(SIZES[3]), 4) if labelled else None
     # logw, coef and the upstream gradient of each row, in float64.
     columns = 1 + 4 + 1 if labelled else 3 + 3 + 1
-    model = scaling_model.received_bytes(3, 3 * max(SIZES[3]), 5, 3, 4, 8, columns, labelled)
+    model = scaling_benchmark().scaling_model.received_bytes(3, 3 * max(SIZES[3]), 5, 3, 4, 8, columns, labelled)
     assert ranks.run(3, sent, randn(3, sum(SIZES[3]), 5), labels) == [model] * 3
 
 
