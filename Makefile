@@ -76,7 +76,7 @@ bench: setup
 
 # The second run has the GPU kernels on the CPU: Triton's in its interpreter, CUDA's in our emulator.
 test: setup
-	$(PY) -m pytest tests --ignore=tests/gpu --durations=10
+	$(PY) -m pytest tests --ignore=tests/gpu -rs --durations=10
 	emulator=$$($(PY) tests/emulator/build.py) && \
 	  TRITON_INTERPRET=1 SELFSUP_KERNELS_CUDA_EMULATOR=$$emulator $(PY) -m pytest tests/gpu -rs --durations=5
 

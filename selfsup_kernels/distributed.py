@@ -186,9 +186,7 @@ def _number(bits: int) -> float:
 def gather_samples(x: torch.Tensor, shares: Shares) -> torch.Tensor:
     """``(V, own samples, C)`` of each process as the ``(V, all samples, C)`` of the group; no gradient."""
     longest = max(shares.sizes)
-    own = x.new_zeros(x.shape[0], longest, x.shape[2]) if x.shape[1] < longest else x.contiguous()
-    if own is not x and x.shape[1] < longest:
-        own[:, : x.shape[1]] = x
+    own = torch.nn.functional.pad(x, (0, 0, 0, longest - x.shape[1])).contiguous()
     every = own.new_empty((len(shares.sizes), *own.shape))
     # As bytes: not every backend knows every dtype.
     _all_gather(_bytes(every), _bytes(own), group=shares.group)
