@@ -78,13 +78,17 @@ def test_inductor(impl):
     assert_compiles(loss, randn(2, 12, 8), weight, torch.tensor(-1.0), backend="inductor", exact=False)
 
 
-def test_batch_size_may_change(impl):
-    compiled = torch.compile(lambda x: info_nce_loss(x, impl=impl), fullgraph=True, backend="aot_eager", dynamic=True)
+@pytest.mark.parametrize("loss", ["stacked views", "views in a list", "byol"])
+def test_batch_size_may_change(impl, loss):
+    def run(x):
+        if loss == "byol":
+            return byol_loss(x, x.detach().flip(0), impl=impl)
+        return info_nce_loss(x if loss == "stacked views" else list(x.unbind(0)), impl=impl)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager", dynamic=True)
     for batch in (5, 12, 70):
         x = randn(2, batch, 8)
-        for ours, want in zip(
-            with_gradients(compiled, x), with_gradients(lambda v: info_nce_loss(v, impl=impl), x), strict=True
-        ):
+        for ours, want in zip(with_gradients(compiled, x), with_gradients(run, x), strict=True):
             assert torch.equal(ours, want)
 
 

@@ -38,11 +38,10 @@ class InfoNCE(torch.autograd.Function):
             eps,
             reduction,
         )
-        ctx.save_for_backward(*saved, labels, temperature_tensor, *views)  # views: for `once` alone
+        ctx.save_for_backward(*saved, labels, temperature_tensor, *views)  # views: for `once`, and their sizes
         ctx.num_saved = len(saved)
         ctx.impl = impl
         ctx.stacked = stacked
-        ctx.sizes = (len(matrices), *matrices[0].shape)
         ctx.dtype = matrices[0].dtype
         ctx.arguments = (temperature, objective, core_view, normalize, reduction)
         return loss
@@ -52,6 +51,8 @@ class InfoNCE(torch.autograd.Function):
     def backward(ctx, saved, grad):
         labels, temperature_tensor = saved[ctx.num_saved : ctx.num_saved + 2]
         temperature, objective, core_view, normalize, reduction = ctx.arguments
+        views = saved[ctx.num_saved + 2 :]  # sizes from here: Dynamo of torch 2.11 takes no symbolic ones kept in ctx
+        sizes = views[0].shape if ctx.stacked else (len(views), *views[0].shape)
         need_temperature = ctx.needs_input_grad[8]
         grad_views, grad_temperature = backends.op("info_nce_backward", ctx.impl)(
             grad,
@@ -59,7 +60,7 @@ class InfoNCE(torch.autograd.Function):
             labels,
             temperature_tensor,
             temperature,
-            *ctx.sizes,
+            *sizes,
             objective,
             core_view,
             normalize,
