@@ -99,7 +99,7 @@ compat: setup $(if $(NVCC),$(CUDA_LIBRARY)) .venv-compat/.dependencies
 	$(if $(NVCC),.venv-compat/bin/python -m pytest tests/test_build_cuda.py -k "registers")
 	emulator=$$($(PY) tests/emulator/build.py) && TRITON_INTERPRET=1 SELFSUP_KERNELS_CUDA_EMULATOR=$$emulator \
 	  .venv-compat/bin/python -m pytest tests/gpu
-	.venv-compat/bin/python benchmarks/gpu_static.py --brief --arch 90
+	.venv-compat/bin/python benchmarks/gpu_static.py --brief --arch 80 89 90 120
 
 .venv-compat/.dependencies: pyproject.toml Makefile
 	test -x .venv-compat/bin/python || $(PYTHON) -m venv .venv-compat
