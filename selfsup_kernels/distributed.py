@@ -186,7 +186,9 @@ def _number(bits: int) -> float:
 def gather_samples(x: torch.Tensor, shares: Shares) -> torch.Tensor:
     """``(V, own samples, C)`` of each process as the ``(V, all samples, C)`` of the group; no gradient."""
     longest = max(shares.sizes)
-    own = torch.nn.functional.pad(x, (0, 0, 0, longest - x.shape[1])).contiguous()
+    if x.shape[1] < longest:  # the padding of nothing would copy
+        x = torch.nn.functional.pad(x, (0, 0, 0, longest - x.shape[1]))
+    own = x.contiguous()
     every = own.new_empty((len(shares.sizes), *own.shape))
     # As bytes: not every backend knows every dtype.
     _all_gather(_bytes(every), _bytes(own), group=shares.group)
