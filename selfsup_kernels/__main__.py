@@ -1,16 +1,27 @@
-"""``python -m selfsup_kernels info | demo | tune``."""
+"""``python -m selfsup_kernels info | bench | profile | demo | tune``."""
 
 import argparse
+import importlib
 import importlib.util
 import sys
+
+OWN_OPTIONS = {
+    "bench": "time, memory and errors of the operations, beside what people use today",
+    "profile": "where time and memory of real training steps go, and the largest batch that fits",
+}
+"""Commands whose ``cli`` module has their options."""
 
 
 def parser() -> argparse.ArgumentParser:
     root = argparse.ArgumentParser(prog="python -m selfsup_kernels", description="Fused self-supervised losses.")
-    commands = root.add_subparsers(dest="command", required=True, metavar="info | demo | tune")
+    commands = root.add_subparsers(dest="command", required=True, metavar="info | bench | profile | demo | tune")
 
     info = commands.add_parser("info", help="what this machine runs, and what is missing, why and how to mend it")
     info.add_argument("--json", action="store_true", help="print one JSON object")
+
+    for name, description in OWN_OPTIONS.items():
+        command = commands.add_parser(name, help=description, description=description[0].upper() + description[1:])
+        importlib.import_module(f"selfsup_kernels.{name}.cli").add_arguments(command)
 
     demo = commands.add_parser("demo", help="train on handwritten digits with the eager losses and with ours; report")
     demo.add_argument("--out", default="out/demo", metavar="DIR", help="where the report goes (default: %(default)s)")
@@ -44,6 +55,8 @@ def main(arguments=None) -> int:
         from selfsup_kernels.triton import tune
 
         return tune.main(options.op, options.dtype, options.dim, options.out, options.write, options.minutes)
+    if options.command in OWN_OPTIONS:
+        return importlib.import_module(f"selfsup_kernels.{options.command}.cli").main(options)
     from selfsup_kernels import demo
 
     return demo.main(out=options.out, seed=options.seed, quick=options.quick, figure=options.figure)

@@ -18,21 +18,19 @@ import numpy as np
 from matplotlib import image
 
 import selfsup_kernels as sk
-from selfsup_kernels import demo
+from selfsup_kernels import _fresh, _memory, demo
 from selfsup_kernels.__main__ import main
+from selfsup_kernels._report import figures, progress
+from selfsup_kernels.bench import eager
 from selfsup_kernels.demo import (
     agreement,
     data,
-    eager,
     evaluate,
     findings,
-    memory,
     plots,
-    progress,
     report,
     sweep,
     train,
-    worker,
 )
 from selfsup_kernels.reference import dense
 
@@ -205,20 +203,20 @@ def test_verdicts():
 
 def test_peak_of_a_known_allocation():
     size = 64 << 20
-    peak = memory.peak_growth(lambda: torch.ones(size, dtype=torch.uint8))
+    peak = _memory.peak_growth(lambda: torch.ones(size, dtype=torch.uint8))
     if peak is None:
         pytest.skip("this system does not tell a process its peak memory")
     assert 0.9 * size < peak < 1.5 * size
 
 
 def test_a_failing_worker_says_why():
-    with pytest.raises(RuntimeError, match=r"(?s)worker loss nothing.*KeyError: 'nothing'"):
-        worker.run("loss", "nothing", 8)
+    with pytest.raises(_fresh.Failed, match=r"(?s)sweep:peak_bytes\('nothing', 8\) failed.*KeyError: 'nothing'"):
+        _fresh.call("selfsup_kernels.demo.sweep:peak_bytes", "nothing", 8)
 
 
 def test_sweep_leaves_out_what_does_not_fit(monkeypatch):
-    monkeypatch.setattr(worker, "run", lambda *arguments: 1)
-    monkeypatch.setattr(memory, "available", lambda: 0)
+    monkeypatch.setattr(_fresh, "call", lambda *arguments: 1)
+    monkeypatch.setattr(_memory, "available", lambda: 0)
     (row,) = sweep.run([16], budget=60)
     assert row["left_out"] == {"eager": "memory"}
     assert set(row["seconds"]) == set(row["peak_bytes"]) == {"ours"}
@@ -227,7 +225,7 @@ def test_sweep_leaves_out_what_does_not_fit(monkeypatch):
     assert row["seconds"] == {}
     summary = {"sweep": {"cases": [row], "views": 4, "dim": 128}}
     assert list(report.sweep_rows(summary)) == [["16", "left out (memory)", "left out (time)", "-", "-", "-"]]
-    plots.png(plots.sweep([row], "seconds"))
+    figures.png(plots.sweep([row], "seconds"))
 
 
 def test_findings_speak_against_us_too(quick):

@@ -1,15 +1,16 @@
 """``python -m selfsup_kernels demo``: real images, eager losses against ours, one HTML report."""
 
-import importlib.util
 import sys
 import warnings
+
+from selfsup_kernels import _report
 
 NEEDS = ("numpy", "sklearn", "matplotlib", "rich", "jinja2", "psutil")
 """What the demo imports beyond the package's own dependencies; the extra ``demo`` installs them."""
 
 
 def missing() -> list[str]:
-    return [name for name in NEEDS if importlib.util.find_spec(name) is None]
+    return _report.missing(NEEDS)
 
 
 def main(out="out/demo", seed=0, quick=False, figure=None) -> int:

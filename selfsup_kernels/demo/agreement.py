@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 import selfsup_kernels as sk
-from selfsup_kernels.demo import eager
+from selfsup_kernels.bench import eager
 from selfsup_kernels.reference import dense
 
 LOSS_LIMIT, GRADIENT_LIMIT = 1e-5, 1e-4

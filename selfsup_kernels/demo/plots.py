@@ -1,35 +1,12 @@
 """The pictures of the report. Each function returns a matplotlib figure; nothing here touches global state."""
 
-import base64
-import io
-
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.ticker import FormatStrFormatter, LogLocator
 
-EAGER, OURS = "#d9822b", "#1f5fbf"
+from selfsup_kernels._report.figures import EAGER, OURS, figure, log_axis
+
 PARTS = {"encoder": "#8fa3b8", "loss": OURS, "ema": "#3a9d6e", "optimizer": "#c9b458"}
 ROUNDING = 2.0**-24
 TITLES = {"contrastive": "Contrastive, 4 views", "byol": "BYOL, 2 views"}
-
-
-def figure(width, height, columns=1, rows=1, **options):
-    made = Figure(figsize=(width, height), layout="constrained")
-    axes = made.subplots(rows, columns, squeeze=False, **options)
-    for axis in axes.flat:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.tick_params(labelsize=9)
-    return made, axes
-
-
-def png(made, dpi=144) -> bytes:
-    buffer = io.BytesIO()
-    made.savefig(buffer, format="png", dpi=dpi)
-    return buffer.getvalue()
-
-
-def data_uri(made) -> str:
-    return "data:image/png;base64," + base64.b64encode(png(made)).decode()
 
 
 def views(images, augmented):
@@ -138,12 +115,7 @@ def sweep_axis(axis, rows, key, unit, title):
         return
     batches = [row["batch"] for row in rows]
     axis.set_xticks(batches, batches)
-    axis.minorticks_off()
-    # Powers of ten alone would leave an axis of less than two decades almost without numbers.
-    steps = (1.0, 2.0, 5.0) if max(shown) < 100 * min(shown) else (1.0,)
-    axis.yaxis.set_major_locator(LogLocator(subs=steps))
-    axis.yaxis.set_major_formatter(FormatStrFormatter("%g"))
-    axis.grid(axis="y", color="#e4e7eb", linewidth=0.8)
+    log_axis(axis.yaxis, shown)
     axis.set_xlabel("batch size (4 views)")
     axis.legend(frameon=False, fontsize=9)
 

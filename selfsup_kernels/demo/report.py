@@ -3,14 +3,13 @@
 import json
 from pathlib import Path
 
-from selfsup_kernels import info
+from selfsup_kernels import _report, info
+from selfsup_kernels._report import figures
 from selfsup_kernels.demo import agreement, evaluate, plots, story, train
 from selfsup_kernels.demo.findings import CASE_TITLES, case_title, findings, mib, small
 
 
 def write(results, out, figure=None) -> Path:
-    from rich.console import Console
-
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     summary = results["summary"]
@@ -21,8 +20,7 @@ def write(results, out, figure=None) -> Path:
         Path(figure).parent.mkdir(parents=True, exist_ok=True)
         plots.compact(results["losses"], summary["sweep"]["cases"], device(summary)).savefig(figure, dpi=144)
 
-    # Tables are as wide as their words where the output goes into a file, which has no width to wrap at.
-    console = Console() if Console().is_terminal else Console(width=120)
+    console = _report.console()
     console.print()
     for table in tables(summary):
         console.print(table)
@@ -98,8 +96,6 @@ def device(summary) -> str:
 
 
 def render(results) -> str:
-    import jinja2
-
     summary = results["summary"]
     images, augmented = results["views"]
     names = list(summary["accuracy"])
@@ -121,14 +117,13 @@ def render(results) -> str:
         for name, runs in results["losses"].items()
     }
     pictures |= {f"sweep_{key}": plots.sweep(summary["sweep"]["cases"], key) for key in plots.SWEEPS}
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("selfsup_kernels.demo", "."), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    return environment.get_template("report.html").render(
+    return _report.render(
+        "selfsup_kernels.demo",
+        "report.html",
         s=summary,
         device=device(summary),
         findings=findings(summary),
-        pictures={name: plots.data_uri(picture) for name, picture in pictures.items()},
+        pictures={name: figures.data_uri(picture) for name, picture in pictures.items()},
         cases=CASE_TITLES,
         case_title=case_title,
         number=small,

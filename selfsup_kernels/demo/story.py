@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from threadpoolctl import threadpool_limits
 
-from selfsup_kernels import info
-from selfsup_kernels.demo import agreement, data, evaluate, networks, sweep, train, worker
-from selfsup_kernels.demo.progress import Progress
+from selfsup_kernels import _fresh, info
+from selfsup_kernels._report.progress import Progress
+from selfsup_kernels.demo import agreement, data, evaluate, networks, sweep, train
 
 BEGINNING = 10
 """Steps over which the float32 curves are also compared by themselves, and for which both run in float64."""
@@ -198,7 +198,7 @@ def _step_memory(recipes, progress):
     progress.stage("Memory of a training step", len(keys))
     peaks = {}
     for name, loss in keys:
-        peaks[name, loss] = worker.run("step", name, loss, recipes[name].batch)
+        peaks[name, loss] = _fresh.call("selfsup_kernels.demo.train:peak_bytes", name, loss, recipes[name].batch)
         progress.advance(NAMES[name, loss])
     return peaks
 

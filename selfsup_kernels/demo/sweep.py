@@ -1,6 +1,6 @@
 """Time and peak memory of the contrastive loss alone, eager against ours, over the batch size.
 
-Times: this process takes both losses in turns, forward and backward. Memory: a fresh process per case (``worker.py``).
+Times: this process takes both losses in turns, forward and backward. Memory: a fresh process per case (``_fresh``).
 Cases that do not fit into the machine's memory or into the time budget are left out, and said to be.
 """
 
@@ -10,7 +10,8 @@ from statistics import median
 import torch
 
 import selfsup_kernels as sk
-from selfsup_kernels.demo import eager, memory, worker
+from selfsup_kernels import _fresh, _memory
+from selfsup_kernels.bench import eager
 
 VIEWS, DIM, TEMPERATURE = 4, 128, 0.1
 SIZES, QUICK_SIZES = (256, 512, 1024, 2048, 4096), (64, 128)
@@ -33,13 +34,13 @@ def run(sizes, budget, progress=lambda text: None) -> list[dict]:
         for name in LOSSES:
             # Four times the work for twice the rows; once for the memory, once to warm up, then the rounds.
             expected = 4 * last.get(name, 0.0) * (2 + ROUNDS[0])
-            if name == "eager" and MATRICES * 4 * row["rows"] ** 2 > 0.6 * memory.available():
+            if name == "eager" and MATRICES * 4 * row["rows"] ** 2 > 0.6 * _memory.available():
                 row["left_out"][name] = "memory"
             elif time.monotonic() - begin + expected > budget:
                 row["left_out"][name] = "time"
             else:
                 progress(f"batch {batch}: memory of {name}")
-                row["peak_bytes"][name] = worker.run("loss", name, batch)
+                row["peak_bytes"][name] = _fresh.call("selfsup_kernels.demo.sweep:peak_bytes", name, batch)
         progress(f"batch {batch}: time")
         row["seconds"] = measure([name for name in LOSSES if name not in row["left_out"]], batch)
         last = row["seconds"]
@@ -70,4 +71,4 @@ def peak_bytes(name, batch) -> int | None:
     """Peak memory of one forward plus backward above the embeddings. Call it in a fresh process."""
     views = make_views(batch)
     LOSSES[name](make_views(16)).backward()  # libraries and threads are there before the measurement begins
-    return memory.peak_growth(lambda: LOSSES[name](views).backward())
+    return _memory.peak_growth(lambda: LOSSES[name](views).backward())

@@ -11,7 +11,9 @@ from statistics import median
 import torch
 
 import selfsup_kernels as sk
-from selfsup_kernels.demo import agreement, data, eager, memory, networks
+from selfsup_kernels import _memory
+from selfsup_kernels.bench import eager
+from selfsup_kernels.demo import agreement, data, networks
 
 
 @dataclass(frozen=True)
@@ -186,4 +188,4 @@ def peak_bytes(name, loss, batch) -> int | None:
                 update(recipe.momentum)
 
     steps(1, [view[:8] for view in views])  # libraries, threads and the optimizer's state
-    return memory.peak_growth(lambda: steps(3, views))
+    return _memory.peak_growth(lambda: steps(3, views))
