@@ -1,0 +1,164 @@
+"""Pages in a real browser: the system's Chromium, driven by playwright, without a network.
+
+``with open_page(path_or_url, width=390) as page: check_layout(page)``. Skips where there is no Chromium or no
+playwright; with ``SELFSUP_KERNELS_REQUIRE_BROWSER=1`` that is an error.
+"""
+
+import contextlib
+import importlib.util
+import io
+import os
+import shutil
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
+ARGUMENTS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-dev-shm-usage",
+)
+LOCAL = ("localhost", "127.0.0.1", "[::1]", "::1")
+
+# What sticks out of the screen or out of a box that hides the rest. A box that scrolls may hold anything, if it is
+# itself on the screen. A box of one pixel is how text for screen readers is hidden.
+CUT_OFF = """(ignored) => {
+  const shown = (e) => {
+    const style = getComputedStyle(e), box = e.getBoundingClientRect();
+    return style.visibility !== "hidden" && style.display !== "none" && box.width > 1 && box.height > 1;
+  };
+  const hides = (o) => o === "hidden" || o === "clip";
+  const scrolls = (e) => ["auto", "scroll"].includes(getComputedStyle(e).overflowX) ||
+                         (hides(getComputedStyle(e).overflowX) && e.clientWidth <= 1);
+  const named = (e) => {
+    const classes = [...e.classList].map((c) => "." + c).join("");
+    return "<" + e.tagName.toLowerCase() + classes + "> " + (e.textContent || "").trim().slice(0, 60);
+  };
+  const width = document.documentElement.clientWidth, found = [];
+  if (document.documentElement.scrollWidth > width + 1)
+    found.push("the page is " + document.documentElement.scrollWidth + " pixels wide on a screen of " + width);
+  for (const e of document.body.querySelectorAll("*")) {
+    if (!shown(e) || (ignored && e.closest(ignored))) continue;
+    const box = e.getBoundingClientRect(), style = getComputedStyle(e);
+    let parent = e.parentElement, free = false;
+    for (; parent && parent !== document.body && !free; parent = parent.parentElement) free = scrolls(parent);
+    if (!free && (box.right > width + 1 || box.left < -1))
+      found.push("from " + Math.round(box.left) + " to " + Math.round(box.right) + " on a screen of " + width + ": " +
+                 named(e));
+    const flows = !(e instanceof SVGElement) && e.clientWidth > 1 && e.clientHeight > 1;
+    if (flows && hides(style.overflowX) && e.scrollWidth > e.clientWidth + 1)
+      found.push("content is cut off at the side: " + named(e));
+    if (flows && hides(style.overflowY) && e.scrollHeight > e.clientHeight + 1)
+      found.push("content is cut off below: " + named(e));
+  }
+  return found;
+}"""
+
+
+def chromium():
+    """The browser's path, or a skip that says what is missing."""
+    path = next(filter(None, map(shutil.which, CHROMIUM)), None)
+    missing = [
+        reason
+        for reason, absent in (
+            ("no Chromium on PATH", path is None),
+            ("playwright is not installed", importlib.util.find_spec("playwright") is None),
+        )
+        if absent
+    ]
+    if missing:
+        if os.environ.get("SELFSUP_KERNELS_REQUIRE_BROWSER") == "1":
+            pytest.fail(", ".join(missing))
+        pytest.skip(", ".join(missing))
+    return path
+
+
+def _is_local(url):
+    parts = urlsplit(url)
+    return parts.scheme in ("file", "data", "blob", "about") or parts.hostname in LOCAL
+
+
+@contextlib.contextmanager
+def open_page(target, width=1280, height=900):
+    """A playwright page that shows ``target``, a path or a URL, on a screen of ``width`` pixels.
+
+    ``page.complaints`` collects errors of the console and of scripts, requests that failed, and requests to other
+    hosts, which are not let through. ``check_layout`` reads it.
+    """
+    executable = chromium()
+    from playwright.sync_api import sync_playwright
+
+    url = str(target) if "://" in str(target) else Path(target).resolve().as_uri()
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=executable, args=list(ARGUMENTS))
+        try:
+            page = browser.new_page(viewport={"width": width, "height": height})
+            page.complaints = []
+
+            def refuse(route):
+                page.complaints.append(f"request to another host: {route.request.url}")
+                route.abort()
+
+            def failed(request):
+                if _is_local(request.url):  # the others are in the list already
+                    page.complaints.append(f"not loaded: {request.url}")
+
+            def said(message):
+                if message.type == "error":
+                    page.complaints.append(f"console: {message.text}")
+
+            page.route(lambda address: not _is_local(address), refuse)
+            page.on("requestfailed", failed)
+            page.on("console", said)
+            page.on("pageerror", lambda error: page.complaints.append(f"script: {error}"))
+            page.goto(url)
+            yield page
+        finally:
+            browser.close()
+
+
+def check_layout(page, ignore=""):
+    """Asserts that the page is whole.
+
+    Nothing is wider than the screen or cut off, but for what lies in a box that scrolls; every visible picture has
+    loaded and has more than one colour; nothing was logged as an error; no request left the machine.
+
+    Args:
+        page: from ``open_page``.
+        ignore: a CSS selector of elements that lie off the screen on purpose, such as closed drawers.
+    """
+    _check_pictures(page)  # first: it scrolls, so that pictures that are loaded late are there
+    cut = page.evaluate(CUT_OFF, ignore)
+    assert not cut, "\n".join(cut[:10])
+    assert not page.complaints, "\n".join(page.complaints)
+
+
+def _check_pictures(page):
+    # Decoded here and not in the page: a page opened from a file may not read the pixels of another file.
+    from matplotlib.image import imread
+
+    for picture in page.query_selector_all("img"):
+        if not picture.is_visible():
+            box = picture.bounding_box()
+            assert box is None, f"empty picture: {_source(picture)}"  # None: not displayed at all
+            continue
+        picture.scroll_into_view_if_needed()
+        assert picture.evaluate("e => e.complete && e.naturalWidth > 0"), f"not loaded: {_source(picture)}"
+        pixels = imread(io.BytesIO(picture.screenshot()), format="png")
+        assert pixels.reshape(-1, pixels.shape[-1]).std(axis=0).max() > 0, f"one colour: {_source(picture)}"
+
+
+def _source(picture):
+    return (picture.get_attribute("src") or "no src")[:100]
+
+
+def screenshot(page, path):
+    """The whole page, down to its end, as a PNG file."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=str(path), full_page=True)

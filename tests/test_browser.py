@@ -1,0 +1,66 @@
+"""What ``browser.check_layout`` accepts and refuses."""
+
+import base64
+import io
+
+import pytest
+
+np = pytest.importorskip("numpy")
+image = pytest.importorskip("matplotlib.image", reason="pictures are read by matplotlib")
+
+from browser import check_layout, open_page, screenshot  # noqa: E402
+
+
+def picture(pixels):
+    buffer = io.BytesIO()
+    image.imsave(buffer, pixels, format="png")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+GRADIENT = picture(np.linspace(0, 1, 64 * 64).reshape(64, 64))
+WHITE = picture(np.ones((64, 64, 3)))
+LINE = '<div style="width: 900px">a long line of text</div>'
+
+GOOD = {
+    "text and a picture": f"<p>text</p><img src='{GRADIENT}'>",
+    "a wide table in a box that scrolls": f'<div class="wide" style="overflow-x: auto">{LINE}</div>',
+    "a picture that is not displayed": f"<img src='{WHITE}' style='display: none'>",
+    "text for screen readers": f'<div style="width:1px;height:1px;overflow:hidden;position:absolute">{LINE}</div>',
+    "a drawer that is ignored": f'<div class="drawer" style="position: fixed; left: -950px">{LINE}</div>',
+}
+BAD = {
+    "wider than the screen": (LINE, "wide on a screen"),
+    "left of the screen": ('<p style="margin-left: -40px">text</p>', "on a screen of 390"),
+    "a box that hides its end": (f'<div style="overflow: hidden">{LINE}</div>', "cut off at the side"),
+    "a box that hides its foot": ('<div style="overflow:hidden;height:9px">one<br>two</div>', "cut off below"),
+    "a box that scrolls off the screen": (f'<div style="overflow: auto; width: 600px">{LINE}</div>', "wide on a scr"),
+    "a broken picture": ("<img src='none.png' alt='no picture' style='width: 30px; height: 30px'>", "not loaded"),
+    "a picture without size": (f"<img src='{GRADIENT}' style='width: 0'>", "empty picture"),
+    "a picture of one colour": (f"<img src='{WHITE}'>", "one colour"),
+    "a console error": ("<script>console.error('wrong')</script>", "console: wrong"),
+    "a script that fails": ("<script>absent()</script>", "script: absent is not defined"),
+    "a style sheet that is missing": ("<link rel='stylesheet' href='none.css'>", "none.css"),
+    "a request to another host": ("<script src='https://example.org/a.js'></script>", "another host: https://exam"),
+}
+
+
+def page_of(folder, body):
+    path = folder / "page.html"
+    path.write_text(f"<!doctype html><html><meta charset='utf-8'><body>{body}</body></html>", encoding="utf-8")
+    return path
+
+
+def test_whole_pages_pass(tmp_path):
+    body = "".join(GOOD.values())
+    for width in (390, 1280):
+        with open_page(page_of(tmp_path, body), width=width) as page:
+            check_layout(page, ignore=".drawer")
+            screenshot(page, tmp_path / "pages" / "good.png")
+        assert image.imread(tmp_path / "pages" / "good.png").shape[1] == width
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_refused(tmp_path, name):
+    body, reason = BAD[name]
+    with open_page(page_of(tmp_path, body), width=390) as page, pytest.raises(AssertionError, match=reason):
+        check_layout(page)
