@@ -6,6 +6,7 @@ ratio has to exceed (:mod:`selfsup_kernels.bench.verdict`).
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import random
@@ -16,6 +17,7 @@ import tempfile
 from pathlib import Path
 
 from selfsup_kernels.bench import verdict
+from selfsup_kernels.bench._versus import CALLS_MS
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE, AGAIN, HEAD = "base", "base again", "head"
@@ -41,9 +43,12 @@ def git(*arguments, **options):
         ) from None
 
 
-def commit(ref) -> str:
+def require_checkout():
     if not (ROOT / ".git").exists():
         raise Unusable(f"--base: expected a package that runs from its git checkout, got the one in {ROOT}")
+
+
+def commit(ref) -> str:
     try:
         return git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{ref}^{{commit}}", text=True).strip()
     except Unusable:
@@ -165,7 +170,7 @@ def launch(trees, device, cases, turns, advance, seed):
             side.close()
 
 
-def compare(trees, device, cases, turns=15, launches=LAUNCHES, advance=lambda: None) -> dict:
+def compare(trees, device, cases, turns, launches, advance=lambda: None) -> dict:
     """Rows with the ratio, the noise and the verdict of every case, and what each side ran."""
     of_launch = []
     for seed in range(launches):
@@ -189,3 +194,85 @@ def _summary(values):
     from selfsup_kernels.bench import timing
 
     return timing.summary(values)
+
+
+# ---------------------------------------------------------------- the command
+
+
+def requests(cases):
+    """Cases of ``workloads.py`` as a process takes them: their parameters, and each part that needs no graph before."""
+    for made in cases:
+        parameters = {f.name: getattr(made, f.name) for f in dataclasses.fields(made)}
+        for part in made.parts:
+            if part != "backward":  # its forward would be timed with it: "both" has it
+                yield {"op": made.op, **parameters}, part
+
+
+def main(cases, device, base="auto", head=None, seconds=3.0, json_path=None) -> int:
+    """Measure, print a table, and return 1 where something is slower.
+
+    Args:
+        cases: of :mod:`selfsup_kernels.bench.workloads`.
+        base: a commit; "auto" for the last one that differs from what is measured: the one that is checked out where
+            files of the package have been changed, else its parent.
+        head: a commit; None for this package as it stands.
+        seconds: about how long to measure each case and part, on each of the three processes.
+        json_path: where to write everything as data, or None.
+    """
+    from selfsup_kernels._report import console, progress
+
+    out = console()
+
+    def say(text):
+        out.print(text, highlight=False, soft_wrap=True)
+
+    try:
+        require_checkout()
+        if base == "auto":
+            base = "HEAD" if head is None and changed() else f"{head or 'HEAD'}^"
+        old, new = commit(base), head and commit(head)
+        kind = str(device).split(":")[0]
+        trees = dict.fromkeys((BASE, AGAIN), tree_of(old, kind, say)) | {
+            HEAD: tree_of(new, kind, say) if new else ROOT,
+        }
+        wanted = list(requests(cases))
+        turns = max(5, int(seconds / LAUNCHES / (2e-3 * CALLS_MS)))
+        with progress.Progress() as bar:
+            bar.stage("Measure", LAUNCHES * len(wanted))
+            result = compare(trees, device, wanted, turns, LAUNCHES, bar.advance)
+    except Unusable as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
+    if not new:
+        new = git("rev-parse", "HEAD", text=True).strip()
+    names = {BASE: describe(old), HEAD: describe(new) + (" with changes" if head is None and changed() else "")}
+    header = {"names": names, "sides": result["sides"], "turns": turns, "launches": LAUNCHES, "device": str(device)}
+    if json_path:
+        Path(json_path).parent.mkdir(parents=True, exist_ok=True)
+        Path(json_path).write_text(json.dumps({"header": header, "rows": result["rows"]}, indent=1) + "\n")
+    out.print(table(names, result["rows"]))
+    slower = [row for row in result["rows"] if row["verdict"] == "slower"]
+    say(
+        f"{len(slower)} of {len(result['rows'])} slower than the base, beyond the noise of this run."
+        if slower
+        else "Nothing is slower than the base, beyond the noise of this run."
+    )
+    return 1 if slower else 0
+
+
+def table(names, rows):
+    from rich.table import Table
+
+    made = Table(title=f"{names[HEAD]}\nagainst {names[BASE]}", title_justify="left")
+    for name in ("case", "part", "base ms", "now ms", "ratio", "noise", "verdict"):
+        made.add_column(name, justify="left" if name in ("case", "part", "verdict") else "right")
+    styles = {"slower": "bold red", "faster": "green"}
+    for row in rows:
+        label = " ".join(str(v) for k, v in row.items() if k in ("op", "model", "views", "batch", "dim", "dtype"))
+        if row["verdict"] == "not measured":
+            made.add_row(label, row["part"], "", "", "", "", row["reason"])
+            continue
+        old, new = (row["times"][name]["p50_ms"] for name in (BASE, HEAD))
+        cells = (f"{old:.3g}", f"{new:.3g}", f"{row['ratio']:.3f}", f"±{100 * row['noise']:.1f} %")
+        made.add_row(label, row["part"], *cells, row["verdict"], style=styles.get(row["verdict"]))
+    return made
