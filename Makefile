@@ -1,7 +1,7 @@
 # Every target works alone on a fresh machine: it makes .venv and builds the extension where they are missing or stale.
 #
-#   make setup | demo | bench | test | lint | asan | interop-setup | interop | interop-bench | compat | cuda
-#        cuda-static | gpu-static | gpu-check | clean
+#   make setup | demo | bench | bench-compare | bench-results | profile | test | lint | asan | interop-setup | interop
+#        interop-bench | compat | cuda | cuda-static | gpu-static | gpu-check | clean
 #
 # With PYTHON given on the command line (make test PYTHON=python3) that interpreter is used as it is: it needs torch
 # and the tools listed in pyproject.toml, and only the extension is built, in place.
@@ -38,7 +38,7 @@ OP_TESTS := tests/test_ops.py tests/test_info_nce.py tests/test_info_nce_parts.p
 
 export SELFSUP_KERNELS_REQUIRE_EXTENSION := 1
 
-.PHONY: setup demo bench test lint asan interop-setup interop interop-bench compat cuda cuda-static gpu-static gpu-check clean
+.PHONY: setup demo bench bench-compare bench-results profile test lint asan interop-setup interop interop-bench compat cuda cuda-static gpu-static gpu-check clean
 
 setup: $(BUILT)
 
@@ -73,6 +73,20 @@ demo: setup
 
 bench: setup
 	$(PY) -m pytest benchmarks --benchmark-columns=min,median,iqr,rounds --benchmark-group-by=group
+
+# This version beside another in one run; fails where something is slower beyond the noise of that run. BASE defaults to
+# the parent of the commit that is checked out, or to that commit where files of the package have been changed.
+bench-compare: setup
+	$(PY) -m selfsup_kernels bench --base "$(or $(BASE),auto)" $(ARGUMENTS)
+
+# Measures this machine beside the libraries of `make interop`, for benchmarks/results.
+bench-results: interop-setup
+	PYTHONPATH=. .venv-interop/bin/python -m selfsup_kernels bench --vs all --views 2,4 --dtype float32,bf16 \
+	  --model ResNet-50,ViT-B --results "$(or $(RESULTS),benchmarks/results)" $(ARGUMENTS)
+
+# Real training steps, part by part. ARGUMENTS="--method byol --batch 256,1024" and the like.
+profile: setup
+	$(PY) -m selfsup_kernels profile --out out/profile $(ARGUMENTS)
 
 # The second run has the GPU kernels on the CPU: Triton's in its interpreter, CUDA's in our emulator.
 test: setup
