@@ -4,7 +4,7 @@ See :mod:`selfsup_kernels.functional` for the losses, :mod:`selfsup_kernels.modu
 :mod:`selfsup_kernels.methods` for whole methods, and ``python -m selfsup_kernels info`` for what this machine runs.
 """
 
-from selfsup_kernels import backends, compat, functional, methods, optim
+from selfsup_kernels import backends, compat, functional, methods, optim, profile
 from selfsup_kernels.chunked import chunked_backward
 from selfsup_kernels.ema import EMA, cosine_momentum
 from selfsup_kernels.functional import ContrastiveStats, byol_loss, contrastive_stats, ema_update_, info_nce_loss
@@ -30,4 +30,5 @@ __all__ = [
     "info_nce_loss",
     "methods",
     "optim",
+    "profile",
 ]

@@ -131,6 +131,16 @@ class MoCo(SharesGroup, nn.Module):
         queries = [self._unit("queries", q) for q in queries]
         with torch.no_grad():
             keys = [self._unit("keys", self.target(x)) for x in (views if self.symmetric else views[1:])]
+        loss = self.contrast(queries, keys)
+        if self.training:
+            self.enqueue(torch.cat(keys))
+        return loss
+
+    def contrast(self, queries, keys):
+        """The loss of unit rows: the views' ``(B, D)`` queries, and their keys, which take no gradient.
+
+        Without ``symmetric`` both lists have one element, of different views.
+        """
         pairs = [(u, v) for u in range(len(queries)) for v in range(len(keys)) if u != v or not self.symmetric]
         for u, v in pairs:
             if queries[u].shape != keys[v].shape:
@@ -142,10 +152,7 @@ class MoCo(SharesGroup, nn.Module):
             F.softplus(negatives[u] - (queries[u] * keys[v]).sum(-1) / self.temperature, threshold=700)
             for u, v in pairs
         ]
-        loss = global_mean(torch.cat(terms), self.group)
-        if self.training:
-            self.enqueue(torch.cat(keys))
-        return loss
+        return global_mean(torch.cat(terms), self.group)
 
     def _unit(self, name, rows):
         """Unit rows, in float32 at least."""
