@@ -1,14 +1,15 @@
-"""pytest-benchmark: the BYOL loss on pairs, forward and forward + backward."""
+"""pytest-benchmark: the BYOL loss of two views, forward and forward + backward."""
 
 import pytest
-import workloads as w
+
+from selfsup_kernels.bench import rivals
+from selfsup_kernels.bench.workloads import case
+
+CASES = [case("byol", batch=batch) for batch in (4096, 32768)]
 
 
-@pytest.mark.parametrize("name", w.BYOL)
-@pytest.mark.parametrize("shape", w.BYOL_SHAPES, ids=lambda s: f"B{s[0]}-D{s[1]}")
+@pytest.mark.parametrize("name", ["eager", "compile", rivals.OURS])
+@pytest.mark.parametrize("made", CASES, ids=lambda made: f"B{made.batch}-D{made.dim}")
 @pytest.mark.parametrize("part", ["forward", "both"])
-def test_byol(benchmark, part, shape, name):
-    benchmark.group = f"byol {part} B{shape[0]}-D{shape[1]}"
-    function, inputs = w.BYOL[name], w.byol_inputs(*shape)
-    w.both(function, inputs)
-    benchmark.pedantic(w.forward if part == "forward" else w.both, args=(function, inputs), rounds=9)
+def test_byol(measure, part, made, name):
+    measure(made, part, name, rounds=9)

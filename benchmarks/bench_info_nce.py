@@ -1,29 +1,15 @@
 """pytest-benchmark: the two-view InfoNCE loss, forward, backward and both, against eager PyTorch and torch.compile."""
 
 import pytest
-import workloads as w
+
+from selfsup_kernels.bench import rivals
+from selfsup_kernels.bench.workloads import PARTS, case
+
+CASES = [case("info_nce", batch=b, dim=d) for b, d in ((256, 128), (1024, 128), (4096, 128), (2048, 512))]
 
 
-def _shape(shape):
-    return f"B{shape[0]}-D{shape[1]}"
-
-
-@pytest.mark.parametrize("name", w.INFO_NCE)
-@pytest.mark.parametrize("shape", w.INFO_NCE_SHAPES, ids=_shape)
-@pytest.mark.parametrize("part", ["forward", "backward", "both"])
-def test_info_nce(benchmark, part, shape, name):
-    benchmark.group = f"info_nce {part} {_shape(shape)}"
-    function, inputs = w.INFO_NCE[name], w.info_nce_inputs(*shape)
-    w.both(function, inputs)  # compiles, warms up
-    rounds = 3 if shape[0] >= 2048 else 15
-    if part == "forward":
-        benchmark.pedantic(w.forward, args=(function, inputs), rounds=rounds)
-    elif part == "both":
-        benchmark.pedantic(w.both, args=(function, inputs), rounds=rounds)
-    else:
-
-        def graph():
-            w.clear(inputs)
-            return (function(*inputs),), {}
-
-        benchmark.pedantic(lambda loss: loss.backward(), setup=graph, rounds=rounds)
+@pytest.mark.parametrize("name", ["eager", "compile", rivals.OURS])
+@pytest.mark.parametrize("made", CASES, ids=lambda made: f"B{made.batch}-D{made.dim}")
+@pytest.mark.parametrize("part", PARTS)
+def test_info_nce(measure, part, made, name):
+    measure(made, part, name, rounds=3 if made.batch >= 2048 else 15)

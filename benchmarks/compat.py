@@ -9,7 +9,6 @@ forward and backward adds to its inputs.
 """
 
 import argparse
-import ctypes
 import importlib
 import importlib.metadata
 import importlib.util
@@ -22,15 +21,14 @@ from typing import NamedTuple
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import timing
 import torch
 import torch.nn.functional as F
-from compare import header, memory_status
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from selfsup_kernels import compat
+from selfsup_kernels import _memory, compat
+from selfsup_kernels.bench import results, timing
 
 BATCH, DIM = 2048, 128
 FORMULA = "formula"
@@ -262,15 +260,9 @@ def measure(case, rounds, with_memory):
 
 
 def peak_bytes(call):
-    """The highest resident memory that ``call`` adds; None where the kernel does not let it be reset."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)  # freed memory that the allocator keeps would hide what is taken anew
-        Path("/proc/self/clear_refs").write_text("5")
-    except (OSError, AttributeError):
-        return None
-    before = memory_status("VmRSS")
-    call()
-    return max(0, memory_status("VmHWM") - before)
+    """The highest resident memory that ``call`` adds; None where that is not known."""
+    _memory.trim()  # freed memory that the allocator keeps would hide what is taken anew
+    return _memory.peak_growth(call)
 
 
 def megabytes(size):
@@ -323,7 +315,7 @@ def main():
     show(rows)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"header": header(), "rows": rows}, indent=1) + "\n")
+        args.json.write_text(json.dumps({"header": results.header(timing.Clock("cpu")), "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -15,17 +15,16 @@ import tempfile
 import time
 from pathlib import Path
 
-import compare
 import rich
 import rich.table
 import scaling_model
-import timing
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
 import selfsup_kernels as sk
-from selfsup_kernels import distributed
+from selfsup_kernels import _memory, distributed
+from selfsup_kernels.bench import results, timing
 
 VIEWS = 2
 
@@ -46,7 +45,7 @@ def main():
     rows = [measure(n, args) for n in args.processes]
     show(rows)
     if args.out:
-        timing.write(args.out, "scaling", compare.header() | {"threads": 1}, rows)
+        results.write(args.out, "scaling", results.header(timing.Clock("cpu")) | {"threads": 1}, rows)
     return 1 if any(row["gradient_error"] > 1e-5 for row in rows) else 0
 
 
@@ -94,11 +93,11 @@ def process(rank, processes, folder, args):
     step(torch.randn(VIEWS, 64, args.dim))  # libraries, threads and code are loaded
     own = inputs(args).tensor_split(processes, 1)[rank].clone()
     dist.barrier()
-    before = compare.memory_status("VmRSS")
-    reset_peak()
+    _memory.reset_peak()  # counts from here on
+    before = _memory.status("VmRSS")
     with counted() as received:
         loss, gradient = step(own)
-    peak = compare.memory_status("VmHWM") - before
+    peak = _memory.status("VmHWM") - before
     report = {"received": sum(received), "peak": peak, "loss": loss, "gradient": gradient}
     times = []
     for _ in range(args.repeats):
@@ -110,11 +109,6 @@ def process(rank, processes, folder, args):
     torch.save(report, Path(folder) / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
-
-
-def reset_peak():
-    """The highest resident memory counts from here on; Linux only."""
-    Path("/proc/self/clear_refs").write_text("5")
 
 
 @contextlib.contextmanager

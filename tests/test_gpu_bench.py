@@ -10,12 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-import accuracy  # noqa: E402
-import gpu  # noqa: E402
-import peers  # noqa: E402
-import workloads as w  # noqa: E402
+from selfsup_kernels.bench import accuracy, results, rivals
+from selfsup_kernels.bench.workloads import MODELS, TEMPERATURE, case
+
+jsonschema = pytest.importorskip("jsonschema")
+SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "gpu.py"
 
 # Workloads of a few hundred numbers; what is compared is exact up to rounding.
 pytestmark = pytest.mark.unpoisoned
@@ -23,7 +22,7 @@ pytestmark = pytest.mark.unpoisoned
 
 def suite(tmp_path, *extra):
     arguments = ["--out", str(tmp_path), "--device", "cpu", "--quick", *extra]
-    return subprocess.run([sys.executable, str(BENCHMARKS / "gpu.py"), *arguments], capture_output=True, text=True)
+    return subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True)
 
 
 def load(tmp_path, name):
@@ -31,7 +30,7 @@ def load(tmp_path, name):
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
+def measured(tmp_path_factory):
     out = tmp_path_factory.mktemp("results")
     run = suite(out, "--skip", "compile", "lightly")
     assert run.returncode == 0, run.stderr
@@ -39,29 +38,26 @@ def results(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["info_nce", "byol", "ema"])
-def test_results_are_well_formed(results, name):
-    out, printed = results
+def test_results_are_well_formed(measured, name):
+    out, printed = measured
     data = load(out, name)
-    assert {"device", "torch", "triton", "driver", "date", "copy_gb_per_s"} <= set(data["header"])
-    assert data["rows"]
+    jsonschema.validate(data, json.loads(results.SCHEMA.read_text()))
     for row in data["rows"]:
-        assert "failed" not in row, row
         assert "selfsup_kernels" in row["times"]
         assert row["fraction"] > 0
-        assert ("tflops" in row) == (name == "info_nce")
         for times in row["times"].values():
-            assert 0 < times["p20_ms"] <= times["p50_ms"] <= times["p80_ms"]
+            assert times["p20_ms"] <= times["p50_ms"] <= times["p80_ms"]
         for errors in row["errors"].values():
             assert all(0 <= error < (0.1 if "bfloat16" in row.values() else 1e-4) for error in errors.values())
     assert "rivals, times ours" in printed
 
 
-def test_every_rival_has_a_time_or_a_reason(results):
-    out, _ = results
+def test_every_rival_has_a_time_or_a_reason(measured):
+    out, _ = measured
     for row in load(out, "info_nce")["rows"]:
         assert set(row["times"]) | set(row["unavailable"]) == {
-            *("selfsup_kernels", gpu.CUDA, "eager", "compile", "chunked"),
-            *peers.INFO_NCE,
+            *("selfsup_kernels", "impl='cuda'"),
+            *set(rivals.RIVALS["info_nce"]) - {"pytorch-metric-learning NTXentLoss"},
         }
         assert row["unavailable"]["lightly"] == row["unavailable"]["compile"] == "skipped: by --skip"
     mixed = [row for row in load(out, "ema")["rows"] if row["source"] == "bfloat16"]
@@ -72,80 +68,68 @@ def test_out_of_time(tmp_path):
     run = suite(tmp_path, "--minutes", "0")
     assert run.returncode == 0, run.stderr
     for name in ("info_nce", "byol", "ema"):
-        assert {row["failed"] for row in load(tmp_path, name)["rows"]} == {"skipped: out of time"}
+        for row in load(tmp_path, name)["rows"]:
+            assert row["times"] == {}
+            assert set(row["unavailable"].values()) == {"skipped: out of time"}
+    assert "skipped: out of time" in run.stdout
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so(tmp_path):
-    run = subprocess.run(
-        [sys.executable, str(BENCHMARKS / "gpu.py"), "--out", str(tmp_path)], capture_output=True, text=True
-    )
+    run = subprocess.run([sys.executable, str(SCRIPT), "--out", str(tmp_path)], capture_output=True, text=True)
     assert run.returncode == 2
     assert "needs a CUDA device" in run.stderr
 
 
-class FakeSuite(gpu.Suite):
-    """Without the measurement of rates, which takes most of the time."""
-
-    def __init__(self, out):
-        self.clock = gpu.timing.Clock("cpu", target_ms=1)
-        self.out, self.quick, self.skip, self.deadline = out, True, set(), float("inf")
-        self.rows, self.header = {"info_nce": []}, {}
-
-
-def test_a_rival_that_fails_hides_nothing(tmp_path):
-    def of(error):
-        def fails(views):
-            raise error
-
-        return fails, None
-
-    rivals = {
-        "large": of(torch.OutOfMemoryError("tried to allocate")),
-        "broken": of(ValueError("no\nsuch thing")),
-        "missing": (None, "absent: x"),
-        "eager": (w.eager_info_nce, None),
-    }
-    columns, unavailable = FakeSuite(tmp_path).rivals(rivals, [w.info_nce_inputs(8, 4)], {"one": lambda *_: 1})
-    assert unavailable == {"large": "out of memory", "broken": "ValueError: no", "missing": "absent: x"}
-    assert list(columns["times"]) == ["eager"]
-    assert columns["one"] == {"eager": 1}
+# ---------------------------------------------------------------- workloads and errors
 
 
 def test_operations_and_bytes():
-    assert w.info_nce_operations(10, 3, "forward", "cpu") == w.info_nce_operations(10, 3, "forward", "triton") == 300
-    assert w.info_nce_operations(10, 3, "both", "cpu") == 1200
-    assert w.info_nce_operations(10, 3, "both", "triton") == 1500
-    assert w.byol_bytes(4, 8, "both", 2) == w.byol_bytes(4, 8, "forward", 2) + w.byol_bytes(4, 8, "backward", 2)
-    assert w.ema_bytes(5, torch.float32) == 60
-    assert w.ema_bytes(5, torch.bfloat16) == 50
+    loss = case("info_nce", views=2, batch=5, dim=3)
+    assert loss.operations("forward", "cpu") == loss.operations("forward", "gpu") == 300
+    assert loss.operations("both", "cpu") == 1200
+    assert loss.operations("both", "gpu") == 1500
+    assert loss.bytes("both") == loss.bytes("forward") + loss.bytes("backward") == 360
+    byol = case("byol", views=1, batch=4, dim=8, dtype="bfloat16")
+    assert byol.bytes("both") == byol.bytes("forward") + byol.bytes("backward") == 5 * 4 * 8 * 2
     for model, numbers in {"ResNet-50": 25_557_032, "ViT-B": 86_567_656}.items():
-        assert sum(torch.Size(s).numel() for s in w.EMA_MODELS[model]()) == numbers
+        made = case("ema", model=model, dtype="bfloat16")
+        assert made.numbers == sum(torch.Size(s).numel() for s in MODELS[model]()) == numbers
+        assert made.bytes("update") == 10 * numbers
 
 
-def test_chunked_loss_is_the_eager_one():
-    (views,) = w.info_nce_inputs(20, 8, torch.float64)
-    want = accuracy.with_gradient(w.eager_info_nce, (views,))
-    got = accuracy.with_gradient(lambda v: peers.chunked_info_nce(v, chunk=7), (views,))
-    for ours, theirs in zip(got, want, strict=True):
-        torch.testing.assert_close(ours, theirs)
+@pytest.mark.parametrize("views", [2, 4])
+def test_eager_and_chunked_losses_are_the_reference(views):
+    (z,) = case("info_nce", views=views, batch=20, dim=8, dtype="float64").inputs()
+    want = accuracy.info_nce_truth(z)
+    for function in (rivals.eager_info_nce, lambda v: rivals.chunked_info_nce(v, chunk=7)):
+        for ours, theirs in zip(accuracy.with_gradient(function, (z,)), want, strict=True):
+            torch.testing.assert_close(ours, theirs)
 
 
-def test_errors_of_some_rows(monkeypatch):
+@pytest.mark.parametrize("views", [2, 3])
+def test_errors_of_some_rows(views, monkeypatch):
     """Those of everything where nothing is wrong, and large where a loss or a gradient is."""
-    (views,) = w.info_nce_inputs(40, 8)
-    some = accuracy.info_nce_errors_of_rows(views, count=80)
-    whole = accuracy.errors(w.our_info_nce, (views,), accuracy.info_nce_truth(views))
-    assert some["gradient"] == pytest.approx(whole["gradient"], rel=0.5)
-    assert max(some["loss"], some["gradient"]) < 1e-5
-    ours = accuracy.sk.info_nce_loss
+    made = case("info_nce", views=views, batch=40, dim=8)
+    inputs = made.inputs()
+    some = accuracy.Rows(inputs[0], count=40 * views)
+    whole = accuracy.errors(made.ours(), inputs, accuracy.info_nce_truth(inputs[0]))
+    ours = some.errors(rivals.OURS, made.ours())
+    assert ours["gradient"] == pytest.approx(whole["gradient"], rel=0.5)
+    assert max(ours["loss"], ours["gradient"]) < 1e-5
+    assert some.errors("eager", rivals.eager_info_nce)["gradient"] < 1e-5
+    assert some.errors("mine:loss", lambda v: rivals.eager_info_nce(v) + 0.1 * v.square().mean())["gradient"] > 1e-3
+    info_nce_loss = accuracy.sk.info_nce_loss
 
     def wrong(views, **arguments):
-        return ours(views, **arguments) + 1e-2 * views.square().sum(-1)
+        return info_nce_loss(views, **arguments) + 1e-2 * views.square().sum(-1)
 
     monkeypatch.setattr(accuracy.sk, "info_nce_loss", wrong)
-    wrong = accuracy.info_nce_errors_of_rows(views)
-    assert min(wrong["loss"], wrong["gradient"]) > 1e-3
+    found = accuracy.Rows(inputs[0]).errors(rivals.OURS, made.ours())
+    assert min(found["loss"], found["gradient"]) > 1e-3
+
+
+# ---------------------------------------------------------------- adaptors
 
 
 def linear_cross_entropy(rows, weight, target):
@@ -157,8 +141,17 @@ class FakeNTXent:
         self.temperature = temperature
 
     def __call__(self, first, second):
-        assert self.temperature == w.TEMPERATURE
-        return w.eager_info_nce(torch.stack([first, second]))
+        assert self.temperature == TEMPERATURE
+        return rivals.eager_info_nce(torch.stack([first, second]))
+
+
+class FakeMetricLoss(FakeNTXent):
+    """Rows of all views in one list; those of one sample share a label."""
+
+    def __call__(self, embeddings, labels):
+        views = len(labels) // (1 + labels.max())
+        order = torch.argsort(labels, stable=True).view(-1, views).T
+        return rivals.eager_info_nce(embeddings[order])
 
 
 class FakeAverage:
@@ -172,6 +165,11 @@ class FakeAverage:
             mean.lerp_(new.to(mean.dtype), 1 - self.decay)
 
 
+def update_momentum(model, model_ema, m):
+    for new, mean in zip(model.parameters(), model_ema.parameters(), strict=True):
+        mean.lerp_(new.to(mean.dtype), 1 - m)
+
+
 FAKES = {
     "inf_cl": {"cal_inf_loss": lambda q, k, labels=None, scale=None, head_dim=256: linear_cross_entropy(q, k, labels)},
     "cut_cross_entropy": {"linear_cross_entropy": lambda e, c, targets: linear_cross_entropy(e, c, targets)},
@@ -180,7 +178,12 @@ FAKES = {
             lambda lin_weight, _input, target: linear_cross_entropy(_input, lin_weight, target)
         )
     },
-    "lightly.loss": {"NTXentLoss": FakeNTXent},
+    "lightly.loss": {
+        "NTXentLoss": FakeNTXent,
+        "NegativeCosineSimilarity": lambda: lambda p, t: -F.cosine_similarity(p, t).mean(),
+    },
+    "lightly.models.utils": {"update_momentum": update_momentum},
+    "pytorch_metric_learning.losses": {"NTXentLoss": FakeMetricLoss, "SupConLoss": FakeMetricLoss},
     "timm.utils": {"ModelEmaV3": FakeAverage},
 }
 
@@ -189,46 +192,82 @@ FAKES = {
 def fake_peers(monkeypatch):
     """Modules of the peers' names whose functions take what theirs take."""
     for name, members in FAKES.items():
-        package, _, rest = name.partition(".")
-        for module in (package, name) if rest else (package,):
-            monkeypatch.setitem(sys.modules, module, types.ModuleType(module))
+        parts = name.split(".")
+        for end in range(1, len(parts) + 1):
+            module = ".".join(parts[:end])
+            if module not in sys.modules or not hasattr(sys.modules[module], "faked"):
+                monkeypatch.setitem(sys.modules, module, types.ModuleType(module))
+                sys.modules[module].faked = True
+                if end > 1:
+                    setattr(sys.modules[".".join(parts[: end - 1])], parts[end - 1], sys.modules[module])
         for member, value in members.items():
             setattr(sys.modules[name], member, value)
 
 
-@pytest.mark.parametrize("name", peers.INFO_NCE)
-def test_adaptors_of_the_losses(name, fake_peers):
+@pytest.mark.parametrize("views", [2, 3])
+@pytest.mark.parametrize("name", [n for n, r in rivals.RIVALS["info_nce"].items() if r.package])
+def test_adaptors_of_the_losses(name, views, fake_peers):
     """They pass the right rows and targets: with a row's similarity with itself, where the peer keeps it."""
-    function, reason = peers.load(peers.INFO_NCE, name)
+    made = case("info_nce", views=views, batch=12, dim=16, dtype="float64")
+    inputs = made.inputs()
+    function, reason = rivals.load(made, name, inputs)
+    if views > 2 and name != "pytorch-metric-learning":
+        assert reason == "takes two views, not 3"
+        return
     assert reason is None
-    (views,) = w.info_nce_inputs(12, 16, torch.float64)
-    z = F.normalize(views.reshape(24, 16), dim=-1)
-    scores = z @ z.T / w.TEMPERATURE
-    if name not in peers.NOTES:
-        scores = scores.masked_fill(torch.eye(24, dtype=torch.bool), -torch.inf)
-    torch.testing.assert_close(function(views), F.cross_entropy(scores, torch.arange(24).roll(12)))
+    want = rivals.eager_info_nce(*inputs)
+    if rivals.find("info_nce", name).other:
+        z = F.normalize(inputs[0].reshape(24, 16), dim=-1)
+        want = F.cross_entropy(z @ z.T / TEMPERATURE, torch.arange(24).roll(12))
+    torch.testing.assert_close(function(*inputs), want)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_adaptor_of_the_average(dtype, fake_peers):
-    targets, sources = w.ema_inputs(dtype, [(3, 2), (4,)])
-    call, reason = peers.load(peers.EMA, "timm", targets, sources)
+@pytest.mark.parametrize("views", [1, 2, 3])
+def test_adaptor_of_the_byol_loss(views, fake_peers):
+    made = case("byol", views=views, batch=12, dim=16, dtype="float64")
+    inputs = made.inputs()
+    function, reason = rivals.load(made, "lightly", inputs)
     assert reason is None
-    with torch.no_grad():
-        call()
+    torch.testing.assert_close(function(*inputs), rivals.eager_byol(*inputs))
+    torch.testing.assert_close(made.ours()(*inputs), rivals.eager_byol(*inputs))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", [n for n in rivals.RIVALS["ema"] if n != "compile"])
+def test_updates_are_the_average(name, dtype, fake_peers):
+    """Also of copies that a rival holds: they begin where the targets are, so that doing nothing shows."""
+    made = case("ema", model="tiny", dtype=dtype)
+    inputs = made.inputs()
+    function, reason = rivals.load(made, name, inputs)
+    if dtype == "bfloat16" and name in ("foreach_lerp", "swa_utils"):
+        assert reason == "refuses mixed dtypes"
+        return
+    assert reason is None
+    assert accuracy.average_error(function, *inputs) < 1e-6
+    still = rivals.Average(lambda: None, [t.clone() for t in inputs[0]])
+    assert accuracy.average_error(still, *inputs) > 1e-3
 
 
 def test_absent_peers_are_listed_as_absent(monkeypatch):
-    for name, (package, _) in peers.INFO_NCE.items():
-        monkeypatch.setitem(sys.modules, package, None)
-        function, reason = peers.load(peers.INFO_NCE, name)
-        assert function is None
-        assert reason.startswith("absent")
+    made = case("info_nce", batch=8, dim=4)
+    for name, rival in rivals.RIVALS["info_nce"].items():
+        if rival.package:
+            for module in ("inf_cl", "cut_cross_entropy", "liger_kernel", "lightly", "pytorch_metric_learning"):
+                monkeypatch.setitem(sys.modules, module, None)
+            function, reason = rivals.load(made, name, made.inputs())
+            assert function is None
+            assert reason.startswith("absent")
+            assert reason.endswith(f"(pip install {rival.package})")
 
 
 def test_peers_that_fail_while_imported_are_listed(monkeypatch):
-    def fails(name):
-        raise AttributeError("no such member")
+    class Broken(types.ModuleType):
+        def __getattr__(self, name):
+            raise ValueError(f"{name} cannot be had\nand more")
 
-    monkeypatch.setattr(peers.importlib, "import_module", fails)
-    assert peers.load(peers.INFO_NCE, "Liger") == (None, "AttributeError: no such member")
+    monkeypatch.setitem(sys.modules, "inf_cl", Broken("inf_cl"))
+    made = case("info_nce", batch=8, dim=4)
+    function, reason = rivals.load(made, "Inf-CL", made.inputs())
+    assert function is None
+    assert reason.startswith("ValueError: ")
+    assert "\n" not in reason

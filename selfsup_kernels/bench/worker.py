@@ -1,0 +1,40 @@
+"""One rival on one case in a fresh process: whether it fits, what memory it takes, and about how long it takes."""
+
+import time
+
+from selfsup_kernels import _memory
+from selfsup_kernels.bench import rivals, workloads
+
+
+def probe(parameters, name) -> dict:
+    """``{"peak_bytes", "seconds"}`` of one forward and backward (or update) above the inputs, or ``{"reason"}``.
+
+    Args:
+        parameters: of :func:`workloads.case`.
+        name: the rival's column.
+    """
+    case = workloads.case(**parameters)
+    part = case.parts[-1]
+    # Libraries, threads and code are there before the measurement begins.
+    small = case.small()
+    inputs = small.inputs()
+    function, reason = rivals.load(small, name, inputs)
+    if reason:
+        return {"reason": reason}
+    compiles = rivals.find(case.op, name).compiles
+    if not compiles:
+        small.run(part, function, inputs)
+    inputs = case.inputs()
+    function, _ = rivals.load(case, name, inputs)
+    if compiles:  # for this very shape
+        case.run(part, function, inputs)
+        case.prepare("forward", function, inputs)
+        _memory.trim()
+    took = []
+
+    def run():
+        start = time.perf_counter()
+        case.run(part, function, inputs)
+        took.append(time.perf_counter() - start)
+
+    return {"peak_bytes": _memory.peak_growth(run), "seconds": took[0]}
