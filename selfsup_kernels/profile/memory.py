@@ -117,9 +117,8 @@ def timeline(trace, cuda, points=1500) -> dict | None:
     for event in events:
         if event.get("name") == "[memory]" and event["args"].get("Device Type") == kind:
             memory.append((event["ts"], event["args"]["Total Allocated"], event["args"]["Bytes"]))
-        elif event.get("ph") == "X" and event.get("cat") == "user_annotation":
-            if event["name"].startswith(parts.PREFIX):
-                spans.append((event["name"].removeprefix(parts.PREFIX), event["ts"], event["ts"] + event["dur"]))
+        elif event.get("cat") == "user_annotation" and event["name"].startswith(parts.PREFIX):
+            spans.append((event["name"].removeprefix(parts.PREFIX), event["ts"], event["ts"] + event["dur"]))
     if not memory or not spans:
         return None
     memory.sort()

@@ -18,7 +18,9 @@ def mean(values) -> float:
     return sum(values) / len(values)
 
 
-def summarize(*, device, counts, timed, plain, peaks, level, timeline, problems, loss_known, hidden, with_memory) -> dict:
+def summarize(
+    *, device, counts, timed, plain, peaks, level, timeline, problems, loss_known, hidden, with_memory
+) -> dict:
     """See ``docs/profile.md`` for the fields.
 
     Args:
@@ -54,7 +56,9 @@ def summarize(*, device, counts, timed, plain, peaks, level, timeline, problems,
         "peak_bytes": max(above.values()) if above else None,
         "level_bytes": level,
         "timeline": timeline,
-        "warnings": list(_warnings(timed, plain, difference, seconds, step, peaks, problems, loss_known, hidden, with_memory)),
+        "warnings": list(
+            _warnings(timed, plain, difference, seconds, step, peaks, problems, loss_known, hidden, with_memory)
+        ),
     }
 
 
@@ -64,16 +68,16 @@ def _warnings(timed, plain, difference, seconds, step, peaks, problems, loss_kno
     elif not plain:
         yield "No step without marks was measured: the loop was too short to say what the marks cost."
     if hidden:
-        yield f"{', '.join(hidden)}: compiled together with the encoder, so its time counts there. Compile the encoder alone."
+        names = ", ".join(hidden)
+        yield f"{names}: compiled together with the encoder, so its time counts there. Compile the encoder alone."
     elif not loss_known:
-        yield "No loss was found: its time is under encoder and other. Name it by loss=, run.loss(...) or run.part('loss')."
+        yield "No loss was found: its time counts elsewhere. Name it by loss=, run.loss(...) or run.part('loss')."
     elif seconds and not any(seconds[part] for part in parts.LOSS):
         yield "The loss was never called in a step that was measured."
     if difference is not None and abs(difference) > TOLERANCE:
-        other = seconds[parts.OTHER] / step
         yield (
-            f"The named parts are {100 * abs(difference):.0f} % {'more' if difference > 0 else 'less'} than a step without"
-            f" marks; {100 * other:.0f} % of a step is in no named part."
+            f"The named parts make up {100 * (1 + difference):.0f} % of a step without marks;"
+            f" {percent(seconds[parts.OTHER] / step)} of a step with marks is in no named part."
         )
     if with_memory and peaks is None and timed:
         yield "Peak memory is not known: the loop was too short, or this system does not tell it."

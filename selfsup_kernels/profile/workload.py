@@ -69,13 +69,17 @@ def make_encoder(name) -> nn.Module:
         try:
             made = getattr(importlib.import_module(module), function)
         except (ImportError, AttributeError, ValueError) as error:
-            raise ValueError(f"encoder: expected MODULE:CALLABLE that can be imported, got {name!r} ({error})") from None
+            raise ValueError(
+                f"encoder: expected MODULE:CALLABLE that can be imported, got {name!r} ({error})"
+            ) from None
         made = made()
         if not isinstance(made, nn.Module):
             raise ValueError(f"encoder: expected {name} to return an nn.Module, got {type(made).__name__}")
         return made
     if importlib.util.find_spec("timm") is None:
-        raise ValueError(f"encoder: expected convnet or MODULE:CALLABLE (names need timm: pip install timm), got {name!r}")
+        raise ValueError(
+            f"encoder: expected convnet or MODULE:CALLABLE (names need timm: pip install timm), got {name!r}"
+        )
     import timm
 
     if not timm.is_model(name):
@@ -173,7 +177,9 @@ def eager_contrast(method):
             for v, key in enumerate(keys):
                 if u != v or not method.symmetric:
                     scores = torch.cat([(query * key).sum(-1, keepdim=True), query @ negatives], 1) / method.temperature
-                    terms.append(F.cross_entropy(scores, torch.zeros(len(query), dtype=torch.int64, device=query.device)))
+                    terms.append(
+                        F.cross_entropy(scores, torch.zeros(len(query), dtype=torch.int64, device=query.device))
+                    )
         return torch.stack(terms).mean()
 
     return contrast
@@ -252,7 +258,7 @@ def synchronize(device):
 
 
 def profiled(work, steps, out) -> dict:
-    """Called in a fresh process: the summary of ``steps`` steps with marks and as many without; the trace is in ``out``."""
+    """Called in a fresh process: the summary of ``steps`` steps with marks and as many without; a trace in ``out``."""
     work = Workload(**work)
     trainer = Trainer(work)
     with sk.profile.steps(trainer.method, device=work.device) as run:
