@@ -148,7 +148,7 @@ def launch(trees, device, cases, turns, advance, seed):
         for name, tree in trees.items():
             sides[name] = Process(tree, device)
         hello = {name: side.read() for name, side in sides.items()}
-        for index, (case, part) in enumerate(cases):
+        for index, (case, part, _) in enumerate(cases):
             prepared = {name: side.ask(case=case, part=part) for name, side in sides.items()}
             failed = {name: p["failed"] for name, p in prepared.items() if "failed" in p}
             if failed:
@@ -177,9 +177,9 @@ def compare(trees, device, cases, turns, launches, advance=lambda: None) -> dict
         hello, result = launch(trees, device, cases, turns, advance, seed)
         of_launch.append(result)
     rows = []
-    for index, (case, part) in enumerate(cases):
+    for index, (case, part, label) in enumerate(cases):
         of_case = [result[index] for result in of_launch]
-        row = {**case, "part": part}
+        row = {**case, "part": part, "label": label}
         reasons = [r for r in of_case if isinstance(r, str)]
         if reasons:
             rows.append({**row, "verdict": "not measured", "reason": reasons[0]})
@@ -200,12 +200,12 @@ def _summary(values):
 
 
 def requests(cases):
-    """Cases of ``workloads.py`` as a process takes them: their parameters, and each part that needs no graph before."""
+    """Cases of ``workloads.py``: their parameters, each part that needs no graph made before it, and a label."""
     for made in cases:
         parameters = {f.name: getattr(made, f.name) for f in dataclasses.fields(made)}
         for part in made.parts:
             if part != "backward":  # its forward would be timed with it: "both" has it
-                yield {"op": made.op, **parameters}, part
+                yield {"op": made.op, **parameters}, part, made.label
 
 
 def main(cases, device, base="auto", head=None, seconds=3.0, json_path=None) -> int:
@@ -250,7 +250,9 @@ def main(cases, device, base="auto", head=None, seconds=3.0, json_path=None) -> 
     if json_path:
         Path(json_path).parent.mkdir(parents=True, exist_ok=True)
         Path(json_path).write_text(json.dumps({"header": header, "rows": result["rows"]}, indent=1) + "\n")
-    out.print(table(names, result["rows"]))
+    say(f"now:  {names[HEAD]}")
+    say(f"base: {names[BASE]}")
+    out.print(table(result["rows"]))
     slower = [row for row in result["rows"] if row["verdict"] == "slower"]
     say(
         f"{len(slower)} of {len(result['rows'])} slower than the base, beyond the noise of this run."
@@ -260,15 +262,15 @@ def main(cases, device, base="auto", head=None, seconds=3.0, json_path=None) -> 
     return 1 if slower else 0
 
 
-def table(names, rows):
+def table(rows):
     from rich.table import Table
 
-    made = Table(title=f"{names[HEAD]}\nagainst {names[BASE]}", title_justify="left")
+    made = Table()
     for name in ("case", "part", "base ms", "now ms", "ratio", "noise", "verdict"):
         made.add_column(name, justify="left" if name in ("case", "part", "verdict") else "right")
     styles = {"slower": "bold red", "faster": "green"}
     for row in rows:
-        label = " ".join(str(v) for k, v in row.items() if k in ("op", "model", "views", "batch", "dim", "dtype"))
+        label = row["label"]
         if row["verdict"] == "not measured":
             made.add_row(label, row["part"], "", "", "", "", row["reason"])
             continue
