@@ -5,6 +5,8 @@ from selfsup_kernels.profile.summary import milliseconds, percent, size
 
 MATTERS = 0.05
 """The share of a step from which on a faster loss would be noticed."""
+SAME_TIME = 0.05
+"""Steps that differ by less than this share are equally long."""
 SAME = 0.02
 """Peaks that differ by less than this share are equal."""
 

@@ -1,11 +1,12 @@
 """Which part of a backward belongs to the loss.
 
 Every node of the autograd graph has a number, higher the later it was made, and the engine runs what is ready from the
-highest number down: the loss' nodes before those that made the loss' inputs. So the first node that runs of those that
-the loss did not make ends the loss' part. Where losses read layers in the middle of a network, parts alternate.
+highest number down: the loss' nodes before those that made the loss' inputs. So the first node of those that the loss
+did not make ends the loss' part when it runs. Where losses read layers in the middle of a network, parts alternate.
 """
 
 from bisect import bisect_right
+from itertools import pairwise
 
 import torch
 
@@ -29,10 +30,6 @@ class Walk:
         self.start = parts.ENCODER_BACKWARD
         if self.first is not None and nodes:
             self._walk(nodes)
-            if self.hit:
-                self.start = self._part(nodes[0])
-            else:
-                self.remove()
 
     def _made_in(self, node):
         """Index into ``created`` of the part that made a node; None before the step."""
@@ -50,23 +47,23 @@ class Walk:
         return parts.LOSS_BACKWARD if outside else parts.ENCODER_BACKWARD
 
     def _walk(self, nodes):
-        seen = set(nodes)
-        todo = [(node, self._part(node)) for node in nodes]
-        hooked = set()
+        """Hook every node that runs after one of another part. They run in the order of their numbers, exactly: what
+        a node waits for was made after it."""
+        found = {node: self._part(node) for node in nodes}
+        todo = list(found)
         while todo:
-            node, part = todo.pop()
+            node = todo.pop()
             if node._sequence_nr() < self.first:
                 continue
             for child, _ in node.next_functions:
-                if child is None or child._sequence_nr() >= LEAF:
-                    continue
-                its = self._part(child)
-                if its != part and child not in hooked:
-                    hooked.add(child)
-                    self.handles.append(child.register_prehook(self._hook(its)))
-                if child not in seen:
-                    seen.add(child)
-                    todo.append((child, its))
+                if child is not None and child not in found and child._sequence_nr() < LEAF:
+                    found[child] = self._part(child)
+                    todo.append(child)
+        order = sorted(found, key=lambda node: -node._sequence_nr())
+        self.start = found[order[0]]
+        for before, node in pairwise(order):
+            if found[node] != found[before]:
+                self.handles.append(node.register_prehook(self._hook(found[node])))
 
     def _hook(self, part):
         def hook(gradients):

@@ -64,15 +64,15 @@ class Trace:
         self.profiler = None
 
     def begin(self):
+        if torch.autograd._profiler_enabled():  # a second one would end the first
+            self.problem = "There is no trace: another profiler is at work."
+            return
         activities = [torch.profiler.ProfilerActivity.CPU]
         if self.device.type == "cuda":
             activities.append(torch.profiler.ProfilerActivity.CUDA)
             self._record_history()
         self.profiler = torch.profiler.profile(activities=activities, profile_memory=True)
-        try:
-            self.profiler.start()
-        except RuntimeError as error:  # another profiler is at work
-            self.profiler, self.problem = None, f"no trace: {error}"
+        self.profiler.start()
 
     def end(self):
         if self.profiler is not None:
@@ -93,7 +93,7 @@ class Trace:
         try:
             torch.cuda.memory._record_memory_history(max_entries=100_000)
         except (AttributeError, TypeError, RuntimeError) as error:
-            self.problem = f"no memory snapshot: {error}"
+            self.problem = f"There is no memory snapshot: {error}"
 
     def _save_history(self):
         try:
@@ -101,7 +101,7 @@ class Trace:
             torch.cuda.memory._record_memory_history(enabled=None)
             (self.folder / "snapshot.pickle").write_bytes(pickle.dumps(snapshot))
         except (AttributeError, TypeError, RuntimeError) as error:
-            self.problem = f"no memory snapshot: {error}"
+            self.problem = f"There is no memory snapshot: {error}"
 
 
 def timeline(trace, cuda, points=1500) -> dict | None:

@@ -19,12 +19,15 @@ COLORS = {
 }
 """The loss in warm colours, the encoder in green."""
 
+WIDTH = 6.0
+"""Inches of every picture: at the width of a phone its letters can still be read."""
+
 
 def times(cases):
     """Stacked bars of a step: a panel for each batch, since they differ by orders of magnitude."""
     batches = list(dict.fromkeys(case["batch"] for case in cases))
     made, axes = figure(
-        7.6,
+        WIDTH,
         0.9 + sum(_height(cases, b) for b in batches),
         1,
         len(batches),
@@ -59,20 +62,20 @@ def _seconds(case, part):
 
 def _legend(made, names):
     handles = [Patch(color=COLORS[name], label=name) for name in names]
-    made.legend(handles=handles, loc="outside upper center", ncols=4, frameon=False, fontsize=9, columnspacing=1.2)
+    made.legend(handles=handles, loc="outside upper center", ncols=3, frameon=False, fontsize=9, columnspacing=1.2)
 
 
 def peaks(cases):
     """Peak memory while each part ran: bars beside each other, ``cases`` of one batch."""
     names = [p for p in parts.PARTS if any(_peak(c, p) is not None for c in cases)]
-    made, axes = figure(7.6, 0.36 * len(names) * max(1, 0.62 * len(cases)) + 1.1)
+    made, axes = figure(WIDTH, 0.36 * len(names) * max(1, 0.62 * len(cases)) + 1.1)
     axis, thick = axes[0, 0], 0.78 / len(cases)
     unit, label = _unit(max(_peak(c, p) or 0 for c in cases for p in names))
     for i, case in enumerate(cases):
         values = [(_peak(case, p) or 0) / unit for p in names]
         places = [y + (i - (len(cases) - 1) / 2) * thick for y in range(len(names))]
         bars = axis.barh(places, values, color=_color(case["variant"]), height=thick * 0.92, label=case["variant"])
-        axis.bar_label(bars, [f"{v:.3g}" for v in values], padding=3, fontsize=8)
+        axis.bar_label(bars, [f"{v:.3g}" if v < 100 else f"{v:.0f}" for v in values], padding=3, fontsize=8)
     axis.set_yticks(range(len(names)), names)
     axis.invert_yaxis()
     axis.margins(x=0.1)
@@ -98,7 +101,7 @@ def timelines(cases):
     """Memory over the time of a step, the parts behind it; ``cases`` of one batch."""
     top = max(max(case["summary"]["timeline"]["bytes"]) for case in cases)
     unit, label = _unit(top)
-    made, axes = figure(7.6, 0.9 + 2.2 * len(cases), 1, len(cases))
+    made, axes = figure(WIDTH, 0.9 + 2.2 * len(cases), 1, len(cases))
     shown = set()
     for axis, case in zip(axes[:, 0], cases, strict=True):
         line = case["summary"]["timeline"]
@@ -119,7 +122,7 @@ def timelines(cases):
 
 def growth(found):
     """Measured peaks over the batch, what was fitted through them, and the limit."""
-    made, axes = figure(7.6, 4.0)
+    made, axes = figure(WIDTH, 4.0)
     axis, limit = axes[0, 0], found["limit_bytes"]
     xs, values = [], [limit / 1e9]
     for variant, facts in found["variants"].items():
@@ -154,5 +157,5 @@ def growth(found):
     log_axis(axis.yaxis, values)
     axis.set_xlabel("batch")
     axis.set_ylabel("peak memory of the process, GB")
-    axis.legend(frameon=False, fontsize=9, loc="upper left")
+    axis.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(0, 0.93))
     return made

@@ -59,9 +59,7 @@ def table(results):
     made = Table(title="Milliseconds of a step", pad_edge=False, collapse_padding=True)
     made.add_column("batch", justify="right")
     made.add_column("")
-    for part in parts.PARTS:
-        made.add_column(part, justify="right")
-    for title in ("step", "loss", "peak"):
+    for title in ("step", "loss", "peak", *parts.PARTS):
         made.add_column(title, justify="right")
     for case, cells in rows(results):
         made.add_row(f"{case['batch']:,}" if case["batch"] else "", case["variant"], *cells)
@@ -69,22 +67,14 @@ def table(results):
 
 
 def rows(results):
-    """Case, and its cells: a part's milliseconds each, the step's, the loss' share, the peak; or why there are none."""
+    """Case, and its cells: the step, the loss' share, the peak, then each part; or why there are none."""
     for case in results["cases"]:
         summary = case["summary"]
         if case["status"] != "measured":
-            yield case, [case["status"], *[""] * (len(parts.PARTS) + 2)]
+            yield case, [*[""] * (len(parts.PARTS) + 3)]
             continue
-        cells = [milliseconds(row["seconds"]) for row in summary["parts"]]
-        yield (
-            case,
-            [
-                *cells,
-                milliseconds(summary["step_seconds"]),
-                percent(summary["loss_share"]),
-                size(summary["peak_bytes"]),
-            ],
-        )
+        whole = milliseconds(summary["step_seconds"]), percent(summary["loss_share"]), size(summary["peak_bytes"])
+        yield case, [*whole, *(milliseconds(row["seconds"]) for row in summary["parts"])]
 
 
 def largest_rows(found):

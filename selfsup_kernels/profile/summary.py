@@ -1,4 +1,4 @@
-"""The steps that were measured, as numbers: means of the middle half, shares, peaks, and what is wrong with them."""
+"""The steps that were measured, as numbers: means of the faster half, shares, peaks, and what is wrong with them."""
 
 from selfsup_kernels.profile import parts
 
@@ -6,11 +6,9 @@ TOLERANCE = 0.05
 """How far the named parts may be from a step without marks before the summary warns."""
 
 
-def middle(values, key=lambda value: value) -> list:
-    """The middle half, by ``key``: one interrupted step does not count, and means over it still add up."""
-    ordered = sorted(values, key=key)
-    cut = len(ordered) // 4
-    return ordered[cut : len(ordered) - cut]
+def faster(values, key=lambda value: value) -> list:
+    """The faster half, by ``key``: what disturbs a step makes it longer, never shorter, and means still add up."""
+    return sorted(values, key=key)[: -(-len(values) // 2)]
 
 
 def mean(values) -> float:
@@ -29,10 +27,10 @@ def summarize(
         peaks: part -> bytes in use at its peak; None if not known.
         level: bytes in use before the first step.
     """
-    kept = middle(timed, key=lambda step: sum(step.values()))
+    kept = faster(timed, key=lambda step: sum(step.values()))
     seconds = {part: mean(step[part] for step in kept) for part in parts.PARTS} if kept else None
     step = sum(seconds.values()) if seconds else None
-    alone = mean(middle(plain)) if plain else None
+    alone = mean(faster(plain)) if plain else None
     named = sum(seconds[part] for part in parts.NAMED) if seconds else None
     difference = named / alone - 1 if named is not None and alone else None
     above = {part: max(0, peaks[part] - level) for part in parts.PARTS if part in peaks} if peaks else {}
@@ -101,8 +99,8 @@ def size(count) -> str:
     if count is None:
         return "-"
     for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if abs(count) >= factor:
-            return f"{count / factor:.3g} {unit}" if abs(count) < 999.5 * factor else f"{count / factor:.0f} {unit}"
+        if abs(count) >= 0.9995 * factor:
+            return f"{count / factor:.3g} {unit}" if abs(count) < 999.5 * factor else f"{count / factor:,.0f} {unit}"
     return f"{count:.0f} B"
 
 

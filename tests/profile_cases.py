@@ -1,0 +1,61 @@
+"""Modules of known cost for the tests of the profile."""
+
+import time
+
+import torch
+from torch import nn
+
+
+class _Slow(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, forward, backward):
+        ctx.seconds = backward
+        time.sleep(forward)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        time.sleep(ctx.seconds)
+        return gradient, None, None
+
+
+class Encoder(nn.Module):
+    """Two linear layers whose forward and backward take as many seconds more."""
+
+    def __init__(self, forward=0.0, backward=0.0, width=4):
+        super().__init__()
+        self.linear, self.out = nn.Linear(width, width), nn.Linear(width, width)
+        self.seconds = forward, backward
+
+    def forward(self, x):
+        return self.out(_Slow.apply(self.linear(x), *self.seconds))
+
+
+class SquareLoss(nn.Module):
+    def __init__(self, forward=0.0, backward=0.0):
+        super().__init__()
+        self.seconds = forward, backward
+
+    def forward(self, *tensors):
+        rows = torch.cat([torch.atleast_2d(x) for tensor in tensors for x in tensor])
+        return _Slow.apply(rows.square(), *self.seconds).mean()
+
+
+class Optimizer(torch.optim.SGD):
+    seconds = 0.0
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        time.sleep(self.seconds)
+        return super().step(closure)
+
+
+def batches(count, seconds=0.0, width=4):
+    for i in range(count):
+        time.sleep(seconds)
+        yield torch.full((3, width), float(i + 1))
+
+
+def seconds(run) -> dict:
+    """Part -> seconds."""
+    return {row["part"]: row["seconds"] for row in run.summary["parts"]}

@@ -1,0 +1,477 @@
+"""profile.steps: parts are told apart, training is what it was, and nothing is left behind."""
+
+import contextlib
+import json
+import threading
+import time
+
+import pytest
+import torch
+from profile_cases import Encoder, Optimizer, SquareLoss, batches, seconds
+from torch import nn
+from torch.optim import optimizer as optimizers
+
+import selfsup_kernels as sk
+from selfsup_kernels.profile import PARTS, hooks, parts
+from selfsup_kernels.profile.summary import faster, size, summarize
+
+COSTS = {
+    "data": 0.004,
+    "encoder forward": 0.008,
+    "loss forward": 0.012,
+    "loss backward": 0.02,
+    "encoder backward": 0.016,
+    "optimizer": 0.006,
+    "EMA": 0.01,
+}
+
+
+def close(measured, costs, slack=0.012):
+    """Sleeps last at least as long as they say, and other work in the part takes a few milliseconds at most."""
+    for part, cost in costs.items():
+        assert 0.98 * cost <= measured[part] < cost + slack, (part, cost, measured)
+
+
+def setup(costs=COSTS):
+    torch.manual_seed(0)
+    model = Encoder(costs["encoder forward"], costs["encoder backward"])
+    criterion = SquareLoss(costs["loss forward"], costs["loss backward"])
+    optimizer = Optimizer(model.parameters(), 0.01)
+    optimizer.seconds = costs["optimizer"]
+    return model, criterion, optimizer
+
+
+def test_every_part_is_told_apart_and_they_add_up():
+    model, criterion, optimizer = setup()
+    average = sk.EMA(model, 0.9)
+    slow_average(average, COSTS["EMA"])
+    with sk.profile.steps(model, loss=criterion, ema=average) as run:
+        for x in run(batches(12, COSTS["data"])):
+            criterion(model(x)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            average.update()
+    measured = seconds(run)
+    close(measured, COSTS)
+    assert measured["other"] < 0.005
+    s = run.summary
+    assert abs(s["named_seconds"] / s["step_seconds"] - 1) < 0.05
+    assert s["difference"] == s["named_seconds"] / s["step_seconds"] - 1
+    assert sum(measured.values()) == pytest.approx(s["marked_step_seconds"])
+    assert not s["warnings"]
+    assert s["steps"] == {"warmup": 2, "timed": 4, "plain": 4, "memory": 1, "traced": 1}
+    assert s["loss_share"] == pytest.approx(sum(measured[p] for p in parts.LOSS) / s["marked_step_seconds"])
+
+
+def slow_average(average, cost):
+    inner = average.update
+
+    def update(momentum=None):
+        time.sleep(cost)
+        inner(momentum)
+
+    average.update = update
+
+
+def test_a_sum_that_is_off_is_said_to_be():
+    values = dict.fromkeys(PARTS, 0.1)
+    facts = dict(device="cpu", counts={}, peaks=None, level=0, timeline=None, problems=[], hidden=[], with_memory=False)
+    right = summarize(timed=[values], plain=[0.7], loss_known=True, **facts)
+    assert right["difference"] == pytest.approx(0)
+    assert not right["warnings"]
+    wrong = summarize(timed=[values], plain=[1.0], loss_known=True, **facts)
+    assert wrong["difference"] == pytest.approx(-0.3)
+    assert "make up 70 % of a step without marks" in wrong["warnings"][0]
+    unknown = summarize(timed=[values], plain=[0.7], loss_known=False, **facts)
+    assert unknown["loss_share"] is None
+    assert "No loss was found" in unknown["warnings"][0]
+
+
+def test_accumulated_batches_are_one_step():
+    model, criterion, optimizer = setup()
+    with sk.profile.steps(model, loss=criterion, memory=False, trace=False) as run:
+        for i, x in enumerate(run(batches(12, COSTS["data"]), accumulate=2)):
+            (criterion(model(x)) / 2).backward()
+            if i % 2:
+                optimizer.step()
+                optimizer.zero_grad()
+    once = ("optimizer", "EMA")
+    close(seconds(run), {p: COSTS[p] if p in once else 2 * COSTS[p] for p in COSTS if p != "EMA"}, slack=0.02)
+    assert run.summary["steps"] == {"warmup": 2, "timed": 2, "plain": 2, "memory": 0, "traced": 0}
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_two_losses_one_of_them_in_the_middle(together):
+    first, second = Encoder(0.004, 0.008), Encoder(0.006, 0.012)
+    near, far = SquareLoss(0.002, 0.01), SquareLoss(0.003, 0.014)
+    with sk.profile.steps([first, second], loss=[near, far], memory=False, trace=False) as run:
+        for x in run(batches(7)):
+            middle = first(x)
+            early = 0.5 * near(middle)
+            late = far(second(middle))
+            if together:
+                (early + late).backward()
+            else:
+                late.backward(retain_graph=True)
+                early.backward()
+    costs = {"loss forward": 0.005, "loss backward": 0.024, "encoder forward": 0.01, "encoder backward": 0.02}
+    if not together:
+        costs["encoder backward"] += 0.008
+    close(seconds(run), costs)
+
+
+def test_a_loss_that_is_a_function_and_one_that_is_only_marked():
+    model = Encoder(0.006, 0.012)
+    slow = SquareLoss(0.008, 0.016)
+    for kind in ("function", "part"):
+        with sk.profile.steps(model, memory=False, trace=False) as run:
+            function = run.loss(lambda x: slow(x))
+            for x in run(batches(6)):
+                z = model(x)
+                if kind == "function":
+                    value = function(z)
+                else:
+                    with run.part("loss"):
+                        value = slow(z)
+                value.backward()
+        close(
+            seconds(run),
+            {"encoder forward": 0.006, "loss forward": 0.008, "loss backward": 0.016, "encoder backward": 0.012},
+        )
+
+
+def test_averages_of_any_kind():
+    model, criterion, _ = setup(dict.fromkeys(COSTS, 0.0))
+    average = torch.optim.swa_utils.AveragedModel(model)
+    with sk.profile.steps(model, loss=criterion, ema=average, memory=False, trace=False) as run:
+        other = run.ema(lambda: time.sleep(0.005))
+        for x in run(batches(6)):
+            criterion(model(x)).backward()
+            average.update_parameters(model)
+            other()
+            with run.part("ema"):
+                time.sleep(0.005)
+    close(seconds(run), {"EMA": 0.01})
+    assert "update_parameters" not in vars(average)
+
+
+def test_a_loop_without_a_loss_says_so():
+    model = nn.Linear(4, 4)
+    with sk.profile.steps(model) as run:
+        for x in run(batches(8)):
+            model(x).square().mean().backward()
+    assert run.summary["loss_share"] is None
+    assert "No loss was found" in str(run)
+    assert seconds(run)["loss backward"] == 0
+
+
+def test_a_short_loop_says_what_is_missing():
+    model = nn.Linear(4, 4)
+    with sk.profile.steps(model, loss=nn.MSELoss()) as run:
+        for x in run(batches(3)):
+            model(x).mean().backward()
+    assert run.summary["steps"]["timed"] == 1
+    assert "without marks" in run.summary["warnings"][0]
+    with sk.profile.steps(model, warmup=2) as run:
+        for _ in run(batches(1)):
+            pass
+    assert "shorter than its warm-up" in run.summary["warnings"][0]
+    assert run.summary["step_seconds"] is None
+    assert "-" in str(run)
+
+
+METHODS = {
+    "simclr": lambda e, p, q: sk.methods.SimCLR(e, p),
+    "cmc": lambda e, p, q: sk.methods.CMC(e, p),
+    "moco": lambda e, p, q: sk.methods.MoCo(e, p, 64),
+    "byol": lambda e, p, q: sk.methods.BYOL(e, p, q),
+    "fusion": lambda e, p, q: sk.methods.BYOLContrast(e, p, q),
+}
+
+
+def method_of(name, encoder=None):
+    torch.manual_seed(0)
+    return METHODS[name](encoder or nn.Linear(8, 8), nn.Linear(8, 4), nn.Linear(4, 4))
+
+
+def loop(method, count, around=lambda loader: loader):
+    optimizer = torch.optim.AdamW(method.parameters(), 1e-2)
+    generator = torch.Generator().manual_seed(1)
+    values = []
+    for x in around([torch.randn(2, 16, 8, generator=generator) for _ in range(count)]):
+        value = method(x[0] + 0.1 * torch.randn(16, 8), x[1])
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if hasattr(method, "update_target"):
+            method.update_target(0.9)
+        values.append(value.item())
+    return values, method.state_dict()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_training_is_bit_identical_and_nothing_is_left(name):
+    torch.manual_seed(3)
+    plain = method_of(name)
+    expected = loop(plain, 9)
+    method = method_of(name)
+    before = attributes(method)
+    with sk.profile.steps(method) as run:
+        values, state = loop(method, 9, run)
+    assert values == expected[0]
+    assert list(state) == list(expected[1])
+    assert all(torch.equal(a, b) for a, b in zip(state.values(), expected[1].values(), strict=True))
+    assert attributes(method) == before
+    shares = {row["part"]: row["share"] for row in run.summary["parts"]}
+    for part in ("encoder forward", "loss forward", "loss backward", "encoder backward", "optimizer"):
+        assert shares[part] > 0, part
+    assert (shares["EMA"] > 0) == hasattr(method, "update_target")
+
+
+def attributes(module):
+    """What a hook or a wrapper would change."""
+    state = [
+        (name, len(m._forward_hooks), len(m._forward_pre_hooks), sorted(vars(m))) for name, m in module.named_modules()
+    ]
+    patched = (
+        torch.autograd.backward,
+        torch.optim.Optimizer.zero_grad,
+        torch.amp.GradScaler.step,
+        len(optimizers._global_optimizer_pre_hooks),
+        len(optimizers._global_optimizer_post_hooks),
+    )
+    return state, patched
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_need_no_help(name):
+    """The encoder's sleep is not in the loss, and the loss is not in the encoder."""
+    method = method_of(name, nn.Sequential(nn.Linear(8, 4), Encoder(0.003, 0.006), nn.Linear(4, 8)))
+    with sk.profile.steps(method, memory=False, trace=False) as run:
+        loop(method, 6, run)
+    measured = seconds(run)
+    calls = {"simclr": (2, 2), "cmc": (2, 2), "moco": (2, 1), "byol": (4, 2), "fusion": (4, 2)}[name]
+    close(measured, {"encoder forward": 0.003 * calls[0], "encoder backward": 0.006 * calls[1]}, slack=0.02)
+    assert measured["loss forward"] < 0.02
+    assert measured["loss backward"] < 0.02
+    assert not run.summary["warnings"]
+
+
+def test_an_exception_leaves_nothing_behind():
+    model, criterion, optimizer = setup(dict.fromkeys(COSTS, 0.0))
+    before = attributes(model), attributes(criterion)
+    for at in range(8):
+        with pytest.raises(ZeroDivisionError), sk.profile.steps(model, loss=criterion) as run:
+            for i, x in enumerate(run(batches(9))):
+                value = criterion(model(x))
+                if i == at:
+                    raise ZeroDivisionError
+                value.backward()
+                optimizer.step()
+        assert (attributes(model), attributes(criterion)) == before
+        assert sum(run.summary["steps"].values()) == at
+    with torch.profiler.profile(), sk.profile.steps(model, loss=criterion) as run:  # the profiler is free again
+        pass
+
+
+def test_an_exception_inside_a_module_that_is_caught():
+    class Fails(nn.Linear):
+        fail = False
+
+        def forward(self, x):
+            if self.fail:
+                raise ValueError("now")
+            return super().forward(x)
+
+    model, criterion = Fails(4, 4), SquareLoss()
+    with sk.profile.steps(model, loss=criterion, warmup=0, memory=False, trace=False) as run:
+        for i, x in enumerate(run(batches(8))):
+            model.fail = i % 2 == 0
+            with contextlib.suppress(ValueError):
+                criterion(model(x)).backward()
+            time.sleep(0.002)
+    close(seconds(run), {"other": 0.002})
+    assert seconds(run)["encoder forward"] < 0.002
+
+
+def test_used_again_nested_and_out_of_place():
+    model, criterion, _ = setup(dict.fromkeys(COSTS, 0.0))
+    run = sk.profile.steps(model, loss=criterion)
+    with pytest.raises(RuntimeError, match="inside its with block"):
+        run([1])
+    with pytest.raises(RuntimeError, match="expected the end of the with block"):
+        _ = run.summary
+    with run:
+        with pytest.raises(RuntimeError, match="this Encoder is being profiled already"), sk.profile.steps(model):
+            pass
+        for _ in range(2):  # two epochs
+            for x in run(batches(4)):
+                criterion(model(x)).backward()
+        for x in run(batches(4)):
+            break
+    assert sum(run.summary["steps"].values()) == 8
+    with pytest.raises(RuntimeError, match="entered once"):
+        run.__enter__()
+    with pytest.raises(RuntimeError, match="inside its with block"):
+        run([1])
+    with sk.profile.steps(model):
+        pass
+
+
+def test_bad_arguments():
+    model = nn.Linear(2, 2)
+    for error, match, options in (
+        (TypeError, "model: expected an nn.Module", {"model": 3}),
+        (ValueError, "model: expected at least one", {"model": []}),
+        (TypeError, r"loss: expected .* run.loss\(function\)", {"loss": torch.nn.functional.mse_loss}),
+        (TypeError, "ema: expected a module with update", {"ema": model}),
+        (TypeError, "optimizer: expected an optimizer, got int", {"optimizer": 1}),
+        (ValueError, "warmup: expected an integer >= 0, got -1", {"warmup": -1}),
+        (ValueError, "device: expected cpu or cuda, got meta", {"device": "meta"}),
+    ):
+        with pytest.raises(error, match=match):
+            sk.profile.steps(**({"model": model} | options))
+    with sk.profile.steps(model) as run:
+        with pytest.raises(ValueError, match="accumulate: expected an integer >= 1, got 0"):
+            run([], accumulate=0)
+        with pytest.raises(ValueError, match="name: expected one of loss, .* got 'nonsense'"):
+            run.part("nonsense")
+        with pytest.raises(TypeError, match="function: expected a function"):
+            run.loss(3)
+
+
+def test_compiled_encoders_keep_their_loss_apart():
+    for how in ("wrapped", "in place"):
+        torch._dynamo.reset()
+        encoder = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+        if how == "wrapped":
+            encoder = torch.compile(encoder, backend="aot_eager")
+        method = method_of("simclr", encoder)
+        if how == "in place":
+            encoder.compile(backend="aot_eager")
+        with sk.profile.steps(method, memory=False) as run:
+            loop(method, 8, run)
+        shares = {row["part"]: row["share"] for row in run.summary["parts"]}
+        assert all(shares[p] > 0 for p in ("encoder forward", *parts.LOSS, "encoder backward"))
+        assert not any("compiled together" in line for line in run.summary["warnings"])
+    torch._dynamo.reset()
+
+
+def test_a_loss_compiled_with_its_encoder_is_said_to_be():
+    torch._dynamo.reset()
+    method = torch.compile(method_of("simclr"), backend="eager")
+    assert hooks.losses_in([method]) == []
+    with sk.profile.steps(method, memory=False, trace=False) as run:
+        loop(method, 6, run)
+    assert "InfoNCELoss: compiled together with the encoder" in run.summary["warnings"][0]
+    torch._dynamo.reset()
+
+
+def test_gradient_scaler_autocast_and_checkpointing():
+    model, criterion = Encoder(0.004, 0.008), SquareLoss(0.005, 0.01)
+    optimizer = Optimizer(model.parameters(), 1e-3)
+    optimizer.seconds = 0.004
+    scaler = torch.amp.GradScaler("cpu")
+    with sk.profile.steps(model, loss=criterion, memory=False, trace=False) as run:
+        for x in run(batches(6)):
+            with torch.autocast("cpu", torch.bfloat16):
+                z = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False)
+                value = criterion(z)
+            scaler.scale(value).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+    close(
+        seconds(run),
+        {
+            "encoder forward": 0.004,
+            "loss forward": 0.005,
+            "loss backward": 0.01,
+            "encoder backward": 0.012,  # with the forward again
+            "optimizer": 0.004,
+        },
+    )
+
+
+def test_chunked_backward():
+    encoder, criterion = Encoder(0.002, 0.004), sk.InfoNCELoss()
+    with sk.profile.steps(encoder, loss=criterion, memory=False, trace=False) as run:
+        for x in run(batches(6)):
+            x = x + torch.arange(3.0).unsqueeze(1)
+            sk.chunked_backward(encoder, [x, 2 * x - 1], criterion, chunk_size=2)
+    # Four chunks: each twice forward, once backward.
+    close(seconds(run), {"encoder forward": 0.016, "encoder backward": 0.016}, slack=0.02)
+
+
+def test_calls_in_other_threads_do_not_disturb():
+    model, criterion = Encoder(0.002, 0.002), SquareLoss()
+    spoiler = Encoder(0.03, 0.0)
+    with sk.profile.steps([model, spoiler], loss=criterion, memory=False, trace=False) as run:
+        for x in run(batches(6)):
+            thread = threading.Thread(target=spoiler, args=(x,))
+            thread.start()
+            criterion(model(x)).backward()
+            thread.join()
+    assert seconds(run)["encoder forward"] < 0.02
+    close(seconds(run), {"other": 0.02}, slack=0.03)
+
+
+def test_peak_memory_by_part():
+    class Wide(nn.Module):
+        def forward(self, x):
+            return x.expand(32 << 20).clone()[:4] + x
+
+    model, criterion = nn.Sequential(nn.Linear(1, 1)), Wide()
+    with sk.profile.steps(model, loss=criterion, trace=False) as run:
+        for _ in run(range(7)):
+            criterion(model(torch.ones(1))).sum().backward()
+    peaks = {row["part"]: row["peak_bytes"] for row in run.summary["parts"]}
+    if run.summary["peak_bytes"] is None:
+        pytest.skip("this system does not tell a process its peak memory")
+    assert 120e6 < peaks["loss forward"] < 250e6
+    assert peaks["data"] < 60e6
+    assert peaks["encoder forward"] < 60e6
+    assert run.summary["peak_bytes"] == max(v for v in peaks.values() if v is not None)
+
+
+def test_trace_has_the_ranges_and_the_timeline_the_memory(tmp_path):
+    method = method_of("byol", nn.Sequential(nn.Linear(8, 1 << 16), nn.Linear(1 << 16, 8)))
+    with sk.profile.steps(method, memory=False) as run:
+        loop(method, 7, run)
+    run.save_trace(tmp_path)
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    names = {e["name"] for e in events if e.get("cat") == "user_annotation"}
+    assert {f"selfsup_kernels: {part}" for part in parts.NAMED} <= names
+    line = run.summary["timeline"]
+    assert len(line["seconds"]) == len(line["bytes"]) > 10
+    # Sixteen rows of 2 ** 16 numbers, two views, and as much again for the target at a time.
+    assert 2 * 16 * 4 * 2**16 <= max(line["bytes"]) < 64 * 4 * 16 * 2**16
+    spans = line["spans"]
+    assert [name for name, *_ in spans][0] == "data"
+    assert all(begin <= end for _, begin, end in spans)
+    assert all(a[2] <= b[1] + 1e-4 for a, b in zip(spans, spans[1:], strict=False))
+    order = [name for name, *_ in spans if name not in ("other", "data")]
+    assert order.index("loss forward") < order.index("loss backward") < order.index("EMA")
+
+
+def test_a_users_own_profiler_shows_the_ranges():
+    model, criterion, _ = setup(dict.fromkeys(COSTS, 0.0))
+    with sk.profile.steps(model, loss=criterion) as run, torch.profiler.profile() as profiler:
+        for x in run(batches(9)):
+            criterion(model(x)).backward()
+    assert "selfsup_kernels: loss backward" in {event.key for event in profiler.key_averages()}
+    assert any("no trace: another profiler" in line for line in run.summary["warnings"])
+    assert run.summary["timeline"] is None
+
+
+def test_words_and_numbers():
+    assert [size(n) for n in (None, 12, 1500, 2_340_000, 9.996e8, 12.34e9)] == [
+        "-",
+        "12 B",
+        "1.5 kB",
+        "2.34 MB",
+        "1 GB",
+        "12.3 GB",
+    ]
+    assert faster([5, 1, 9, 2, 8]) == [1, 2, 5]
+    assert faster([3]) == [3]
