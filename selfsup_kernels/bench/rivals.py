@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from selfsup_kernels import backends
+from selfsup_kernels import _memory, backends
 from selfsup_kernels.bench import eager
 from selfsup_kernels.bench.workloads import MOMENTUM, TEMPERATURE
 
@@ -324,7 +324,14 @@ def load(case, name, inputs):
     except Unsupported as error:
         return None, str(error)
     except Exception as error:  # a peer that fails while it is imported shall not hide the others
-        return None, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        return None, reason_of(error)
+
+
+def reason_of(error) -> str:
+    """An exception in one line."""
+    if _memory.refused(error):
+        return "out of memory"
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def versions(ops) -> dict:

@@ -85,7 +85,7 @@ class Suite:
         try:
             return function(), None
         except Exception as error:
-            reason = reason_of(error)
+            reason = rivals.reason_of(error)
         self.free()
         return None, reason
 
@@ -103,7 +103,7 @@ class Suite:
             self._fill(case, names, columns)
         except Exception as error:  # what fails beyond one rival is recorded, and the next case gets its turn
             traceback.print_exc()
-            columns.fail({name: reason_of(error) for name in names if name not in columns.unavailable})
+            columns.fail({name: rivals.reason_of(error) for name in names if name not in columns.unavailable})
         self.free()
         rows = [columns.row(case, part) for part in case.parts]
         self.rows += rows
@@ -327,13 +327,6 @@ class Columns:
         for column, values in self.rest.items():
             row[column] = {name: value for name, value in values.items() if name in times or column == "peak_bytes"}
         return row | {"unavailable": dict(self.unavailable), "notes": dict(self.notes)}
-
-
-def reason_of(error):
-    if _memory.refused(error):
-        return "out of memory"
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"
 
 
 def too_slow(seconds):

@@ -48,7 +48,9 @@ def in_turns(calls, seconds=1.0, rounds=None):
     for name in order:
         turn(name)
     slowest = max((values[0] for values in times.values()), default=0.0)
-    repeats = {name: int(min(CALLS_A_ROUND, max(1, slowest / max(values[0], 1e-3)))) for name, values in times.items()}
+    repeats = {
+        name: round(min(CALLS_A_ROUND, max(1, slowest / max(values[0], 1e-3)))) for name, values in times.items()
+    }
     if rounds is None:
         a_round = sum(repeats[name] * values[0] for name, values in times.items())
         rounds = int(min(MOST_ROUNDS, max(LEAST_ROUNDS, 1e3 * seconds / max(a_round, 1e-3))))

@@ -12,7 +12,19 @@ def probe(parameters, name) -> dict:
     Args:
         parameters: of :func:`workloads.case`.
         name: the rival's column.
+
+    Raises:
+        what a refused allocation raises; any other exception is a reason.
     """
+    try:
+        return measure(parameters, name)
+    except Exception as error:
+        if _memory.refused(error):
+            raise
+        return {"reason": rivals.reason_of(error)}
+
+
+def measure(parameters, name):
     case = workloads.case(**parameters)
     part = case.parts[-1]
     # Libraries, threads and code are there before the measurement begins.
