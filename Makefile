@@ -1,6 +1,6 @@
 # Every target works alone on a fresh machine: it makes .venv and builds the extension where they are missing or stale.
 #
-#   make setup | demo | bench | bench-compare | bench-results | profile | test | lint | asan | interop-setup | interop
+#   make setup | demo | bench | bench-compare | bench-results | profile | docs | test | lint | asan | interop-setup | interop
 #        interop-bench | compat | cuda | cuda-static | gpu-static | gpu-check | clean
 #
 # With PYTHON given on the command line (make test PYTHON=python3) that interpreter is used as it is: it needs torch
@@ -38,7 +38,7 @@ OP_TESTS := tests/test_ops.py tests/test_info_nce.py tests/test_info_nce_parts.p
 
 export SELFSUP_KERNELS_REQUIRE_EXTENSION := 1
 
-.PHONY: setup demo bench bench-compare bench-results profile test lint asan interop-setup interop interop-bench compat cuda cuda-static gpu-static gpu-check clean
+.PHONY: setup demo bench bench-compare bench-results profile docs test lint asan interop-setup interop interop-bench compat cuda cuda-static gpu-static gpu-check clean
 
 setup: $(BUILT)
 
@@ -87,6 +87,11 @@ bench-results: interop-setup
 # Real training steps, part by part. ARGUMENTS="--method byol --batch 256,1024" and the like.
 profile: setup
 	$(PY) -m selfsup_kernels profile --out out/profile $(ARGUMENTS)
+
+# Tables and pictures from benchmarks/results, then the site, in build/docs. A warning is an error.
+docs: setup
+	$(PY) benchmarks/tables.py
+	$(PY) -m sphinx -W --keep-going -q -E -d build/doctrees docs build/docs
 
 # The second run has the GPU kernels on the CPU: Triton's in its interpreter, CUDA's in our emulator.
 test: setup

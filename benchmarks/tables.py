@@ -1,106 +1,54 @@
-"""Writes the tables of README.md and docs/ from the committed results: no number there without a file.
+"""Writes the tables and pictures of README.md and docs/ from the committed results: no number there without a file.
 
     python benchmarks/tables.py [--check]
 
-Between ``<!-- results:FOLDER/NAME -->`` and ``<!-- end -->`` stands the table NAME of that folder of results, after
-``<!-- model:NAME -->`` one that is calculated.
-``--check`` fails where a page differs from what the files say.
+Between ``<!-- results:FOLDER/NAME -->`` and ``<!-- end -->`` stands a table of that file of results, after
+``<!-- model:NAME -->`` one that is calculated, after ``<!-- performance -->`` the sections of all devices, and inside a
+line, after ``<!-- says:FOLDER/NAME -->``, words about that file. ``--check`` fails where a page or a picture differs
+from what the files say.
 """
 
 import argparse
-import json
 import re
+import statistics
 import sys
 from pathlib import Path
 
+import measured as m
+import performance
+import pictures
 import scaling_model
 
-ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MARKER = re.compile(r"(<!-- results:(\S+)/(\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 MODEL = re.compile(r"(<!-- model:(\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-
-
-def load(folder, name):
-    return json.loads((ROOT / "benchmarks" / "results" / folder / f"{name}.json").read_text())
-
-
-def median(row, name):
-    return row["times"][name]["p50_ms"]
-
-
-def milliseconds(value):
-    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
-
-
-def times_table(title, rows, label, rivals):
-    """One line a row: our time, then each rival's time and how many times ours that is."""
-    lines = [f"| {title} | selfsup_kernels | " + " | ".join(rivals) + " |", "|---|" + "---|" * (1 + len(rivals))]
-    for row in rows:
-        ours = median(row, "selfsup_kernels")
-        cells = [f"{milliseconds(median(row, r))} ms ({median(row, r) / ours:.1f}x)" for r in rivals]
-        lines.append(f"| {label(row)} | {milliseconds(ours)} ms | " + " | ".join(cells) + " |")
-    return lines
-
-
-def info_nce(data):
-    def label(row):
-        return f"B = {row['batch']}, D = {row['dim']}, {row['part'].replace('both', 'forward + backward')}"
-
-    lines = times_table("InfoNCE, two views, float32", data["rows"], label, ["eager", "compile"])
-    lines[0] += " rate / matrix product |"
-    lines[1] += "---|"
-    for i, row in enumerate(data["rows"]):
-        lines[2 + i] += f" {row['gflops']:.0f} / {row['matrix_product_gflops']:.0f} GFLOP/s |"
-    return lines
-
-
-def byol(data):
-    def label(row):
-        return f"B = {row['batch']}, D = {row['dim']}, {row['part'].replace('both', 'forward + backward')}"
-
-    return times_table("BYOL loss, pairs, float32", data["rows"], label, ["eager", "compile"])
-
-
-def ema(data):
-    lines = ["| EMA, ResNet-50, float32 target | selfsup_kernels | the op alone | rival | bandwidth of the op |"]
-    lines.append("|---|---|---|---|---|")
-    for row in data["rows"]:
-        ours = median(row, "selfsup_kernels")
-        rival = next(n for n in row["times"] if n not in ("selfsup_kernels", "the op alone"))
-        lines.append(
-            f"| {row['source']} source | {milliseconds(ours)} ms | {milliseconds(median(row, 'the op alone'))} ms"
-            f" | `{rival}` {milliseconds(median(row, rival))} ms ({median(row, rival) / ours:.2f}x)"
-            f" | {row['gb_per_s']:.0f} of {row['in_place_gb_per_s']:.0f} GB/s |"
-        )
-    return lines
-
-
-def memory(data):
-    lines = ["| rows, D = 128 | | time | memory above the inputs | times the embeddings |", "|---|---|---|---|---|"]
-    for row in data["rows"]:
-        lines.append(
-            f"| {row['rows']} | {row['name']} | {milliseconds(row['ms'])} ms |"
-            f" {row['peak_bytes_above_inputs'] / 1e6:.0f} MB | {row['ratio']:.1f}x |"
-        )
-    return lines
+PERFORMANCE = re.compile(r"(<!-- performance -->\n).*?(<!-- end -->)", re.DOTALL)
+SAYS = re.compile(r"(<!-- says:(\S+)/(\w+) -->).*?(<!-- end -->)", re.DOTALL)
 
 
 def compat(data):
-    def megabytes(size):
-        return "-" if size is None else f"{size / 1e6:.0f} MB"
-
-    lines = ["| drop-in for | version | B | ours | original | factor | memory: ours | original |"]
-    lines.append("|---|---|---|---|---|---|---|---|")
+    head = ["drop-in for", "version", "B", "ours", "original", "factor", "memory: ours", "original"]
+    lines = []
     for row in data["rows"]:
-        ours, original = median(row, "selfsup_kernels"), median(row, "original")
-        peak = row.get("peak_bytes", {})
-        lines.append(
-            f"| {row['name']} | {row['version']} | {row['batch'] or '-'} | {milliseconds(ours)} ms |"
-            f" {milliseconds(original)} ms | {original / ours:.1f}x |"
-            f" {megabytes(peak.get('selfsup_kernels'))} | {megabytes(peak.get('original'))} |"
-        )
-    return lines
+        peaks = [m.size(m.peak(row, name)) for name in (m.OURS, "original")]
+        both = [m.milliseconds(m.median(row, name)) for name in (m.OURS, "original")]
+        factor = m.times(m.factor(row, "original"))
+        lines.append([row["name"], row["version"], str(row["batch"] or "-"), *both, factor, *peaks])
+    return performance.table(head, lines)
+
+
+def compat_words(data):
+    """The range of the factors, with the drop-ins at its ends."""
+    rows = sorted(data["rows"], key=lambda row: m.factor(row, "original"))
+    factors = [m.factor(row, "original") for row in rows]
+
+    def end(row, ratio):
+        return f"{ratio:.1f}" if ratio < 100 else f"{ratio:.0f}", f"{row['name']}, B = {row['batch']}"
+
+    (least, slowest), (most, fastest) = end(rows[0], factors[0]), end(rows[-1], factors[-1])
+    return (
+        f"between {least} times ({slowest}) and {most} times ({fastest}) as fast as its original;"
+        f" the median of {len(rows)} is {statistics.median(factors):.1f} times"
+    )
 
 
 def scaling(data):
@@ -132,43 +80,86 @@ def gpus():
     return lines
 
 
-TABLES = {"info_nce": info_nce, "byol": byol, "ema": ema, "memory": memory, "compat": compat, "scaling": scaling}
+TABLES = {
+    "info_nce": performance.short_info_nce,
+    "byol": performance.short_byol,
+    "ema": performance.short_ema,
+    "compat": compat,
+    "scaling": scaling,
+}
 MODELS = {"gpus": gpus}
+WORDS = {"compat": compat_words}
 
 
-def device_line(header):
-    return (
-        f"{header['device']}, {header['threads']} threads, {header['cpu_capability']}, torch {header['torch']},"
-        f" measured {header['date']}."
-    )
+class Documents:
+    """The pages of a checkout, its results, and what the pages have to say about them."""
+
+    def __init__(self, root=m.ROOT, results=None):
+        self.root = Path(root)
+        self.results = Path(results or self.root / "benchmarks" / "results")
+        self.images = self.root / "docs" / "images"
+        self.pages = [self.root / "README.md", *sorted((self.root / "docs").rglob("*.md"))]
+
+    def filled(self, text):
+        """``text`` with everything between the markers made anew."""
+
+        def table(match):
+            data = m.load(self.results / match.group(2), match.group(3))
+            lines = [*TABLES[match.group(3)](data), "", m.device_line(data["header"]), ""]
+            return match.group(1) + "\n".join(lines) + match.group(4)
+
+        def model(match):
+            return match.group(1) + "\n".join([*MODELS[match.group(2)](), ""]) + match.group(3)
+
+        def devices(match):
+            return match.group(1) + "\n".join(["", *self.performance(), "", ""]) + match.group(2)
+
+        def words(match):
+            return (
+                match.group(1)
+                + WORDS[match.group(3)](m.load(self.results / match.group(2), match.group(3)))
+                + "<!-- end -->"
+            )
+
+        for pattern, made in ((MARKER, table), (MODEL, model), (PERFORMANCE, devices), (SAYS, words)):
+            text = pattern.sub(made, text)
+        return text
+
+    def performance(self):
+        """The sections of all devices, with the pictures as docs/performance.md reaches them."""
+        lines = []
+        for folder in m.device_folders(self.results):
+            shown = {
+                key: [(f"images/{path.name}", text) for path, _, _, text in made]
+                for key, made in pictures.plan(folder, self.images).items()
+            }
+            lines += [*([""] if lines else []), *performance.section(folder, shown)]
+        return lines
+
+    def update(self, write=True):
+        """Makes pages and pictures anew; returns those that differed from what the files say."""
+        changed = []
+        for folder in m.device_folders(self.results):
+            changed += pictures.update(folder, self.images, write)
+        for page in self.pages:
+            before = page.read_text(encoding="utf-8")
+            after = self.filled(before)
+            if before != after:
+                changed.append(page)
+                if write:
+                    page.write_text(after, encoding="utf-8")
+        return changed
 
 
-def fill(text):
-    def table(match):
-        data = load(match.group(2), match.group(3))
-        return (
-            match.group(1)
-            + "\n".join([*TABLES[match.group(3)](data), "", device_line(data["header"]), ""])
-            + match.group(4)
-        )
-
-    def model(match):
-        return match.group(1) + "\n".join([*MODELS[match.group(2)](), ""]) + match.group(3)
-
-    return MODEL.sub(model, MARKER.sub(table, text))
-
-
-def main():
+def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true")
-    args = parser.parse_args()
-    for page in PAGES:
-        before = page.read_text()
-        after = fill(before)
-        if not args.check:
-            page.write_text(after)
-        elif before != after:
-            sys.exit(f"{page.name} differs from benchmarks/results: run python benchmarks/tables.py")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where something differs")
+    options = parser.parse_args(arguments)
+    changed = Documents().update(write=not options.check)
+    for path in changed:
+        print(f"{path.relative_to(m.ROOT)} {'differs from' if options.check else 'made from'} benchmarks/results")
+    if options.check and changed:
+        sys.exit("run: python benchmarks/tables.py")
 
 
 if __name__ == "__main__":

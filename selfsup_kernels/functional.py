@@ -40,15 +40,15 @@ def info_nce_loss(
     :math:`v`, :math:`P_v` the positive of view :math:`v`, and ``mean`` over the positives, the loss of an anchor of
     view :math:`u` is, by ``objective``:
 
-    =================  =====================================  ==============================================
-    ``supcon_out``     ``LSE(all N, all P) - mean P``         NT-Xent for V = 2 (arXiv:2002.05709),
-                                                              SupCon's L_out (arXiv:2004.11362, eq. 2)
-    ``supcon_in``      ``LSE(all N, all P) - LSE(P) + log k`` SupCon's L_in (arXiv:2004.11362, eq. 3)
-    ``per_positive``   ``mean[LSE(all N, P_v) - P_v]``        pytorch-metric-learning's NTXentLoss
-    ``pairwise``       ``mean[LSE(N_u, N_v, P_v) - P_v]``     mean of the two-view NT-Xent losses
-    ``cross_view``     ``mean[LSE(N_v, P_v) - P_v]``          CMC's full graph (arXiv:1906.05849), CLIP for V = 2
-    ``decoupled``      ``LSE(all N) - mean P``                DCL (arXiv:2110.06848)
-    =================  =====================================  ==============================================
+    =================  ======================================  ==============================================
+    ``supcon_out``     ``LSE(all N, all P) - mean P``          NT-Xent for V = 2 (arXiv:2002.05709),
+                                                               SupCon's L_out (arXiv:2004.11362, eq. 2)
+    ``supcon_in``      ``LSE(all N, all P) - LSE(P) + log k``  SupCon's L_in (arXiv:2004.11362, eq. 3)
+    ``per_positive``   ``mean[LSE(all N, P_v) - P_v]``         pytorch-metric-learning's NTXentLoss
+    ``pairwise``       ``mean[LSE(N_u, N_v, P_v) - P_v]``      mean of the two-view NT-Xent losses
+    ``cross_view``     ``mean[LSE(N_v, P_v) - P_v]``           CMC's full graph (arXiv:1906.05849), CLIP for V = 2
+    ``decoupled``      ``LSE(all N) - mean P``                 DCL (arXiv:2110.06848)
+    =================  ======================================  ==============================================
 
     Args:
         views: a ``(V, B, D)`` tensor or a sequence of V ``(B, D)`` tensors; V >= 2, or V >= 1 with ``labels``.

@@ -119,7 +119,8 @@ def multiple_negatives_ranking_loss(
 
     Args:
         embeddings: ``[queries, documents, *hard negatives]``, each ``(B, D)``.
-        The others are those of the class.
+
+    The other arguments are those of the class.
     """
     _check(scale, similarity_fct, directions, partition_mode, hardness_mode, hardness_strength)
     embeddings = list(embeddings)

@@ -1,0 +1,185 @@
+"""The documents say what the committed results say, their links lead somewhere, and their examples run."""
+
+import copy
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+pytest.importorskip("matplotlib", reason="the pictures of the documents are matplotlib's")
+
+import tables  # noqa: E402
+
+HEADER = {
+    "device": "Imagined GPU",
+    "multiprocessors": 132,
+    "memory_bytes": 10**11,
+    "driver": "1.2",
+    "cuda": "13.0",
+    "torch": "2.13.0",
+    "triton": "3.7.1",
+    "python": "3.11",
+    "selfsup_kernels": "0.1.0",
+    "date": "2026-01-02",
+    "peers": {"lightly": "1.6.0"},
+    "matrix_product_tflops": {"float32": 50.0, "bfloat16": 800.0},
+    "copy_gb_per_s": 4000.0,
+}
+
+
+def timed(milliseconds):
+    return {"p20_ms": 0.9 * milliseconds, "p50_ms": milliseconds, "p80_ms": 1.2 * milliseconds, "calls": 10}
+
+
+def info_nce_row(batch, part, ours, eager, **more):
+    """Of ``ours`` and ``eager`` milliseconds; ``eager=None`` ran out of memory. lightly is never there."""
+    unavailable = {"lightly": "absent: lightly is not installed", "Liger": "takes one view"}
+    times = {"selfsup_kernels": timed(ours)}
+    if eager is None:
+        unavailable["eager"] = "out of memory: asked for 137 GB"
+    else:
+        times["eager"] = timed(eager)
+    row = {
+        "op": "info_nce",
+        "views": 2,
+        "batch": batch,
+        "dim": 128,
+        "dtype": "float32",
+        "part": part,
+        "times": times,
+        "peak_bytes": {"selfsup_kernels": 4096 * batch, "eager": None if eager is None else 40 * batch**2},
+        "errors": {"selfsup_kernels": {"loss": 2e-7, "gradient": 3e-6}},
+        "unavailable": unavailable,
+        "notes": {},
+        "tflops": 20.0,
+        "fraction": 0.4,
+    }
+    return row | more
+
+
+@pytest.fixture
+def documents(tmp_path):
+    """Pages of a checkout with one made-up GPU, whose pages have been written."""
+    folder = tmp_path / "benchmarks" / "results" / "imagined-gpu"
+    folder.mkdir(parents=True)
+    rows = [info_nce_row(256, "both", 2.0, 1.5), info_nce_row(1024, "forward", 1.0, 8.0)]
+    rows += [info_nce_row(1024, "both", 4.0, 50.0), info_nce_row(65536, "both", 1234.0, None)]
+    (folder / "info_nce.json").write_text(json.dumps({"header": HEADER, "rows": rows}))
+    ema = {"op": "ema", "model": "ViT-B", "tensors": 200, "numbers": 86_000_000, "target": "float32"}
+    ema |= {"source": "bfloat16", "dtype": "bfloat16", "part": "update", "peak_bytes": {}, "unavailable": {}}
+    ema |= {"times": {"selfsup_kernels": timed(0.25), "loop": timed(5.0)}, "gb_per_s": 3000.0, "fraction": 0.75}
+    (folder / "ema.json").write_text(json.dumps({"header": HEADER, "rows": [ema | {"errors": {}}]}))
+    (tmp_path / "docs").mkdir()
+    shutil.copy(ROOT / "docs" / "performance.md", tmp_path / "docs")
+    readme = "# A page\n\n<!-- results:imagined-gpu/info_nce -->\n<!-- end -->\n\nAfter it.\n"
+    (tmp_path / "README.md").write_text(readme)
+    made = tables.Documents(tmp_path)
+    assert made.update()
+    return made
+
+
+def test_committed_pages_and_pictures_are_those_of_the_results():
+    assert not tables.Documents().update(write=False), "run: make docs"
+
+
+def test_every_picture_of_results_belongs_to_a_page():
+    shown = "".join(page.read_text(encoding="utf-8") for page in tables.Documents().pages)
+    assert {path.name for path in (ROOT / "docs" / "images").iterdir() if path.name not in shown} == set()
+
+
+def test_a_gpu_renders(documents):
+    page = (documents.root / "docs" / "performance.md").read_text()
+    assert "## Imagined GPU\n" in page
+    assert "Imagined GPU, driver 1.2, cuda 13.0, torch 2.13.0, triton 3.7.1, measured 2026-01-02." in page
+    assert "50 TFLOP/s (float32)" in page
+    assert "4000 GB/s" in page
+    assert "| 1024, forward + backward | 4.00 ms | 50.0 ms (12.5x) | 20 TFLOP/s, 40% |" in page
+    assert "| 65536, forward + backward | 1.23 s | out of memory | 20 T" in page
+    assert "- eager: out of memory: asked for 137 GB (2 views, B = 65536, D = 128, float32)" in page
+    assert "- lightly: absent: lightly is not installed\n" in page
+    assert "| 1024 | 4.2 MB | 42 MB | 4.0x |" in page  # of 2 x 1024 x 128 float32
+    assert "| ViT-B, 200 tensors, bfloat16 to float32 | 0.25 ms | 5.00 ms (20.0x) | 3000 GB/s, 75% |" in page
+    assert "| float32 | selfsup_kernels | 2e-07 | 3e-06 |" in page
+
+
+def test_the_sentence_is_of_the_largest_batch_with_a_rival(documents):
+    page = (documents.root / "docs" / "performance.md").read_text()
+    assert (
+        "- 2 views, D = 128, float32, B = 1024, forward + backward: 4.00 ms; eager 50.0 ms (12.5x)."
+        " Memory above the inputs: 4.2 MB; eager 42 MB."
+    ) in page
+
+
+def test_slower_cases_are_named(documents):
+    page = (documents.root / "docs" / "performance.md").read_text()
+    slower = page[page.index("### Where ours is slower") : page.index("### InfoNCE")]
+    assert slower.splitlines()[2:5] == [
+        "| case | rival | where | the worst |",
+        "|---|---|---|---|",
+        "| InfoNCE, 2 views, D = 128, float32 | eager | 256 forward + backward | 2.00 ms, eager 1.50 ms (0.75x) |",
+    ]
+    assert not slower.splitlines()[5]
+
+
+def test_the_short_table_and_the_text_around_it(documents):
+    page = (documents.root / "README.md").read_text()
+    assert "| 256, 128 | 2.00 ms | 1.50 ms (0.75x) | 1.0 MB | 2.6 MB |" in page
+    assert "| 65536, 128 | 1.23 s | out of memory | 268 MB | - |" in page
+    assert page.startswith("# A page\n")
+    assert page.endswith("<!-- end -->\n\nAfter it.\n")
+
+
+def test_writing_again_changes_nothing_and_one_number_changes_page_and_picture(documents):
+    images = documents.images
+    before = {path.name: path.read_bytes() for path in images.iterdir()}
+    assert len(before) == 2
+    assert documents.update() == []
+    path = documents.results / "imagined-gpu" / "info_nce.json"
+    data = json.loads(path.read_text())
+    changed = copy.deepcopy(data)
+    changed["rows"][2]["times"]["eager"]["p50_ms"] = 51.0
+    path.write_text(json.dumps(changed))
+    stale = {page.name for page in documents.update(write=False)}
+    assert stale == {"README.md", "performance.md", *before}
+    documents.update()
+    path.write_text(json.dumps(data))
+    documents.update()
+    assert {path.name: path.read_bytes() for path in images.iterdir()} == before  # the same bytes for the same data
+
+
+def test_check_fails_where_a_page_differs(documents, monkeypatch, capsys):
+    monkeypatch.setattr(tables, "Documents", lambda: documents)
+    monkeypatch.setattr(tables.m, "ROOT", documents.root)
+    tables.main(["--check"])
+    page = documents.root / "docs" / "performance.md"
+    page.write_text(page.read_text().replace("12.5x", "99.5x"))
+    with pytest.raises(SystemExit, match="run: python"):
+        tables.main(["--check"])
+    assert "docs/performance.md differs" in capsys.readouterr().out
+
+
+def test_links_lead_somewhere():
+    """Links of README.md and between the pages, relative as on GitHub; Sphinx tests those inside the site again."""
+    missing = []
+    for page in tables.Documents().pages:
+        for target in re.findall(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"", page.read_text(encoding="utf-8")):
+            path = "".join(target).partition("#")[0]
+            if path and "://" not in path and not (page.parent / path).exists():
+                missing.append(f"{page.name}: {path}")
+    assert not missing
+
+
+def test_quick_start_runs():
+    page = (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) > 6
+    names = {}
+    for block in blocks:
+        exec(compile(block, "docs/quickstart.md", "exec"), names)
+    assert names["loss"].isfinite()

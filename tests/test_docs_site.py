@@ -1,0 +1,106 @@
+"""The documentation site: it builds without a warning, holds every public name, and its pages are whole."""
+
+import importlib
+import io
+import sys
+import warnings
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+for _name in ("sphinx", "furo", "myst_parser", "latex2mathml", "sphinx_copybutton"):
+    pytest.importorskip(_name, reason="the documentation's dependencies are not installed")
+
+from browser import check_layout, open_page  # noqa: E402
+from sphinx.application import Sphinx  # noqa: E402
+
+import selfsup_kernels as sk  # noqa: E402
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+sys.path.insert(0, str(DOCS / "extensions"))
+
+import mathml  # noqa: E402
+
+PAGES = ("index.html", "quickstart.html", "performance.html", "objectives.html", "api/functional.html")
+DRAWERS = ".sidebar-drawer, .toc-drawer, .skip-to-content"
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The folder of the site, built as ``make docs`` builds it."""
+    out = tmp_path_factory.mktemp("site")
+    said = io.StringIO()
+    with warnings.catch_warnings():  # the extensions' own, of Sphinx's names
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", PendingDeprecationWarning)
+        app = Sphinx(DOCS, DOCS, out / "html", out / "doctrees", "html", status=None, warning=said, freshenv=True)
+        app.build()
+    assert app.statuscode == 0
+    assert not said.getvalue()
+    return out / "html"
+
+
+class _Ids(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.found = set()
+
+    def handle_starttag(self, tag, attributes):
+        self.found |= {value for name, value in attributes if name == "id"}
+
+
+@pytest.fixture(scope="module")
+def ids(site):
+    parser = _Ids()
+    for page in (site / "api").glob("*.html"):
+        parser.feed(page.read_text(encoding="utf-8"))
+    return parser.found
+
+
+def test_every_public_name_has_an_entry(ids):
+    missing = []
+    modules = ["selfsup_kernels", *(f"selfsup_kernels.{name}" for name in ("methods", "optim"))]
+    modules += [f"selfsup_kernels.compat.{name}" for name in sk.compat.__all__ if name != "patch"]
+    for module in modules:
+        for name in importlib.import_module(module).__all__:
+            if not {f"{module}.{name}", f"module-{module}.{name}"} & ids:
+                missing.append(f"{module}.{name}")
+    assert not missing
+    assert "selfsup_kernels.compat.patch" in ids
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("name", PAGES)
+def test_pages_are_whole(site, name, width):
+    with open_page(site / name, width=width) as page:
+        check_layout(page, ignore=DRAWERS)
+        if name == "objectives.html":
+            # Drawn, and not a line of letters: numerators are above their denominators.
+            gaps = page.eval_on_selector_all(
+                "math mfrac",
+                "all => all.map(e => e.lastElementChild.getBoundingClientRect().top -"
+                " e.firstElementChild.getBoundingClientRect().bottom)",
+            )
+            assert len(gaps) > 6
+            assert min(gaps) > -2
+
+
+def test_wide_tables_scroll_in_a_box_of_their_own(site):
+    with open_page(site / "performance.html", width=390) as page:
+        wide = page.eval_on_selector_all(".table-wrapper", "all => all.some(e => e.scrollWidth > e.clientWidth)")
+        assert wide
+
+
+def test_formulas_that_cannot_be_drawn_are_refused():
+    for formula, reason in ((r"\unheardof{x}", r"unknown: .unheardof"), (r"\left( x", "Left"), ("x_", "Subscript")):
+        with pytest.raises(ValueError, match=reason):
+            mathml.converted(formula, "inline")
+    assert "unheardof" not in mathml.converted(r"\operatorname{softmax}(x)", "inline")
+
+
+def test_a_function_stands_apart_from_its_argument():
+    assert "<mspace" in mathml.converted(r"\log x", "inline")
+    assert "<mspace" in mathml.converted(r"\sum_b \exp S_{ab}", "block")
+    assert "<mspace" not in mathml.converted(r"\log(x)", "inline")
+    assert "<mspace" not in mathml.converted(r"a b", "inline")
