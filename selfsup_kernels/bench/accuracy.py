@@ -1,5 +1,7 @@
 """How far losses, gradients and averages are from float64: of everything, or of some rows where all take too long."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -12,7 +14,9 @@ OPERATIONS = {"cpu": 1.2e11, "cuda": 4e13}
 
 
 def relative(got, want):
-    return ((got.double() - want).norm() / want.norm()).item()
+    """In the 2-norm; None where it is not finite, which JSON has no number for."""
+    error = ((got.double() - want).norm() / want.norm()).item()
+    return error if math.isfinite(error) else None
 
 
 def with_gradient(function, inputs):
@@ -100,4 +104,5 @@ def average_error(update, targets, sources):
     with torch.no_grad():
         want = [t.double().lerp(s.double(), 1 - MOMENTUM) for t, s in zip(averages, sources, strict=True)]
         update(targets, sources)
-        return max(relative(t, x) for t, x in zip(averages, want, strict=True))
+        found = [relative(t, x) for t, x in zip(averages, want, strict=True)]
+        return None if None in found else max(found)

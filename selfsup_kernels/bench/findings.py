@@ -65,7 +65,7 @@ def compared(row, name):
         return f"as long as {spoken(name)}"
     if ratio > 1:
         return f"{times(ratio)} times less than {spoken(name)}"
-    return f"{times(1 / ratio)} times more than {spoken(name)}"
+    return f"{times(1 / ratio)} times as long as {spoken(name)}"
 
 
 def times(value):

@@ -101,7 +101,7 @@ def roofline(header, rows):
     if not rows:
         return None
     scheme = "gpu" if header["kind"] == "cuda" else "cpu"
-    copy = header["copy_gb_per_s"] * 1e9
+    copy = tables.bandwidth(header) * 1e9
     ceilings = {name: 1e12 * value for name, value in header["matrix_product_tflops"].items()}
     points = {}
     for row in rows:
@@ -123,7 +123,7 @@ def roofline(header, rows):
         axis.annotate(text, (1.2 * ridge, ceiling / scale), ha="left", va="bottom", fontsize=8.5, color=CEILING)
     slope = (left * max(ceilings.values()) / copy) ** 0.5
     axis.annotate(
-        "copy",
+        "memory",
         (slope, slope * copy / scale),
         xytext=(-5, 4),
         textcoords="offset points",
@@ -146,11 +146,12 @@ def roofline(header, rows):
             zorder=3,
             label=tables.label(name),
         )
+    heights = {"info_nce": 9, "byol": 9, "ema": 22}  # the last two lie side by side
     for op in dict.fromkeys(kind for kind, _, _ in every):
-        own = [(x, y) for kind, x, y in every if kind == op]
-        x, y = max(own, key=lambda point: point[1])
+        x, y = max(((x, y) for kind, x, y in every if kind == op), key=lambda point: point[1])
+        offset = (0, heights[op])
         axis.annotate(
-            tables.TITLES[op], (x, y / scale), xytext=(0, 9), textcoords="offset points", ha="center", fontsize=9
+            tables.TITLES[op], (x, y / scale), xytext=offset, textcoords="offset points", ha="center", fontsize=9
         )
     axis.set_xlim(left, right)
     axis.set_xlabel("operations for each byte that has to move")

@@ -296,10 +296,10 @@ class Suite:
                     row["fraction_of_float32"] = row["tflops"] / timing.median(self.rates.samples["float32"])
                 continue
             row["gb_per_s"] = case.bytes(part) / milliseconds / 1e6
-            row["fraction"] = row["gb_per_s"] / self.rates.copy_gb_per_s
+            row["fraction"] = row["gb_per_s"] / self.rates.memory_gb_per_s
             graph = row.get("graph_ms", {}).get(name)
             if graph and part == case.parts[-1] and not self._cached(case):  # without what the host takes to launch
-                row["graph_fraction"] = case.bytes(part) / graph / 1e6 / self.rates.copy_gb_per_s
+                row["graph_fraction"] = case.bytes(part) / graph / 1e6 / self.rates.memory_gb_per_s
 
 
 class Columns:

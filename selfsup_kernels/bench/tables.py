@@ -1,5 +1,6 @@
 """What a reader sees of the rows of one operation: titles, columns and cells, for the terminal and for the page."""
 
+import math
 from typing import NamedTuple
 
 from selfsup_kernels.bench import results, rivals
@@ -93,8 +94,10 @@ def style(row, name):
 
 
 def worst(row, name):
+    """The largest error of a column, infinite where one is not finite; None where none is known."""
     found = row["errors"].get(name, {})
-    return max((value for key, value in found.items() if key != "rows"), default=None)
+    values = [math.inf if value is None else value for key, value in found.items() if key != "rows"]
+    return max(values, default=None)
 
 
 def wrong(row, name):
@@ -173,8 +176,14 @@ def rates_line(header):
     size = header["matrix_product_size"]
     return (
         f"In the same run a product of two {size} x {size} matrices reached {', '.join(products)}, "
-        f"a copy {header['copy_gb_per_s']:.0f} GB/s (read and written)."
+        f"a copy {header['copy_gb_per_s']:.0f} GB/s, scaling in place {header['in_place_gb_per_s']:.0f} GB/s (read and "
+        "written)."
     )
+
+
+def bandwidth(header):
+    """The rate of memory that fractions refer to: of a copy on a GPU, of scaling in place on a CPU."""
+    return header["copy_gb_per_s" if header["kind"] == "cuda" else "in_place_gb_per_s"]
 
 
 def flops(value):
