@@ -4,6 +4,7 @@ import contextlib
 import json
 import threading
 import time
+from itertools import pairwise
 
 import pytest
 import torch
@@ -75,7 +76,8 @@ def slow_average(average, cost):
 
 def test_a_sum_that_is_off_is_said_to_be():
     values = dict.fromkeys(PARTS, 0.1)
-    facts = dict(device="cpu", counts={}, peaks=None, level=0, timeline=None, problems=[], hidden=[], with_memory=False)
+    facts = {"device": "cpu", "counts": {}, "peaks": None, "level": 0, "timeline": None, "problems": [], "hidden": []}
+    facts["with_memory"] = False
     right = summarize(timed=[values], plain=[0.7], loss_known=True, **facts)
     assert right["difference"] == pytest.approx(0)
     assert not right["warnings"]
@@ -260,14 +262,18 @@ def test_methods_need_no_help(name):
 def test_an_exception_leaves_nothing_behind():
     model, criterion, optimizer = setup(dict.fromkeys(COSTS, 0.0))
     before = attributes(model), attributes(criterion)
+
+    def train(run, at):
+        for i, x in enumerate(run(batches(9))):
+            value = criterion(model(x))
+            if i == at:
+                raise ZeroDivisionError
+            value.backward()
+            optimizer.step()
+
     for at in range(8):
         with pytest.raises(ZeroDivisionError), sk.profile.steps(model, loss=criterion) as run:
-            for i, x in enumerate(run(batches(9))):
-                value = criterion(model(x))
-                if i == at:
-                    raise ZeroDivisionError
-                value.backward()
-                optimizer.step()
+            train(run, at)
         assert (attributes(model), attributes(criterion)) == before
         assert sum(run.summary["steps"].values()) == at
     with torch.profiler.profile(), sk.profile.steps(model, loss=criterion) as run:  # the profiler is free again
@@ -307,7 +313,7 @@ def test_used_again_nested_and_out_of_place():
         for _ in range(2):  # two epochs
             for x in run(batches(4)):
                 criterion(model(x)).backward()
-        for x in run(batches(4)):
+        for _ in run(batches(4)):
             break
     assert sum(run.summary["steps"].values()) == 8
     with pytest.raises(RuntimeError, match="entered once"):
@@ -334,7 +340,7 @@ def test_bad_arguments():
     with sk.profile.steps(model) as run:
         with pytest.raises(ValueError, match="accumulate: expected an integer >= 1, got 0"):
             run([], accumulate=0)
-        with pytest.raises(ValueError, match="name: expected one of loss, .* got 'nonsense'"):
+        with pytest.raises(ValueError, match=r"name: expected one of loss, .* got 'nonsense'"):
             run.part("nonsense")
         with pytest.raises(TypeError, match="function: expected a function"):
             run.loss(3)
@@ -447,9 +453,9 @@ def test_trace_has_the_ranges_and_the_timeline_the_memory(tmp_path):
     # Sixteen rows of 2 ** 16 numbers, two views, and as much again for the target at a time.
     assert 2 * 16 * 4 * 2**16 <= max(line["bytes"]) < 64 * 4 * 16 * 2**16
     spans = line["spans"]
-    assert [name for name, *_ in spans][0] == "data"
+    assert next(name for name, *_ in spans) == "data"
     assert all(begin <= end for _, begin, end in spans)
-    assert all(a[2] <= b[1] + 1e-4 for a, b in zip(spans, spans[1:], strict=False))
+    assert all(a[2] <= b[1] + 1e-4 for a, b in pairwise(spans))
     order = [name for name, *_ in spans if name not in ("other", "data")]
     assert order.index("loss forward") < order.index("loss backward") < order.index("EMA")
 

@@ -30,6 +30,9 @@ class Walk:
         self.start = parts.ENCODER_BACKWARD
         if self.first is not None and nodes:
             self._walk(nodes)
+            if not self.hit:  # a backward of something else
+                self.remove()
+                self.start = parts.ENCODER_BACKWARD
 
     def _made_in(self, node):
         """Index into ``created`` of the part that made a node; None before the step."""

@@ -136,7 +136,6 @@ def make_eager(method) -> None:
         method.loss = eager.BYOLLoss()
         if isinstance(method, sk.methods.BYOLContrast):
             method.contrast = CrossViewLoss(method.contrast.temperature)
-            method._byol = method.loss
     elif isinstance(method, sk.methods.CMC):
         method.loss = CrossViewLoss(method.loss.temperature)
     else:
@@ -150,6 +149,8 @@ def make_eager(method) -> None:
 
 class CrossViewLoss(nn.Module):
     """CLIP's loss for every pair of views, as one writes it: cross-entropy along the rows and columns of one matrix."""
+
+    group = None  # of one process
 
     def __init__(self, temperature):
         super().__init__()
