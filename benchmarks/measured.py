@@ -130,5 +130,6 @@ def device_line(header):
         place += [header[key] for key in ("cpu_capability",) if header.get(key)]
     else:
         place = [header["device"], *(f"{key} {header[key]}" for key in ("driver", "cuda") if header.get(key))]
-    versions = [f"{key} {header[key]}" for key in ("torch", "triton") if header.get(key)]
+    packages = ("torch",) if header.get("threads") else ("torch", "triton")
+    versions = [f"{key} {header[key]}" for key in packages if header.get(key)]
     return ", ".join([*place, *versions, f"measured {header['date']}"]) + "."

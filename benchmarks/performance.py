@@ -141,6 +141,11 @@ def where(row):
     return f"{row['views']} views, B = {row['batch']}, D = {row['dim']}, {row['dtype']}"
 
 
+def images(shown):
+    """Side by side where there is room: of a width, which Markdown's own pictures have not."""
+    return "\n".join(f'<img src="{path}" width="360" alt="{text}">' for path, text in shown)
+
+
 def errors(rows):
     """The largest error of each rival, over all rows, against float64."""
     worst = {}
@@ -165,9 +170,7 @@ def loss_section(folder, op, data, pictures):
     for case, rows in m.cases(data["rows"]).items():
         lines += ["", f"#### {case.title()}", ""]
         shown = pictures.get((op, case), [])
-        lines += (
-            ["\n".join(f'<img src="{path}" width="360" alt="{text}">' for path, text in shown), ""] if shown else []
-        )
+        lines += [images(shown), ""] if shown else []
         lines += times_section(rows)
         lines += memory_section(case, rows)
     return lines + absences(data["rows"]) + errors(data["rows"])

@@ -3,12 +3,13 @@
     python benchmarks/tables.py [--check]
 
 Between ``<!-- results:FOLDER/NAME -->`` and ``<!-- end -->`` stands a table of that file of results, after
-``<!-- model:NAME -->`` one that is calculated, after ``<!-- performance -->`` the sections of all devices, and inside a
-line, after ``<!-- says:FOLDER/NAME -->``, words about that file. ``--check`` fails where a page or a picture differs
-from what the files say.
+``<!-- model:NAME -->`` one that is calculated, after ``<!-- pictures:FOLDER -->`` the pictures of InfoNCE, after
+``<!-- performance -->`` the sections of all devices, and inside a line, after ``<!-- says:FOLDER/NAME -->``, words
+about that file. ``--check`` fails where a page or a picture differs from what the files say.
 """
 
 import argparse
+import os
 import re
 import statistics
 import sys
@@ -22,6 +23,7 @@ import scaling_model
 MARKER = re.compile(r"(<!-- results:(\S+)/(\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 MODEL = re.compile(r"(<!-- model:(\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 PERFORMANCE = re.compile(r"(<!-- performance -->\n).*?(<!-- end -->)", re.DOTALL)
+PICTURES = re.compile(r"(<!-- pictures:(\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 SAYS = re.compile(r"(<!-- says:(\S+)/(\w+) -->).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -100,8 +102,8 @@ class Documents:
         self.images = self.root / "docs" / "images"
         self.pages = [self.root / "README.md", *sorted((self.root / "docs").rglob("*.md"))]
 
-    def filled(self, text):
-        """``text`` with everything between the markers made anew."""
+    def filled(self, page):
+        """The text of ``page`` with everything between the markers made anew."""
 
         def table(match):
             data = m.load(self.results / match.group(2), match.group(3))
@@ -112,7 +114,7 @@ class Documents:
             return match.group(1) + "\n".join([*MODELS[match.group(2)](), ""]) + match.group(3)
 
         def devices(match):
-            return match.group(1) + "\n".join(["", *self.performance(), "", ""]) + match.group(2)
+            return match.group(1) + "\n".join(["", *self.performance(page), "", ""]) + match.group(2)
 
         def words(match):
             return (
@@ -121,20 +123,41 @@ class Documents:
                 + "<!-- end -->"
             )
 
-        for pattern, made in ((MARKER, table), (MODEL, model), (PERFORMANCE, devices), (SAYS, words)):
+        def shown(match):
+            return match.group(1) + self.pictures(self.results / match.group(2), page) + "\n" + match.group(3)
+
+        text = page.read_text(encoding="utf-8")
+        for pattern, made in (
+            (MARKER, table),
+            (MODEL, model),
+            (PERFORMANCE, devices),
+            (PICTURES, shown),
+            (SAYS, words),
+        ):
             text = pattern.sub(made, text)
         return text
 
-    def performance(self):
-        """The sections of all devices, with the pictures as docs/performance.md reaches them."""
+    def performance(self, page):
+        """The sections of all devices."""
         lines = []
         for folder in m.device_folders(self.results):
-            shown = {
-                key: [(f"images/{path.name}", text) for path, _, _, text in made]
-                for key, made in pictures.plan(folder, self.images).items()
-            }
-            lines += [*([""] if lines else []), *performance.section(folder, shown)]
+            lines += [*([""] if lines else []), *performance.section(folder, self.planned(folder, page))]
         return lines
+
+    def pictures(self, folder, page):
+        """The pictures of InfoNCE with two views in float32, the case with most batch sizes."""
+        cases = pictures.wanted(folder)
+        fitting = [key for key in cases if (key[0], key[1].views, key[1].dtype) == ("info_nce", 2, "float32")]
+        if not fitting:
+            return ""
+        return performance.images(self.planned(folder, page)[max(fitting, key=lambda key: len(cases[key]))])
+
+    def planned(self, folder, page):
+        """``{(op, case): [(path, alt text), ...]}``, paths as ``page`` reaches them."""
+        return {
+            key: [(Path(os.path.relpath(path, page.parent)).as_posix(), text) for path, _, _, text in made]
+            for key, made in pictures.plan(folder, self.images).items()
+        }
 
     def update(self, write=True):
         """Makes pages and pictures anew; returns those that differed from what the files say."""
@@ -143,7 +166,7 @@ class Documents:
             changed += pictures.update(folder, self.images, write)
         for page in self.pages:
             before = page.read_text(encoding="utf-8")
-            after = self.filled(before)
+            after = self.filled(page)
             if before != after:
                 changed.append(page)
                 if write:

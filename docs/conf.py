@@ -42,5 +42,6 @@ html_static_path = ["static"]
 html_css_files = ["site.css"]
 html_show_sourcelink = False
 html_copy_source = False
+html_domain_indices = False
 html_math_renderer = "mathml"
 pygments_style = "friendly"

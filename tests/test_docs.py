@@ -77,8 +77,9 @@ def documents(tmp_path):
     (folder / "ema.json").write_text(json.dumps({"header": HEADER, "rows": [ema | {"errors": {}}]}))
     (tmp_path / "docs").mkdir()
     shutil.copy(ROOT / "docs" / "performance.md", tmp_path / "docs")
-    readme = "# A page\n\n<!-- results:imagined-gpu/info_nce -->\n<!-- end -->\n\nAfter it.\n"
-    (tmp_path / "README.md").write_text(readme)
+    markers = ("results:imagined-gpu/info_nce", "pictures:imagined-gpu")
+    readme = "".join(f"\n<!-- {marker} -->\n<!-- end -->\n" for marker in markers)
+    (tmp_path / "README.md").write_text("# A page\n" + readme + "\nAfter it.\n")
     made = tables.Documents(tmp_path)
     assert made.update()
     return made
@@ -132,7 +133,10 @@ def test_the_short_table_and_the_text_around_it(documents):
     assert "| 256, 128 | 2.00 ms | 1.50 ms (0.75x) | 1.0 MB | 2.6 MB |" in page
     assert "| 65536, 128 | 1.23 s | out of memory | 268 MB | - |" in page
     assert page.startswith("# A page\n")
+    name = "docs/images/imagined-gpu-info_nce-2x128-float32-time.png"
+    assert f'<img src="{name}" width="360"' in page
     assert page.endswith("<!-- end -->\n\nAfter it.\n")
+    assert (documents.root / name).exists()
 
 
 def test_writing_again_changes_nothing_and_one_number_changes_page_and_picture(documents):
@@ -173,6 +177,12 @@ def test_links_lead_somewhere():
             if path and "://" not in path and not (page.parent / path).exists():
                 missing.append(f"{page.name}: {path}")
     assert not missing
+
+
+def test_markers_inside_a_line_do_not_begin_it():
+    """A line that begins with a comment ends the paragraph before it, in Markdown."""
+    for page in tables.Documents().pages:
+        assert not re.search(r"^\s*<!-- says:", page.read_text(encoding="utf-8"), re.MULTILINE), page
 
 
 def test_quick_start_runs():
