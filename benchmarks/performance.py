@@ -55,7 +55,7 @@ def short_ema(data):
         best = min(rivals, key=lambda n: m.median(row, n), default=None)
         fastest = f"`{best}` {time_cell(row, best)}" if best else "-"
         lines.append([f"{row['model']}, {row['source']}", time_cell(row, m.OURS), fastest, rate_cell(row)])
-    return table(["model, source", "ours", "fastest rival", "of a copy"], lines)
+    return table(["model, source", "ours", "fastest rival", "of the bandwidth"], lines)
 
 
 def facts(header):
@@ -67,8 +67,9 @@ def facts(header):
     rates = [f"{m.rate(value)} ({dtype})" for dtype, value in (header.get("matrix_product_tflops") or {}).items()]
     if rates:
         lines.append(f"A large matrix product ran at {', '.join(rates)} in the same run.")
-    if header.get("copy_gb_per_s"):
-        lines.append(f"A copy ran at {header['copy_gb_per_s']:.0f} GB/s, read and written bytes together.")
+    for key, what in (("copy_gb_per_s", "A copy"), ("in_place_gb_per_s", "Scaling numbers in place")):
+        if header.get(key):
+            lines.append(f"{what} ran at {header[key]:.0f} GB/s, read and written bytes together.")
     return lines
 
 
@@ -98,7 +99,7 @@ def times_section(rows):
         [f"{row['batch']}, {m.PARTS[row['part']]}", *(time_cell(row, n) for n in columns), rate_cell(row)]
         for row in rows
     ]
-    rate = "of a matrix product" if "tflops" in rows[0] else "of a copy"
+    rate = "of a matrix product" if "tflops" in rows[0] else "of the bandwidth"
     return table(["B", *columns, rate], lines)
 
 
@@ -187,7 +188,7 @@ def ema_section(data):
         ]
         for row in rows
     ]
-    head = ["model", *columns, "of a copy"]
+    head = ["model", *columns, "of the bandwidth"]
     return ["", f"### {LABELS['ema']}", "", *table(head, lines), *absences(rows), *errors(rows)]
 
 
