@@ -156,11 +156,11 @@ def test_advice_on_the_largest_batch_is_right_within_a_tenth(variant, monkeypatc
     if not Path("/proc/self/statm").exists():
         pytest.skip("this system limits no process's private memory")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
-    bound = 500_000_000
+    bound = {"eager": 700_000_000, "ours": 500_000_000}[variant]
     # Small images, so that the eager loss' matrices are what grows; larger ones where images are all there is.
     size = {"eager": 8, "ours": 32}[variant]
     work = Workload(variant=variant, encoder="profile_cases:tiny", dim=32, image_size=size)
-    advice = largest.measure(work, bound, 256, 40.0).largest
+    advice = largest.measure(work, bound, 512, 60.0).largest
     low, high = int(advice / 1.15), int(advice * 1.15)
     assert largest.survives(work.of(batch=low), bound)
     assert not largest.survives(work.of(batch=high), bound)

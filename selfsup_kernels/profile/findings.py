@@ -78,10 +78,14 @@ def findings(results) -> list[str]:
     lines = [*_step(results), *_slowest(results), *_largest(results)]
     for case in results["cases"]:
         if case["status"] != "measured":
-            lines.append(f"{_name(case)}: {case['status']}, {case['reason']}.")
+            lines.append(f"{_name(case)} {case['reason']}." if case["status"] == "skipped" else _failed(case))
         elif case["summary"]["warnings"]:
             lines += [f"{_name(case)}: {line}" for line in case["summary"]["warnings"]]
     return lines
+
+
+def _failed(case) -> str:
+    return f"{_name(case)}: {case['status']}, {case['reason']}."
 
 
 def _name(case) -> str:

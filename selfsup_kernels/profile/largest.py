@@ -12,6 +12,10 @@ from selfsup_kernels import _fresh
 
 CLOSE = 0.93
 """The share of the predicted batch at which it is measured again: near enough to be sure, far enough to fit."""
+NEAR = 1.03
+"""A batch larger by less than this is not worth another measurement."""
+PROBE = 1.12
+"""How far above the advice a batch is tried that should not fit."""
 STRIDE = 4
 """How much larger than the largest measured batch the next one may be."""
 RECENT = 4
@@ -103,8 +107,19 @@ class Growth:
 
     def fit(self, key) -> tuple[float, float, float]:
         """The coefficients of ``peak_bytes`` or ``seconds``."""
-        recent = self.points[-RECENT:]
+        recent = self.recent if len(self.recent) > 1 else self.points[-RECENT:]
         return fit([p["batch"] for p in recent], [p[key] for p in recent])
+
+    @property
+    def recent(self) -> list:
+        """The largest batches whose peaks grow.
+
+        The C library keeps freed blocks of up to 32 MB and returns larger ones at once, so that a larger batch may take
+        less: what was measured before says little then.
+        """
+        points = self.points[-RECENT:]
+        falls = [i for i in range(1, len(points)) if points[i]["peak_bytes"] < points[i - 1]["peak_bytes"]]
+        return points[falls[-1] :] if falls else points
 
     def peak(self, batch) -> float | None:
         """Predicted bytes."""
@@ -182,12 +197,16 @@ def _next(growth, last):
     reached = points[-1]["batch"]
     if len(points) < 3:
         aim = 2 * reached
+    elif len(growth.recent) < 3 and growth.recent != points[-RECENT:]:
+        aim = PROBE * reached
     else:
         aim = min(CLOSE * solve(growth.fit("peak_bytes"), growth.limit), STRIDE * reached)
     if growth.refused is not None and aim >= CLOSE * growth.refused:
         aim = math.sqrt(reached * growth.refused)
+    if growth.refused is None and aim <= NEAR * reached:
+        aim = PROBE * growth.largest  # nothing was refused so far: is there really no more?
     aim = int(aim) // step * step
-    return aim if aim > 1.03 * reached else None
+    return aim if aim > NEAR * reached else None
 
 
 def _affordable(growth, seconds, step):

@@ -74,8 +74,9 @@ def _warnings(timed, plain, difference, seconds, step, peaks, problems, loss_kno
         yield "The loss was never called in a step that was measured."
     if difference is not None and abs(difference) > TOLERANCE:
         yield (
-            f"The named parts make up {100 * (1 + difference):.0f} % of a step without marks;"
-            f" {percent(seconds[parts.OTHER] / step)} of a step with marks is in no named part."
+            f"The named parts make up {100 * (1 + difference):.0f} % of a step without marks"
+            f" ({percent(seconds[parts.OTHER] / step)} of a step with marks is in none of them);"
+            f" steps without marks took {milliseconds(min(plain))} to {milliseconds(max(plain))} ms."
         )
     if with_memory and peaks is None and timed:
         yield "Peak memory is not known: the loop was too short, or this system does not tell it."
