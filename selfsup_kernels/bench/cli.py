@@ -10,6 +10,8 @@ BATCHES = {"info_nce": (256, 1024, 4096), "byol": (4096, 32768)}
 DIMS = {"info_nce": (128,), "byol": (256,)}
 VS = ("eager", "compile")
 NEEDS = ("rich", "psutil")
+WIDTH = 150
+"""Of tables that do not go to a terminal."""
 PAGE_NEEDS = ("numpy", "matplotlib", "jinja2")
 
 
@@ -86,7 +88,10 @@ def run(plan, options) -> int:
         for case, names in plan.cases:
             suite.measure(case, names)
     suite.rate()
-    terminal.show(console(), suite.header, suite.rows)
+    out = console()
+    if not out.is_terminal:
+        out.width = WIDTH
+    terminal.show(out, suite.header, suite.rows)
     if options.json:
         results.write_json(options.json, suite.header, suite.rows)
     if options.csv:

@@ -57,8 +57,9 @@ def over_batch(rows, column):
     batches = sorted({row["batch"] for row in rows})
     limits = min(values) / 1.6, max(values) * 1.6
     # Through the largest case: of ours for the linear one, of the slowest rival for the quadratic one.
-    lowest = min(points.values(), key=lambda found: found[-1][1])[-1]
-    highest = max(points.values(), key=lambda found: found[-1][1])[-1]
+    lines = [found for found in points.values() if len(found) > 1] or list(points.values())
+    lowest = min(lines, key=lambda found: found[-1][1])[-1]
+    highest = max(lines, key=lambda found: found[-1][1])[-1]
     guide(axis, batches, lowest, 1, "linear")
     if rows[0]["op"] == "info_nce":
         guide(axis, batches, highest, 2, "quadratic")
@@ -68,8 +69,12 @@ def over_batch(rows, column):
     axis.set_xlabel("batch size B")
     axis.set_title(title, fontsize=11, loc="left")
     log_axis(axis.yaxis, values)
-    made.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8.5)
+    made.legend(loc="outside lower center", ncols=legend_columns(points), frameon=False, fontsize=8.5)
     return made
+
+
+def legend_columns(names):
+    return 2 if any(len(tables.label(name)) > 24 for name in names) else 3
 
 
 def bars(values, title):
@@ -158,5 +163,5 @@ def roofline(header, rows):
     axis.set_ylabel("TFLOP/s" if scale == 1e12 else "GFLOP/s")
     log_axis(axis.xaxis, [left, right])
     log_axis(axis.yaxis, [min(y for _, _, y in every) / scale, max(ceilings.values()) / scale])
-    made.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8.5)
+    made.legend(loc="outside lower center", ncols=legend_columns(points), frameon=False, fontsize=8.5)
     return made
