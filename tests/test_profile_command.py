@@ -137,7 +137,10 @@ def test_search_where_nothing_fits_or_time_is_short(monkeypatch):
     monkeypatch.setattr(_fresh, "call", invented(lambda batch: (3e8, 4e4, 0.0), 2e12))
     growth = largest.measure(Workload(), int(2e12), 256, 0.0)
     assert len(growth.points) <= 2
-    assert growth.largest is None or growth.largest > growth.points[-1]["batch"]
+    assert growth.largest > 100 * growth.points[-1]["batch"]
+    told = growth.json()
+    assert (told["batch"], told["or_more"]) == (8 * growth.points[-1]["batch"], True)  # and not millions, unseen
+    assert findings.batch_words(told) == f"{told['batch']:,} or more"
 
 
 def test_private_memory_of_a_known_allocation():
@@ -366,7 +369,7 @@ def made(loss, rest, peak, status="measured", **more):
         ),
         (
             made(0.03, 0.97, 2e9),
-            made(1, 1, 1, status="skipped", reason="would take about 14 GB of 8 GB"),
+            made(1, 1, 1, status="does not fit", reason="would take about 14 GB of 8 GB"),
             "At batch 8,192 the loss takes 3.0 % of the step; eager would take about 14 GB of 8 GB.",
         ),
         (
@@ -379,6 +382,16 @@ def made(loss, rest, peak, status="measured", **more):
 def test_the_answer_speaks_against_us_too(ours, eager, answer):
     cases = [ours | {"variant": "ours"}, eager | {"variant": "eager"}]
     assert findings.answer({"cases": cases, "largest": None}) == answer
+
+
+def test_the_answer_is_about_a_batch_that_both_were_tried_at():
+    late = made(0.5, 0.5, 1e9) | {"variant": "ours", "batch": 9000}
+    left_out = made(1, 1, 1, status="skipped", reason="was left out") | {"variant": "eager", "batch": 9000}
+    both = [made(0.2, 0.8, 1e9) | {"variant": v, "batch": 100} for v in ("ours", "eager")]
+    results = {"cases": [*both, late, left_out], "largest": None}
+    assert findings.answer(results).startswith("At batch 100 ")
+    assert "Eager at batch 9,000 was left out." in findings.findings(results)
+    assert findings.answer({"cases": [late, left_out], "largest": None}).endswith("; eager was left out.")
 
 
 def test_the_answer_for_a_users_own_loop():

@@ -3,8 +3,12 @@
 from selfsup_kernels.profile import parts
 from selfsup_kernels.profile.summary import milliseconds, percent, size
 
+KNOWN = ("measured", "out of memory", "does not fit")
+"""What says something of eager; a case that was left out for want of time does not."""
 MATTERS = 0.05
 """The share of a step from which on a faster loss would be noticed."""
+SURE = 1.25
+"""How far beyond the largest measured batch the advice needs no remark."""
 SAME_TIME = 0.05
 """Steps that differ by less than this share are equally long."""
 SAME = 0.02
@@ -17,10 +21,11 @@ def case_of(results, batch, variant):
 
 
 def telling(results):
-    """The batch that the answer is about: the largest with a profile, with both of ours and eager if there is one."""
+    """The batch that the answer is about: the largest where ours was measured and eager, too, or does not fit there."""
     measured = [c for c in results["cases"] if c["status"] == "measured" and c["summary"]["loss_share"] is not None]
-    both = {c["batch"] for c in measured if c["variant"] == "ours"} or {c["batch"] for c in measured}
-    return max(both, default=None, key=lambda batch: batch or 0)
+    ours = {c["batch"] for c in measured if c["variant"] == "ours"}
+    known = {b for b in ours if (case_of(results, b, "eager") or {"status": ""})["status"] in KNOWN}
+    return max(known or ours or {c["batch"] for c in measured}, default=None, key=lambda batch: batch or 0)
 
 
 def answer(results) -> str:
@@ -78,10 +83,13 @@ def findings(results) -> list[str]:
     lines = [*_step(results), *_slowest(results), *_largest(results)]
     for case in results["cases"]:
         if case["status"] != "measured":
-            lines.append(f"{_name(case)} {case['reason']}." if case["status"] == "skipped" else _failed(case))
+            lines.append(f"{_name(case)} {case['reason']}." if case["status"] in _SENTENCES else _failed(case))
         elif case["summary"]["warnings"]:
             lines += [f"{_name(case)}: {line}" for line in case["summary"]["warnings"]]
     return lines
+
+
+_SENTENCES = ("skipped", "does not fit")
 
 
 def _failed(case) -> str:
@@ -119,12 +127,14 @@ def _largest(results):
     limit = size(results["largest"]["limit_bytes"])
     words = []
     for variant, growth in results["largest"]["variants"].items():
-        batch = growth["batch"]
-        if batch is None:
-            words.append(f"{variant} not known")
-        elif not batch:
-            words.append(f"{variant} none")
-        else:
-            sure = batch <= 1.25 * growth["measured_to"]
-            words.append(f"{variant} {batch:,}" + ("" if sure else f" (measured up to {growth['measured_to']:,})"))
+        words.append(f"{variant} {batch_words(growth)}")
+        if growth["batch"] and not growth["or_more"] and growth["batch"] > SURE * growth["measured_to"]:
+            words[-1] += f" (measured up to {growth['measured_to']:,})"
     yield f"The largest batch within {limit}: " + ", ".join(words) + "."
+
+
+def batch_words(growth) -> str:
+    """The largest batch of one variant."""
+    if growth["batch"] is None:
+        return "not known"
+    return f"{growth['batch']:,}{' or more' if growth['or_more'] else ''}" if growth["batch"] else "none"

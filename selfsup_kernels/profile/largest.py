@@ -18,6 +18,8 @@ PROBE = 1.12
 """How far above the advice a batch is tried that should not fit."""
 STRIDE = 4
 """How much larger than the largest measured batch the next one may be."""
+REACH = 8
+"""How far beyond the largest measured batch a prediction is worth telling; further on it says "or more"."""
 RECENT = 4
 """How many of the largest batches are fitted: with small ones the encoder makes the peak, with large ones the loss."""
 LIMIT = 1 << 24
@@ -142,10 +144,15 @@ class Growth:
         return batch if batch >= self.smallest else 0
 
     def json(self) -> dict:
+        batch, more = self.largest, False
+        if batch:
+            known = REACH * self.points[-1]["batch"]
+            batch, more = min(batch, known), batch > known
         return {
-            "batch": self.largest,
-            "peak_bytes": self.peak(self.largest) if self.largest else None,
-            "seconds": self.seconds(self.largest) if self.largest else None,
+            "batch": batch,
+            "or_more": more,
+            "peak_bytes": self.peak(batch) if batch else None,
+            "seconds": self.seconds(batch) if batch else None,
             "measured_to": self.points[-1]["batch"] if self.points else None,
             "refused": self.refused,
             "coefficients": list(self.fit("peak_bytes")) if len(self.points) >= 2 else None,

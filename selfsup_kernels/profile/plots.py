@@ -5,6 +5,7 @@ from matplotlib.patches import Patch
 
 from selfsup_kernels._report.figures import color_of, figure, log_axis
 from selfsup_kernels.profile import largest, parts
+from selfsup_kernels.profile.findings import batch_words
 
 COLORS = {
     parts.DATA: "#c3ccd5",
@@ -140,7 +141,7 @@ def growth(found):
         if facts["batch"]:
             axis.axvline(facts["batch"], color=_color(variant), linewidth=1, linestyle=(0, (3, 3)))
             axis.annotate(
-                f"{facts['batch']:,}",
+                batch_words(facts),
                 (facts["batch"], 0.02),
                 xycoords=("data", "axes fraction"),
                 xytext=(-3, 0),

@@ -79,10 +79,9 @@ def rows(results):
 
 def largest_rows(found):
     for variant, facts in found["variants"].items():
-        batch = facts["batch"]
         yield [
             variant,
-            "not known" if batch is None else f"{batch:,}" if batch else "none",
+            findings.batch_words(facts),
             size(facts["peak_bytes"]),
             f"{milliseconds(facts['seconds'])} ms" if (facts["seconds"] or 0) < 1 else f"{facts['seconds']:,.1f} s",
             f"{facts['measured_to']:,}" if facts["measured_to"] else "-",

@@ -69,7 +69,7 @@ def _profile(plan, growth, batch, variant, bound, free, budget) -> dict:
     if growth.refused is not None and batch >= growth.refused:
         return {**case, "status": "out of memory", "reason": f"does not fit in {size(bound)}"}
     if needed is not None and needed > bound and batch > growth.points[-1]["batch"]:
-        return {**case, "reason": f"would take about {size(needed)} of {size(bound)}"}
+        return {**case, "status": "does not fit", "reason": f"would take about {size(needed)} of {size(bound)}"}
     steps = plan.steps
     if seconds is not None:
         steps = max(steps, min(MOST, int(ENOUGH / seconds)))
