@@ -9,7 +9,12 @@ from matplotlib.ticker import FormatStrFormatter, LogLocator
 
 EAGER, OURS = "#d9822b", "#1f5fbf"
 GUIDE = "#9aa5b1"
-COLORS = {"eager": EAGER, "ours": OURS, "selfsup_kernels": OURS, "compile": "#8a5fbf", "chunked": "#7a8a3a"}
+COLORS = {
+    **{"eager": EAGER, "ours": OURS, "selfsup_kernels": OURS, "compile": "#8a5fbf", "chunked": "#7a8a3a"},
+    **{"lightly": "#3a9d6e", "pytorch-metric-learning": "#a8447a", "pytorch-metric-learning NTXentLoss": "#b3462e"},
+    **{"Inf-CL": "#5b6770", "cut-cross-entropy": "#c9a227", "Liger": "#2e8fa8"},
+    **{"foreach_lerp": EAGER, "loop": "#7a8a3a", "timm": "#b3462e", "swa_utils": "#a8447a"},
+}
 OTHERS = ("#3a9d6e", "#b3462e", "#c9a227", "#2e8fa8", "#a8447a", "#5b6770", "#7d5a3c", "#4a7a2c")
 
 
