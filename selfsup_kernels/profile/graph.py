@@ -64,6 +64,8 @@ class Walk:
                     todo.append(child)
         order = sorted(found, key=lambda node: -node._sequence_nr())
         self.start = found[order[0]]
+        if self.recorder.other_threads:
+            self.handles.append(order[0].register_prehook(lambda gradients: self.recorder.arrived()))
         for before, node in pairwise(order):
             if found[node] != found[before]:
                 self.handles.append(node.register_prehook(self._hook(found[node])))

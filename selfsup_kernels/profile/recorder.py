@@ -75,6 +75,13 @@ class Ranges:
             self._end_nvtx()
             self.nvtx = torch.cuda.nvtx.range_start(parts.PREFIX + part)
 
+    def arrived(self, part):
+        """A part goes on in this thread."""
+        here = threading.get_ident()
+        if part == parts.LOSS_BACKWARD and here not in self.open:
+            self.open[here] = torch.profiler.record_function(parts.PREFIX + part)
+            self.open[here].__enter__()
+
     def finish(self):
         self._close(threading.get_ident())
         self._end_nvtx()
@@ -102,6 +109,15 @@ class Recorder:
         self.marks, self.created = [], []
         self.stack = []
         self.backwards = 0
+
+    @property
+    def other_threads(self) -> bool:
+        """Whether a backward runs in threads of its own, and ranges have to know."""
+        return self.ranges is not None and self.ranges.cuda
+
+    def arrived(self):
+        """The backward has begun to run in its thread."""
+        self.ranges.arrived(self.stack[-1])
 
     def begin(self):
         self.stack = [parts.DATA]

@@ -1,0 +1,106 @@
+"""The CUDA paths of profile.steps, as far as a CPU allows: a backward in another thread, events, peaks."""
+
+import json
+import threading
+import time
+
+import pytest
+import torch
+from profile_cases import Encoder, SquareLoss, batches, seconds
+
+import selfsup_kernels as sk
+from selfsup_kernels.profile import memory, parts
+
+
+class Event:
+    """A CUDA event whose stream is this process."""
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.when = time.perf_counter()
+
+    def query(self):
+        return True
+
+    def elapsed_time(self, end):
+        return 1e3 * (end.when - self.when)
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """torch.cuda as the profile uses it; ranges that NVTX has begun, and those that it has ended."""
+    begun, ended = [], []
+    used = iter(range(1_000_000, 10**9, 1_000_000))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 500_000)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: next(used))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_start", lambda name: begun.append(name) or len(begun))
+    monkeypatch.setattr(torch.cuda.nvtx, "range_end", lambda number: ended.append(number))
+    backward = torch.autograd.backward
+
+    def in_a_thread(*args, **kwargs):
+        thread = threading.Thread(target=backward, args=args, kwargs=kwargs)
+        thread.start()
+        thread.join()
+
+    monkeypatch.setattr(torch.autograd, "backward", in_a_thread)
+    return begun, ended
+
+
+def test_parts_where_the_backward_has_its_own_thread(cuda):
+    begun, ended = cuda
+    model, criterion = Encoder(0.005, 0.012), SquareLoss(0.008, 0.016)
+    with sk.profile.steps(model, loss=criterion, device="cuda", trace=False) as run:
+        for x in run(batches(8)):
+            criterion(model(x)).backward()
+    spent = seconds(run)
+    for part, cost in {"encoder forward": 5, "loss forward": 8, "loss backward": 16, "encoder backward": 12}.items():
+        assert 0.98e-3 * cost <= spent[part] < 1e-3 * cost + 0.012, (part, spent)
+    assert ended == list(range(1, len(begun) + 1))
+    assert begun[:7] == [
+        f"selfsup_kernels: {part}"
+        for part in ("data", "other", "encoder forward", "other", "loss forward", "other", "loss backward")
+    ]
+    assert run.summary["peak_bytes"] == max(row["peak_bytes"] or 0 for row in run.summary["parts"]) > 0
+    assert run.summary["device"] == "cuda"
+
+
+def test_ranges_end_in_the_thread_that_began_them(cuda, tmp_path):
+    """The backward's thread has the loss' range, begun and ended there; around both parts is one of the main thread."""
+    model, criterion = Encoder(0.002, 0.002), SquareLoss(0.002, 0.004)
+    with (
+        torch.profiler.profile() as profiler,
+        sk.profile.steps(model, loss=criterion, device="cuda", memory=False) as run,
+    ):
+        for x in run(batches(7)):
+            criterion(model(x)).backward()
+    profiler.export_chrome_trace(str(tmp_path / "trace.json"))
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    ranges = [e for e in events if e.get("cat") == "user_annotation" and e["name"].startswith(parts.PREFIX)]
+    threads = {}
+    for event in ranges:
+        threads.setdefault(event["name"].removeprefix(parts.PREFIX), set()).add(event["tid"])
+    assert "encoder backward" not in threads
+    assert {"backward", "loss forward", "encoder forward", "data"} <= set(threads)
+    (home,) = threads["backward"]
+    assert threads["loss forward"] == {home}
+    assert threads["loss backward"]
+    assert home not in threads["loss backward"]
+
+
+def test_a_memory_snapshot_that_pytorch_cannot_make_is_said_to_be_missing(monkeypatch, tmp_path):
+    def gone(*args, **kwargs):
+        raise TypeError("other arguments")
+
+    monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", gone)
+    trace = memory.Trace(torch.device("cuda"), tmp_path)
+    trace._record_history()
+    assert "no memory snapshot: other arguments" in trace.problem
+    monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", lambda **options: None)
+    monkeypatch.setattr(torch.cuda.memory, "_snapshot", lambda: {"segments": []})
+    trace._save_history()
+    assert (tmp_path / "snapshot.pickle").stat().st_size > 0
