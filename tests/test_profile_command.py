@@ -17,7 +17,8 @@ import selfsup_kernels as sk
 from selfsup_kernels import _fresh
 from selfsup_kernels.__main__ import main
 from selfsup_kernels.profile import cli, findings, largest, limit, parts, plots, report, workload
-from selfsup_kernels.profile.workload import METHODS, Workload
+from selfsup_kernels.profile.cli import METHODS
+from selfsup_kernels.profile.workload import Workload
 
 SCHEMA = json.loads((Path(sk.__file__).parent / "profile" / "profile.schema.json").read_text())
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)

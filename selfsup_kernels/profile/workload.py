@@ -17,7 +17,6 @@ import selfsup_kernels as sk
 from selfsup_kernels.bench import eager
 from selfsup_kernels.demo.networks import head
 
-METHODS = ("simclr", "cmc", "moco", "byol", "fusion")
 VARIANTS = ("ours", "eager")
 TEMPERATURE = {"simclr": 0.5, "cmc": 0.07, "moco": 0.2, "fusion": 0.1}
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
