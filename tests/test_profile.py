@@ -429,13 +429,17 @@ def test_peak_memory_by_part():
             return x.expand(32 << 20).clone()[:4] + x
 
     model, criterion = nn.Sequential(nn.Linear(1, 1)), Wide()
+    # Freed, but below the top of the heap, so that the C library keeps it: no part's peak may come out lower for it.
+    left = [bytearray(100_000) for _ in range(600)]
+    pin = bytearray(100_000)
+    del left
     with sk.profile.steps(model, loss=criterion, trace=False) as run:
         for _ in run(range(7)):
             criterion(model(torch.ones(1))).sum().backward()
     peaks = {row["part"]: row["peak_bytes"] for row in run.summary["parts"]}
     if run.summary["peak_bytes"] is None:
         pytest.skip("this system does not tell a process its peak memory")
-    assert 120e6 < peaks["loss forward"] < 250e6
+    assert len(pin) and 120e6 < peaks["loss forward"] < 250e6
     assert peaks["data"] < 60e6
     assert peaks["encoder forward"] < 60e6
     assert run.summary["peak_bytes"] == max(v for v in peaks.values() if v is not None)

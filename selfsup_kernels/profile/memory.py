@@ -1,5 +1,6 @@
 """Peak memory by part, and over the time of a step."""
 
+import gc
 import json
 import pickle
 from pathlib import Path
@@ -21,6 +22,9 @@ def resting(device) -> int | None:
     """Bytes in use now: of the allocator on a GPU, of the resident set elsewhere."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
+    # What earlier work left behind would be given back during the steps, and every peak would read as so much lower.
+    gc.collect()
+    _memory.trim()
     return _memory.status("VmRSS")
 
 
