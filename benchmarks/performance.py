@@ -1,5 +1,7 @@
 """The sections of docs/performance.md, and the short tables of README.md, from the files of one device."""
 
+import math
+
 import measured as m
 
 LABELS = {"info_nce": "InfoNCE", "byol": "BYOL loss", "ema": "EMA"}
@@ -99,7 +101,7 @@ def times_section(rows):
         [f"{row['batch']}, {m.PARTS[row['part']]}", *(time_cell(row, n) for n in columns), rate_cell(row)]
         for row in rows
     ]
-    rate = "of a matrix product" if "tflops" in rows[0] else "of the bandwidth"
+    rate = "of a matrix product" if rows[0]["op"] == "info_nce" else "of the bandwidth"
     return table(["B", *columns, rate], lines)
 
 
@@ -153,8 +155,9 @@ def errors(rows):
     for row in rows:
         for name, values in (row.get("errors") or {}).items():
             for key, value in values.items():
-                if value is not None:
-                    worst.setdefault((row["dtype"], name), {}).setdefault(key, []).append(value)
+                if key != "rows":
+                    found = worst.setdefault((row["dtype"], name), {}).setdefault(key, [])
+                    found.append(math.inf if value is None else value)  # JSON has no number for what is not finite
     if not worst:
         return []
     keys = list(dict.fromkeys(key for values in worst.values() for key in values))

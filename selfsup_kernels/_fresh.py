@@ -28,7 +28,7 @@ def call(target, *arguments, memory_limit=None, timeout=None, environment=None):
         target: ``"package.module:function"``.
         arguments: what JSON can hold. So is the result.
         memory_limit: bytes of private memory that the process may map (``RLIMIT_DATA``: its heap and anonymous
-            mappings, thread stacks among them, touched or not); None for no limit. Linux only.
+            mappings, thread stacks among them, touched or not); None for no limit. Other systems than Linux have none.
         timeout: seconds; :class:`subprocess.TimeoutExpired` after them.
         environment: variables to set, besides this process's own.
 
@@ -51,9 +51,13 @@ def call(target, *arguments, memory_limit=None, timeout=None, environment=None):
     if done.returncode == 0 and "value" in answer:
         return answer["value"]
     said = done.stderr.strip()[-2000:]
-    if answer.get("refused") or done.returncode == -signal.SIGKILL or _refused(said):
+    if answer.get("refused") or killed(done.returncode) or _refused(said):
         raise OutOfMemory(f"{target}{arguments}: out of memory\n{said}")
     raise Failed(f"{target}{arguments} failed with status {done.returncode}:\n{said}")
+
+
+def killed(status) -> bool:
+    return hasattr(signal, "SIGKILL") and status == -signal.SIGKILL
 
 
 def _refused(text) -> bool:
@@ -65,7 +69,7 @@ def _refused(text) -> bool:
 
 
 def main(request) -> int:
-    if request["memory_limit"] is not None:
+    if request["memory_limit"] is not None and sys.platform.startswith("linux"):
         import resource
 
         resource.setrlimit(resource.RLIMIT_DATA, (request["memory_limit"],) * 2)

@@ -63,7 +63,7 @@ def resident() -> int:
 
 def trim() -> None:
     """Give memory that was freed, and that the C library's allocator keeps, back to the system, where it can."""
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # Windows has no such library
         ctypes.CDLL(None).malloc_trim(0)
 
 

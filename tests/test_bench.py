@@ -286,13 +286,14 @@ def test_a_rival_that_fails_hides_nothing(own, monkeypatch):
 
 
 def test_what_takes_too_long_is_skipped(own, monkeypatch):
-    monkeypatch.setattr(engine, "STARTING", 12.0)
-    names = [rivals.OURS, "own_losses:slow", "own_losses:hangs"]
-    rows = measured(names, seconds=0.1)
-    for row in rows:
+    monkeypatch.setattr(engine, "STARTING", 100.0)
+    for row in measured([rivals.OURS, "own_losses:slow"], seconds=0.1):
         assert set(row["times"]) == {rivals.OURS}
         assert row["unavailable"]["own_losses:slow"] == "skipped: would take about 3 s (--seconds)"
+    monkeypatch.setattr(engine, "STARTING", 5.0)
+    for row in measured(["own_losses:hangs"], seconds=0.1):
         assert row["unavailable"]["own_losses:hangs"].startswith("skipped: one call takes more than")
+        assert row["times"] == {}
 
 
 def test_what_would_take_too_long_is_not_even_started(here, own):
@@ -348,6 +349,18 @@ def test_what_is_fast_is_called_more_often_and_preparing_is_not_timed(monkeypatc
     assert found["slow"]["calls"] == 10
     assert found["fast"]["calls"] == 1 + 4 * 9
     assert timing.in_turns(calls, seconds=0.0)["slow"]["calls"] == timing.LEAST_ROUNDS
+    assert timing.in_turns({}) == {}
+
+
+def test_where_nothing_can_be_measured_nothing_is_allocated(here, monkeypatch):
+    made = engine.Suite("cpu", rounds=3, rates={"size": 64, "copied": 2**20})
+    monkeypatch.setattr(engine.Suite, "_inputs", lambda *_: pytest.fail("inputs that nobody takes"))
+    told = []
+    made.advance = told.append
+    (row, *_) = made.measure(case("info_nce", batch=32, dim=8), ["nosuchmodule:loss"])
+    assert row["times"] == {}
+    assert set(row["unavailable"]) == {"nosuchmodule:loss"}
+    assert len(told) == made.steps(["nosuchmodule:loss"])
 
 
 # ---------------------------------------------------------------- arguments
@@ -360,7 +373,7 @@ BAD = {
     "--views": ("2,x", "at least 2"),
     "--dim": ("0", "at least 1"),
     "--model": ("AlexNet", "ResNet-50"),
-    "--dtype": ("int8", "bfloat16"),
+    "--dtype": (",", "bfloat16"),
     "--device": ("tpu", "cpu"),
     "--seconds": ("0", "at least"),
     "--rounds": ("2.5", "whole number"),
@@ -380,8 +393,10 @@ def test_bad_arguments(name, capsys):
     assert repr(value) in line or value in line
 
 
-def test_a_loss_that_cannot_be_imported(capsys):
-    for value in ("os:no_such_function", "no_such_module:loss", "os:name"):
+def test_a_loss_that_cannot_be_imported(capsys, tmp_path, monkeypatch):
+    (tmp_path / "unfinished_losses.py").write_text("def mean(:")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for value in ("os:no_such_function", "no_such_module:loss", "os:name", "unfinished_losses:mean", ".os:name"):
         assert bench("--vs", value) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("bench: --vs: expected MODULE:CALLABLE")
@@ -410,6 +425,7 @@ def test_names_of_rivals(capsys):
     assert columns("all")["info_nce"][1:] == list(rivals.RIVALS["info_nce"])
     both = ["pytorch-metric-learning", "pytorch-metric-learning NTXentLoss"]
     assert columns("Pytorch-Metric-Learning", "info_nce")["info_nce"][1:] == both
+    assert {n: cli.lookup("dtype", n, {"a": 1, "B": 2}) for n in ("b", "a,B,A")} == {"b": [2], "a,B,A": [1, 2]}
     assert columns("swa_utils,lightly")["ema"][1:] == ["swa_utils", "lightly"]
 
 

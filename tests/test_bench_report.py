@@ -159,6 +159,16 @@ def test_errors_beyond_rounding_are_flagged():
     assert findings.wrong([made]) == []
 
 
+def test_the_pages_table_of_errors_flags_the_worst_row():
+    from selfsup_kernels.bench import report
+
+    bad, good = next(info_nce(256, 1.0, 2.0)), next(info_nce(1024, 1.0, 2.0))
+    bad["errors"]["eager"]["gradient"] = 3e-2
+    for rows in ([bad, good], [good, bad]):
+        cells = dict(report.errors(rows)[1])
+        assert cells["eager"] == [("3e-02", True)]
+
+
 @pytest.mark.parametrize(
     ("reason", "word"),
     [

@@ -14,6 +14,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 pytest.importorskip("matplotlib", reason="the pictures of the documents are matplotlib's")
 
+import performance  # noqa: E402
 import tables  # noqa: E402
 
 HEADER = {
@@ -30,6 +31,7 @@ HEADER = {
     "peers": {"lightly": "1.6.0"},
     "matrix_product_tflops": {"float32": 50.0, "bfloat16": 800.0},
     "copy_gb_per_s": 4000.0,
+    "in_place_gb_per_s": 4100.0,
 }
 
 
@@ -107,6 +109,12 @@ def test_a_gpu_renders(documents):
     assert "| 1024 | 4.2 MB | 42 MB | 4.0x |" in page  # of 2 x 1024 x 128 float32
     assert "| ViT-B, 200 tensors, bfloat16 to float32 | 0.25 ms | 5.00 ms (20.0x) | 3000 GB/s, 75% |" in page
     assert "| float32 | selfsup_kernels | 2e-07 | 3e-06 |" in page
+
+
+def test_what_is_not_finite_is_the_largest_error():
+    rows = [info_nce_row(256, "both", 2.0, 1.5), info_nce_row(512, "both", 2.0, 1.5)]
+    rows[0]["errors"] = {"selfsup_kernels": {"loss": 1e-7, "gradient": None, "rows": 16}}
+    assert "| float32 | selfsup_kernels | 2e-07 | inf |" in performance.errors(rows)
 
 
 def test_the_sentence_is_of_the_largest_batch_with_a_rival(documents):

@@ -5,11 +5,12 @@ import subprocess
 import sys
 import types
 
-import psutil
 import pytest
 import torch
 
 from selfsup_kernels import _fresh, _memory
+
+psutil = pytest.importorskip("psutil")
 
 LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits of private memory are Linux's")
 

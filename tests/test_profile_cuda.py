@@ -2,13 +2,15 @@
 
 import threading
 import time
+import types
 
 import pytest
 import torch
 from profile_cases import Encoder, SquareLoss, batches, seconds
 
 import selfsup_kernels as sk
-from selfsup_kernels.profile import memory, parts
+from selfsup_kernels import _fresh
+from selfsup_kernels.profile import largest, memory, parts, workload
 
 
 class Event:
@@ -17,7 +19,8 @@ class Event:
     def __init__(self, enable_timing):
         assert enable_timing
 
-    def record(self):
+    def record(self, stream):
+        assert stream == "stream of cuda"
         self.when = time.perf_counter()
 
     def query(self):
@@ -33,6 +36,7 @@ def cuda(monkeypatch):
     begun, ended = [], []
     used = iter(range(1_000_000, 10**9, 1_000_000))
     monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 500_000)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: next(used))
@@ -106,3 +110,40 @@ def test_a_memory_snapshot_that_pytorch_cannot_make_is_said_to_be_missing(monkey
     monkeypatch.setattr(torch.cuda.memory, "_snapshot", lambda: {"segments": []})
     trace._save_history()
     assert (tmp_path / "snapshot.pickle").stat().st_size > 0
+
+
+def test_no_history_is_recorded_after_a_step_that_was_broken_off(monkeypatch, tmp_path):
+    told = []
+    monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", lambda **options: told.append(options))
+    trace = memory.Trace(torch.device("cuda"), tmp_path)
+    trace.profiler = types.SimpleNamespace(stop=lambda: None)
+    trace.abandon()
+    trace.abandon()
+    assert told == [{"enabled": None}]
+
+    def broken():
+        raise RuntimeError("not today")
+
+    monkeypatch.setattr(torch.cuda.memory, "_snapshot", broken)
+    trace._save_history()
+    assert "not today" in trace.problem
+    assert told[1:] == [{"enabled": None}]
+
+
+def test_the_largest_batch_is_searched_under_the_limit(monkeypatch):
+    """Its process takes that share of the GPU, and no more."""
+    told = []
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: told.append(str(device)))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (60 * 10**9, 80 * 10**9))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", told.append)
+    workload.claim("cuda:1", 16 * 10**9)
+    workload.claim("cuda")
+    workload.claim("cpu", 10**9)
+    assert told == ["cuda:1", 0.2, "0"]
+    asked = []
+    monkeypatch.setattr(_fresh, "call", lambda *arguments, **options: asked.append((arguments, options)))
+    work = workload.Workload(device="cuda")
+    largest.survives(work, 123)
+    assert asked == [(("selfsup_kernels.profile.workload:survives", work.json(), 123), {})]

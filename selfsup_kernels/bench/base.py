@@ -76,7 +76,8 @@ def tree_of(sha, device, say) -> Path:
         packed.write(git("archive", "--format=tar", sha))
         packed.seek(0)
         with tarfile.open(fileobj=packed) as archive:
-            archive.extractall(folder, filter="data")
+            # Python 3.10 and 3.11 have the filter from a late patch on; the archive is git's own.
+            archive.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     own = {"SELFSUP_KERNELS_REQUIRE_EXTENSION": "1"} if extension_loaded() else {"SELFSUP_KERNELS_SKIP_BUILD": "1"}
     if device != "cuda":
         own["SELFSUP_KERNELS_SKIP_CUDA_BUILD"] = "1"

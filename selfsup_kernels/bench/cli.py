@@ -1,8 +1,9 @@
 """The options of ``python -m selfsup_kernels bench``, and what they ask for."""
 
-import os
 import sys
 from pathlib import Path
+
+from selfsup_kernels._options import Wrong, device, writable_file
 
 OPS = ("info_nce", "byol", "ema")
 IMPLS = ("auto", "reference", "cpu", "triton", "cuda")
@@ -13,13 +14,6 @@ NEEDS = ("rich", "psutil")
 WIDTH = 150
 """Of tables that do not go to a terminal."""
 PAGE_NEEDS = ("numpy", "matplotlib", "jinja2")
-
-
-class Wrong(Exception):
-    """An argument that cannot be used: which, what was expected, and what came."""
-
-    def __init__(self, argument, expected, got):
-        super().__init__(f"--{argument}: expected {expected}, got {got!r}")
 
 
 def add_arguments(parser):
@@ -119,17 +113,17 @@ class Plan:
         self.rounds = None if options.rounds is None else number("rounds", options.rounds, int, 1)
         for name in ("json", "csv", "html"):
             if getattr(options, name):
-                writable(name, Path(getattr(options, name)))
+                writable_file(name, Path(getattr(options, name)))
         if options.results:
-            writable("results", Path(options.results) / "results.json")
+            writable_file("results", Path(options.results) / "results.json")
         batches = options.batch and whole("batch", options.batch, 2)
         views = whole("views", options.views, 2)
         dims = options.dim and whole("dim", options.dim, 1)
         # torch is imported from here on: what is wrong above is said at once.
         from selfsup_kernels.bench import workloads
 
-        dtypes = list(dict.fromkeys(lookup("dtype", d, workloads.DTYPES) for d in words(options.dtype)))
-        models = [lookup("model", m, {name: name for name in workloads.MODELS}) for m in words(options.model)]
+        dtypes = lookup("dtype", options.dtype, workloads.DTYPES)
+        models = lookup("model", options.model, {name: name for name in workloads.MODELS})
         self.device = device("device", options.device)
         columns = self.columns(options.vs)
         self.cases = []
@@ -195,11 +189,14 @@ def of_choices(argument, text, choices):
     return tuple(dict.fromkeys(chosen))
 
 
-def lookup(argument, word, table):
-    found = {name.lower(): value for name, value in table.items()}.get(word.lower())
-    if found is None:
-        raise Wrong(argument, f"some of {', '.join(table)}", word)
-    return found
+def lookup(argument, text, table):
+    known = {name.lower(): value for name, value in table.items()}
+    found = []
+    for word in words(text) or [text]:
+        if word.lower() not in known:
+            raise Wrong(argument, f"some of {', '.join(table)}", word)
+        found.append(known[word.lower()])
+    return list(dict.fromkeys(found))
 
 
 def number(argument, text, kind, least):
@@ -219,18 +216,6 @@ def whole(argument, text, least):
     return list(dict.fromkeys(map(int, values)))
 
 
-def device(argument, text):
-    import torch
-
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if text is None:
-        return "cuda" if count else "cpu"
-    known = ["cpu", *(["cuda"] if count else []), *(f"cuda:{i}" for i in range(count))]
-    if text not in known:
-        raise Wrong(argument, f"one of {', '.join(known)} on this machine", text)
-    return text
-
-
 def importable(argument, word):
     import importlib
 
@@ -239,17 +224,6 @@ def importable(argument, word):
         if callable(getattr(importlib.import_module(module), name)):
             return
         problem = "it is not callable"
-    except (ImportError, AttributeError, ValueError) as error:
-        problem = str(error)
+    except Exception as error:  # whatever somebody's module does when it is imported
+        problem = f"{type(error).__name__}: {error}"
     raise Wrong(argument, f"MODULE:CALLABLE that can be imported ({problem})", word)
-
-
-def writable(argument, path):
-    """Said before anything is measured, not after minutes of it."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.is_dir() and os.access(path if path.exists() else path.parent, os.W_OK):
-            return
-    except OSError:
-        pass
-    raise Wrong(argument, "a file that can be written", str(path))

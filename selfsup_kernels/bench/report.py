@@ -76,7 +76,8 @@ def errors(rows):
             if value is not None:
                 cells = found.setdefault(name, {})
                 key = (tables.TITLES[row["op"]], row["dtype"])
-                cells[key] = max(value, cells.get(key, (0.0, False))[0]), tables.wrong(row, name)
+                largest, wrong = cells.get(key, (0.0, False))
+                cells[key] = max(value, largest), wrong or tables.wrong(row, name)
     heads = list(dict.fromkeys(key for cells in found.values() for key in cells))
     lines = [
         (

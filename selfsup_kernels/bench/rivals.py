@@ -41,6 +41,8 @@ class Rival(NamedTuple):
     """Whether the first call of each part compiles for this shape."""
     quadratic: bool = False
     """Whether it holds M x M matrices."""
+    waits: bool = False
+    """Whether it copies from the GPU to the host, which a CUDA graph cannot capture."""
 
 
 class Average:
@@ -270,7 +272,7 @@ RIVALS = {
         "compile": Rival(_compiled(loop_of_lerp), compiles=True, note="of the loop"),
         "lightly": Rival(_lightly_ema, "lightly", "update_momentum"),
         "timm": Rival(_timm, "timm", "ModelEmaV3"),
-        "swa_utils": Rival(_swa_utils, note="AveragedModel, get_ema_multi_avg_fn"),
+        "swa_utils": Rival(_swa_utils, note="AveragedModel, get_ema_multi_avg_fn", waits=True),
     },
 }
 """Of each operation, by the name that results and ``--vs`` use."""

@@ -60,6 +60,8 @@ class Suite:
         ops=tuple(rivals.RIVALS),
     ):
         self.clock = timing.Clock(device, target_ms)
+        if self.clock.cuda:
+            torch.cuda.set_device(self.clock.device)  # its streams are those whose events count
         self.seconds, self.rounds, self.skip = seconds, rounds, set(skip)
         self.graphs, self.advance = graphs and self.clock.cuda, advance
         self.deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
@@ -126,6 +128,9 @@ class Suite:
             else:
                 wanted.append(name)
             self.advance(f"{case.label}: {name}")
+        if not wanted:  # inputs that nobody takes may not even fit
+            self.advance(f"{case.label}: times")
+            return
         inputs = self._inputs(case)
         functions = {}
         for name in wanted:
@@ -243,7 +248,7 @@ class Suite:
                 columns.times.setdefault(name, {})[part] = times
 
     def _by_device(self, case, functions, inputs, columns):
-        measure = self.clock.measure
+        measure, last = self.clock.measure, case.parts[-1]
         for name, function in functions.items():
             turn = itertools.cycle(inputs)
 
@@ -261,18 +266,24 @@ class Suite:
                 columns.unavailable[name] = reason
                 continue
             columns.times[name] = times
-            run = functools.partial(case.run, case.parts[-1], function, inputs[0])
-            for column, fill in (("peak_bytes", self.clock.peak_bytes), ("graph_ms", self._graph(case, name, inputs))):
-                if fill:
-                    columns.put(column, name, *self.attempt(functools.partial(fill, run)))
+            for made in inputs:
+                case.prepare(last, function, made)  # without the gradients of before
+            run = functools.partial(case.run, last, function, inputs[0])
+            columns.put("peak_bytes", name, *self.attempt(functools.partial(self.clock.peak_bytes, run)))
+            if self._capturable(case, name):
+                milliseconds, reason = self.attempt(functools.partial(self._graph, run))
+                columns.put("graph_ms", name, milliseconds, reason)
+                # After a capture that failed PyTorch's allocator and generator may still believe in it.
+                self.graphs = reason is None
 
-    def _graph(self, case, name, inputs):
-        """The median time of a replayed graph, in ms; where launches may take as long as the work."""
-        if not self.graphs or (case.op == "info_nce" and case.rows > 16384):
-            return None
-        if case.op == "info_nce" and not (rivals.impl_of(name) or name == "eager"):
-            return None
-        return lambda run: self.clock.measure_graph(run)["p50_ms"]
+    def _capturable(self, case, name):
+        """Whether to measure a replayed graph: where launches may take as long as the work, and nothing waits."""
+        if not self.graphs or rivals.find(case.op, name).waits:
+            return False
+        return case.op != "info_nce" or (case.rows <= 16384 and bool(rivals.impl_of(name) or name == "eager"))
+
+    def _graph(self, run):
+        return self.clock.measure_graph(run)["p50_ms"]
 
     # ------------------------------------------------------------ of the device's rates
 

@@ -45,6 +45,8 @@ def in_turns(calls, seconds=1.0, rounds=None):
         times[name].append(1e3 * (time.perf_counter() - start))
 
     order = list(calls)
+    if not order:
+        return {}
     for name in order:
         turn(name)
     slowest = max((values[0] for values in times.values()), default=0.0)
@@ -110,15 +112,18 @@ class Clock:
 
     def measure_graph(self, function):
         """The same of a replayed CUDA graph of ``function()``: without the time that the host takes to launch."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
+        current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        side.wait_stream(current)
         with torch.cuda.stream(side):
             for _ in range(3):
                 function()
-        torch.cuda.current_stream().wait_stream(side)
+        current.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            function()
+        try:
+            with torch.cuda.graph(graph):
+                function()
+        finally:
+            torch.cuda.set_stream(current)  # a capture that fails leaves its own behind
         return self.measure(lambda _: graph.replay())
 
     def peak_bytes(self, function):

@@ -2,18 +2,14 @@
 
 import re
 import sys
+from pathlib import Path
+
+from selfsup_kernels._options import Wrong, device, writable_folder
 
 NEEDS = ("numpy", "matplotlib", "rich", "jinja2", "psutil")
 BATCHES = {"cpu": (256, 1024, 4096), "cuda": (512, 2048, 8192)}
 UNITS = {"": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 METHODS = ("simclr", "cmc", "moco", "byol", "fusion")
-
-
-class Wrong(ValueError):
-    """An argument that cannot be used: which, what was expected, and what came."""
-
-    def __init__(self, argument, expected, got):
-        super().__init__(f"--{argument}: expected {expected}, got {got!r}")
 
 
 def add_arguments(parser):
@@ -66,7 +62,7 @@ class Plan:
     """
 
     def __init__(self, options):
-        self.device = device(options.device)
+        self.device = device("device", options.device)
         kind = self.device.partition(":")[0]
         self.accumulate = whole("accumulate", options.accumulate, 1)
         self.batches = batches(options.batch, self.accumulate, BATCHES[kind])
@@ -94,6 +90,7 @@ class Plan:
             device=self.device,
         )
         self._try_encoder()
+        writable_folder("out", Path(self.out))
 
     def _try_encoder(self):
         from selfsup_kernels.profile import workload
@@ -149,19 +146,3 @@ def batches(text, accumulate, default) -> list[int]:
         if batch % accumulate or batch < 2 * accumulate:
             raise Wrong("batch", f"multiples of --accumulate {accumulate} with at least 2 samples in a part", text)
     return sorted(set(found))
-
-
-def device(text) -> str:
-    import torch
-
-    if text is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        made = torch.device(text)
-    except RuntimeError:
-        made = None
-    if made is None or made.type not in BATCHES:
-        raise Wrong("device", "cpu, cuda or cuda:N", text)
-    if made.type == "cuda" and (made.index or 0) >= torch.cuda.device_count():
-        raise Wrong("device", f"one of the {torch.cuda.device_count()} GPUs that PyTorch sees", text)
-    return text

@@ -9,6 +9,7 @@ import math
 import time
 
 from selfsup_kernels import _fresh
+from selfsup_kernels.profile import limit as limits
 
 CLOSE = 0.93
 """The share of the predicted batch at which it is measured again: near enough to be sure, far enough to fit."""
@@ -93,16 +94,13 @@ class Growth:
 
     def measure(self, batch) -> bool:
         """Run steps in a fresh process under the limit; whether they fitted."""
-        under = self.limit if self.work.device == "cpu" else None
-        work = self.work.of(batch=batch).json()
+        work = self.work.of(batch=batch)
         begin = time.monotonic()
         try:
-            point = _fresh.call("selfsup_kernels.profile.workload:grown", work, memory_limit=under)
+            point = _limited("grown", work, self.limit)
         except _fresh.OutOfMemory:
             self.refused = min(batch, self.refused or batch)
             return False
-        if point["peak_bytes"] is None:
-            raise _fresh.Failed("the peak memory of a process is not known on this system")
         self.startup = time.monotonic() - begin - 3 * point["seconds"]  # a compiler's time is part of it
         self.points = sorted([*self.points, point], key=lambda p: p["batch"])
         return True
@@ -166,11 +164,13 @@ def measure(work, limit, start, budget, advance=lambda note: None) -> Growth:
     Args:
         work: the :class:`selfsup_kernels.profile.workload.Workload`; its own batch does not matter.
         limit: bytes, as :mod:`selfsup_kernels.profile.limit` counts them.
-        budget: seconds, about. Two batches are measured in any case.
+        budget: seconds, about. Two batches are measured in any case; none where the system tells no peak.
         advance: called with a note before each measurement.
     """
     begin = time.monotonic()
     growth = Growth(work, limit)
+    if not limits.known(work.device):
+        return growth
     step = work.accumulate
     batch = max(growth.smallest, start // step * step)
     tried = set()
@@ -229,6 +229,14 @@ def _affordable(growth, seconds, step):
 def survives(work, limit) -> bool:
     """Whether real steps of this batch end in a fresh process under the limit."""
     try:
-        return _fresh.call("selfsup_kernels.profile.workload:survives", work.json(), memory_limit=limit)
+        return _limited("survives", work, limit)
     except _fresh.OutOfMemory:
         return False
+
+
+def _limited(function, work, limit):
+    """A function of the workload in a fresh process that gets no more than ``limit`` bytes of the device's memory."""
+    target = f"selfsup_kernels.profile.workload:{function}"
+    if work.device == "cpu":
+        return _fresh.call(target, work.json(), memory_limit=limit)
+    return _fresh.call(target, work.json(), limit)

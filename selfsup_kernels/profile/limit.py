@@ -61,6 +61,11 @@ except ImportError:
     pass
 
 
+def known(device) -> bool:
+    """Whether the system tells peaks: a GPU's allocator does, and Linux."""
+    return torch.device(device).type == "cuda" or _memory.status("VmData") is not None
+
+
 def default(device) -> int:
     """Bytes that a fresh process may take."""
     device = torch.device(device)

@@ -1,5 +1,6 @@
 """Peak memory by part, and over the time of a step."""
 
+import contextlib
 import gc
 import json
 import pickle
@@ -91,6 +92,8 @@ class Trace:
         if self.profiler is not None:
             self.profiler.stop()
             self.profiler = None
+            if self.device.type == "cuda":
+                self._stop_history()
 
     def _record_history(self):
         # Private in PyTorch, and its arguments have changed before: a snapshot is an extra.
@@ -102,10 +105,14 @@ class Trace:
     def _save_history(self):
         try:
             snapshot = torch.cuda.memory._snapshot()
-            torch.cuda.memory._record_memory_history(enabled=None)
             (self.folder / "snapshot.pickle").write_bytes(pickle.dumps(snapshot))
         except (AttributeError, TypeError, RuntimeError) as error:
             self.problem = f"There is no memory snapshot: {error}"
+        self._stop_history()
+
+    def _stop_history(self):
+        with contextlib.suppress(AttributeError, TypeError, RuntimeError):
+            torch.cuda.memory._record_memory_history(enabled=None)
 
 
 def timeline(trace, cuda, points=1500) -> dict | None:

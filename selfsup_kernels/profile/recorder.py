@@ -28,12 +28,14 @@ class CPUClock:
 
 
 class CUDAClock:
-    """Events on the stream that is current where the mark is made: nothing waits for the GPU inside a step."""
+    """Events on the device's stream that is current where the mark is made: nothing waits for the GPU inside a step."""
 
-    @staticmethod
-    def read():
+    def __init__(self, device):
+        self.device = device
+
+    def read(self):
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self.device))
         return event
 
     @staticmethod

@@ -90,7 +90,7 @@ class Run:
         self.device, self._out, self._warmup = device, out, warmup
         self._with = [kind for kind, wanted in ((MEMORY, memory), (TRACED, trace)) if wanted]
         self._cuda = device.type == "cuda"
-        self._clock = CUDAClock if self._cuda else CPUClock
+        self._clock = CUDAClock(self.device) if self._cuda else CPUClock()
         self.counts = dict.fromkeys((WARMUP, TIMED, PLAIN, MEMORY, TRACED), 0)
         self._kind = self._recorder = self._hooks = self._trace = None
         self._waiting, self._seconds, self._plain = [], [], []

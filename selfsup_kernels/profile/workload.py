@@ -174,9 +174,10 @@ def eager_contrast(method):
         negatives = method.queue.clone().T
         terms = []
         for u, query in enumerate(queries):
+            rest = query @ negatives
             for v, key in enumerate(keys):
                 if u != v or not method.symmetric:
-                    scores = torch.cat([(query * key).sum(-1, keepdim=True), query @ negatives], 1) / method.temperature
+                    scores = torch.cat([(query * key).sum(-1, keepdim=True), rest], 1) / method.temperature
                     terms.append(
                         F.cross_entropy(scores, torch.zeros(len(query), dtype=torch.int64, device=query.device))
                     )
@@ -252,6 +253,17 @@ class Trainer:
             self.method.update_target()
 
 
+def claim(device, memory=None):
+    """Make a GPU the current one, with no more than ``memory`` bytes for this process's tensors; nothing on a CPU."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.init()
+        torch.cuda.set_device(torch.cuda.current_device() if device.index is None else device)
+        if memory is not None:
+            total = torch.cuda.mem_get_info()[1]
+            torch.cuda.set_per_process_memory_fraction(min(1.0, memory / total))
+
+
 def synchronize(device):
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
@@ -260,6 +272,7 @@ def synchronize(device):
 def profiled(work, steps, out) -> dict:
     """Called in a fresh process: the summary of ``steps`` steps with marks and as many without; a trace in ``out``."""
     work = Workload(**work)
+    claim(work.device)
     trainer = Trainer(work)
     with sk.profile.steps(trainer.method, device=work.device) as run:
         for views in run(loader(work, 2 + 2 * steps + 2), accumulate=work.accumulate):
@@ -267,20 +280,26 @@ def profiled(work, steps, out) -> dict:
     return run.save_trace(out)
 
 
-def grown(work, steps=3) -> dict:
-    """Called in a fresh process: its peak memory over a few steps, and the seconds of the fastest."""
+def grown(work, memory=None, steps=3) -> dict:
+    """Called in a fresh process: its peak memory over a few steps, and the seconds of the fastest.
+
+    ``memory``: bytes of a GPU that it may take; on a CPU the process has its limit from outside.
+    """
     from selfsup_kernels.profile import limit
 
     work = Workload(**work)
+    claim(work.device, memory)
     peak = limit.Peak(work.device)
     with peak:
         seconds = _train(work, steps)
     return {"batch": work.batch, "peak_bytes": peak.bytes, "seconds": min(seconds[1:])}
 
 
-def survives(work, steps=3) -> bool:
+def survives(work, memory=None, steps=3) -> bool:
     """Called in a fresh process under a memory limit: True, or it is out of memory."""
-    _train(Workload(**work), steps)
+    work = Workload(**work)
+    claim(work.device, memory)
+    _train(work, steps)
     return True
 
 
