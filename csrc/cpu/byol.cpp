@@ -7,17 +7,21 @@ namespace selfsup_kernels {
 
 namespace {
 
-// The rows of one sample in all views.
+// The rows of one sample in all views, of the samples up to `end` one after the other.
 template <typename T>
 struct SampleReader {
   const RowReader<T>& reader;
+  int64_t end;
   std::vector<T> scratch;
   std::vector<const T*> rows;
 
-  explicit SampleReader(const RowReader<T>& reader)
-      : reader(reader), scratch(2 * reader.width * reader.sources.size()), rows(reader.sources.size()) {}
+  SampleReader(const RowReader<T>& reader, int64_t end)
+      : reader(reader), end(end), scratch(2 * reader.width * reader.sources.size()), rows(reader.sources.size()) {}
   const T* const* read(int64_t sample) {
-    for (size_t v = 0; v < rows.size(); ++v) rows[v] = reader.read(v, sample, scratch.data() + 2 * v * reader.width);
+    for (size_t v = 0; v < rows.size(); ++v) {
+      if (sample + 1 < end) reader.prefetch(v, sample + 1);
+      rows[v] = reader.read(v, sample, scratch.data() + 2 * v * reader.width);
+    }
     return rows.data();
   }
 };
@@ -34,7 +38,7 @@ std::tuple<Tensor, Tensor> forward(
   T* rt = rp + views * batch;
   T* cosines = rt + views * batch;
   torch::stable::parallel_for(0, batch, grain(views, dim), [&](int64_t begin, int64_t end) {
-    SampleReader<T> ps(p), ts(t);
+    SampleReader<T> ps(p, end), ts(t, end);
     std::vector<T> sum(dim), local(3 * views);
     for (int64_t a = begin; a < end; ++a) {
       kernels<T>().byol_forward(
@@ -81,7 +85,7 @@ Tensor backward(
   Tensor result = cpu_empty({views, batch, dim}, dtype);
   char* to = static_cast<char*>(result.data_ptr());
   torch::stable::parallel_for(0, batch, grain(views, dim), [&](int64_t begin, int64_t end) {
-    SampleReader<T> ps(p), ts(t);
+    SampleReader<T> ps(p, end), ts(t, end);
     std::vector<T> sum(dim), local(4 * views), wide(direct ? 0 : views * dim);
     std::vector<T*> out(views);
     for (int64_t a = begin; a < end; ++a) {

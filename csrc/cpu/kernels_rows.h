@@ -103,19 +103,67 @@ inline void sum_targets(const T* const* t, const T* rt, int64_t views, int64_t d
   }
 }
 
+// Whether sums of products of elements of such rows stay in the type's range, given the squares of their norms.
+template <typename T>
+inline bool ordinary(double square) {
+  constexpr bool wide = sizeof(T) == 8;
+  return square > (wide ? 1e-290 : 1e-30) && square < (wide ? 1e300 : 1e38);
+}
+
+// <a, a>, <b, b> and <a, b> in one pass: of float in parts of 512, which are added up in double.
+template <typename T>
+struct Products {
+  double aa = 0, bb = 0, ab = 0;
+
+  Products(const T* a, const T* b, int64_t d) {
+    constexpr int W = lanes<T>;
+    for (int64_t begin = 0; begin < d; begin += 512) {
+      const int64_t end = d - begin < 512 ? d : begin + 512;
+      Vec<T> sums[2][3] = {};  // two chains of each, six in all, hide the latency of the additions
+      auto add = [&](Vec<T> x, Vec<T> y, int chain) {
+        sums[chain][0] += x * x;
+        sums[chain][1] += y * y;
+        sums[chain][2] += x * y;
+      };
+      int64_t j = begin;
+      for (; j + 2 * W <= end; j += 2 * W)
+        for (int k = 0; k < 2; ++k) add(load<T>(a + j + k * W), load<T>(b + j + k * W), k);
+      for (; j + W <= end; j += W) add(load<T>(a + j), load<T>(b + j), 0);
+      if (j < end) add(load_part<T>(a + j, end - j, 0), load_part<T>(b + j, end - j, 0), 0);
+      aa += sum<T>(sums[0][0] + sums[1][0]);
+      bb += sum<T>(sums[0][1] + sums[1][1]);
+      ab += sum<T>(sums[0][2] + sums[1][2]);
+    }
+  }
+};
+
+// The cosine of p and t, and the signed reciprocals of their norms.
+template <typename T>
+inline T cosine(const T* p, const T* t, int64_t d, double eps, T& rp, T& rt) {
+  const Products<T> all(p, t, d);
+  if (ordinary<T>(all.aa) && ordinary<T>(all.bb)) {
+    rp = signed_reciprocal<T>(__builtin_sqrt(all.aa), eps);
+    rt = signed_reciprocal<T>(__builtin_sqrt(all.bb), eps);
+    return static_cast<T>(all.ab * magnitude(rp) * magnitude(rt));
+  }
+  rp = reciprocal_norm<T>(p, d, eps);
+  rt = reciprocal_norm<T>(t, d, eps);
+  return scaled_dot<T>(p, magnitude(rp), t, magnitude(rt), d);
+}
+
 template <typename T>
 void byol_forward(
     const T* const* p, const T* const* t, int64_t views, int64_t d, double eps, T* sum, T* rp, T* rt, T* cosines) {
-  for (int64_t v = 0; v < views; ++v) {
-    rp[v] = reciprocal_norm<T>(p[v], d, eps);
-    rt[v] = reciprocal_norm<T>(t[v], d, eps);
-  }
   if (views <= 2) {
     for (int64_t v = 0; v < views; ++v) {
       int64_t other = views - 1 - v;
-      cosines[v] = scaled_dot<T>(p[v], magnitude(rp[v]), t[other], magnitude(rt[other]), d);
+      cosines[v] = cosine<T>(p[v], t[other], d, eps, rp[v], rt[other]);
     }
     return;
+  }
+  for (int64_t v = 0; v < views; ++v) {
+    rp[v] = reciprocal_norm<T>(p[v], d, eps);
+    rt[v] = reciprocal_norm<T>(t[v], d, eps);
   }
   sum_targets<T>(t, rt, views, d, sum);
   for (int64_t v = 0; v < views; ++v)

@@ -64,6 +64,16 @@ struct RowReader {
     kernels<T>().widen(p, storage, width, scratch);
     return scratch;
   }
+
+  // Begins to fetch a row that will soon be read. Where rows of many sources take turns, the processor's own
+  // prefetching does not keep up; within a long row it does.
+  void prefetch(int64_t source, int64_t row) const {
+    const Source& from = sources[source];
+    const int64_t item = item_size(storage);
+    if (from.col_stride != item) return;
+    const char* p = from.base + row * from.row_stride;
+    for (int64_t k = 0; k < std::min<int64_t>(width * item, 4096); k += 64) __builtin_prefetch(p + k);
+  }
 };
 
 // A number from a tensor of one element, at `offset` elements from its start.

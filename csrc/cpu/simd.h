@@ -90,13 +90,23 @@ inline void transpose(Vec<T>* rows) {
 }
 
 // Sum of the lanes in a fixed order: the same bits however the rows were shared out.
-template <typename T>
+template <typename T, int Width = lanes<T> / 2>
 inline T sum(Vec<T> v) {
+#if defined(__clang__)
   T lane[lanes<T>];
   store<T>(lane, v);
-  for (int width = lanes<T> / 2; width > 0; width /= 2)
+  for (int width = Width; width > 0; width /= 2)
     for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
   return lane[0];
+#else  // within the registers: through memory it takes several times as long
+  if constexpr (Width == 0) {
+    return v[0];
+  } else {
+    IntVec<T> upper{};
+    for (int k = 0; k < lanes<T>; ++k) upper[k] = (k + Width) % lanes<T>;
+    return sum<T, Width / 2>(v + __builtin_shuffle(v, upper));
+  }
+#endif
 }
 
 // exp with relative error below 2 ulp on the range of normal results. Results below it are 0, above it Inf; NaN stays.
