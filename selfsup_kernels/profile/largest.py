@@ -101,7 +101,9 @@ class Growth:
         except _fresh.OutOfMemory:
             self.refused = min(batch, self.refused or batch)
             return False
-        self.startup = time.monotonic() - begin - 3 * point["seconds"]  # a compiler's time is part of it
+        # A compiler's time is part of it; of large batches so are their first, slow, steps.
+        startup = time.monotonic() - begin - 3 * point["seconds"]
+        self.startup = min(startup, self.startup) if self.points else startup
         self.points = sorted([*self.points, point], key=lambda p: p["batch"])
         return True
 
