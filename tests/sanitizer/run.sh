@@ -44,8 +44,8 @@ expect overflow 1 "runtime error: signed integer overflow"
 "$python" -c 'from selfsup_kernels import _build, backends
 assert _build.record()["sanitized"] and str(_build.PACKAGE).startswith("'"$tree"'"), _build.PACKAGE
 assert backends.unavailable("cpu") is None, backends.unavailable("cpu")'
-# Without the tests of the benchmarks, which are not in the copy.
-tests="tests --ignore=tests/gpu --ignore=tests/test_gpu_bench.py --ignore=tests/test_gpu_check.py --ignore=tests/test_build_cuda.py"
+# Without the tests of the benchmarks and the documents, which are not in the copy.
+tests="tests --ignore=tests/gpu --ignore=tests/test_gpu_bench.py --ignore=tests/test_gpu_check.py --ignore=tests/test_build_cuda.py --ignore=tests/test_docs.py --ignore=tests/test_docs_site.py"
 # The widest instruction set with everything, the others with all but the slow random cases.
 "$python" -m pytest $tests -m sanitize -k "not reference" --durations=5
 for capability in avx2 default; do
