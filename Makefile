@@ -82,7 +82,7 @@ bench-compare: setup
 # Measures this machine beside the libraries of `make interop`, for benchmarks/results.
 bench-results: interop-setup
 	PYTHONPATH=. .venv-interop/bin/python -m selfsup_kernels bench --vs all --views 2,4 --dtype float32,bf16 \
-	  --model ResNet-50,ViT-B --results "$(or $(RESULTS),benchmarks/results)" $(ARGUMENTS)
+	  --model ResNet-50,ViT-B --seconds 4 --results "$(or $(RESULTS),benchmarks/results)" $(ARGUMENTS)
 
 # Real training steps, part by part. ARGUMENTS="--method byol --batch 256,1024" and the like.
 profile: setup
