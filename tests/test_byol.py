@@ -150,10 +150,23 @@ def test_one_sample_is_enough(impl):
 
 @pytest.mark.sanitize
 @pytest.mark.parametrize("num_views", [1, 2, 3])
-@pytest.mark.parametrize(("size", "dtype"), [(1e19, torch.float32), (1e30, torch.bfloat16), (1e-22, torch.float32)])
-def test_long_and_short_rows(impl, num_views, size, dtype):
+@pytest.mark.parametrize(
+    ("sizes", "dtype"),
+    [
+        ((1e19, 1e19), torch.float32),
+        ((1e30, 1e30), torch.bfloat16),
+        ((1e-22, 1e-22), torch.float32),
+        # At the ends of the range in which the CPU multiplies rows as they are, and on both sides of one.
+        ((1e18, 1e18), torch.float32),
+        ((1e-14, 1e-14), torch.float32),
+        ((1e18, 1e-14), torch.float32),
+        ((1e18, 1e-17), torch.float32),
+        ((1e-17, 1e19), torch.float32),
+    ],
+)
+def test_long_and_short_rows(impl, num_views, sizes, dtype):
     """The product of two norms leaves the range of float32; the cosine does not."""
-    p, t = (randn(num_views, 6, 40, seed=seed).mul(size).to(dtype) for seed in (0, 1))
+    p, t = (randn(num_views, 6, 40, seed=seed).mul(sizes[seed]).to(dtype) for seed in (0, 1))
     if num_views == 1:
         p, t = p[0], t[0]
     loss = byol_loss(p, t, eps=1e-30, reduction="none", impl=impl)

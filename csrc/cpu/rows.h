@@ -65,8 +65,7 @@ struct RowReader {
     return scratch;
   }
 
-  // Begins to fetch a row that will soon be read. Where rows of many sources take turns, the processor's own
-  // prefetching does not keep up; within a long row it does.
+  // Begins to fetch a row that will soon be read, or its beginning: for rows of several sources that take turns.
   void prefetch(int64_t source, int64_t row) const {
     const Source& from = sources[source];
     const int64_t item = item_size(storage);

@@ -98,7 +98,7 @@ inline T sum(Vec<T> v) {
   for (int width = Width; width > 0; width /= 2)
     for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
   return lane[0];
-#else  // within the registers: through memory it takes several times as long
+#else  // within the registers, not through memory
   if constexpr (Width == 0) {
     return v[0];
   } else {
