@@ -9,8 +9,6 @@ MATTERS = 0.05
 """The share of a step from which on a faster loss would be noticed."""
 SURE = 1.25
 """How far beyond the largest measured batch the advice needs no remark."""
-SAME_TIME = 0.05
-"""Steps that differ by less than this share are equally long."""
 SAME = 0.02
 """Peaks that differ by less than this share are equal."""
 
