@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 
 import pytest
+import tiles
 import torch
 
 from selfsup_kernels import backends
@@ -76,7 +77,7 @@ def dtype(request):
     return request.param
 
 
-@pytest.fixture(params=["clean+masked", "all", "waves"])
+@pytest.fixture(params=tiles.WAYS)
 def path(request, impl, monkeypatch):
     """The ways of InfoNCE: small tiles, so that a few rows are many, and each way that the launchers choose by size.
 
@@ -91,19 +92,7 @@ def path(request, impl, monkeypatch):
             yield request.param
         return
 
-    def small(kernel, architecture, kind, width):
-        if kernel in ("gradient", "masked_gradient") and request.param == "waves":
-            return None
-        m, n, k = {
-            # The tiles without masks are larger than those with, and neither are square.
-            "sums": (32, 64, 32),
-            "masked_sums": (16, 32, 32),
-            "gradient": (64, 64, 256 if width == "256" else 64),
-            "masked_gradient": (16, 32, 256 if width == "256" else 64),
-        }.get(kernel, (32, 32, 32))
-        return configs.Config(block_m=m, block_n=n, block_k=k, num_warps=4, num_stages=2)
-
-    monkeypatch.setattr(configs, "_lookup", small)
+    monkeypatch.setattr(configs, "_lookup", tiles.small(request.param))
     monkeypatch.setattr(_launch, "processors_of", lambda tensor: 1000 if request.param == "all" else 1)
     monkeypatch.setattr(_launch, "MANY_TILES", 0 if request.param == "clean+masked" else 16)
     monkeypatch.setattr(_launch, "deterministic", lambda: request.param == "all")

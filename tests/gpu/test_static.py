@@ -126,6 +126,41 @@ def test_the_command_compiles_what_a_call_of_the_package_launches():
     assert " 0 not fit to ship" in done.stdout
 
 
+TILES = """
+import json, sys
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests/gpu"]
+import tiles, torch
+import selfsup_kernels as sk
+from selfsup_kernels.triton import _compiled, _launch, configs
+
+torch.set_num_threads(1)
+found, kernels = [], 0
+for way in ("clean+masked", "all"):
+    configs._lookup = tiles.small(way)
+    _launch.MANY_TILES = 0 if way == "clean+masked" else 16
+    for dtype in (torch.float32, torch.bfloat16):
+        for dim in (64, 256):
+            with _compiled.recording(89, lambda kernel: kernel == "gradient_kernel") as launches:
+                views = torch.zeros(2, 200, dim, dtype=dtype, requires_grad=True)
+                sk.info_nce_loss(views, impl="triton").backward()
+            kernels += len(launches)
+            for launch in launches:
+                if launch.code is None or launch.code.shared > _compiled.RESOURCES[89].block_shared:
+                    found.append((way, str(dtype), dim, launch.error or launch.code.shared))
+print(json.dumps({"found": found, "kernels": kernels}))
+"""
+
+
+def test_the_tiles_of_the_tests_fit_the_smallest_gpu(tmp_path):
+    """The interpreter has no limit: here is where a tile that no GPU would take is seen."""
+    (tmp_path / "check.py").write_text(TILES)
+    done = run(tmp_path / "check.py", ROOT)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["found"] == []
+    assert result["kernels"] >= 2 * 2 * 2  # each way, dtype and width has one at least
+
+
 LISTING = """
 	Function : f
         /*0000*/                   MOV R1, RZ ;
