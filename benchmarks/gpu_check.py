@@ -8,10 +8,10 @@ its own and is killed at it; one that fails does not hide the later ones. What t
 """
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -23,6 +23,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # the package of this checkout
+
+GRACE = 5.0
+"""Seconds between the interrupt that ends a step at its limit and the end of all its processes: pytest prints what had
+failed until then."""
+
 MINUTES = 8.7
 """Of all steps: time on a machine with a GPU is short, and starting it takes some."""
 
@@ -83,9 +89,13 @@ def run_step(step: Step, log, limit: float, environment: dict[str, str]) -> Outc
         try:
             status, note = process.wait(limit), ""
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
             status, note = None, f"killed after {limit:.0f} s"
+            process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE)
+            with contextlib.suppress(ProcessLookupError):  # its children go too, where it has left any
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
         seconds = time.perf_counter() - began
         output.seek(0)
         text = output.read()
@@ -131,16 +141,17 @@ def report(outcomes: list[Outcome], steps: list[Step], folder: Path) -> int:
     return 1 if any(o.state == "FAILED" for o in outcomes) else 0
 
 
-def slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+def workers(memory: int, processors: int | None) -> int:
+    """How many processes share the tests: most of their time is compiling, so as many as there are processors; but
+    each has a context and tensors of its own in the GPU's ``memory`` (bytes)."""
+    return max(1, min(16, processors or 1, memory // (2 << 30)))
 
 
-def all_steps(folder: Path, architecture: int, python: str = sys.executable) -> list[Step]:
+def all_steps(folder: Path, architecture: int, processes: int = 1, python: str = sys.executable) -> list[Step]:
     sanitizer = shutil.which("compute-sanitizer")
     benchmarks = ROOT / "benchmarks" / "gpu.py"
     smoke = [python, "benchmarks/gpu_smoke.py"]
-    # Most of the tests' time is compiling, which processes share well; each takes little of the GPU.
-    split = ["-n", str(min(8, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
+    split = ["-n", str(processes)] if importlib.util.find_spec("xdist") else []
 
     def sanitized(tool, limit, **environment):
         command = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--print-limit", "20", *smoke, "--brief"]
@@ -205,6 +216,8 @@ def main(arguments=None) -> int:
     began = time.perf_counter()
     import torch
 
+    from selfsup_kernels.bench import results
+
     if not torch.cuda.is_available():
         print(f"gpu-check: needs an NVIDIA GPU and a CUDA build of PyTorch; this is {torch.__version__} and sees none")
         return 2
@@ -212,13 +225,14 @@ def main(arguments=None) -> int:
     major, minor = torch.cuda.get_device_capability()
     known = (80, 89, 90, 100, 120)
     architecture = max((a for a in known if a <= 10 * major + minor), default=known[0])
-    folder = (options.out or ROOT / "benchmarks" / "results" / slug(name)).resolve()
+    folder = (options.out or ROOT / "benchmarks" / "results" / results.folder_name({"device": name})).resolve()
     print(f"{name}, compute capability {major}.{minor}, torch {torch.__version__}; results in {folder}", flush=True)
     # A failed build is a step that failed, not a reason for the tests of the Triton kernels not to run.
     without = ("TRITON_INTERPRET", "SELFSUP_KERNELS_REQUIRE_EXTENSION")
     environment = {k: v for k, v in os.environ.items() if k not in without} | {"PYTHONUNBUFFERED": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
-    steps = all_steps(folder, architecture)
+    memory = torch.cuda.get_device_properties(0).total_memory
+    steps = all_steps(folder, architecture, workers(memory, os.cpu_count()))
     outcomes = run_steps(steps, folder, 60 * options.minutes - (time.perf_counter() - began), environment)
     return report(outcomes, steps, folder)
 

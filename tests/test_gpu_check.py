@@ -2,11 +2,10 @@
 
 import importlib.util
 import json
+import os
 import sys
 import time
 from pathlib import Path
-
-import pytest
 
 _spec = importlib.util.spec_from_file_location(
     "gpu_check", Path(__file__).resolve().parent.parent / "benchmarks" / "gpu_check.py"
@@ -61,10 +60,12 @@ def test_all_good_is_status_zero(tmp_path, capsys):
     assert gpu_check.report(gpu_check.run_steps(steps, tmp_path, 100), steps, tmp_path) == 0
 
 
-def test_a_step_is_killed_with_its_children(tmp_path):
+def test_a_step_is_killed_with_its_children(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_check, "GRACE", 0.3)
     child = "import time, pathlib; time.sleep(3); pathlib.Path(r'{}').touch()".format(tmp_path / "alive")
     parent = (
-        f"import subprocess, sys; print('begun', flush=True); subprocess.run([sys.executable, '-S', '-c', {child!r}])"
+        "import signal, subprocess, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); print('begun', flush=True); "
+        f"subprocess.run([sys.executable, '-S', '-c', {child!r}])"
     )
     began = time.perf_counter()
     (outcome,) = gpu_check.run_steps([Step("slow", python(parent), 1)], tmp_path, 100)
@@ -72,6 +73,18 @@ def test_a_step_is_killed_with_its_children(tmp_path):
     assert time.perf_counter() - began < 2.9
     time.sleep(3.5 - (time.perf_counter() - began))
     assert not (tmp_path / "alive").exists()
+
+
+def test_what_had_failed_before_the_limit_is_seen(tmp_path):
+    """As pytest prints it: a step is interrupted before it is killed."""
+    test = tmp_path / "test_slow.py"
+    test.write_text("import time\ndef test_bad(): assert 2 == 3, 'the reason'\ndef test_slow(): time.sleep(60)\n")
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-c", os.devnull, str(test)]
+    began = time.perf_counter()
+    (outcome,) = gpu_check.run_steps([Step("tests", command, 10)], tmp_path, 100)
+    assert (outcome.state, outcome.note) == ("FAILED", "killed after 10 s")
+    assert time.perf_counter() - began < 10 + gpu_check.GRACE + 1
+    assert any("the reason" in line for line in outcome.tail)
 
 
 def test_later_steps_keep_the_time_that_is_reserved_for_them(tmp_path):
@@ -102,16 +115,17 @@ def test_the_steps_fit_the_time(tmp_path):
     assert command[command.index("--minutes") + 1] == "5.0"
 
 
+def test_processes_fit_the_processors_and_the_memory():
+    gib = 1 << 30
+    assert gpu_check.workers(139 * gib, 16) == 16
+    assert gpu_check.workers(139 * gib, 64) == 16
+    assert gpu_check.workers(8 * gib, 16) == 4
+    assert gpu_check.workers(1 * gib, None) == 1
+
+
 def test_without_a_gpu_it_says_so(monkeypatch, capsys):
     import torch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu_check.main([]) == 2
     assert "needs an NVIDIA GPU" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("name", "folder"), [("NVIDIA H200", "nvidia-h200"), ("NVIDIA RTX (TM) 6000", "nvidia-rtx-tm-6000")]
-)
-def test_results_lie_by_device(name, folder):
-    assert gpu_check.slug(name) == folder
