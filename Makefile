@@ -1,7 +1,7 @@
 # Every target works alone on a fresh machine: it makes .venv and builds the extension where they are missing or stale.
 #
 #   make setup | demo | bench | bench-compare | bench-results | profile | docs | test | lint | asan | interop-setup | interop
-#        interop-bench | compat | cuda | cuda-static | gpu-static | gpu-check | clean
+#        interop-bench | compat | cuda | cuda-static | gpu-static | gpu-check | gpu-counters | clean
 #
 # With PYTHON given on the command line (make test PYTHON=python3) that interpreter is used as it is: it needs torch
 # and the tools listed in pyproject.toml, and only the extension is built, in place.
@@ -38,7 +38,7 @@ OP_TESTS := tests/test_ops.py tests/test_info_nce.py tests/test_info_nce_parts.p
 
 export SELFSUP_KERNELS_REQUIRE_EXTENSION := 1
 
-.PHONY: setup demo bench bench-compare bench-results profile docs test lint asan interop-setup interop interop-bench compat cuda cuda-static gpu-static gpu-check clean
+.PHONY: setup demo bench bench-compare bench-results profile docs test lint asan interop-setup interop interop-bench compat cuda cuda-static gpu-static gpu-check gpu-counters clean
 
 setup: $(BUILT)
 
@@ -152,6 +152,11 @@ cuda-static: $(CUDA_LIBRARY)
 # On a machine with a GPU, whose Python has a CUDA build of torch: make gpu-check PYTHON=python3 [RESULTS=DIR]
 gpu-check: $(DEPENDENCIES)
 	$(PY) benchmarks/gpu_check.py $(if $(RESULTS),--out "$(RESULTS)")
+
+# What bounds each kernel there, by the hardware's counters, once gpu-check has built the libraries. ARGUMENTS="--only
+# TEXT" and the like.
+gpu-counters: $(DEPENDENCIES)
+	$(PY) benchmarks/gpu_counters.py $(if $(RESULTS),--out "$(RESULTS)") $(ARGUMENTS)
 
 clean:
 	rm -rf build dist out .venv .venv-compat .venv-interop *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -1,0 +1,257 @@
+"""What bounds each GPU kernel, by the hardware's own counters: every kernel of some calls once, under Nsight Compute.
+
+    python benchmarks/gpu_counters.py [--out DIR] [--only TEXT ...]      or: make gpu-counters PYTHON=python3
+
+Writes ``DIR/counters.json`` (default: ``benchmarks/results/<device>/``), and prints a line for each kernel: its time,
+how busy the units are that can bound it, and what bounds it or its warps wait for. The clocks stay as they are
+(``--clock-control none``), and so do the caches. A time under the profiler is no benchmark: ``benchmarks/gpu.py`` is.
+
+``ncu`` runs this file once more, with ``--calls``: each call is made twice, the second time with the profiler on, and a
+kernel that does nothing stands between two calls, so that the profiler's list can be divided among them.
+"""
+
+import argparse
+import csv
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # the package of this checkout
+
+UNITS = {
+    "tensor": "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_elapsed",
+    "xu": "sm__inst_executed_pipe_xu.avg.pct_of_peak_sustained_elapsed",
+    "fma": "sm__inst_executed_pipe_fma.avg.pct_of_peak_sustained_elapsed",
+    "alu": "sm__inst_executed_pipe_alu.avg.pct_of_peak_sustained_elapsed",
+    "issue": "smsp__issue_active.avg.pct_of_peak_sustained_elapsed",
+    "L1": "l1tex__throughput.avg.pct_of_peak_sustained_elapsed",
+    "L2": "lts__throughput.avg.pct_of_peak_sustained_elapsed",
+    "memory": "dram__throughput.avg.pct_of_peak_sustained_elapsed",
+}
+"""Name -> the share of its peak at which the unit worked, in percent of the kernel's time. The exponentials of a
+softmax are the xu's, with all conversions between integers and floats; L1 is shared memory too."""
+
+FACTS = {
+    "ns": "gpu__time_duration.sum",
+    "occupancy_percent": "sm__warps_active.avg.pct_of_peak_sustained_active",
+    "bytes_read": "dram__bytes_read.sum",
+    "bytes_written": "dram__bytes_write.sum",
+    "registers": "launch__registers_per_thread",
+    "shared_bytes": "launch__shared_mem_per_block",
+    "blocks": "launch__grid_size",
+    "threads": "launch__block_size",
+}
+STALL = re.compile(r"smsp__average_warps_issue_stalled_(\w+)_per_issue_active\.ratio")
+"""Warps that wait for this reason whenever one issues: the section WarpStateStats has one for each reason."""
+
+BUSY = 60
+"""Percent of its peak from which on a unit is said to bound a kernel: below, nothing is full and latency does."""
+
+MARK = "spin_kernel"
+"""What PyTorch calls the kernel that only waits, and we put between two calls."""
+
+
+# ---------------------------------------------------------------- the calls, in the process that is profiled
+
+
+def calls(quick):
+    """(name, workload, implementation): each kind of kernel, at the sizes that the first tables are about."""
+    from selfsup_kernels.bench.workloads import case
+
+    rows, pairs, model = (32, 48, "tiny") if quick else (16384, 262144, "ResNet-50")
+    for impl in ("triton", "cuda"):
+        for dim, dtype in ((256, "bfloat16"), (128, "bfloat16"), (512, "bfloat16"), (256, "float32")):
+            made = case("info_nce", views=2, batch=rows, dim=dim, dtype=dtype)
+            yield f"{impl}: {made.label}", made, impl
+        for made in (case("byol", views=1, batch=pairs, dim=256), case("ema", model=model)):
+            yield f"{impl}: {made.label}", made, impl
+    queue = case("info_nce", views=2, batch=rows // 16, dim=128, dtype="bfloat16")
+    yield f"triton: {queue.label}", queue, "triton"
+
+
+def chosen(only, quick):
+    """The calls whose name holds one of the texts, or all."""
+    return [c for c in calls(quick) if not only or any(text in c[0] for text in only)]
+
+
+def make_calls(only, quick):
+    """Make each call, the second time with the profiler on."""
+    import torch
+
+    gpu = torch.cuda.is_available()
+    for name, made, impl in chosen(only, quick):
+        function, part = made.ours(impl), made.parts[-1]
+        try:
+            inputs = made.inputs("cuda" if gpu else "cpu")
+            made.run(part, function, inputs)  # compiles
+            if gpu:
+                torch.cuda.synchronize()
+                torch.cuda.profiler.start()
+            made.run(part, function, inputs)
+        except Exception as error:  # the other calls are worth making
+            print(f"FAILED {name}: {type(error).__name__}: {str(error).strip().splitlines()[:1]}", flush=True)
+        if gpu:
+            torch.cuda.profiler.start()  # also where the call failed before it: its mark has to be seen
+            torch.cuda._sleep(1)
+            torch.cuda.synchronize()
+            torch.cuda.profiler.stop()
+
+
+# ---------------------------------------------------------------- what the profiler prints
+
+
+def command(ncu, log, only):
+    """What runs this file under the profiler."""
+    return [
+        *(ncu, "--csv", "--page", "raw", "--print-units", "base", "--log-file", str(log)),
+        *("--profile-from-start", "off", "--clock-control", "none", "--cache-control", "none"),
+        *("--section", "WarpStateStats", "--metrics", ",".join([*UNITS.values(), *FACTS.values()])),
+        *(sys.executable, str(Path(__file__).resolve()), "--calls", "--only", *only),
+    ]
+
+
+def number(text):
+    """A value of the profiler's, which groups digits by commas; None where it is none."""
+    try:
+        return float(text.replace(",", ""))
+    except ValueError:
+        return None
+
+
+def parse(text):
+    """``[(kernel, {metric: value})]`` of a table of the profiler's, in order of launch.
+
+    A row is a kernel (``--page raw``; a line of units stands first), or one metric of one (its other pages).
+    """
+    lines = [line for line in text.splitlines() if line.startswith('"')]
+    kernels = {}
+    for row in csv.DictReader(io.StringIO("\n".join(lines))):
+        if not (row.get("ID") or "").isdigit():
+            continue  # the units
+        _, metrics = kernels.setdefault(row["ID"], (row["Kernel Name"], {}))
+        pairs = [(row["Metric Name"], row["Metric Value"])] if "Metric Name" in row else row.items()
+        metrics.update({k: number(v) for k, v in pairs if k and v and number(v) is not None})
+    return [kernels[key] for key in sorted(kernels, key=int)]
+
+
+def verdict(units, stalls):
+    """What bounds a kernel: the busiest unit, or what its warps wait for where none is busy."""
+    if not units:
+        return "unknown: the profiler gave no counters"
+    unit = max(units, key=units.get)
+    if units[unit] >= BUSY:
+        return f"{unit} {units[unit]:.0f} %"
+    return f"latency: {unit} {units[unit]:.0f} % at most" + (f", waits on {next(iter(stalls))}" if stalls else "")
+
+
+def describe(name, metrics):
+    """A row of the results: one kernel."""
+    units = {unit: metrics[metric] for unit, metric in UNITS.items() if metric in metrics}
+    stalls = {match[1]: value for metric, value in metrics.items() if (match := STALL.fullmatch(metric))}
+    # A warp that was selected has not waited.
+    stalls = dict(sorted(((k, v) for k, v in stalls.items() if k != "selected"), key=lambda kv: -kv[1])[:4])
+    facts = {fact: metrics.get(metric) for fact, metric in FACTS.items()}
+    return {"kernel": short(name)} | facts | {"units": units, "stalls": stalls, "bound": verdict(units, stalls)}
+
+
+def short(name):
+    """A kernel's name without its namespaces, template arguments and parameters."""
+    name = re.sub(r"^\w+ (?=\S)", "", re.sub(r"[<(].*", "", name.replace("(anonymous namespace)::", "")))
+    return name.rpartition("::")[2].strip()
+
+
+def divide(kernels, names):
+    """The kernels of each call: ``{name: rows}``. Raises ValueError where the marks between them do not fit."""
+    groups = [[]]
+    for name, metrics in kernels:
+        if MARK in name:
+            groups.append([])
+        else:
+            groups[-1].append(describe(name, metrics))
+    if groups.pop() or len(groups) != len(names):
+        raise ValueError(f"{len(groups)} calls between the marks of the profiler's list, {len(names)} were to be made")
+    return dict(zip(names, groups, strict=True))
+
+
+def show(measured):
+    for name, rows in measured.items():
+        print(f"\n{name}")
+        print(f"  {'kernel':34}{'ms':>8}" + "".join(f"{unit:>7}" for unit in UNITS) + "  occ.  regs  bound by")
+        for row in rows:
+            ms, registers = (
+                "-" if v is None else v for v in (row["ns"] and round(row["ns"] / 1e6, 4), row["registers"])
+            )
+            percents = (row["units"].get(unit) for unit in UNITS)
+            line = "".join(f"{'-' if p is None else format(p, '.0f'):>7}" for p in percents)
+            occupancy = "-" if row["occupancy_percent"] is None else f"{row['occupancy_percent']:.0f}"
+            print(f"  {row['kernel'][:33]:34}{ms:>8}{line}{occupancy:>6}{registers:>6}  {row['bound']}")
+
+
+# ---------------------------------------------------------------- the command
+
+
+def measure(ncu, only, folder):
+    """Run the calls under the profiler. Returns the exit status."""
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / "counters.csv"
+    log.unlink(missing_ok=True)
+    run = subprocess.run(command(ncu, log, only), stdin=subprocess.DEVNULL, cwd=ROOT)
+    text = log.read_text(errors="replace") if log.exists() else ""
+    messages = [line for line in text.splitlines() if line.startswith("==") and "==PROF==" not in line]
+    print(*messages[-20:], sep="\n")
+    kernels, names = parse(text), [name for name, *_ in chosen(only, quick=False)]
+    if run.returncode or not kernels:
+        print(f"gpu-counters: no counters were read (ncu's exit status is {run.returncode}); see {log}")
+        return 1
+    try:
+        measured = divide(kernels, names)
+    except ValueError as error:
+        measured = {"calls, not divided": [describe(*kernel) for kernel in kernels]}
+        print(f"gpu-counters: {error}")
+    (folder / "counters.json").write_text(json.dumps(measured, indent=1) + "\n")
+    show(measured)
+    missing = [metric for metric in (*UNITS.values(), *FACTS.values()) if not any(metric in m for _, m in kernels)]
+    print(*(f"the profiler knows no {metric}" for metric in missing), f"in {folder / 'counters.json'}", sep="\n")
+    return 0 if list(measured) == names and all(measured.values()) else 1
+
+
+def main(arguments=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/<device>/")
+    parser.add_argument("--only", nargs="*", default=[], metavar="TEXT", help="calls whose name holds one of these")
+    parser.add_argument("--calls", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--quick", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.calls:
+        make_calls(options.only, options.quick)
+        return 0
+    import torch
+
+    ncu = shutil.which("ncu")
+    if not ncu:
+        print("gpu-counters: ncu is not on PATH: it comes with the CUDA toolkit, as Nsight Compute")
+        return 2
+    if not torch.cuda.is_available():
+        print(
+            f"gpu-counters: needs an NVIDIA GPU and a CUDA build of PyTorch; this is {torch.__version__} and sees none"
+        )
+        return 2
+    if not chosen(options.only, quick=False):
+        print(f"gpu-counters: no call has {' or '.join(options.only)} in its name; there are:")
+        print(*(name for name, *_ in calls(quick=False)), sep="\n")
+        return 2
+    from selfsup_kernels.bench import results
+
+    folder = options.out or ROOT / "benchmarks" / "results" / results.folder_name(
+        {"device": torch.cuda.get_device_name()}
+    )
+    return measure(ncu, options.only, folder.resolve())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
