@@ -37,6 +37,7 @@ def parser() -> argparse.ArgumentParser:
     tune.add_argument("--dim", nargs="+", type=int, help="numbers of a row (default: one for each width of the table)")
     tune.add_argument("--out", metavar="FILE", help="write the whole table there")
     tune.add_argument("--write", action="store_true", help="write it into this checkout")
+    tune.add_argument("--json", metavar="FILE", help="write everything that was measured there")
     tune.add_argument("--minutes", type=float, default=8.0, help="about how long to measure (default: %(default)s)")
     return root
 
@@ -54,7 +55,9 @@ def main(arguments=None) -> int:
             return 2
         from selfsup_kernels.triton import tune
 
-        return tune.main(options.op, options.dtype, options.dim, options.out, options.write, options.minutes)
+        return tune.main(
+            options.op, options.dtype, options.dim, options.out, options.write, options.minutes, options.json
+        )
     if options.command in OWN_OPTIONS:
         return importlib.import_module(f"selfsup_kernels.{options.command}.cli").main(options)
     from selfsup_kernels import demo

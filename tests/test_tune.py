@@ -4,6 +4,9 @@ import contextlib
 import json
 import math
 import time
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
+from multiprocessing import get_context
 
 import pytest
 import torch
@@ -51,12 +54,15 @@ def test_entries_that_the_table_lacks_are_no_tasks():
 
 
 @pytest.mark.skipif(_compiled.available() is not None, reason="needs Triton's compiler, not its interpreter")
-def test_what_spills_or_does_not_fit_is_not_measured():
+@pytest.mark.parametrize("processes", [None, 1])
+def test_what_spills_or_does_not_fit_is_not_measured(processes):
     good = shipped(SMALL, 80)
     spills = configs.Config(128, 256, 64, 4, 2)
     too_large = configs.Config(128, 128, 64, 8, 12)
     crowded = configs.Config(128, 128, 64, 8, 3, programs=4)
-    kept, dropped = tune.filter_candidates(SMALL, [good, spills, too_large, crowded], 80)
+    found = [good, spills, too_large, crowded]
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) if processes else nullcontext() as pool:
+        kept, dropped = tune.filter_candidates(SMALL, found, 80, pool)
     assert kept == [good]
     assert dropped == {"stack frame": 1, "shared memory": 1, "programs do not fit": 1}
 
@@ -82,6 +88,23 @@ def test_the_fastest_is_chosen(all_fit, capsys):
     assert "RuntimeError" in capsys.readouterr().out  # a launch that was refused is counted, and ends nothing
 
 
+def test_everything_that_was_measured_is_kept_as_data(all_fit, tmp_path):
+    path = tmp_path / "new" / "tune.json"
+    log = tune.Log(path, device="some GPU")
+    measured = tune.tune(SMALL, TABLE, 90, pretend, log=log)
+    tune.tune(tune.Task("product", "half", 1024), TABLE, 90, pretend, log=log)
+    data = json.loads(path.read_text())
+    assert data["device"] == "some GPU"
+    assert list(data["entries"]) == ["sums half 64", "product half long"]
+    entry = data["entries"]["sums half 64"]
+    assert entry["rows"] == list(SMALL.rows)
+    assert [(m["block_m"], tuple(m["ms"])) for m in entry["measured"]] == [
+        (m.config.block_m, m.times) for m in measured
+    ]
+    assert [m["shipped"] for m in entry["measured"]].count(True) == 1
+    assert entry["dropped"]["RuntimeError"] > 0
+
+
 def test_without_time_the_shipped_one_is_measured(all_fit, capsys):
     measured = tune.tune(SMALL, TABLE, 90, pretend, until=time.monotonic() - 1)
     assert [m.config for m in measured] == [shipped(SMALL, 90)]
@@ -98,7 +121,7 @@ def test_the_table_that_is_written_is_read(all_fit, tmp_path, monkeypatch, capsy
     assert "%" in printed
     assert tune.formatted(TABLE) == configs.TABLE.read_text()  # so that a diff shows what has changed, and no more
     path = tmp_path / "new" / "configs.json"
-    tune.write(tune.merged(TABLE, 90, chosen), path)
+    tune.write(tune.formatted(tune.merged(TABLE, 90, chosen)), path)
     assert json.loads(configs.TABLE.read_text()) == TABLE
     monkeypatch.setenv(configs.ENVIRONMENT, str(path))
     caches = (configs._table, configs._lookup)

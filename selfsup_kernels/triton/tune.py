@@ -15,11 +15,12 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import triton
 
 import selfsup_kernels as sk
 from selfsup_kernels.triton import _compiled, _launch, configs
@@ -81,6 +82,19 @@ class Measured(NamedTuple):
     def score(self):
         """The geometric mean: a tenth counts as much at one size as at the other."""
         return math.prod(self.times) ** (1 / len(self.times))
+
+
+class Log:
+    """Everything that was measured, as data: the slow ones too, since they say why the fast one is fast. The file is
+    whole after every entry."""
+
+    def __init__(self, path: Path, **facts):
+        self.path, self.facts, self.entries = path, facts, {}
+
+    def add(self, task: Task, measured: list[Measured], dropped: Counter, shipped: configs.Config) -> None:
+        rows = [m.config._asdict() | {"ms": m.times, "shipped": m.config == shipped} for m in measured]
+        self.entries[task.name] = {"dim": task.dim, "rows": task.rows, "measured": rows, "dropped": dropped}
+        write(json.dumps(self.facts | {"entries": self.entries}, indent=1) + "\n", self.path)
 
 
 Timer = Callable[[Task, configs.Config, int], float]
@@ -188,15 +202,11 @@ def objections(task: Task, config: configs.Config, architecture: int) -> list[st
     return found
 
 
-def filter_candidates(task, found: Iterable[configs.Config], architecture: int, processes: int = 1):
+def filter_candidates(task, found: Iterable[configs.Config], architecture: int, pool: Executor | None = None):
     """(the configurations to be measured, how many were dropped for which reason)."""
     found = list(found)
-    work = [(task, config, architecture) for config in found]
-    if processes == 1:
-        verdicts = [objections(*arguments) for arguments in work]
-    else:
-        with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-            verdicts = list(pool.map(objections, *zip(*work, strict=True), chunksize=4))
+    work = zip(*((task, config, architecture) for config in found), strict=True)
+    verdicts = list(pool.map(objections, *work, chunksize=2) if pool else map(objections, *work))
     dropped = Counter(_kind_of(verdict[0]) for verdict in verdicts if verdict)
     return [config for config, verdict in zip(found, verdicts, strict=True) if not verdict], dropped
 
@@ -210,8 +220,6 @@ def _kind_of(problem):
 
 def measure(task: Task, config: configs.Config, rows: int) -> float:
     """The median of the kernel's own time, all its launches of one call together, on the current CUDA device."""
-    import triton
-
     launches = []
     launch = _launch.launch
 
@@ -239,8 +247,6 @@ def measure(task: Task, config: configs.Config, rows: int) -> float:
 
 def matrix_rates() -> dict[str, float]:
     """Operations a second of PyTorch's own matrix product of 8192 x 8192 matrices of random numbers, by kind."""
-    import triton
-
     rates = {}
     for kind, (dtype, precision) in KINDS.items():
         before = torch.get_float32_matmul_precision()
@@ -266,14 +272,12 @@ def tune(
     timer: Timer,
     *,
     until: float = math.inf,
-    processes: int = 1,
-    limit: int | None = None,
+    pool: Executor | None = None,
+    log: Log | None = None,
 ) -> list[Measured]:
     """Every candidate that was measured before the clock shows ``until``, fastest first."""
     shipped = configs.Config(**table[f"sm_{known(architecture)}"][task.kernel][task.kind][configs.width_of(task.dim)])
-    found, dropped = filter_candidates(
-        task, candidates(task, known(architecture), shipped)[:limit], known(architecture), processes
-    )
+    found, dropped = filter_candidates(task, candidates(task, known(architecture), shipped), known(architecture), pool)
     results, unmeasured = [], 0
     for config in found:
         if results and time.monotonic() > until:
@@ -289,7 +293,10 @@ def tune(
         + (f", {unmeasured} left for want of time" if unmeasured else ""),
         flush=True,
     )
-    return sorted(results, key=lambda m: m.score)
+    results.sort(key=lambda m: m.score)
+    if log:
+        log.add(task, results, dropped, shipped)
+    return results
 
 
 def merged(table: dict, architecture: int, chosen: dict[Task, configs.Config]) -> dict:
@@ -326,11 +333,11 @@ def formatted(table: dict) -> str:
     return re.sub(r"\{\s*(\"block_m\"[^{}]*?)\s*\}", lambda m: "{ " + " ".join(m[1].split()) + " }", text) + "\n"
 
 
-def write(table: dict, path: Path) -> None:
+def write(text: str, path: Path) -> None:
     """All at once, so that a reader never finds half a table."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    temporary.write_text(formatted(table))
+    temporary.write_text(text)
     temporary.replace(path)
 
 
@@ -399,7 +406,7 @@ def run(
     return {task: measured[0].config for task, measured in results.items()}
 
 
-def main(kernels=None, kinds=None, dims=None, out=None, write_table=False, minutes=8.0) -> int:
+def main(kernels=None, kinds=None, dims=None, out=None, write_table=False, minutes=8.0, log=None) -> int:
     """The command. 2 where it cannot measure."""
     for name, given, choices in (("--op", kernels, OPS), ("--dtype", kinds, KINDS)):
         wrong = [x for x in given or () if x not in choices]
@@ -429,11 +436,16 @@ def main(kernels=None, kinds=None, dims=None, out=None, write_table=False, minut
         return 2
     rates = matrix_rates()
     print(", ".join(f"{kind} matrix product {rate / 1e12:.0f} TFLOP/s" for kind, rate in rates.items()), flush=True)
-    chosen = run(table, architecture, todo, measure, rates, minutes, processes=min(8, os.cpu_count() or 1))
+    if log:
+        facts = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
+        log = Log(Path(log), **facts, matrix_product=rates)
+    processes = min(16, os.cpu_count() or 1)
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        chosen = run(table, architecture, todo, measure, rates, minutes, pool=pool, log=log)
     if not chosen:
         return 1
     for path in filter(None, (out and Path(out), configs.TABLE if write_table else None)):
-        write(merged(table, architecture, chosen), path)
+        write(formatted(merged(table, architecture, chosen)), path)
         print(f"wrote {path}")
     if not (out or write_table):
         print(f"nothing was written: give --out FILE (to be named by {configs.ENVIRONMENT}), or --write in a checkout")
