@@ -105,6 +105,11 @@ class Stub:
         }
         self.watch(True)
 
+    def in_place(self) -> bool:
+        """Whether what asks for libcuda.so.1 gets this one: not where another was loaded before."""
+        address = lambda library: ctypes.cast(library.cuLaunchKernelEx, ctypes.c_void_p).value  # noqa: E731
+        return address(ctypes.CDLL("libcuda.so.1")) == address(self.library)
+
     def watch(self, on: bool):
         """Whether anything is recorded or checked."""
         for name, function in self._functions.items():
