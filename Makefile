@@ -103,7 +103,7 @@ lint: $(DEPENDENCIES)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -c 'from clang_format import clang_format; clang_format()' --dry-run -Werror $(wildcard csrc/*/*) \
-	  $(wildcard tests/emulator/*.h tests/emulator/*.cpp tests/emulator/*.cu tests/emulator/include/*/*)
+	  $(wildcard tests/emulator/*.h tests/emulator/*.cpp tests/emulator/*.cu tests/emulator/include/*/* tests/gpu/stub_driver/*.c)
 
 # The same sources under AddressSanitizer and UBSan, in a copy of the tree, under the tests marked `sanitize`.
 asan: $(DEPENDENCIES)

@@ -31,6 +31,16 @@ def empty(shape, dtype, device):
     return torch.empty(shape, dtype=dtype, device=device)
 
 
+def cdiv(a: int, b: int) -> int:
+    """``triton.cdiv`` for the host, where that one takes microseconds, and a step calls it a dozen times."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """As ``cdiv``, of ``triton.next_power_of_2``; ``n`` is positive."""
+    return 1 << (n - 1).bit_length()
+
+
 MANY_TILES = 16
 """Tiles for each resident program from which on those without masks have a launch of their own."""
 

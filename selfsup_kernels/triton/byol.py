@@ -280,7 +280,7 @@ def configuration(dim: int, item_size: int, aligned: bool) -> dict[str, int]:
     numbers of each tensor, so that two to four 128-bit loads of p and as many of t are on their way in it. Longer rows
     have a power of two of warps, up to 16, that leaves 8 to 16 numbers to a thread.
     """
-    length = triton.next_power_of_2(dim)
+    length = _launch.next_power_of_2(dim)
     per_row = 1 if dim <= 1024 else min(16, length // 512)
     num_warps = max(4, per_row)
     chunk = 32 * per_row * (16 // item_size if aligned else 1)
@@ -300,7 +300,7 @@ def forward(predictions, targets, eps, reduction):
     config = configuration(dim, p[0].element_size(), aligned)
     # Enough programs to fill the device once: each takes several tiles, so that few numbers are left to add up.
     resident = _launch.processors_of(p[0]) * (32 // config["num_warps"])
-    programs = min(triton.cdiv(batch, config["ROWS"]), resident, MAX_PROGRAMS.value)
+    programs = min(_launch.cdiv(batch, config["ROWS"]), resident, MAX_PROGRAMS.value)
     stats = p[0].new_empty((3, num_views, batch), dtype=torch.float32)
     if ops.REDUCTIONS[reduction] == "none":
         loss, workspace = stats.new_empty((num_views, batch)), None
@@ -344,7 +344,7 @@ def backward(grad, predictions, targets, stats, reduction):
     with _launch.on_device_of(stats):
         _launch.launch(
             backward_kernel,
-            (triton.cdiv(batch, config["ROWS"]),),
+            (_launch.cdiv(batch, config["ROWS"]),),
             p,
             t,
             tuple(x.stride(0) for x in p),

@@ -289,7 +289,7 @@ class _Table:
                 continue
             rows += [target.data_ptr(), source.data_ptr(), target.numel(), first]
             kinds.append(kind)
-            counts.append(triton.cdiv(target.numel(), CHUNK))
+            counts.append(_launch.cdiv(target.numel(), CHUNK))
             first += counts[-1]
         self.loose = loose
         self.wide = any(kind < 16 and 3 in (kind // 4, kind % 4) for kind in kinds)
@@ -301,7 +301,7 @@ class _Table:
             # The default device is the user's business.
             owners = [32 * row + kind for row, kind in enumerate(kinds)]
             owners, counts = (torch.tensor(x, dtype=torch.int32, device="cpu") for x in (owners, counts))
-            words = torch.zeros(len(rows) + triton.cdiv(first, 2), dtype=torch.int64, device="cpu")
+            words = torch.zeros(len(rows) + _launch.cdiv(first, 2), dtype=torch.int64, device="cpu")
             words[: len(rows)] = torch.tensor(rows, dtype=torch.int64, device="cpu")
             words[len(rows) :].view(torch.int32)[:first] = torch.repeat_interleave(owners, counts)
             _upload(self, words, targets[0].device)

@@ -195,7 +195,7 @@ def class_tables(layout, stored, sums, state, classes, ends, order, objective, n
     coef = new((3, layout.rows))
     _launch.launch(
         class_tables_kernel,
-        (triton.cdiv(layout.batch, TABLE_BLOCK),),
+        (_launch.cdiv(layout.batch, TABLE_BLOCK),),
         stored,
         sums,
         state,

@@ -28,7 +28,8 @@ from selfsup_kernels.triton.info_nce_waves import in_waves
         "own_blocks",
         "part_first",
         "part_rows",
-    ]
+    ],
+    do_not_specialize_on_alignment=["ends"],  # half of one tensor: where it begins depends on the number of rows
 )
 def gradient_kernel(
     source_x,
@@ -169,9 +170,9 @@ def gradient(
     def shares(config):
         """Few rows leave most of the machine idle: give each block's columns to several programs."""
         programs = config.programs * _launch.processors_of(stored)
-        return max(1, min(triton.cdiv(layout.batch, config.block_n), programs // blocks(config)))
+        return max(1, min(_launch.cdiv(layout.batch, config.block_n), programs // blocks(config)))
 
-    tiles = blocks(clean) * layout.views * triton.cdiv(layout.batch, clean.block_n)
+    tiles = blocks(clean) * layout.views * _launch.cdiv(layout.batch, clean.block_n)
     if tiles < _launch.MANY_TILES * clean.programs * _launch.processors_of(stored):
         # Few tiles are one launch, at the speed of masked ones; of many, those with masks are a small share.
         splits = shares(masked)

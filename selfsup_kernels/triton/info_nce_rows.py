@@ -26,7 +26,11 @@ def _source_rows(sources, strides, order, row, BATCH_PADDED, BATCH, VIEWS: tl.co
     return pointers, valid
 
 
-@triton.jit(do_not_specialize=["BATCH_PADDED", "BATCH", "rows", "first_row"])
+# A temperature, and the gradient of the loss, may be an element of a tensor: no variant for where it lies.
+@triton.jit(
+    do_not_specialize=["BATCH_PADDED", "BATCH", "rows", "first_row"],
+    do_not_specialize_on_alignment=["temperature_tensor"],
+)
 def load_rows_kernel(
     sources,
     strides,
@@ -85,7 +89,10 @@ def load_rows_kernel(
             tl.store(state + STATE_SLOW, 0.0)
 
 
-@triton.jit(do_not_specialize=["BATCH_PADDED", "BATCH", "rows", "SPLITS", "first", "count", "part_first", "part_rows"])
+@triton.jit(
+    do_not_specialize=["BATCH_PADDED", "BATCH", "rows", "SPLITS", "first", "count", "part_first", "part_rows"],
+    do_not_specialize_on_alignment=["grad_scale"],
+)
 def finish_rows_kernel(
     partial,
     stored,
@@ -190,7 +197,7 @@ def finish_rows_kernel(
 
 def _blocks(dim):
     """(rows of a program, padded width, warps): about 4096 numbers in registers, a row never split."""
-    width = max(16, triton.next_power_of_2(dim))
+    width = max(16, _launch.next_power_of_2(dim))
     rows = max(1, min(64, 4096 // width))
     return rows, width, 4 if width <= 4096 else 16
 
@@ -212,7 +219,7 @@ def load_rows(layout, views, queue, order, temperature_tensor, temperature, norm
     def fill(sources, rows, first, columns, count, batch, padded, labels):
         _launch.launch(
             load_rows_kernel,
-            (triton.cdiv(rows, block),),
+            (_launch.cdiv(rows, block),),
             tuple(sources),
             tuple(s.stride(0) for s in sources),
             order if labels else None,
@@ -278,7 +285,7 @@ def finish_rows(
     block, width, warps = _blocks(layout.stride)
     _launch.launch(
         finish_rows_kernel,
-        (triton.cdiv(layout.rows, block),),
+        (_launch.cdiv(layout.rows, block),),
         partial,
         stored,
         rnorm,

@@ -315,7 +315,7 @@ def pair_sums(layout, stored, sums, state, classes, ends, cross, core, normalize
     own = 0 if cross else layout.views
 
     def blocks(config):
-        return triton.cdiv(layout.batch, config.block_n), triton.cdiv(layout.queue, config.block_n)
+        return _launch.cdiv(layout.batch, config.block_n), _launch.cdiv(layout.queue, config.block_n)
 
     def tiles(config):
         n, q = blocks(config)
@@ -334,11 +334,11 @@ def pair_sums(layout, stored, sums, state, classes, ends, cross, core, normalize
         # Long enough to load a block of rows once for many tiles, short enough for eight rounds of work a program.
         chunk = 4 if part == "masked" else max(1, min(64, tiles(circle) // (8 * programs)))
         if symmetric:
-            rounds = (own * triton.cdiv(n // 2 + 1, chunk), pairs * triton.cdiv(n, chunk))
-            items = n * (sum(rounds) + layout.views * triton.cdiv(q, chunk))
+            rounds = (own * _launch.cdiv(n // 2 + 1, chunk), pairs * _launch.cdiv(n, chunk))
+            items = n * (sum(rounds) + layout.views * _launch.cdiv(q, chunk))
         else:
             chunk = max(n, q) if deterministic else chunk
-            items = own_blocks * layout.views * (layout.views + (q > 0)) * triton.cdiv(max(n, q), chunk)
+            items = own_blocks * layout.views * (layout.views + (q > 0)) * _launch.cdiv(max(n, q), chunk)
         items *= circle.block_n // config.block_n
         x, y = _launch.tile_sources(stored, config)
         _launch.launch(

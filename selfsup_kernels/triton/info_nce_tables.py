@@ -244,7 +244,7 @@ def view_tables(layout, stored, sums, state, objective, core, normalize, precisi
     coef = new((layout.views, layout.rows))
     _launch.launch(
         view_tables_kernel,
-        (triton.cdiv(layout.own, TABLE_BLOCK), layout.views),
+        (_launch.cdiv(layout.own, TABLE_BLOCK), layout.views),
         stored,
         sums,
         state,
@@ -261,7 +261,7 @@ def view_tables(layout, stored, sums, state, objective, core, normalize, precisi
         layout.own,
         VIEWS=layout.views,
         QUEUE=int(layout.queue > 0),
-        WIDTH=triton.next_power_of_2(max(2, layout.columns)),
+        WIDTH=_launch.next_power_of_2(max(2, layout.columns)),
         OBJECTIVE=objective,
         NORMALIZE=normalize,
         DIM=layout.dim,
@@ -281,4 +281,4 @@ TABLE_BLOCK = 32
 
 def table_width(layout, dtype):
     """Numbers of a row at a time: fewer in float32, whose exact products need more registers."""
-    return min(32 if dtype == torch.float32 else 64, max(16, triton.next_power_of_2(layout.stride)))
+    return min(32 if dtype == torch.float32 else 64, max(16, _launch.next_power_of_2(layout.stride)))

@@ -9,7 +9,11 @@ from selfsup_kernels.triton._tiles import STATE_SLOW, load_tile, score_reference
 from selfsup_kernels.triton.info_nce_pairs import masked_blocks, pair_gradient, partial_sums
 
 
-@triton.jit(do_not_specialize=["rows", "BATCH", "PADDED", "QUEUE", "VIEWS", "CORE", "x_first", "y_first", "u", "v"])
+# WIDTH, a multiple of 256, is no constant: it follows the size of the batch, and each would be a kernel of its own.
+@triton.jit(
+    do_not_specialize=["rows", "BATCH", "PADDED", "QUEUE", "VIEWS", "x_first", "y_first", "u", "v"],
+    do_not_specialize_on_alignment=["ends"],  # as in ``gradient_kernel``
+)
 def wave_kernel(
     source_x,
     source_y,
@@ -30,6 +34,7 @@ def wave_kernel(
     v,
     x_first,
     y_first,
+    WIDTH,
     LABELS: tl.constexpr,
     OBJECTIVE: tl.constexpr,
     NORMALIZE: tl.constexpr,
@@ -37,7 +42,6 @@ def wave_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    WIDTH: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
     FACTOR: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -136,9 +140,9 @@ def product_kernel(
     y_row,
     x_count,
     columns,
+    WIDTH,
     FIRST: tl.constexpr,
     STRIDE: tl.constexpr,
-    WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -150,7 +154,10 @@ def product_kernel(
     d = tl.program_id(0) * BLOCK_N
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for j in range(0, columns, BLOCK_K):
-        g = load_tile(source_g, i, j, WIDTH, BLOCK_M, BLOCK_K, DESCRIPTOR)
+        if DESCRIPTOR:
+            g = source_g.load([i, j])
+        else:
+            g = tl.load(source_g + (i + tl.arange(0, BLOCK_M))[:, None] * WIDTH + (j + tl.arange(0, BLOCK_K))[None, :])
         y = load_tile(source_y, y_row + j, d, STRIDE, BLOCK_K, BLOCK_N, DESCRIPTOR)
         total = tl.dot(g, y, total, input_precision=PRECISION)
     at, k = i + tl.arange(0, BLOCK_M), d + tl.arange(0, BLOCK_N)
@@ -190,7 +197,7 @@ def in_waves(layout, stored, tables, cross, core, constants):
                 y_count = min(width, limit - y_first)
                 _launch.launch(
                     wave_kernel,
-                    (triton.cdiv(y_count, pairs.block_n), triton.cdiv(x_count, pairs.block_m)),
+                    (_launch.cdiv(y_count, pairs.block_n), _launch.cdiv(x_count, pairs.block_m)),
                     x,
                     y,
                     *tables,
@@ -215,7 +222,7 @@ def in_waves(layout, stored, tables, cross, core, constants):
                 first = y_first == 0 and (slot or v == next(w for t, w in visits(layout, cross, core) if t == u))
                 _launch.launch(
                     product_kernel,
-                    (triton.cdiv(layout.stride, product.block_n), triton.cdiv(x_count, product.block_m)),
+                    (_launch.cdiv(layout.stride, product.block_n), _launch.cdiv(x_count, product.block_m)),
                     *product_sources,
                     partial[slot],
                     u * part_rows + x_first - part_first,

@@ -1,0 +1,134 @@
+"""Calls of the public functions on the stub: prints what `test_launch_path.py` asserts, as JSON."""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import stub_driver
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+import selfsup_kernels as sk
+from selfsup_kernels.triton import byol, ema, info_nce_gradient, info_nce_rows, info_nce_tables, info_nce_waves
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+stub = stub_driver.install(Path(tempfile.mkdtemp()))
+if not stub.in_place():
+    print(json.dumps({"skip": "another libcuda.so.1 is loaded"}))
+    sys.exit()
+
+
+def info_nce(batch, dim=64, dtype=torch.bfloat16, upstream=None, **options):
+    views = torch.randn(2, batch, dim, dtype=dtype, requires_grad=True)
+    loss = sk.info_nce_loss(views, impl="triton", **options)
+    loss.sum().backward() if upstream is None else upstream(loss).backward()
+
+
+def launched(call):
+    """What ``call`` launches, by the names of the kernels."""
+    before = len(stub.launches)
+    call()
+    return {launch.kernel: launch for launch in stub.launches[before:]}
+
+
+def variants(kernels, call, *cases):
+    """Compiled forms of the kernels that the calls add to those that the first call needs."""
+    call(cases[0])
+    before = sum(map(stub_driver.variants, kernels))
+    for case in cases[1:]:
+        call(case)
+    return sum(map(stub_driver.variants, kernels)) - before
+
+
+def one_of_three(place):
+    """A sum of losses whose gradient reaches the loss as an element of a tensor."""
+    return lambda loss: (torch.stack([loss if i == place else loss.detach() for i in range(3)]) * torch.ones(3)).sum()
+
+
+found, fresh = {}, {}  # what was seen; forms compiled anew
+
+# Numbers: float64 by annotation, negative and 64-bit integers, strides of zero, None.
+some = launched(lambda: info_nce(100, temperature=1 / 3, eps=1e-300))
+found["load"] = {name: some["load_rows_kernel"].values.get(name) for name in ("temperature", "eps", "order")}
+found["core"] = some["sums_kernel"].values["CORE"]
+found["map"] = some["sums_kernel"].values["source_x"]
+queue = torch.randn(70, 64, dtype=torch.bfloat16)
+some = launched(lambda: info_nce(100, core_view=1, queue=queue))
+found["other core"] = some["sums_kernel"].values["CORE"]
+views = [torch.randn(33, 256, requires_grad=True) for _ in range(2)]
+some = launched(lambda: sk.byol_loss(views, views, eps=0.1, impl="triton").backward())
+found["byol"] = {name: some["backward_kernel"].values[name] for name in ("grad_view_stride", "p_strides.1", "factor")}
+dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.int64)
+targets, sources = ([torch.ones(5000 + i).to(d) for d in dtypes] for i in (0, 0))
+found["ema"] = launched(lambda: sk.ema_update_(targets, sources, 0.996, impl="triton"))["_ema_kernel"].values[
+    "momentum"
+]
+
+# No step of a user's waits for a compiler because its sizes, or where a number lies, are other ones.
+gradient = [info_nce_gradient.gradient_kernel]
+waves = [info_nce_waves.wave_kernel, info_nce_waves.product_kernel]
+load, finish, tables = (
+    info_nce_rows.load_rows_kernel,
+    info_nce_rows.finish_rows_kernel,
+    info_nce_tables.view_tables_kernel,
+)
+both = [byol.forward_kernel, byol.backward_kernel]
+places = torch.linspace(0.1, 0.2, 3)
+ones = torch.ones(1000, 64, requires_grad=True)
+fresh["batch"] = variants([*gradient, load, finish, tables], info_nce, 64, 1000, 257, 2)
+fresh["labels"] = variants(gradient, lambda n: info_nce(n, labels=torch.arange(n) % 3), 64, 65, 66, 67)
+fresh["waves"] = variants(waves, lambda n: info_nce(n, 512), 100, 300, 1000)
+fresh["upstream"] = variants([finish], lambda i: info_nce(64, dtype=torch.float32, upstream=one_of_three(i)), 0, 1, 2)
+fresh["temperature"] = variants([load], lambda i: info_nce(64, temperature=places[i]), 0, 1, 2)
+fresh["momentum"] = variants([ema._ema_kernel], lambda m: sk.ema_update_(targets, sources, m, impl="triton"), 0.9, 1, 0)
+fresh["byol"] = variants(both, lambda n: sk.byol_loss(ones[:n], ones[:n], impl="triton").backward(), 64, 1, 2, 100, 999)
+
+# Many rows: kernels with the shipped tiles, up to 200 KB of shared memory.
+large = launched(lambda: info_nce(4096, 256))
+found["shared"] = max(launch.shared for launch in large.values())
+found["refused"], found["launches"] = list(stub.refused), len(stub.launches)
+
+
+# What must be refused.
+@triton.jit
+def nothing(x, y, n):
+    tl.store(x + n, 1.0)
+
+
+@triton.jit
+def tile(source, out):
+    i = tl.arange(0, 64)
+    tl.store(out + i[:, None] * 64 + i[None, :], source.load([0, 0]))
+
+
+def refusals(call, error=RuntimeError):
+    del stub.refused[:]
+    try:
+        call()
+    except error as refused:
+        return [str(refused), *stub.refused]
+    return list(stub.refused)
+
+
+def misread():
+    flat = stub_driver._flat
+    stub_driver._flat = lambda *a: ((name, kind, value, name == "n") for name, kind, value, _ in flat(*a))
+    nothing[(1,)](x, x, 5)
+    stub_driver._flat = flat
+
+
+def misplaced():
+    descriptor = TensorDescriptor(x, [64, 64], [64, 1], [64, 64])
+    descriptor.base = x.view(-1)[1:]
+    tile[(1,)](descriptor, x)
+
+
+x = torch.zeros(64, 64)
+found["grid"] = refusals(lambda: nothing[(1, 70000)](x, x, 3))
+found["misread"] = refusals(misread)
+found["misplaced"] = refusals(misplaced)
+print(json.dumps({"found": found, "fresh": fresh}))

@@ -1,0 +1,75 @@
+"""Triton's launch path as a user's call takes it, without a GPU: launchers compiled by the C compiler, arguments
+packed, tensor maps made, specialisations chosen. Only the CUDA driver is a stub, which checks and launches nothing.
+
+Runs in a process of its own, since this one may be interpreting.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def calls():
+    if shutil.which(os.environ.get("CC", "gcc")) is None:
+        pytest.skip("needs a C compiler")
+    kept = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, ROOT / "tests/gpu/stub_driver/calls.py"],
+        capture_output=True,
+        text=True,
+        env=kept | {"PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    if "skip" in result:
+        pytest.skip(result["skip"])
+    return result
+
+
+def test_the_driver_refuses_nothing(calls):
+    assert calls["found"]["refused"] == []
+    assert calls["found"]["launches"] > 100
+
+
+def test_numbers_arrive_as_they_are(calls):
+    found = calls["found"]
+    assert found["load"] == {"temperature": 1 / 3, "eps": 1e-300, "order": None}
+    assert (found["core"], found["other core"]) == (-1, 1)
+    assert found["byol"]["grad_view_stride"] == 0
+    assert found["byol"]["p_strides.1"] == 256
+    assert found["byol"]["factor"] == pytest.approx(-2 / 66, rel=1e-7)
+    assert found["ema"] == 0.996
+
+
+def test_tensor_maps_are_of_the_stored_rows(calls):
+    _, kind, dims, strides, box, swizzle = calls["found"]["map"]
+    assert (kind, dims, strides, swizzle) == (9, [512, 64], [128], 3)  # bfloat16, rows of 128 bytes and so swizzled
+    assert box[1] == 64
+
+
+def test_large_tiles_ask_for_their_shared_memory(calls):
+    assert calls["found"]["shared"] > 48 << 10
+
+
+def test_no_step_waits_for_a_compiler(calls):
+    assert calls["fresh"] == dict.fromkeys(calls["fresh"], 0)
+
+
+@pytest.mark.parametrize(
+    ("case", "text"),
+    [
+        ("grid", "grid (1, 70000, 1)"),
+        ("misread", "n (i32) is 5"),
+        ("misplaced", "tensor map, address"),
+    ],
+)
+def test_the_stub_refuses_what_a_driver_would(calls, case, text):
+    assert text in "; ".join(calls["found"][case])
