@@ -150,8 +150,9 @@ cuda-static: $(CUDA_LIBRARY)
 	$(PY) benchmarks/cuda_static.py $(ARGUMENTS)
 
 # On a machine with a GPU, whose Python has a CUDA build of torch: make gpu-check PYTHON=python3 [RESULTS=DIR]
+# ARGUMENTS="--skip build" and "--only racecheck" and the like.
 gpu-check: $(DEPENDENCIES)
-	$(PY) benchmarks/gpu_check.py $(if $(RESULTS),--out "$(RESULTS)")
+	$(PY) benchmarks/gpu_check.py $(if $(RESULTS),--out "$(RESULTS)") $(ARGUMENTS)
 
 # What bounds each kernel there, by the hardware's counters, once gpu-check has built the libraries. ARGUMENTS="--only
 # TEXT" and the like.

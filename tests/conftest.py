@@ -5,8 +5,8 @@ import os
 # Threads that wait shall sleep: on a shared machine, spinning makes small parallel regions a hundred times slower.
 # Before torch is imported, since OpenMP reads it once.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-# `poisoned_memory` switches deterministic algorithms on. What cuBLAS asks for then is a workspace of a fixed size: without
-# it PyTorch refused every matrix product of CUDA tensors, until it gave each stream one and stopped asking (2.10).
+# For `poisoned_memory`, which switches deterministic algorithms on: what cuBLAS wants for the same bits every time. Until
+# PyTorch gave it such a workspace for each stream itself (2.10), products of CUDA tensors raised without this.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import importlib.util
