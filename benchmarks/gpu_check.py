@@ -4,8 +4,8 @@
 
 Build, tests, benchmarks, compute-sanitizer and the predictions that the benchmarks are compared with, in the order of
 what would be missed most. Each step has a limit of its own and is killed at it; one that fails does not hide the later
-ones. What the steps print goes to ``DIR/gpu_check.log``; the last thing on the screen is a table of the steps, after the
-end of what the benchmarks print.
+ones. What the steps print goes to ``DIR/gpu_check.log``; the last thing on the screen is a table of the steps, after
+the end of what the benchmarks print.
 
 ``--skip build`` takes the libraries that are there: a CUDA library serves any Python, and can come from a machine
 without a GPU. The steps that need none ("machine code", "predictions") come last.
