@@ -19,6 +19,7 @@ from selfsup_kernels import _fresh, _memory
 from selfsup_kernels.bench import accuracy, results, rivals, timing
 from selfsup_kernels.bench.workloads import case_of
 
+OUT_OF_TIME = "skipped: out of time"
 TOO_SLOW = 10.0
 """A rival whose fewest calls would take this many times what a case is given is skipped."""
 FEWEST = 6
@@ -83,7 +84,7 @@ class Suite:
     def attempt(self, function):
         """``(result, None)`` or ``(None, reason)``; afterwards the memory of what failed is free again."""
         if self.spent():
-            return None, "skipped: out of time"
+            return None, OUT_OF_TIME
         try:
             return function(), None
         except Exception as error:
@@ -113,7 +114,7 @@ class Suite:
 
     def _fill(self, case, names, columns):
         if self.spent():
-            columns.fail(dict.fromkeys(names, "skipped: out of time"))
+            columns.fail(dict.fromkeys(names, OUT_OF_TIME))
             return
         wanted = []
         for name in names:

@@ -7,6 +7,8 @@ Triton's interpreter is right in float32 alone, and both are slow: such runs are
 
 import contextlib
 import ctypes
+import tempfile
+from pathlib import Path
 
 import pytest
 import tiles
@@ -48,6 +50,25 @@ def impl(request, device):
     if reason is not None:
         pytest.skip(reason)
     return request.param
+
+
+@pytest.fixture(autouse=True)
+def memory_for_others():
+    """Many processes may share a GPU: what PyTorch keeps of a large test's memory goes back."""
+    yield
+    if torch.cuda.is_initialized() and torch.cuda.memory_reserved() > 1 << 30:
+        torch.cuda.empty_cache()
+
+
+@pytest.fixture
+def alone():
+    """For tests that take a good part of a GPU's memory: one at a time, in however many processes."""
+    import fcntl
+
+    with (Path(tempfile.gettempdir()) / "selfsup_kernels_gpu_tests.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture
