@@ -62,7 +62,8 @@ class Suite:
     ):
         self.clock = timing.Clock(device, target_ms)
         if self.clock.cuda:
-            torch.cuda.set_device(self.clock.device)  # its streams are those whose events count
+            index = self.clock.device.index  # without one PyTorch refuses it
+            torch.cuda.set_device(torch.cuda.current_device() if index is None else index)  # whose events count
         self.seconds, self.rounds, self.skip = seconds, rounds, set(skip)
         self.graphs, self.advance = graphs and self.clock.cuda, advance
         self.deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
