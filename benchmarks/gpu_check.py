@@ -190,7 +190,10 @@ def all_steps(folder: Path, architecture: int, processes: int = 1, python: str =
             tests,
             210,
             # The processors are the processes' already.
-            environment={"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))},
+            environment={
+                "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes)),
+                "TORCHINDUCTOR_COMPILE_THREADS": "1",
+            },
             reserve=100,
         ),
         Step("benchmarks", measure, 240, missing, show=45),

@@ -7,6 +7,8 @@ Triton's interpreter is right in float32 alone, and both are slow: such runs are
 
 import contextlib
 import ctypes
+import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -53,10 +55,21 @@ def impl(request, device):
 
 
 @pytest.fixture(autouse=True)
-def memory_for_others():
-    """Many processes may share a GPU: what PyTorch keeps of a large test's memory goes back."""
+def left_in_order():
+    """A kernel that fails does so in its own test. After an illegal access nothing works in that process any more:
+    under xdist it ends, and another one goes on with the other tests. What PyTorch keeps of a large test's memory goes
+    back, since many processes may share the GPU."""
     yield
-    if torch.cuda.is_initialized() and torch.cuda.memory_reserved() > 1 << 30:
+    if not torch.cuda.is_initialized():
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            print(error, file=sys.__stderr__, flush=True)
+            os._exit(1)
+        raise
+    if torch.cuda.memory_reserved() > 1 << 30:
         torch.cuda.empty_cache()
 
 
