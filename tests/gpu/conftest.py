@@ -23,6 +23,24 @@ from selfsup_kernels.triton import _launch, configs
 SIMULATED = any(backends.emulated(impl) for impl in ("triton", "cuda"))
 
 
+class SaysFailuresAtOnce:
+    """Where processes share the tests: at the end xdist first waits for them, and a run that is stopped at a limit of
+    time would be killed before it has said what had failed."""
+
+    def __init__(self, config):
+        self.plugins = config.pluginmanager
+
+    def pytest_runtest_logreport(self, report):
+        terminal = self.plugins.getplugin("terminalreporter")
+        if report.failed and terminal is not None:
+            terminal.write_line(f"\nFAILED ({report.when}) {report.nodeid}\n{report.longreprtext[-3000:]}")
+
+
+def pytest_configure(config):
+    if config.getoption("numprocesses", None):
+        config.pluginmanager.register(SaysFailuresAtOnce(config))
+
+
 def cannot_run(impl):
     """None where the kernels of ``impl`` can run in this process, else why not."""
     if SIMULATED and not backends.emulated(impl):
