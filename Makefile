@@ -111,7 +111,8 @@ asan: $(DEPENDENCIES)
 
 # The libraries that were built against $(TORCH), not rebuilt, under $(COMPAT_TORCH), and the GPU kernels under
 # $(COMPAT_TRITON), whose interpreter cannot take the newest numpy. The CUDA library where there is an nvcc: it has to
-# load in that CUDA build of torch and to register its ops, which takes no GPU.
+# load in that CUDA build of torch and to register its ops, which takes no GPU. Last, the extension is built against the
+# headers of $(COMPAT_TORCH) too.
 compat: setup $(if $(NVCC),$(CUDA_LIBRARY)) .venv-compat/.dependencies
 	.venv-compat/bin/python -m selfsup_kernels info
 	.venv-compat/bin/python -m pytest $(OP_TESTS)
@@ -119,10 +120,13 @@ compat: setup $(if $(NVCC),$(CUDA_LIBRARY)) .venv-compat/.dependencies
 	emulator=$$($(PY) tests/emulator/build.py) && TRITON_INTERPRET=1 SELFSUP_KERNELS_CUDA_EMULATOR=$$emulator \
 	  .venv-compat/bin/python -m pytest tests/gpu
 	.venv-compat/bin/python benchmarks/gpu_static.py --brief --arch 80 89 90 120
+	SELFSUP_KERNELS_REQUIRE_EXTENSION=1 SELFSUP_KERNELS_SKIP_CUDA_BUILD=1 \
+	  .venv-compat/bin/python setup.py build_ext --build-lib build/compat --build-temp build/compat
 
 .venv-compat/.dependencies: pyproject.toml Makefile
 	test -x .venv-compat/bin/python || $(PYTHON) -m venv .venv-compat
-	.venv-compat/bin/python -m pip install "$(COMPAT_TORCH)" "$(COMPAT_TRITON)" pytest hypothesis "numpy<2.4" rich
+	.venv-compat/bin/python -m pip install "$(COMPAT_TORCH)" "$(COMPAT_TRITON)" pytest hypothesis "numpy<2.4" rich \
+	  pybind11 ninja "setuptools>=77" wheel
 	touch $@
 
 # Drop-ins, methods and examples against the libraries that they are for, in an environment that has them.
@@ -150,8 +154,9 @@ cuda-static: $(CUDA_LIBRARY)
 	$(PY) benchmarks/cuda_static.py $(ARGUMENTS)
 
 # On a machine with a GPU, whose Python has a CUDA build of torch: make gpu-check PYTHON=python3 [RESULTS=DIR]
+# ARGUMENTS="--skip build" and "--only racecheck" and the like.
 gpu-check: $(DEPENDENCIES)
-	$(PY) benchmarks/gpu_check.py $(if $(RESULTS),--out "$(RESULTS)")
+	$(PY) benchmarks/gpu_check.py $(if $(RESULTS),--out "$(RESULTS)") $(ARGUMENTS)
 
 # What bounds each kernel there, by the hardware's counters, once gpu-check has built the libraries. ARGUMENTS="--only
 # TEXT" and the like.

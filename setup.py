@@ -13,7 +13,8 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from setuptools import Command, Extension, setup
+import setuptools
+from setuptools import Command, Distribution, Extension, setup
 from setuptools.command.build_py import build_py
 
 PACKAGE = Path(__file__).resolve().parent / "selfsup_kernels"
@@ -140,9 +141,20 @@ def _extension():
             _record(self, in_place, **facts, cuda_failure="its build failed.")
             _record(self, in_place, **facts | _cuda(_folder(self, in_place)))
 
-    include_dirs = [*include_paths(), pybind11.get_include()]
+    # First, since the headers of torch 2.11 have a pybind11 that refuses the stable ABI.
+    include_dirs = [pybind11.get_include(), *include_paths()]
     extension = build.extension(Extension, include_dirs, library_paths(), sanitize=sanitize)
     return {"ext_modules": [extension], "cmdclass": {"build_ext": Build, "build_cuda": BuildCuda}}
 
 
-setup(version=version, **_extension())
+class WithoutMetadata(Distribution):
+    """Of a setuptools that refuses the license of pyproject.toml, which names it as since 77: in place nothing of that
+    file is needed."""
+
+    def parse_config_files(self, filenames=None, ignore_option_errors=False):
+        super().parse_config_files([], ignore_option_errors)
+
+
+in_place = "--inplace" in sys.argv or "build_cuda" in sys.argv
+metadata = {"distclass": WithoutMetadata} if in_place and int(setuptools.__version__.split(".")[0]) < 77 else {}
+setup(version=version, **_extension(), **metadata)

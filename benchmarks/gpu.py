@@ -14,10 +14,12 @@ import sys
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the package of this checkout
+
 import torch
 
 from selfsup_kernels.bench import results, rivals, tables
-from selfsup_kernels.bench.suite import Suite
+from selfsup_kernels.bench.suite import OUT_OF_TIME, Suite
 from selfsup_kernels.bench.workloads import case
 
 CUDA = rivals.impl_name("cuda")
@@ -75,6 +77,8 @@ def columns(made, compiled):
 
 def show(rows):
     """One line a row: what ours takes, what that is of the device, and how many times it the rivals take."""
+    late = [row for row in rows if not row["times"] and set(row["unavailable"].values()) == {OUT_OF_TIME}]
+    rows = [row for row in rows if row not in late]
     print(f"\n{'':46} {'ms':>9} {'rate':>14} {'fraction':>9}   rivals, times ours")
     for row in rows:
         of = [row.get(k) for k in ("op", "model", "batch", "dim", "dtype", "part")]
@@ -86,6 +90,8 @@ def show(rows):
         rate, fraction = tables.rate_of(row, rivals.OURS)
         beside = ", ".join(f"{n} {results.ratio(row, n):.2f}" for n in row["times"] if n != rivals.OURS)
         print(f"{label:46} {ours:9.3f} {rate:>14} {fraction:9.2f}   {beside}")
+    if late:
+        print(f"{len(late)} more: {OUT_OF_TIME}")
 
 
 def main():

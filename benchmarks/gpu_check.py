@@ -1,10 +1,14 @@
 """Everything that has to be seen on a GPU once, in one command of less than nine minutes: ``make gpu-check``.
 
-    python benchmarks/gpu_check.py [--out DIR] [--minutes 8.7]
+    python benchmarks/gpu_check.py [--out DIR] [--minutes 8.7] [--only TEXT ...] [--skip TEXT ...]
 
-Build, tests, compute-sanitizer, benchmarks and the predictions that these are compared with. Each step has a limit of
-its own and is killed at it; one that fails does not hide the later ones. What the steps print goes to
-``DIR/gpu_check.log``; the last thing on the screen is a table of the steps, after the end of what the benchmarks print.
+Build, tests, benchmarks, compute-sanitizer and the predictions that the benchmarks are compared with, in the order of
+what would be missed most. Each step has a limit of its own and is killed at it; one that fails does not hide the later
+ones. What the steps print goes to ``DIR/gpu_check.log``; the last thing on the screen is a table of the steps, after
+the end of what the benchmarks print.
+
+``--skip build`` takes the libraries that are there: a CUDA library serves any Python, and can come from a machine
+without a GPU. The steps that need none ("machine code", "predictions") come last.
 """
 
 import argparse
@@ -150,11 +154,15 @@ def workers(memory: int, processors: int | None) -> int:
 def all_steps(folder: Path, architecture: int, processes: int = 1, python: str = sys.executable) -> list[Step]:
     sanitizer = shutil.which("compute-sanitizer")
     benchmarks = ROOT / "benchmarks" / "gpu.py"
-    smoke = [python, "benchmarks/gpu_smoke.py"]
-    split = ["-n", str(processes)] if importlib.util.find_spec("xdist") else []
+    # Briefly: a process that compiles all of its kernels takes minutes. The tests share that work, and have all dtypes.
+    smoke = [python, "benchmarks/gpu_smoke.py", "--brief"]
+    tests = [python, "-m", "pytest", "tests/gpu"]
+    tests += [f"--ignore=tests/gpu/test_{name}.py" for name in ("static", "guard")]  # these need none
+    if importlib.util.find_spec("xdist"):
+        tests += ["-n", str(processes), "--dist", "worksteal"]
 
-    def sanitized(tool, limit, **environment):
-        command = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--print-limit", "20", *smoke, "--brief"]
+    def sanitized(tool, limit, *arguments, **environment):
+        command = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--print-limit", "50", *smoke, *arguments]
         missing = None if sanitizer else "compute-sanitizer is not on PATH"
         return Step(tool, command, limit, missing, environment=environment)
 
@@ -162,7 +170,8 @@ def all_steps(folder: Path, architecture: int, processes: int = 1, python: str =
         # The time after which it begins nothing new: what it is at then is finished, and the rates come first.
         return [python, str(benchmarks), "--out", str(folder), "--minutes", f"{max(0.5, (limit - 45) / 60):.1f}"]
 
-    steps = [
+    missing = None if benchmarks.exists() else "there is no benchmarks/gpu.py"
+    return [
         Step(
             "build",
             [python, "setup.py", "build_ext", "--inplace"],
@@ -173,21 +182,33 @@ def all_steps(folder: Path, architecture: int, processes: int = 1, python: str =
                 "FORCE_CUDA": "1",
                 "TORCH_CUDA_ARCH_LIST": f"{architecture // 10}.{architecture % 10}{'a' if architecture == 90 else ''}",
             },
+            reserve=200,
         ),
-        Step("every op once", smoke, 60),
-        Step("tests of the kernels", [python, "-m", "pytest", "tests/gpu", *split], 150),
-        Step("machine code of CUDA C++", [python, "benchmarks/cuda_static.py"], 30),
+        Step("every op once", smoke, 90, reserve=150),
+        Step(
+            "tests of the kernels",
+            tests,
+            210,
+            # The processors are the processes' already.
+            environment={
+                "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes)),
+                "TORCHINDUCTOR_COMPILE_THREADS": "1",
+            },
+            reserve=100,
+        ),
+        Step("benchmarks", measure, 240, missing, show=45),
+        # Without PyTorch's cache of memory, so that the end of a tensor is the end of an allocation.
+        sanitized("memcheck", 60, PYTORCH_NO_CUDA_MEMORY_CACHING="1"),
+        # With the cache memory that was freed counts as written: only fresh memory shows what is read before.
+        sanitized("initcheck", 45, "--initcheck", PYTORCH_NO_CUDA_MEMORY_CACHING="1"),
+        sanitized("racecheck", 60),
         Step(
             "other tests marked cuda",
             [python, "-m", "pytest", "tests", "--ignore=tests/gpu", "-m", "cuda"],
             40,
             fine=(0, NO_TESTS),
         ),
-        # Without PyTorch's cache of memory, so that the end of a tensor is the end of an allocation.
-        sanitized("memcheck", 60, PYTORCH_NO_CUDA_MEMORY_CACHING="1"),
-        sanitized("racecheck", 60),
-        # With the cache memory that was freed counts as written: only fresh memory shows what is read before.
-        sanitized("initcheck", 45, PYTORCH_NO_CUDA_MEMORY_CACHING="1"),
+        Step("machine code of CUDA C++", [python, "benchmarks/cuda_static.py"], 30),
         Step(
             "predictions",
             [
@@ -204,16 +225,33 @@ def all_steps(folder: Path, architecture: int, processes: int = 1, python: str =
             60,
         ),
     ]
-    missing = None if benchmarks.exists() else "there is no benchmarks/gpu.py"
-    return [*(s._replace(reserve=100) for s in steps), Step("benchmarks", measure, 300, missing, show=45)]
+
+
+def choose(steps: list[Step], only: list[str], skip: list[str]) -> list[Step]:
+    """The steps with those marked as skipped that were not asked for, by any part of their names. Raises ValueError
+    for a text that is in no name."""
+    for text in (*only, *skip):
+        if not any(text in step.name for step in steps):
+            raise ValueError(f"no step has {text!r} in its name; there are: {', '.join(s.name for s in steps)}")
+
+    def wanted(name):
+        return (not only or any(text in name for text in only)) and not any(text in name for text in skip)
+
+    return [step if wanted(step.name) else step._replace(skip="not asked for") for step in steps]
 
 
 def main(arguments=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/<device>/")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="of all steps (default: %(default)s)")
+    parser.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="steps whose name holds one of these")
+    parser.add_argument("--skip", nargs="+", default=[], metavar="TEXT", help="steps to leave out, likewise")
     options = parser.parse_args(arguments)
     began = time.perf_counter()
+    try:
+        choose(all_steps(Path(), 90), options.only, options.skip)
+    except ValueError as error:
+        parser.error(str(error))
     import torch
 
     from selfsup_kernels.bench import results
@@ -233,6 +271,7 @@ def main(arguments=None) -> int:
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
     memory = torch.cuda.get_device_properties(0).total_memory
     steps = all_steps(folder, architecture, workers(memory, os.cpu_count()))
+    steps = choose(steps, options.only, options.skip)
     outcomes = run_steps(steps, folder, 60 * options.minutes - (time.perf_counter() - began), environment)
     return report(outcomes, steps, folder)
 

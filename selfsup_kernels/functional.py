@@ -298,9 +298,11 @@ def ema_update_pairs_(targets, sources, names, momentum, stochastic_rounding, ge
     """:func:`ema_update_` of lists whose tensors have ``names`` for the messages; call it without grad mode."""
     momentum_tensor, momentum = check.momentum(momentum)
     targets, sources = lists.check_update(targets, sources, names)
-    impl = backends.select(impl, targets[0] if targets else torch.empty(0), "ema_update_", any_dtype=True)
-    if not targets:
+    if not targets:  # no device says whether this machine's kernels would take them
+        if impl != "auto":
+            backends.require(impl, "ema_update_")
         return
+    impl = backends.select(impl, targets[0], "ema_update_", any_dtype=True)
     device = targets[0].device
     if momentum_tensor is not None and momentum_tensor.device not in (device, torch.device("cpu")):
         raise ValueError(f"momentum: expected the device of targets, {device}, got {momentum_tensor.device}")

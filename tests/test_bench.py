@@ -296,6 +296,18 @@ def test_what_takes_too_long_is_skipped(own, monkeypatch):
         assert row["times"] == {}
 
 
+@pytest.mark.parametrize(("device", "number"), [("cuda", 3), ("cuda:1", 1)])
+def test_the_gpu_of_a_run_is_made_the_current_one(device, number, monkeypatch):
+    """By PyTorch's own function, which refuses a device without a number."""
+    told = []
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", told.append, raising=False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(timing.Rates, "sample", lambda self: None)
+    monkeypatch.setattr(results, "header", lambda clock, ops: {})
+    engine.Suite(device)
+    assert told == [number]
+
+
 def test_what_would_take_too_long_is_not_even_started(here, own):
     made = engine.Suite("cpu", rounds=3, seconds=0.1)
     made.measure(case("info_nce", batch=32, dim=8), ["own_losses:mean"])

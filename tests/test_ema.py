@@ -11,7 +11,7 @@ from helpers import randn
 from torch import nn
 
 import selfsup_kernels as sk
-from selfsup_kernels import _overlap, ops
+from selfsup_kernels import _overlap, backends, ops
 
 FLOATING = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 LOW = [torch.bfloat16, torch.float16]
@@ -132,6 +132,17 @@ def test_nothing_to_do(impl):
     # While a graph is traced only the op itself can know that a source is its destination.
     ops.get("ema_update_", impl)([same], [same.view(3)], None, 0.5, None)
     assert torch.equal(same, torch.tensor([1.0, math.inf, 3.0]))
+
+
+@pytest.mark.parametrize("gpu", ["triton", "cuda"])
+def test_nothing_to_do_by_the_kernels_of_a_gpu(gpu, monkeypatch):
+    """An empty list is on no device, so it is on none that they would refuse."""
+    monkeypatch.setitem(backends._reasons, gpu, None)
+    monkeypatch.setattr(backends, "emulated", lambda impl: False)
+    sk.ema_update_([], [], 0.5, impl=gpu)
+    monkeypatch.setitem(backends._reasons, gpu, "there is none.")
+    with pytest.raises(RuntimeError, match="cannot be used here: there is none"):
+        sk.ema_update_([], [], 0.5, impl=gpu)
 
 
 def test_sources_may_be_shared_and_expanded(impl):

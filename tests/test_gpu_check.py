@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 _spec = importlib.util.spec_from_file_location(
     "gpu_check", Path(__file__).resolve().parent.parent / "benchmarks" / "gpu_check.py"
 )
@@ -110,9 +112,34 @@ def test_the_steps_fit_the_time(tmp_path):
     assert {"build", "tests of the kernels", "memcheck", "racecheck", "predictions", "benchmarks"} <= {
         s.name for s in steps
     }
-    assert [s.name for s in steps][-1] == "benchmarks"
-    command = steps[-1].command(345)
+    (benchmarks,) = (s for s in steps if s.name == "benchmarks")
+    command = benchmarks.command(345)
     assert command[command.index("--minutes") + 1] == "5.0"
+    # What needs no GPU comes last, and whatever the first steps take, the benchmarks have time.
+    assert [s.name for s in steps[-2:]] == ["machine code of CUDA C++", "predictions"]
+    assert all(s.reserve >= 100 for s in steps[: steps.index(benchmarks)])
+
+
+def test_some_steps_alone(tmp_path):
+    steps = gpu_check.all_steps(tmp_path, 90)
+
+    def left(**texts):
+        chosen = gpu_check.choose(steps, texts.get("only", []), texts.get("skip", []))
+        assert [s.name for s in chosen] == [s.name for s in steps]
+        return [s.name for s in chosen if s.skip != "not asked for"]
+
+    assert left() == [s.name for s in steps]
+    assert left(only=["memcheck", "race"]) == ["memcheck", "racecheck"]
+    assert left(only=["check"], skip=["race"]) == ["memcheck", "initcheck"]
+    assert left(skip=["build"]) == [s.name for s in steps[1:]]
+    with pytest.raises(ValueError, match="'nothing' in its name; there are: build, every op once"):
+        left(skip=["nothing"])
+
+
+def test_an_unknown_step_is_refused_before_anything_runs(capsys):
+    with pytest.raises(SystemExit):
+        gpu_check.main(["--only", "no such step"])
+    assert "no step has 'no such step' in its name" in capsys.readouterr().err
 
 
 def test_processes_fit_the_processors_and_the_memory():

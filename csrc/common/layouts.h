@@ -58,7 +58,7 @@ inline torch::stable::Tensor copy_in_order_of(const torch::stable::Tensor& t, co
       from(std::optional<torch::headeronly::Layout>()),
       from(std::optional(s.device())),
       from(std::optional<bool>())};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::empty_strided", "", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::empty_strided", "", stack.data(), TORCH_ABI_VERSION));
   Tensor copy = torch::stable::detail::to<Tensor>(stack[0]);
   torch::stable::copy_(copy, s);
   return copy;

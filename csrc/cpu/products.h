@@ -50,7 +50,7 @@ bool use_onednn(int64_t m, int64_t n, int64_t k) {
 // a w^T, both contiguous or plain views of contiguous matrices.
 inline Tensor onednn_product(const Tensor& a, const Tensor& w) {
   AtenTensorHandle result;
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch_cpu__linear_pointwise(a.get(), w.get(), nullptr, "none", nullptr, 0, nullptr, &result));
   return Tensor(result);
 }
@@ -96,7 +96,7 @@ void multiply(Tile<T>& tile, const Tensor& a, const Tensor& b, const Tensor& b_t
   } else {
     tile.plain = tile.own_plain;
     tile.values = tile.own;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(tile.plain.get(), a.get(), b_turned.get()));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(tile.plain.get(), a.get(), b_turned.get()));
   }
 }
 
@@ -114,7 +114,7 @@ void multiply_add(
     Tensor product = onednn_product(a, b_turned);
     kernels<T>().add_scaled(data<T>(out), data<T>(product), T(1), rows * width);
   } else {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), 1, 1));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), 1, 1));
   }
 }
 

@@ -71,7 +71,7 @@ Tensor matrix(T* p, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_
 inline int64_t threads() { return torch::stable::get_num_threads(); }
 inline int64_t thread_index() {
   uint32_t index;
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_get_thread_idx(&index));
+  TORCH_ERROR_CODE_CHECK(torch_get_thread_idx(&index));
   return index;
 }
 

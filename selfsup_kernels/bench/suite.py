@@ -19,6 +19,7 @@ from selfsup_kernels import _fresh, _memory
 from selfsup_kernels.bench import accuracy, results, rivals, timing
 from selfsup_kernels.bench.workloads import case_of
 
+OUT_OF_TIME = "skipped: out of time"
 TOO_SLOW = 10.0
 """A rival whose fewest calls would take this many times what a case is given is skipped."""
 FEWEST = 6
@@ -61,7 +62,8 @@ class Suite:
     ):
         self.clock = timing.Clock(device, target_ms)
         if self.clock.cuda:
-            torch.cuda.set_device(self.clock.device)  # its streams are those whose events count
+            index = self.clock.device.index  # without one PyTorch refuses it
+            torch.cuda.set_device(torch.cuda.current_device() if index is None else index)  # whose events count
         self.seconds, self.rounds, self.skip = seconds, rounds, set(skip)
         self.graphs, self.advance = graphs and self.clock.cuda, advance
         self.deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
@@ -83,7 +85,7 @@ class Suite:
     def attempt(self, function):
         """``(result, None)`` or ``(None, reason)``; afterwards the memory of what failed is free again."""
         if self.spent():
-            return None, "skipped: out of time"
+            return None, OUT_OF_TIME
         try:
             return function(), None
         except Exception as error:
@@ -113,7 +115,7 @@ class Suite:
 
     def _fill(self, case, names, columns):
         if self.spent():
-            columns.fail(dict.fromkeys(names, "skipped: out of time"))
+            columns.fail(dict.fromkeys(names, OUT_OF_TIME))
             return
         wanted = []
         for name in names:

@@ -7,6 +7,10 @@ Triton's interpreter is right in float32 alone, and both are slow: such runs are
 
 import contextlib
 import ctypes
+import os
+import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 import tiles
@@ -17,6 +21,24 @@ from selfsup_kernels.cuda import info_nce as cuda_launcher
 from selfsup_kernels.triton import _launch, configs
 
 SIMULATED = any(backends.emulated(impl) for impl in ("triton", "cuda"))
+
+
+class SaysFailuresAtOnce:
+    """Where processes share the tests: at the end xdist first waits for them, and a run that is stopped at a limit of
+    time would be killed before it has said what had failed."""
+
+    def __init__(self, config):
+        self.plugins = config.pluginmanager
+
+    def pytest_runtest_logreport(self, report):
+        terminal = self.plugins.getplugin("terminalreporter")
+        if report.failed and terminal is not None:
+            terminal.write_line(f"\nFAILED ({report.when}) {report.nodeid}\n{report.longreprtext[-3000:]}")
+
+
+def pytest_configure(config):
+    if config.getoption("numprocesses", None):
+        config.pluginmanager.register(SaysFailuresAtOnce(config))
 
 
 def cannot_run(impl):
@@ -48,6 +70,36 @@ def impl(request, device):
     if reason is not None:
         pytest.skip(reason)
     return request.param
+
+
+@pytest.fixture(autouse=True)
+def left_in_order():
+    """A kernel that fails does so in its own test. After an illegal access nothing works in that process any more:
+    under xdist it ends, and another one goes on with the other tests. What PyTorch keeps of a large test's memory goes
+    back, since many processes may share the GPU."""
+    yield
+    if not torch.cuda.is_initialized():
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            print(error, file=sys.__stderr__, flush=True)
+            os._exit(1)
+        raise
+    if torch.cuda.memory_reserved() > 1 << 30:
+        torch.cuda.empty_cache()
+
+
+@pytest.fixture
+def alone():
+    """For tests that take a good part of a GPU's memory: one at a time, in however many processes."""
+    import fcntl
+
+    with (Path(tempfile.gettempdir()) / "selfsup_kernels_gpu_tests.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture

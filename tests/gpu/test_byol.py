@@ -445,7 +445,7 @@ def test_one_compilation_for_all_batch_sizes(device, triton_runs):
 
 @pytest.mark.cuda
 @pytest.mark.unpoisoned
-def test_more_than_2_31_elements(impl, device):
+def test_more_than_2_31_elements(impl, device, alone):
     batch, dim = 2**22 + 5, 256
     if torch.cuda.mem_get_info()[0] < 20 * 2**30:
         pytest.skip("needs 20 GiB of GPU memory")

@@ -42,7 +42,7 @@ def assert_averaged(got, old, source, momentum):
 
 @pytest.mark.unpoisoned
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.uint8], ids=str)
-def test_more_than_2_31_elements(impl, dtype, device):
+def test_more_than_2_31_elements(impl, dtype, device, alone):
     n = 2**31 + ema.CHUNK + 3
     if torch.cuda.mem_get_info()[0] < 3 * n * dtype.itemsize:
         pytest.skip("not enough free memory")

@@ -163,7 +163,7 @@ def test_no_synchronisation(impl, device):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_more_than_2_31_elements(impl, device):
+def test_more_than_2_31_elements(impl, device, alone):
     """A queue that long: its rows pass 2^31 numbers, and the last of them counts."""
     dim, length = 2048, 2**20 + 300
     if torch.cuda.mem_get_info()[0] < 24 * 2**30:

@@ -1,4 +1,5 @@
-"""What the InfoNCE launchers launch: which kernels, over which grid, with which work. Nothing runs here."""
+"""What the InfoNCE launchers launch: which kernels, over which grid, with which work. Nothing runs, but in the last
+test."""
 
 from collections import Counter
 
@@ -272,10 +273,10 @@ def test_offsets_pass_2_31(record):
         )  # fmt: skip
 
 
-def test_saved_tensors_are_what_the_fakes_say():
-    for labels in (None, torch.arange(20) % 3):
-        for queue in (None, torch.zeros(7, 12)):
-            views = list(torch.randn(2, 20, 12).unbind(0))
+def test_saved_tensors_are_what_the_fakes_say(device, triton_runs):
+    for labels in (None, torch.arange(20, device=device) % 3):
+        for queue in (None, torch.zeros(7, 12, device=device)):
+            views = list(torch.randn(2, 20, 12).to(device).unbind(0))
             arguments = (views, labels, queue, None, 0.1, 0, -1, True, 1e-12, 0)
             real = ops.get("info_nce_forward", "triton")(*arguments)
             fake = ops._info_nce_forward_fake_gpu(*arguments)

@@ -1,0 +1,70 @@
+"""The calls that compute-sanitizer is run on: what its initcheck would report of the Triton kernels, seen in the
+interpreter, where memory that nobody has written is NaN or the largest integer (``poisoned_memory``)."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from selfsup_kernels.triton import _launch
+
+pytestmark = pytest.mark.skipif(not _launch.INTERPRETED, reason="needs TRITON_INTERPRET=1")
+
+_spec = importlib.util.spec_from_file_location(
+    "gpu_smoke", Path(__file__).resolve().parents[2] / "benchmarks" / "gpu_smoke.py"
+)
+gpu_smoke = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(gpu_smoke)
+
+
+@pytest.fixture
+def unwritten(monkeypatch):
+    """The kernels that have read what nobody wrote."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    found, launch, running = set(), _launch.launch, []
+
+    def record(kernel, grid, *args, **options):
+        running[:] = [kernel.__name__]
+        launch(kernel, grid, *args, **options)
+
+    def watched(name):
+        method = getattr(InterpreterBuilder, name)
+
+        def call(self, pointers, *args, **options):
+            result = method(self, pointers, *args, **options)
+            data = np.asarray(result.data)
+            if data.dtype == np.uint16:  # bfloat16, as the interpreter has it
+                poison = data == 0x7FC0
+            else:
+                poison = np.isnan(data) if data.dtype.kind == "f" else data == np.iinfo(data.dtype).max
+            read = args[0].data if name == "create_masked_load" else True
+            if (poison & np.asarray(read).astype(bool)).any():
+                found.add(running[0])
+            return result
+
+        monkeypatch.setattr(InterpreterBuilder, name, call)
+
+    for name in ("create_masked_load", "create_atomic_rmw", "create_atomic_cas"):
+        watched(name)
+    monkeypatch.setattr(_launch, "launch", record)
+    # The calls switch it on and off; memory has to be poisoned all the time.
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda mode, warn_only=False: None)
+    monkeypatch.setattr(_launch, "deterministic", lambda: False)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("calls", "on_purpose"), [("2 views", "forward_kernel"), ("x300 labels", "product_kernel")], ids=["byol", "waves"]
+)
+def test_calls_for_initcheck_read_what_was_written(calls, on_purpose, unwritten):
+    for initcheck in (False, True):
+        unwritten.clear()
+        chosen = [call for name, call in gpu_smoke.calls(True, initcheck) if calls in name]
+        assert chosen
+        for call in chosen:
+            assert all(bool(x.isfinite().all()) for x in call(torch.device("cpu"), "triton"))
+        assert unwritten == (set() if initcheck else {on_purpose})
