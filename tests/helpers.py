@@ -10,6 +10,8 @@ from selfsup_kernels.objectives import LABEL_OBJECTIVES, OBJECTIVES
 from selfsup_kernels.reference import dense
 
 EXTENSION_REQUIRED = os.environ.get("SELFSUP_KERNELS_REQUIRE_EXTENSION", "0") not in ("", "0")
+EVERY_CASE = os.environ.get("SELFSUP_KERNELS_EVERY_CASE", "0") not in ("", "0")
+"""Triton's interpreter is slow: without this it leaves out some of the cases that a GPU has."""
 IMPLS = [impl for impl in ("reference", "cpu") if backends.unavailable(impl) is None]
 """Those that take CPU tensors; the GPU's have their tests in `tests/gpu`."""
 PAIRED_OBJECTIVES = [o for o in OBJECTIVES if o not in LABEL_OBJECTIVES]

@@ -1,27 +1,25 @@
 """Tests of the GPU kernels, Triton's and CUDA's. On a machine with a GPU they run there. Without one, Triton's run in
 its interpreter (TRITON_INTERPRET=1) and CUDA's in the emulator (SELFSUP_KERNELS_CUDA_EMULATOR=LIBRARY), on CPU tensors.
 
-Both are slow: such runs are small. In Triton's interpreter, which interpreter16.py makes right for bfloat16, a case in 16
-bits goes one of the ways of InfoNCE (the fixture `path`), and all of them only with SELFSUP_KERNELS_EVERY_CASE=1, or on a
-GPU. What needs a real GPU is marked `cuda`.
+Both are slow: such runs are small. Triton's interpreter, which interpreter16.py makes right for bfloat16, takes a case
+in 16 bits one of the ways of InfoNCE (the fixture `path`). With SELFSUP_KERNELS_EVERY_CASE=1 it takes all of them, as a
+GPU does, and leaves out none of the long tests. What needs a real GPU is marked `cuda`.
 """
 
 import collections
 import contextlib
 import ctypes
-import os
 
 import interpreter16
 import pytest
 import tiles
 import torch
-from helpers import LOW_PRECISION
+from helpers import EVERY_CASE, LOW_PRECISION
 
 from selfsup_kernels import backends
 from selfsup_kernels.cuda import info_nce as cuda_launcher
 from selfsup_kernels.triton import _launch, configs
 
-EVERY_CASE = os.environ.get("SELFSUP_KERNELS_EVERY_CASE", "0") not in ("", "0")
 SIMULATED = any(backends.emulated(impl) for impl in ("triton", "cuda"))
 
 if backends.triton_is_interpreted():
@@ -57,7 +55,7 @@ def in_turn(items):
     for number, case in enumerate(cases.values()):
         for place, item in enumerate(case):
             if place != number % len(case):
-                item.add_marker(pytest.mark.skip(reason="SELFSUP_KERNELS_EVERY_CASE=1 has every way in 16 bits"))
+                item.add_marker(pytest.mark.skip(reason="left to SELFSUP_KERNELS_EVERY_CASE=1"))
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What kernels in 16 bits rest on, in Triton's interpreter as interpreter16.py mends it, and on a GPU, which it imitates."""
+"""What kernels in 16 bits rest on: in Triton's interpreter as interpreter16.py mends it, and on a GPU."""
 
 import math
 
