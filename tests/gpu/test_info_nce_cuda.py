@@ -175,7 +175,11 @@ def test_more_than_2_31_elements(impl, device):
     near, grad = step(impl, views, temperature=0.07, queue=queue)
     want = run(dense.info_nce_loss, views, torch.tensor(0.07), queue=queue)
     assert_within("loss", near, want[0].double(), want[0])
-    assert (near - step(impl, views, temperature=0.07, queue=queue[:-1])[0]) > 1e-3
+    # The anchor's own loss: the mean of 80 moves by 0.01, and the bfloat16 numbers around it are 0.06 apart.
+    own, without = (
+        info_nce_loss(views, temperature=0.07, queue=q, reduction="none", impl=impl)[0, 3] for q in (queue, queue[:-1])
+    )
+    assert own - without > 0.5
     assert (grad.float() - want[1].float()).norm() <= 0.05 * want[1].float().norm()  # eager's own error in bfloat16
 
 
