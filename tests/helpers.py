@@ -64,25 +64,27 @@ def compare_info_nce(impl, views, temperature=0.1, floor=0.0, cancels=False, **a
     eager = ours if dtype == torch.float64 else low(dense.info_nce_loss)
     floors = {"loss": floor, "grad": floor, "temperature": floor}
     if cancels:
-        floors["temperature"] = temperature_rounding(views, temperature, queue=wide_queue, **arguments)
+        floors["temperature"] = max(floor, temperature_rounding(views, temperature, queue=wide_queue, **arguments))
     for name, got, want, yardstick in zip(floors, ours, truth, eager, strict=True):
         assert got.dtype == dtype
         assert_within(name, got, want, None if dtype == torch.float64 else yardstick, floors[name])
 
 
-def temperature_rounding(views, temperature, **arguments):
-    """What rounding alone does to the mean loss' gradient of the temperature: unit rows and products held in ``dtype``.
+def temperature_rounding(views, temperature, normalize=True, reduction="mean", **arguments):
+    """What rounding alone does to the loss' gradient of the temperature: unit rows and products held in ``dtype``.
 
     A scalar whose terms cancel has no norm to be relative to, and eager may hit it by luck. The first part is 3.5
     standard deviations of it when every element of the unit rows is rounded (to first order), the second one rounding,
-    eps / 2, of each term: their absolute values sum to at most 2 / temperature^2.
+    eps / 2, of each term: their absolute values sum to at most 2 / temperature^2 for each anchor.
     """
+    assert normalize, "rows of any length are not rounded, and their products have no bound"
     eps, t = torch.finfo(views.dtype).eps, temperature.double().requires_grad_()
     rows = torch.nn.functional.normalize(views.double(), dim=-1).requires_grad_()
-    loss = dense.info_nce_loss(rows, temperature=t, normalize=False, **arguments)
+    loss = dense.info_nce_loss(rows, temperature=t, normalize=False, reduction=reduction, **arguments)
     (grad_temperature,) = torch.autograd.grad(loss, t, create_graph=True)
     (slope,) = torch.autograd.grad(grad_temperature, rows)
-    return eps * ((slope * rows).norm().item() + 1 / t.item() ** 2)
+    anchors = views.shape[0] * views.shape[1] if reduction == "sum" else 1
+    return eps * ((slope * rows).norm().item() + anchors / t.item() ** 2)
 
 
 def bound(dtype, want):
