@@ -30,7 +30,7 @@ def dot_kernel(x, y, out, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, ROU
 
 @triton.jit
 def convert_kernel(x, out, N: tl.constexpr):
-    i = tl.arange(0, N)
+    i = tl.program_id(0) * N + tl.arange(0, N)
     tl.store(out + i, tl.load(x + i).to(out.dtype.element_ty))
 
 
@@ -67,7 +67,8 @@ def test_a_dot_is_exact_products_added_in_float32(device, dtype, rounded):
 
 def converted(x, dtype):
     out = torch.empty(len(x), dtype=dtype, device=x.device)
-    convert_kernel[(1,)](x, out, len(x))
+    block = min(len(x), 1024)
+    convert_kernel[(len(x) // block,)](x, out, block)
     return out
 
 
