@@ -1,9 +1,9 @@
 """Tests of the GPU kernels, Triton's and CUDA's. On a machine with a GPU they run there. Without one, Triton's run in
 its interpreter (TRITON_INTERPRET=1) and CUDA's in the emulator (SELFSUP_KERNELS_CUDA_EMULATOR=LIBRARY), on CPU tensors.
 
-Both are slow: such runs are small. Triton's interpreter, which interpreter16.py makes right for bfloat16, takes a case
-in 16 bits one of the ways of InfoNCE (the fixture `path`). With SELFSUP_KERNELS_EVERY_CASE=1 it takes all of them, as a
-GPU does, and leaves out none of the long tests. What needs a real GPU is marked `cuda`.
+Both are slow: such runs are small. Triton's interpreter, which interpreter16.py makes right for bfloat16, has a part of
+InfoNCE's cases in 16 bits, so chosen that a test meets each dtype and most of its ways (the fixture `path`). With
+SELFSUP_KERNELS_EVERY_CASE=1 it has all that a GPU has, the long tests too. What needs a real GPU is marked `cuda`.
 """
 
 import collections
@@ -45,17 +45,21 @@ def pytest_collection_modifyitems(items):
 
 
 def in_turn(items):
-    """Of the cases in 16 bits that differ in ``path`` alone, skip all but one: of the next case the next."""
-    cases = collections.defaultdict(list)
+    """Of a test's cases in 16 bits, each dtype by each way, leave one: of the next case the next. Of a test with few
+    cases two, one for each dtype."""
+    tests = collections.defaultdict(lambda: collections.defaultdict(list))
     for item in items:
-        given = getattr(item, "callspec", None) and item.callspec.params
-        if given and given.get("impl") == "triton" and given.get("dtype") in LOW_PRECISION and "path" in given:
-            rest = tuple((name, str(value)) for name, value in given.items() if name != "path")
-            cases[item.path, item.originalname, rest].append(item)
-    for number, case in enumerate(cases.values()):
-        for place, item in enumerate(case):
-            if place != number % len(case):
-                item.add_marker(pytest.mark.skip(reason="left to SELFSUP_KERNELS_EVERY_CASE=1"))
+        given = dict(item.callspec.params) if hasattr(item, "callspec") else {}
+        if given.get("impl") == "triton" and given.get("dtype") in LOW_PRECISION and "path" in given:
+            form = tiles.WAYS.index(given.pop("path")), LOW_PRECISION.index(given.pop("dtype"))
+            tests[item.path, item.originalname][str(given)].append((form, item))
+    for cases in tests.values():
+        for number, case in enumerate(cases.values()):
+            forms = [item for _, item in sorted(case, key=lambda pair: pair[0])]
+            kept = [number] if len(cases) >= len(forms) else [number, number + 3]
+            for item in forms:
+                if item not in [forms[k % len(forms)] for k in kept]:
+                    item.add_marker(pytest.mark.skip(reason="left to SELFSUP_KERNELS_EVERY_CASE=1"))
 
 
 @pytest.fixture
