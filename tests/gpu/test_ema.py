@@ -1,8 +1,7 @@
 """The GPU kernels of the moving average, Triton's and CUDA's: values, layouts, rounding at random.
 
 Triton's table and its cache are tested in test_ema_triton.py; what needs a GPU (streams, graphs, large tensors) in
-test_ema_cuda.py. Interpreted, bfloat16 targets are cut where a GPU rounds them: their bound is then twice as wide.
-Rounding at random works on the bits, and is exact in both.
+test_ema_cuda.py.
 """
 
 import ctypes

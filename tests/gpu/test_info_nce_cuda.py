@@ -48,7 +48,10 @@ def test_random_cases(impl, device, kernel, precision):
             # A sum over rows that all but cancels has the rounding of its terms, whose size the scale is.
             rows = num_views * batch if arguments["reduction"] == "sum" else 1
             floor = 64 * torch.finfo(torch.float32).eps * rows / temperature
-            compare_info_nce(impl, views, temperature, floor=floor, **arguments)
+            tf32 = precision == "high"
+            # The gradient of the temperature: in 4 of 260 cases in 16 bits eager has half our error, by luck.
+            cancels = normalize and (dtype != torch.float32 or tf32)
+            compare_info_nce(impl, views, temperature, floor=floor, cancels=cancels, tf32=tf32, **arguments)
     finally:
         torch.set_float32_matmul_precision(before)
 
@@ -175,7 +178,11 @@ def test_more_than_2_31_elements(impl, device, alone):
     near, grad = step(impl, views, temperature=0.07, queue=queue)
     want = run(dense.info_nce_loss, views, torch.tensor(0.07), queue=queue)
     assert_within("loss", near, want[0].double(), want[0])
-    assert (near - step(impl, views, temperature=0.07, queue=queue[:-1])[0]) > 1e-3
+    # The anchor's own loss: the mean of 80 moves by 0.01, and the bfloat16 numbers around it are 0.06 apart.
+    own, without = (
+        info_nce_loss(views, temperature=0.07, queue=q, reduction="none", impl=impl)[0, 3] for q in (queue, queue[:-1])
+    )
+    assert own - without > 0.5
     assert (grad.float() - want[1].float()).norm() <= 0.05 * want[1].float().norm()  # eager's own error in bfloat16
 
 

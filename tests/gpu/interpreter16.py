@@ -1,0 +1,143 @@
+"""Triton's interpreter, made right for bfloat16: installed by conftest.py where the kernels are interpreted.
+
+The interpreter keeps a bfloat16 as a uint16 of its bits, and its arithmetic takes them for integers: it multiplies the
+bits (triton#11584), adds them, and converts float64 and integers to an integer. A conversion from float32 cuts where a
+GPU rounds. float16 is numpy's, whose arithmetic and conversions are right.
+
+Here an operation that has bfloat16 operands computes in float32, which holds them exactly, and what is bfloat16 in its
+result is rounded to nearest, ties to even: one rounding of the exact result for +, -, *, / and sqrt, since float32 has
+more than twice the bits. A dot adds up in its accumulator's dtype, as a GPU does. Conversions of float64 round once.
+
+Loads, stores, selections and bitcasts move the bits, and need no help. Reductions and atomic operations in 16 bits are
+refused: no kernel has any, and one that had would add up in 16 bits on a GPU, and in more here.
+"""
+
+import contextlib
+
+import numpy as np
+import triton.language as tl
+from triton.runtime import interpreter
+from triton.runtime.interpreter import InterpreterBuilder, ReduceScanOpInterface, TensorHandle
+
+
+def widen(bits: np.ndarray) -> np.ndarray:
+    """bfloat16, as bits in uint16, to float32."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def narrow(x: np.ndarray) -> np.ndarray:
+    """Numbers of any dtype to the nearest bfloat16, ties to even, as bits in uint16. NaN is a GPU's, all ones.
+
+    What float32 cannot hold goes there with its last bit set (rounding to odd): to the right side of every tie.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        near = np.asarray(x).astype(np.float32)
+    bits = near.view(np.uint32)
+    if x.dtype.kind != "f" or x.dtype.itemsize > 4:
+        exact = x.astype(np.float64)
+        bits = (bits - (np.abs(near) > np.abs(exact))) | (near != exact)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(near), 0x7FFF, rounded).astype(np.uint16)
+
+
+def _is_bfloat16(x) -> bool:
+    # A comparison's result keeps the dtype of its operands; its data are bool.
+    return isinstance(x, TensorHandle) and x.dtype.scalar == tl.bfloat16 and x.data.dtype == np.uint16
+
+
+def _widened(x):
+    return TensorHandle(widen(x.data), tl.float32) if _is_bfloat16(x) else x
+
+
+def _in_float32(original):
+    """An operation of the builder whose result has the dtype of its last tensor (of a dot that is the accumulator)."""
+
+    def operation(self, *arguments, **options):
+        result = original(self, *map(_widened, arguments), **options)
+        last = [x for x in arguments if isinstance(x, TensorHandle)][-1]
+        if _is_bfloat16(last) and result.data.dtype == np.float32:
+            return TensorHandle(narrow(result.data), tl.bfloat16)
+        return result
+
+    return operation
+
+
+def _cast(original):
+    def cast_impl(self, src, dst_type):
+        src = _widened(src)
+        if dst_type.scalar == tl.bfloat16:
+            return TensorHandle(narrow(src.data), tl.bfloat16)
+        with np.errstate(over="ignore", invalid="ignore"):  # to float16: infinity, as on a GPU
+            return original(self, src, dst_type)
+
+    return cast_impl
+
+
+def _to_bfloat16_or_float16(original):
+    """Only what asks for a rounding mode of its own, or for float8, comes here."""
+
+    def create_fp_to_fp(self, src, dst_type, rounding_mode):
+        if tl.bfloat16 in (src.dtype.scalar, dst_type.scalar):
+            raise NotImplementedError("a conversion of bfloat16 other than to nearest even")
+        return original(self, src, dst_type, rounding_mode)
+
+    return create_fp_to_fp
+
+
+def _refused_atomic(original):
+    def create_atomic_rmw(self, op, ptr, val, *arguments):
+        if val.dtype.scalar in (tl.bfloat16, tl.float16):
+            raise NotImplementedError("atomic operations in 16 bits")
+        return original(self, op, ptr, val, *arguments)
+
+    return create_atomic_rmw
+
+
+def _refused_reduction(original):
+    def check_tensor(self, operands):
+        if any(x.dtype.scalar in (tl.bfloat16, tl.float16) for x in operands):
+            raise NotImplementedError("reductions and scans in 16 bits")
+        original(self, operands)
+
+    return check_tensor
+
+
+def _get_bf16(self, value):
+    return TensorHandle(narrow(np.array([value], np.float64)), tl.bfloat16)
+
+
+_MENDED = [(InterpreterBuilder, name, _in_float32) for name in ("binary_op", "unary_op", "ternary_op", "create_fma")]
+_MENDED += [(InterpreterBuilder, name, _in_float32) for name in ("create_rsqrt", "create_dot")]
+_MENDED += [
+    (InterpreterBuilder, "cast_impl", _cast),
+    (InterpreterBuilder, "create_fp_to_fp", _to_bfloat16_or_float16),
+    (InterpreterBuilder, "create_atomic_rmw", _refused_atomic),
+    (InterpreterBuilder, "get_bf16", lambda original: _get_bf16),  # there is none
+    (ReduceScanOpInterface, "check_tensor", _refused_reduction),
+]
+_originals: list = []
+
+
+def install():
+    """Once for the whole process."""
+    for owner, name, mend in _MENDED if not _originals else ():
+        original = owner.__dict__.get(name)
+        _originals.append((owner, name, original))
+        setattr(owner, name, mend(original))
+    assert isinstance(interpreter.interpreter_builder, InterpreterBuilder)
+
+
+def remove():
+    while _originals:
+        owner, name, original = _originals.pop()
+        delattr(owner, name) if original is None else setattr(owner, name, original)
+
+
+@contextlib.contextmanager
+def without():
+    """The interpreter as Triton has it."""
+    remove()
+    try:
+        yield
+    finally:
+        install()
