@@ -153,8 +153,9 @@ def all_steps(folder: Path, architecture: int, processes: int = 1, python: str =
     smoke = [python, "benchmarks/gpu_smoke.py"]
     split = ["-n", str(processes)] if importlib.util.find_spec("xdist") else []
 
-    def sanitized(tool, limit, **environment):
-        command = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--print-limit", "20", *smoke, "--brief"]
+    def sanitized(tool, limit, *arguments, **environment):
+        command = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--print-limit", "20"]
+        command += [*smoke, "--brief", *arguments]
         missing = None if sanitizer else "compute-sanitizer is not on PATH"
         return Step(tool, command, limit, missing, environment=environment)
 
@@ -187,7 +188,7 @@ def all_steps(folder: Path, architecture: int, processes: int = 1, python: str =
         sanitized("memcheck", 60, PYTORCH_NO_CUDA_MEMORY_CACHING="1"),
         sanitized("racecheck", 60),
         # With the cache memory that was freed counts as written: only fresh memory shows what is read before.
-        sanitized("initcheck", 45, PYTORCH_NO_CUDA_MEMORY_CACHING="1"),
+        sanitized("initcheck", 45, "--each", PYTORCH_NO_CUDA_MEMORY_CACHING="1"),
         Step(
             "predictions",
             [

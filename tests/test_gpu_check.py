@@ -129,3 +129,11 @@ def test_without_a_gpu_it_says_so(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu_check.main([]) == 2
     assert "needs an NVIDIA GPU" in capsys.readouterr().out
+
+
+def test_initcheck_has_no_kernel_that_reads_what_nobody_wrote(tmp_path, monkeypatch):
+    """BYOL's sum of losses does so on purpose."""
+    monkeypatch.setattr(gpu_check.shutil, "which", lambda name: f"/usr/bin/{name}")
+    commands = {step.name: step.command for step in gpu_check.all_steps(tmp_path, 90)}
+    assert "--each" in commands["initcheck"]
+    assert "--each" not in commands["memcheck"]
