@@ -156,3 +156,10 @@ def test_without_a_gpu_it_says_so(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu_check.main([]) == 2
     assert "needs an NVIDIA GPU" in capsys.readouterr().out
+
+
+def test_initcheck_leaves_out_what_reads_unwritten_memory_on_purpose(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_check.shutil, "which", lambda name: f"/usr/bin/{name}")
+    commands = {step.name: step.command for step in gpu_check.all_steps(tmp_path, 90)}
+    assert "--initcheck" in commands["initcheck"]
+    assert "--initcheck" not in commands["memcheck"]

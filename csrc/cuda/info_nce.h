@@ -59,24 +59,29 @@ struct Problem {
   }
 };
 
+// `slope`, `shift` and `unit` are what `relative_exponential` takes.
 struct Score {
   float scale, reference;
+  float slope, shift, unit;
 };
 
 // Every score is at most reference + headroom, whatever the rows are: the bound is `scale` for unit rows (1 % more,
 // since rows of few bits are not exactly of unit length), else `scale` times the largest squared norm.
+//
+// One rounding of scale * log2(e) moves all scores by 6e-8 of themselves: nothing for unit rows, whose scores are at
+// most a few hundred, but much for rows of any length, which so are multiplied twice.
 __device__ inline Score score_reference(const float* state, bool normalize) {
   const float scale = state[state_scale];
   const float bound = scale * (normalize ? 1.01f : state[state_norm]);
-  return {scale, bound > headroom ? bound - headroom : 0.0f};
+  const float reference = bound > headroom ? bound - headroom : 0.0f;
+  if (normalize) return {scale, reference, scale * log2e, reference * log2e, 1.0f};
+  return {scale, reference, scale, reference, log2e};
 }
 
-// exp(score - reference) of an inner product. One rounding of scale * log2(e) moves all scores by 6e-8 of themselves:
-// nothing for unit rows, whose scores are at most a few hundred, but much for rows of any length.
-__device__ inline float relative_exponential(float product, Score score, bool normalize) {
-  return exp2_approximate(
-      normalize ? product * (score.scale * log2e) - score.reference * log2e
-                : (product * score.scale - score.reference) * log2e);
+// exp(score - reference) of an inner product. Without a branch: the exponentials of a tile are then one block of code,
+// in which they hide each other's latency, and the second product is free beside an exponential.
+__device__ inline float relative_exponential(float product, Score score) {
+  return exp2_approximate((product * score.slope - score.shift) * score.unit);
 }
 
 // The classes of stored rows, null without labels: the first row and the end of each row's class.

@@ -39,6 +39,10 @@ __device__ inline float class_coefficient(Objective objective, float s, ClassRow
   }
 }
 
+__device__ inline ClassRow class_row(const GradientArguments& a, int rows, int row) {
+  return {a.coef[row], a.coef[rows + row], a.coef[2 * static_cast<int64_t>(rows) + row]};
+}
+
 // Blocks of `rows` rows of the views that rows of view u meet, in order; the queue alone for the last share.
 struct TileIterator {
   int v, block, first, last;
@@ -86,6 +90,9 @@ gradient_kernel(Problem p, GradientArguments a) {
   const bool low_parts = a.state[state_infinite] == 0;
   const int rows = p.rows();
   const float* logw = a.weights + static_cast<int64_t>(p.columns()) * rows;
+  // The classes of the rows of x lie between these.
+  const int x_begin = p.labels ? a.classes.begin[x_local] : 0;
+  const int x_end = p.labels ? a.classes.end[min(x_local + x_side, p.batch) - 1] : 0;
 
   unsigned char* shared = shared_memory();
   unsigned char* stages = RESIDENT ? shared + chunks * x_bytes : shared;
@@ -133,6 +140,41 @@ gradient_kernel(Problem p, GradientArguments a) {
   fetch();
   for (; !tile.done; tile.next(p, u)) {
     const int v = tile.v, y_local = tile.block * y_side, y_row = v * p.padded + y_local;
+    // Weights of this view for rows of x, of view u for rows of y; the queue's rows have no losses of their own, and so
+    // no weights. All are asked for at once, and where there are registers for them before the scores, which take
+    // longer to make than these to come.
+    constexpr bool ahead = RESIDENT && !EXACT;
+    bool clean, fast;
+    float wx[M][2], wy[N][2][2];
+    auto prepare = [&] {
+      // Tiles of which no pair is left out, nearly all, need no masks. Pairs of one sample only have to be left out;
+      // those of one class have a gradient of another kind.
+      clean = x_local + x_side <= p.batch && y_local + y_side <= limit;
+      if (!queue)
+        clean = clean && (p.labels ? x_end <= y_local || x_begin >= y_local + y_side
+                                   : y_local + y_side <= x_local || x_local + x_side <= y_local);
+      fast = !slow && (clean || !p.labels);
+      const float* x_weights = a.weights + static_cast<int64_t>(v) * rows + x_row + warp_row;
+      const float* y_weights = a.weights + static_cast<int64_t>(u) * rows + y_row;
+#pragma unroll
+      for (int m = 0; m < M; ++m)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int x = tile_row(m, 2 * half);
+          wx[m][half] = fast && x_local + warp_row + x < p.batch ? x_weights[x] : 0.0f;
+        }
+#pragma unroll
+      for (int n = 0; n < N; ++n)
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+#pragma unroll
+          for (int q = 0; q < 2; ++q) {
+            const int y = tile_column(n, h, q);
+            wy[n][h][q] = fast && !queue && y_local + y < limit ? y_weights[y] : 0.0f;
+          }
+    };
+    if constexpr (ahead) prepare();
+
     float g[N][M][2][4] = {};
     const unsigned char* stage = nullptr;
     if constexpr (RESIDENT) {
@@ -146,25 +188,66 @@ gradient_kernel(Problem p, GradientArguments a) {
       }
     }
 
-    // Weights of this view for rows of x, of view u for rows of y.
-    const float* x_weights = a.weights + static_cast<int64_t>(v) * rows + x_row + warp_row;
-    const float* y_weights = a.weights + static_cast<int64_t>(u) * rows + y_row;
-    bool clean = !slow && x_local + x_side <= p.batch && y_local + y_side <= limit;
-    if (!queue) {
-      if (p.labels)
-        clean =
-            clean && (a.classes.end[x_local + x_side - 1] <= y_local || a.classes.begin[x_local] >= y_local + y_side);
-      else
-        clean = clean && (y_local + y_side <= x_local || x_local + x_side <= y_local);
-    }
-    if (clean) {
-      float wx[M][2];
+    if constexpr (!ahead) prepare();
+    if (fast) {
+#pragma unroll
+      for (int m = 0; m < M; ++m)
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          wx[m][half] *= a.factor * (a.upstream ? a.upstream[x_row + warp_row + tile_row(m, 2 * half)] : 1.0f);
+#pragma unroll
+      for (int n = 0; n < N; ++n)
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+#pragma unroll
+          for (int q = 0; q < 2; ++q)
+            wy[n][h][q] *= a.factor * (a.upstream && !queue ? a.upstream[y_row + tile_column(n, h, q)] : 1.0f);
+#pragma unroll
+      for (int n = 0; n < N; ++n)
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+#pragma unroll
+          for (int q = 0; q < 2; ++q)
+#pragma unroll
+            for (int m = 0; m < M; ++m)
+#pragma unroll
+              for (int half = 0; half < 2; ++half) {
+                float& s = g[n][m][h][2 * half + q];
+                s = relative_exponential(s, score) * (wx[m][half] + wy[n][h][q]);
+              }
+      if (!clean) {
+#pragma unroll
+        for (int n = 0; n < N; ++n)
+#pragma unroll
+          for (int h = 0; h < 2; ++h)
+#pragma unroll
+            for (int q = 0; q < 2; ++q) {
+              const int y = y_local + tile_column(n, h, q);
+#pragma unroll
+              for (int m = 0; m < M; ++m)
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                  const int x = x_local + warp_row + tile_row(m, 2 * half);
+                  if (x >= p.batch || y >= limit || (!queue && x == y)) g[n][m][h][2 * half + q] = 0;
+                }
+            }
+      }
+    } else {
+      // Pairs of one sample (of one class) are told apart, and weights of any size are right, at the price of two
+      // exponentials.
+      const float* x_slow = logw + static_cast<int64_t>(v) * rows + x_row + warp_row;
+      const float* y_slow = logw + static_cast<int64_t>(u) * rows + y_row;
+      float lx[M][2], gx[M][2];
+      int x_class[M][2];  // without labels every row is a class of its own; negative: no row
 #pragma unroll
       for (int m = 0; m < M; ++m)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const int x = tile_row(m, 2 * half);
-          wx[m][half] = a.factor * x_weights[x] * (a.upstream ? a.upstream[x_row + warp_row + x] : 1.0f);
+          const int row = tile_row(m, 2 * half), x = x_local + warp_row + row;
+          const bool x_in = x < p.batch;
+          lx[m][half] = x_in ? x_slow[row] : -INFINITY;
+          gx[m][half] = x_in && a.upstream ? a.upstream[x_row + warp_row + row] : 1.0f;
+          x_class[m][half] = x_in ? (p.labels ? a.classes.begin[x] : x) : -1;
         }
 #pragma unroll
       for (int n = 0; n < N; ++n)
@@ -172,60 +255,31 @@ gradient_kernel(Problem p, GradientArguments a) {
         for (int h = 0; h < 2; ++h)
 #pragma unroll
           for (int q = 0; q < 2; ++q) {
-            const int y = tile_column(n, h, q);
-            // The queue's rows have no losses of their own.
-            const float wy = queue ? 0.0f : a.factor * y_weights[y] * (a.upstream ? a.upstream[y_row + y] : 1.0f);
+            const int row = tile_column(n, h, q), y = y_local + row;
+            const bool y_in = y < limit, own = y_in && !queue;
+            const float ly = own ? y_slow[row] : -INFINITY;
+            const float gy = own && a.upstream ? a.upstream[y_row + row] : 1.0f;
+            const int y_class = own ? (p.labels ? a.classes.begin[y] : y) : -2;
 #pragma unroll
             for (int m = 0; m < M; ++m)
 #pragma unroll
               for (int half = 0; half < 2; ++half) {
-                float& s = g[n][m][h][2 * half + q];
-                s = relative_exponential(s, score, p.normalize) * (wx[m][half] + wy);
+                float& value = g[n][m][h][2 * half + q];
+                const float s = value * score.scale;
+                const int x = x_local + warp_row + tile_row(m, 2 * half);
+                // Probabilities: where a long row's score was rounded otherwise than in its sum, at most 1 all the
+                // same. Not by a minimum, which may drop NaN.
+                const float ex = s + lx[m][half], ey = s + ly;
+                value = gx[m][half] * exp2_approximate((ex > 0 ? 0.0f : ex) * log2e);
+                if (!queue) value += gy * exp2_approximate((ey > 0 ? 0.0f : ey) * log2e);
+                const bool same = x_class[m][half] == y_class;
+                if (!y_in || x_class[m][half] < 0 || same) value = 0;
+                if (p.labels && same && x != y)
+                  value = gx[m][half] * class_coefficient(p.objective, s, class_row(a, rows, x)) +
+                          gy * class_coefficient(p.objective, s, class_row(a, rows, y));
+                value *= a.factor;
               }
           }
-    } else {
-      // Pairs of one sample (of one class) are told apart, and weights of any size are right, at the price of two
-      // exponentials.
-      const float* x_slow = logw + static_cast<int64_t>(v) * rows;
-      const float* y_slow = logw + static_cast<int64_t>(u) * rows;
-#pragma unroll
-      for (int m = 0; m < M; ++m)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int x = x_local + warp_row + tile_row(m, 2 * half), x_at = u * p.padded + x;
-          const bool x_in = x < p.batch;
-          const float lx = x_in ? x_slow[x_at] : -INFINITY;
-          const float gx = x_in ? a.factor * (a.upstream ? a.upstream[x_at] : 1.0f) : 0.0f;
-          const int x_class = p.labels ? (x_in ? a.classes.begin[x] : -1) : x;
-#pragma unroll
-          for (int n = 0; n < N; ++n)
-#pragma unroll
-            for (int h = 0; h < 2; ++h)
-#pragma unroll
-              for (int r = 2 * half; r < 2 * half + 2; ++r) {
-                const int y = y_local + tile_column(n, h, r), y_at = v * p.padded + y;
-                const bool y_in = y < limit;
-                float value = 0;
-                if (x_in && y_in) {
-                  const float s = g[n][m][h][r] * score.scale;
-                  const float gy = queue ? 0.0f : a.factor * (a.upstream ? a.upstream[y_at] : 1.0f);
-                  const bool same = !queue && (p.labels ? a.classes.begin[y] : y) == x_class;
-                  if (!same) {
-                    // Probabilities: where a long row's score was rounded otherwise than in its sum, at most 1 all the
-                    // same. Not by a minimum, which may drop NaN.
-                    const float ex = s + lx, ey = s + (queue ? -INFINITY : y_slow[y_at]);
-                    value = gx * exp2_approximate((ex > 0 ? 0.0f : ex) * log2e);
-                    if (!queue) value += gy * exp2_approximate((ey > 0 ? 0.0f : ey) * log2e);
-                  } else if (p.labels && x != y) {
-                    const ClassRow row{a.coef[x], a.coef[rows + x], a.coef[2 * static_cast<int64_t>(rows) + x]};
-                    const ClassRow column{a.coef[y], a.coef[rows + y], a.coef[2 * static_cast<int64_t>(rows) + y]};
-                    value =
-                        gx * class_coefficient(p.objective, s, row) + gy * class_coefficient(p.objective, s, column);
-                  }
-                }
-                g[n][m][h][r] = value;
-              }
-        }
     }
 
 #pragma unroll

@@ -156,7 +156,7 @@ sums_kernel(Problem p, SumsArguments a) {
         const bool last = c + 1 == chunks;
         fetch(last ? offset + 1 : offset, last ? 0 : c + 1, 1 - stage);
         const unsigned char* xy = stages + stage * stage_bytes;
-        add_scores<T, EXACT>(s, xy, xy + bytes, warp_row, depths(c), low_parts);
+        add_scores<T, EXACT, M == 1 ? 2 : 1>(s, xy, xy + bytes, warp_row, depths(c), low_parts);
       }
     }
 
@@ -177,7 +177,7 @@ sums_kernel(Problem p, SumsArguments a) {
 #pragma unroll
         for (int h = 0; h < 2; ++h)
 #pragma unroll
-          for (int r = 0; r < 4; ++r) s[n][m][h][r] = relative_exponential(s[n][m][h][r], score, p.normalize);
+          for (int r = 0; r < 4; ++r) s[n][m][h][r] = relative_exponential(s[n][m][h][r], score);
     if (!clean) {
 #pragma unroll
       for (int m = 0; m < M; ++m)

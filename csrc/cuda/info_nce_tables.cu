@@ -4,6 +4,8 @@
 // exp(S - r) (w_i + w_j), one exponential for both directions. Where a weight is out of range for that (temperatures
 // below 0.013) a flag sends the backward to a path that adds the logarithms. A sum that is too small to be right is
 // computed again here, with a running maximum.
+#include <algorithm>
+
 #include "cuda/info_nce.h"
 
 namespace selfsup_kernels::cuda {
@@ -192,8 +194,10 @@ TablesArguments arguments(const Stored& s, const Tables& t, Classes classes, con
 Tables view_tables(const Device& device, const Problem& p, const Stored& stored) {
   Tables t = allocate(p, stored);
   const int strip = 2 * (p.columns() + p.views) * static_cast<int>(sizeof(double));
-  // As many anchors as have threads for their arithmetic, if there is memory for them.
-  const int anchors = std::max(1, std::min(32 * warps / 2, device.shared_limit() / strip));
+  // As many anchors as have threads for their arithmetic, if there is memory for them; fewer where that would leave
+  // multiprocessors idle, for a block takes its anchors' columns one after the other.
+  const int even = static_cast<int>(ceil_div(int64_t(p.count) * p.views, 4 * device.processors()));
+  const int anchors = std::max(1, std::min({32 * warps / 2, device.shared_limit() / strip, even}));
   by_dtype(stored.rows.scalar_type(), [&](auto zero) {
     device.launch(
         view_tables_kernel<decltype(zero)>,

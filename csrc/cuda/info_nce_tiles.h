@@ -72,11 +72,13 @@ __device__ inline void multiply(
 }
 
 // s += inner products over a chunk of the warp's rows of x (from row `first` of the tile on) with the rows of y.
-// `depths`: how many products of 32 bytes the chunk has.
-template <typename T, bool EXACT, int M, int N>
+// `depths`: how many products of 32 bytes the chunk has. AT_ONCE: of those, whose loads and products overlap, for which
+// there have to be registers.
+template <typename T, bool EXACT, int AT_ONCE = 2, int M, int N>
 __device__ inline void add_scores(
     float (&s)[N][M][2][4], const unsigned char* x, const unsigned char* y, int first, int depths, bool low_parts) {
   const int lane = threadIdx.x % 32;
+#pragma unroll AT_ONCE
   for (int k = 0; k < depths; ++k) {
     uint32_t a[M][4];
 #pragma unroll
