@@ -20,8 +20,8 @@ LOW_PRECISION = [torch.bfloat16, torch.float16]
 FLOAT64_BOUND = 1e-9
 FLOAT32_BOUND = 2e-4
 TF32_EPS = 2**-9
-"""A tensor core takes 10 bits of a float32 and cuts the others off: up to 2^-10 of it, where rounding to a dtype moves a
-number by up to eps / 2. Both operands are too small then, and a product by up to this."""
+"""A tensor core takes 10 bits of a float32 and cuts the others off: up to 2^-10 of it, where rounding to a dtype moves
+a number by up to eps / 2. Both operands are too small then, and a product by up to this."""
 
 
 def randn(*shape, dtype=torch.float32, seed=0):
