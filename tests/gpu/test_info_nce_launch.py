@@ -10,6 +10,7 @@ from selfsup_kernels import ops
 from selfsup_kernels._rows import PADDING, Layout
 from selfsup_kernels.objectives import OBJECTIVES
 from selfsup_kernels.triton import _launch, configs
+from selfsup_kernels.triton.info_nce_gradient import MOST_COLUMNS
 
 H200 = 132
 
@@ -80,6 +81,20 @@ def test_many_rows_leave_the_masks_to_kernels_of_their_own(record):
     config = configs.lookup("sums", 90, torch.bfloat16, 128)
     assert [k.options.get("maxnreg") for k in forward[1:3]] == [config.registers, 255]
     assert forward[1].grid == (H200 * config.programs,)
+
+
+def test_a_launch_adds_up_as_many_columns_as_tensor_cores_may(record):
+    """Every block of each view once, and no accumulator over more columns than the limit."""
+    _, backward = call(record, (2, 100_000, 16), queue=70_000)
+    gradients = [k for k in backward if k.name == "gradient"]
+    for part in ("clean", "masked"):
+        launches = [k for k in gradients if k["PART"] == part]
+        ends = [(k["begin"], k["end"]) for k in launches]
+        assert len(ends) > 1
+        assert [k["AGAIN"] for k in launches] == [begin > 0 for begin, _ in ends]
+        assert [begin for begin, _ in ends] == [0, *(end for _, end in ends[:-1])]
+        assert ends[-1][1] * launches[0]["BLOCK_N"] >= 100_000
+        assert all(2 * launches[0]["BLOCK_N"] * (end - begin) <= MOST_COLUMNS for begin, end in ends)
 
 
 def test_deterministic_mode_gives_a_program_all_columns_of_its_rows(record, monkeypatch):
