@@ -245,6 +245,17 @@ def test_waves_visit_every_pair_of_rows(record, monkeypatch, batch, queue, label
             assert len(set(visited[u, v])) == len(visited[u, v])
 
 
+@pytest.mark.parametrize(("dtype", "dim"), [(torch.bfloat16, 512), (torch.bfloat16, 4096), (torch.float32, 128)])
+def test_a_wave_fills_the_machine(record, dtype, dim):
+    """Each multiprocessor has a tile of the product, and nearly none waits for others to have a second one."""
+    _, backward = call(record, (2, 16384, dim), dtype)
+    products = [k for k in backward if k.name == "product"]
+    assert all((k.grid[0] * k.grid[1] - 1) % H200 + 1 > 0.9 * H200 for k in products)
+    height, width = products[0]["source_g"].shape
+    assert height * width * dtype.itemsize <= 16 << 20
+    assert min(height, width) >= 512
+
+
 def test_labels_make_one_view_of_all(record):
     forward, backward = call(record, (2, 100, 32), labels=random_labels(100, 7))
     assert names(forward) == ["load_rows", "sums", "class_tables"]
