@@ -8,8 +8,9 @@ tests; here they only have to be finite. ``--brief`` leaves out what differs in 
 
 ``--initcheck`` is for that tool: without the two places where kernels read, on purpose, memory that nobody has written.
 What adds up the BYOL loss finds a count of arrivals there (``_add_up`` in ``selfsup_kernels/triton/byol.py`` says how,
-and `csrc/cuda/byol.cu` does the same); so the losses are asked for one by one. And a wave's last rows, where they do not
-fill a tile of the product, are multiplied with what was there, and not stored; so long rows come in numbers that fill it.
+and `csrc/cuda/byol.cu` does the same); so the losses are asked for one by one. And a wave's last rows, where they do
+not fill a tile of the product, are multiplied with what was there, and not stored; so long rows come in numbers that
+fill it.
 """
 
 import argparse

@@ -259,6 +259,8 @@ def problems(launch: Launch, architecture: int) -> list[str]:
         older = code.count("HMMA")
         if not (older and launch.constants.get("PRECISION", "ieee") != "ieee"):
             found.append(f"no {matrix_instruction(architecture)}" + (" (HMMA instead)" if older else ""))
+    if launch.kernel in MATRIX_KERNELS and (fences := code.count("MEMBAR.ALL.GPU", "MEMBAR.SC.GPU")):
+        found.append(f"{fences} fences of the whole device")  # an atomic's default order; nothing here needs one
     if launch.constants.get("DESCRIPTOR") and not code.count("UTMALDG"):
         found.append("no UTMALDG, though its tiles come by descriptor")
     return found

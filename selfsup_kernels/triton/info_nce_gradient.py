@@ -1,7 +1,7 @@
 """The backward's quadratic part: for every row i, the sum over its pairs of G_ij z_j.
 
 A program owns a block of rows, visits all columns, and makes the scores, G and the product with the columns' rows on
-the way: no atomics, and the same bits every time. Rows too long for the accumulator go in waves (``info_nce_waves``).
+the way: no two programs add to one sum, and the bits are the same every time. Rows too long for the accumulator go in waves (``info_nce_waves``).
 """
 
 import triton
@@ -11,6 +11,11 @@ from selfsup_kernels.triton import _launch, configs
 from selfsup_kernels.triton._tiles import STATE_SLOW, load_tile, score_reference
 from selfsup_kernels.triton.info_nce_pairs import masked_blocks, pair_gradient, partial_sums
 from selfsup_kernels.triton.info_nce_waves import in_waves
+
+MOST_COLUMNS = 65536
+"""Of one launch. Tensor cores cut off what they add up: of numbers of one sign the sum loses 4e-9 of itself for each
+column (simulated for Hopper's, 25 bits behind the largest term's first), 0.5 % over a million. So sums over more
+columns are made by several launches, and added up in float32."""
 
 
 @triton.jit(
@@ -28,6 +33,8 @@ from selfsup_kernels.triton.info_nce_waves import in_waves
         "own_blocks",
         "part_first",
         "part_rows",
+        "begin",
+        "end",
     ],
     do_not_specialize_on_alignment=["ends"],  # half of one tensor: where it begins depends on the number of rows
 )
@@ -55,7 +62,10 @@ def gradient_kernel(
     own_blocks,
     part_first,
     part_rows,
+    begin,
+    end,
     PART: tl.constexpr,
+    AGAIN: tl.constexpr,
     LABELS: tl.constexpr,
     OBJECTIVE: tl.constexpr,
     CROSS: tl.constexpr,
@@ -74,6 +84,9 @@ def gradient_kernel(
 
     Program (block of rows, share). Each share has as many blocks of every view. PART: the blocks of which no pair is
     left out ("clean"; none of them where weights are out of its range), the others ("masked"), or "all".
+
+    Of each view's blocks only those from ``begin`` to ``end``, in the order of visits; AGAIN: other launches have left
+    the sums over those before in ``partial``.
     """
     u = tl.program_id(0) // own_blocks
     x_local = (first_block + tl.program_id(0) % own_blocks) * BLOCK_M
@@ -100,12 +113,13 @@ def gradient_kernel(
         start, steps = first, last - first - (high - low)
     else:
         start, steps = low, high - low
+    end = tl.minimum(end, steps)
     for v in range(tl.where(from_queue, VIEWS, 0), tl.where(from_queue, VIEWS + 1, VIEWS)):
         meets = (CORE < 0) | (u == v) | (u == CORE) | (v == CORE) | from_queue
         if CROSS:
             meets = meets & (u != v)
         if meets:
-            for t in range(0, steps):
+            for t in range(begin, end):
                 block = start + t
                 if PART == "clean":
                     block = tl.where(block < low, block, block + high - low)
@@ -146,7 +160,10 @@ def gradient_kernel(
     k = tl.arange(0, BLOCK_K)
     to = partial + at[:, None] * STRIDE + k[None, :]
     inside = (x_local + tl.arange(0, BLOCK_M) < BATCH)[:, None] & (k < STRIDE)[None, :]
-    tl.store(to, total, mask=inside)
+    if AGAIN:  # by atomics, which need no registers for the other sums; nothing else adds here, so the order is one
+        tl.atomic_add(to, total, mask=inside & (begin < end), sem="relaxed")
+    else:
+        tl.store(to, total, mask=inside)
 
 
 def gradient(
@@ -185,33 +202,41 @@ def gradient(
         spans = config if part == "all" else clean
         configs.check_divides("gradient", spans, config)
         x, y = _launch.tile_sources(stored, config)
-        _launch.launch(
-            gradient_kernel,
-            (blocks(config), count + queue),
-            x,
-            y,
-            *tables,
-            partial,
-            layout.rows,
-            layout.batch,
-            layout.padded,
-            layout.queue,
-            layout.views,
-            core,
-            count,
-            slot,
-            queue_slot,
-            *layout.own_blocks(config.block_m),
-            *layout.part,
-            PART=part,
-            CROSS=cross,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_K=config.block_k,
-            SPAN_M=spans.block_m,
-            SPAN_N=spans.block_n,
-            DESCRIPTOR=config.descriptor,
-            **constants,
-            **config.options,
-        )
+        longest = _launch.cdiv(_launch.cdiv(layout.batch, config.block_n), count)
+        longest = max(longest, _launch.cdiv(layout.queue, config.block_n))
+        # Three products of one are added up in float32 for each tile.
+        most = longest if precision == "tf32x3" else max(1, MOST_COLUMNS // (config.block_n * layout.views))
+        for begin in range(0, longest, most):
+            _launch.launch(
+                gradient_kernel,
+                (blocks(config), count + queue),
+                x,
+                y,
+                *tables,
+                partial,
+                layout.rows,
+                layout.batch,
+                layout.padded,
+                layout.queue,
+                layout.views,
+                core,
+                count,
+                slot,
+                queue_slot,
+                *layout.own_blocks(config.block_m),
+                *layout.part,
+                begin,
+                begin + most,
+                PART=part,
+                AGAIN=begin > 0,
+                CROSS=cross,
+                BLOCK_M=config.block_m,
+                BLOCK_N=config.block_n,
+                BLOCK_K=config.block_k,
+                SPAN_M=spans.block_m,
+                SPAN_N=spans.block_n,
+                DESCRIPTOR=config.descriptor,
+                **constants,
+                **config.options,
+            )
     return partial, splits

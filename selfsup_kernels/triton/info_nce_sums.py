@@ -169,7 +169,10 @@ def _stream(
             if (v != VIEWS) & ((v != u) | (x_block != y_block)):
                 if MASKED:
                     e = tl.where((ys < BATCH)[None, :], e, 0.0)
-                tl.atomic_add(sums + u * rows + x_row + tl.arange(0, BLOCK_M), tl.sum(e, 1), mask=xs < BATCH)
+                # Nothing in this launch reads a sum. Triton's default order would cost a fence of the whole device and
+                # the L1 cache, once a tile.
+                at = sums + u * rows + x_row + tl.arange(0, BLOCK_M)
+                tl.atomic_add(at, tl.sum(e, 1), mask=xs < BATCH, sem="relaxed")
     if PAIRED:
         column_sums = tl.sum(column_sums, 1)
     return tl.sum(column_sums, 0)
@@ -301,7 +304,8 @@ def sums_kernel(
                 PRECISION,
             )
             ys = y_local + tl.arange(0, BLOCK_N)
-            tl.atomic_add(sums + v * rows + y_row + tl.arange(0, BLOCK_N), column_sums, mask=ys < BATCH)
+            at = sums + v * rows + y_row + tl.arange(0, BLOCK_N)
+            tl.atomic_add(at, column_sums, mask=ys < BATCH, sem="relaxed")
 
 
 def pair_sums(layout, stored, sums, state, classes, ends, cross, core, normalize, precision):
@@ -331,8 +335,10 @@ def pair_sums(layout, stored, sums, state, classes, ends, cross, core, normalize
         n, q = blocks(circle)
         first_block, own_blocks = layout.own_blocks(circle.block_n)
         programs = processors * config.programs
-        # Long enough to load a block of rows once for many tiles, short enough for eight rounds of work a program.
-        chunk = 4 if part == "masked" else max(1, min(64, tiles(circle) // (8 * programs)))
+        # Long enough to load a block of rows once for many tiles, short enough for eight rounds of work a program. Of
+        # the masked part nearly all items are empty, and it takes some 200 clocks to find that out: few of them, but so
+        # many that the row of a last block, all of it masked, is the work of several programs.
+        chunk = max(4, min(64, n // 8)) if part == "masked" else max(1, min(64, tiles(circle) // (8 * programs)))
         if symmetric:
             rounds = (own * _launch.cdiv(n // 2 + 1, chunk), pairs * _launch.cdiv(n, chunk))
             items = n * (sum(rounds) + layout.views * _launch.cdiv(q, chunk))

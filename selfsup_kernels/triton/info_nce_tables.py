@@ -146,7 +146,7 @@ def store_weights(weights, slow, state, logw, reference, at, mask):
     tl.store(weights + at, tl.exp(tl.where(relative > 80.0, 80.0, relative)).to(tl.float32), mask=mask)
     tl.store(slow + at, logw.to(tl.float32), mask=mask)
     if tl.sum((mask & (relative > FAST_WEIGHT)).to(tl.int32)) > 0:
-        tl.atomic_max(state + STATE_SLOW, 1.0)
+        tl.atomic_max(state + STATE_SLOW, 1.0, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["rows", "BATCH", "PADDED", "QUEUE_ROWS", "CORE", "first", "count"])

@@ -182,7 +182,9 @@ def in_waves(layout, stored, tables, cross, core, constants):
         )
     padded = max(layout.padded, layout.queue_padded)
     part_first, part_rows = layout.part
-    height, width = wave_shape(padded, part_rows, stored.element_size())
+    # As many rows as give each multiprocessor a tile of the product.
+    filling = _launch.processors_of(stored) // _launch.cdiv(layout.stride, product.block_n) * product.block_m
+    height, width = wave_shape(padded, part_rows, stored.element_size(), filling)
     partial = partial_sums(layout, 1, int(layout.queue > 0), stored)
     workspace = _launch.empty((height, width), stored.dtype, stored.device)
     x, y = _launch.tile_sources(stored, pairs)
@@ -242,11 +244,18 @@ def in_waves(layout, stored, tables, cross, core, constants):
     return partial
 
 
-def wave_shape(columns, rows, element_size):
-    """(rows, columns) of the workspace: as long as it may be, since each pass over its columns reads and writes the
-    accumulators of its rows once. Multiples of 256, the padding of the views."""
-    width = min(8192, columns)
-    height = min(rows, max(256, WORKSPACE_BYTES // (element_size * width) // 256 * 256))
+def wave_shape(columns, rows, element_size, filling):
+    """(rows, columns) of the workspace: ``filling`` rows where there are so many, or the product would leave a part of
+    the machine idle, and else as long as it may be, since each pass over its columns reads and writes the accumulators
+    of its rows once. Multiples of 256, the padding of the views."""
+
+    def fitting(other):
+        return max(256, WORKSPACE_BYTES // (element_size * other) // 256 * 256)
+
+    height = min(rows, fitting(256), max(256, filling // 256 * 256))
+    width = min(8192, columns, fitting(height))
+    if width < fitting(height):
+        height = min(rows, fitting(width))
     return height, width
 
 

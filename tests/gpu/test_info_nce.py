@@ -14,8 +14,16 @@ from selfsup_kernels.cuda import info_nce as cuda_launcher
 from selfsup_kernels.objectives import LABEL_OBJECTIVES, OBJECTIVES
 from selfsup_kernels.reference import dense
 from selfsup_kernels.triton import _launch, configs
+from selfsup_kernels.triton import info_nce_gradient as triton_gradient
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture
+def restored_precision():
+    yield
+    torch.backends.cuda.matmul.fp32_precision = "none"
+    torch.set_float32_matmul_precision("highest")
 
 
 @pytest.mark.parametrize("size", [(2, 71, 20), (3, 40, 20)], ids=str)  # three blocks, and two
@@ -148,6 +156,30 @@ def test_masked_and_clean_tiles_share_the_pairs(impl, device, monkeypatch, batch
         compare_info_nce("triton", randn(2, batch, 16).to(device), **arguments)
 
 
+@pytest.mark.parametrize("form", ["plain", "labels", "queue"])
+def test_sums_over_many_columns_are_made_by_several_launches(impl, path, device, monkeypatch, restored_precision, form):
+    """And are the same but for what rounding does."""
+    if impl != "triton" or path != "clean+masked":
+        pytest.skip("a limit of the kernel that keeps its sums in registers, where few programs share the columns")
+    torch.backends.cuda.matmul.fp32_precision = "tf32"  # float32's exact products need no limit
+    views = randn(2, 150, 20).to(device)
+    arguments = {
+        "plain": {},
+        "labels": {"labels": random_labels(150, 3).to(device)},
+        "queue": {"queue": randn(200, 20, seed=1).to(device)},
+    }[form]
+    launches, launch = [], _launch.launch
+    monkeypatch.setattr(
+        _launch, "launch", lambda kernel, *a, **o: (launches.append(o.get("AGAIN")), launch(kernel, *a, **o))
+    )
+    want = run(info_nce_loss, views, 0.1, impl=impl, **arguments)
+    assert True not in launches
+    monkeypatch.setattr(triton_gradient, "MOST_COLUMNS", 64)
+    got = run(info_nce_loss, views, 0.1, impl=impl, **arguments)
+    assert True in launches
+    assert (got[1] - want[1]).norm() <= 1e-5 * want[1].norm()
+
+
 def test_shipped_tiles_with_masks_divide_those_without():
     for entries in configs._table().values():
         for kernel in ("sums", "gradient"):
@@ -233,13 +265,6 @@ def test_a_row_whose_square_float32_cannot_hold(impl, path, device):
     small = want[0] < 1e3  # their scores with that row are the least of theirs
     assert small.sum() > 20
     torch.testing.assert_close(got[0][small], want[0][small], rtol=1e-4, atol=1e-4)
-
-
-@pytest.fixture
-def restored_precision():
-    yield
-    torch.backends.cuda.matmul.fp32_precision = "none"
-    torch.set_float32_matmul_precision("highest")
 
 
 @pytest.mark.parametrize("setting", ["new", "legacy"])

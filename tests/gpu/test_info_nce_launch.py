@@ -11,6 +11,7 @@ from selfsup_kernels import ops
 from selfsup_kernels._rows import PADDING, Layout
 from selfsup_kernels.objectives import OBJECTIVES
 from selfsup_kernels.triton import _launch, configs
+from selfsup_kernels.triton.info_nce_gradient import MOST_COLUMNS
 
 H200 = 132
 
@@ -81,6 +82,20 @@ def test_many_rows_leave_the_masks_to_kernels_of_their_own(record):
     config = configs.lookup("sums", 90, torch.bfloat16, 128)
     assert [k.options.get("maxnreg") for k in forward[1:3]] == [config.registers, 255]
     assert forward[1].grid == (H200 * config.programs,)
+
+
+def test_a_launch_adds_up_as_many_columns_as_tensor_cores_may(record):
+    """Every block of each view once, and no accumulator over more columns than the limit."""
+    _, backward = call(record, (2, 100_000, 16), queue=70_000)
+    gradients = [k for k in backward if k.name == "gradient"]
+    for part in ("clean", "masked"):
+        launches = [k for k in gradients if k["PART"] == part]
+        ends = [(k["begin"], k["end"]) for k in launches]
+        assert len(ends) > 1
+        assert [k["AGAIN"] for k in launches] == [begin > 0 for begin, _ in ends]
+        assert [begin for begin, _ in ends] == [0, *(end for _, end in ends[:-1])]
+        assert ends[-1][1] * launches[0]["BLOCK_N"] >= 100_000
+        assert all(2 * launches[0]["BLOCK_N"] * (end - begin) <= MOST_COLUMNS for begin, end in ends)
 
 
 def test_deterministic_mode_gives_a_program_all_columns_of_its_rows(record, monkeypatch):
@@ -229,6 +244,17 @@ def test_waves_visit_every_pair_of_rows(record, monkeypatch, batch, queue, label
         for v, count in columns.items():
             assert sum(x * y for _, x, _, y in visited[u, v]) == rows * count
             assert len(set(visited[u, v])) == len(visited[u, v])
+
+
+@pytest.mark.parametrize(("dtype", "dim"), [(torch.bfloat16, 512), (torch.bfloat16, 4096), (torch.float32, 128)])
+def test_a_wave_fills_the_machine(record, dtype, dim):
+    """Each multiprocessor has a tile of the product, and nearly none waits for others to have a second one."""
+    _, backward = call(record, (2, 16384, dim), dtype)
+    products = [k for k in backward if k.name == "product"]
+    assert all((k.grid[0] * k.grid[1] - 1) % H200 + 1 > 0.9 * H200 for k in products)
+    height, width = products[0]["source_g"].shape
+    assert height * width * dtype.itemsize <= 16 << 20
+    assert min(height, width) >= 512
 
 
 def test_labels_make_one_view_of_all(record):

@@ -24,7 +24,7 @@ from selfsup_kernels.triton import _compiled, _launch
 
 @triton.jit
 def sums_kernel(x, y, out, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DOT: tl.constexpr,
-                DESCRIPTOR: tl.constexpr, PRECISION: tl.constexpr):
+                DESCRIPTOR: tl.constexpr, PRECISION: tl.constexpr, ORDER: tl.constexpr):
     m, n, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for i in range(64):
@@ -35,14 +35,15 @@ def sums_kernel(x, y, out, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K
         else:
             total += tl.sum(a.to(tl.float32), 1)[:, None] + tl.sum(b.to(tl.float32), 1)[None, :]
         total = tl.exp2(total)
+    tl.atomic_add(out + m, tl.sum(total, 1), sem=ORDER)
     tl.store(out + m[:, None] * BLOCK_N + n[None, :], total)
 
 x = torch.zeros(1, dtype=torch.bfloat16)
-def problems(m, n, k, dot=True, descriptor=False, **options):
+def problems(m, n, k, dot=True, descriptor=False, order="relaxed", **options):
     options = {"num_warps": 4, "num_stages": 2, **options}
     with _compiled.recording(90) as launches:
         _launch.launch(sums_kernel, (1,), x, x, x.float(), BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, DOT=dot,
-                       DESCRIPTOR=descriptor, PRECISION="ieee", **options)
+                       DESCRIPTOR=descriptor, PRECISION="ieee", ORDER=order, **options)
     loop = launches[0].code and launches[0].code.loop
     return {"problems": _compiled.problems(launches[0], 90), "ex2": loop and sum(
         count for part in loop for name, count in part.items() if name.startswith("MUFU.EX2"))}
@@ -55,6 +56,7 @@ print(json.dumps({
     "copies": problems(64, 64, 64, descriptor=True),
     "compiler": problems(48, 64, 64),
     "registers": problems(128, 128, 64, maxnreg=64),
+    "fences": problems(64, 64, 64, order="acq_rel"),
 }))
 """
 
@@ -85,6 +87,7 @@ def verdicts(tmp_path_factory):
         ("copies", "no UTMALDG"),
         ("compiler", "arange's range must be a power of 2"),
         ("registers", "Insufficient registers (64)"),
+        ("fences", "fences of the whole device"),
     ],
 )
 def test_a_bad_kernel_is_reported(verdicts, kernel, complaint):
