@@ -1,7 +1,8 @@
 """The backward's quadratic part: for every row i, the sum over its pairs of G_ij z_j.
 
 A program owns a block of rows, visits all columns, and makes the scores, G and the product with the columns' rows on
-the way: no two programs add to one sum, and the bits are the same every time. Rows too long for the accumulator go in waves (``info_nce_waves``).
+the way: no two programs add to one sum, and the bits are the same every time. Rows too long for the accumulator go in
+waves (``info_nce_waves``).
 """
 
 import triton
