@@ -93,11 +93,14 @@ docs: setup
 	$(PY) benchmarks/tables.py
 	$(PY) -m sphinx -W --keep-going -q -E -d build/doctrees docs build/docs
 
-# The second run has the GPU kernels on the CPU: Triton's in its interpreter, CUDA's in our emulator.
+# The second run has the GPU kernels on the CPU: Triton's in its interpreter, CUDA's in our emulator. Each of its
+# processes has one thread: what takes the time is Python.
+SIMULATED := OMP_NUM_THREADS=1 TRITON_INTERPRET=1 SELFSUP_KERNELS_CUDA_EMULATOR=$$emulator
+SHARED_OUT := -n logical --maxprocesses 8 --dist worksteal
 test: setup
 	$(PY) -m pytest tests --ignore=tests/gpu -rs --durations=10
 	emulator=$$($(PY) tests/emulator/build.py) && \
-	  TRITON_INTERPRET=1 SELFSUP_KERNELS_CUDA_EMULATOR=$$emulator $(PY) -m pytest tests/gpu -rs --durations=5
+	  $(SIMULATED) $(PY) -m pytest tests/gpu $(SHARED_OUT) -rs --durations=5
 
 lint: $(DEPENDENCIES)
 	$(PY) -m ruff check .
@@ -117,16 +120,16 @@ compat: setup $(if $(NVCC),$(CUDA_LIBRARY)) .venv-compat/.dependencies
 	.venv-compat/bin/python -m selfsup_kernels info
 	.venv-compat/bin/python -m pytest $(OP_TESTS)
 	$(if $(NVCC),.venv-compat/bin/python -m pytest tests/test_build_cuda.py -k "registers")
-	emulator=$$($(PY) tests/emulator/build.py) && TRITON_INTERPRET=1 SELFSUP_KERNELS_CUDA_EMULATOR=$$emulator \
-	  .venv-compat/bin/python -m pytest tests/gpu
+	emulator=$$($(PY) tests/emulator/build.py) && \
+	  $(SIMULATED) .venv-compat/bin/python -m pytest tests/gpu $(SHARED_OUT)
 	.venv-compat/bin/python benchmarks/gpu_static.py --brief --arch 80 89 90 120
 	SELFSUP_KERNELS_REQUIRE_EXTENSION=1 SELFSUP_KERNELS_SKIP_CUDA_BUILD=1 \
 	  .venv-compat/bin/python setup.py build_ext --build-lib build/compat --build-temp build/compat
 
 .venv-compat/.dependencies: pyproject.toml Makefile
 	test -x .venv-compat/bin/python || $(PYTHON) -m venv .venv-compat
-	.venv-compat/bin/python -m pip install "$(COMPAT_TORCH)" "$(COMPAT_TRITON)" pytest hypothesis "numpy<2.4" rich \
-	  pybind11 ninja "setuptools>=77" wheel
+	.venv-compat/bin/python -m pip install "$(COMPAT_TORCH)" "$(COMPAT_TRITON)" pytest pytest-xdist hypothesis "numpy<2.4" \
+	  rich psutil pybind11 ninja "setuptools>=77" wheel
 	touch $@
 
 # Drop-ins, methods and examples against the libraries that they are for, in an environment that has them.
