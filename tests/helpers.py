@@ -1,7 +1,9 @@
 """What the tests share: implementations, random inputs, a brute force written out in loops, and error bounds."""
 
+import importlib.util
 import math
 import os
+from pathlib import Path
 
 import torch
 
@@ -22,6 +24,15 @@ FLOAT32_BOUND = 2e-4
 TF32_EPS = 2**-9
 """A tensor core takes 10 bits of a float32 and cuts the others off: up to 2^-10 of it, where rounding to a dtype moves
 a number by up to eps / 2. Both operands are too small then, and a product by up to this."""
+
+
+def benchmarks_script(name):
+    """The module that ``benchmarks/<name>.py`` is."""
+    path = Path(__file__).resolve().parent.parent / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def randn(*shape, dtype=torch.float32, seed=0):

@@ -1,19 +1,14 @@
 """The command that checks everything on a GPU, with steps that need none: limits, failures, the table at the end."""
 
-import importlib.util
 import json
 import os
 import sys
 import time
-from pathlib import Path
 
 import pytest
+from helpers import benchmarks_script
 
-_spec = importlib.util.spec_from_file_location(
-    "gpu_check", Path(__file__).resolve().parent.parent / "benchmarks" / "gpu_check.py"
-)
-gpu_check = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(gpu_check)
+gpu_check = benchmarks_script("gpu_check")
 Step = gpu_check.Step
 
 

@@ -1,18 +1,14 @@
 """What reads the hardware's counters, as far as a machine without a GPU can tell: the profiler is a stand-in."""
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from helpers import benchmarks_script
 
-SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "gpu_counters.py"
-_spec = importlib.util.spec_from_file_location("gpu_counters", SCRIPT)
-counters = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(counters)
+counters = benchmarks_script("gpu_counters")
 
 pytestmark = pytest.mark.unpoisoned
 
@@ -180,12 +176,12 @@ def test_a_profiler_that_reads_nothing_is_a_failure(profiler, tmp_path, capfd, t
 
 def test_without_a_profiler_or_a_gpu_it_says_so(monkeypatch, tmp_path):
     environment = os.environ | {"PATH": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
-    run = subprocess.run([sys.executable, str(SCRIPT)], env=environment, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, counters.__file__], env=environment, capture_output=True, text=True)
     assert (run.returncode, run.stderr) == (2, "")
     assert "ncu is not on PATH" in run.stdout
     (tmp_path / "ncu").write_text("#!/bin/sh\n")
     (tmp_path / "ncu").chmod(0o755)
-    run = subprocess.run([sys.executable, str(SCRIPT)], env=environment, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, counters.__file__], env=environment, capture_output=True, text=True)
     assert (run.returncode, run.stderr) == (2, "")
     assert "needs an NVIDIA GPU" in run.stdout
 

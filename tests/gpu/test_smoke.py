@@ -1,23 +1,17 @@
 """The calls that compute-sanitizer is run on: what its initcheck would report of the Triton kernels, seen in the
 interpreter, where memory that nobody has written is NaN or the largest integer (``poisoned_memory``)."""
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+from helpers import benchmarks_script
 
 pytest.importorskip("triton")
 from selfsup_kernels.triton import _launch
 
 pytestmark = pytest.mark.skipif(not _launch.INTERPRETED, reason="needs TRITON_INTERPRET=1")
 
-_spec = importlib.util.spec_from_file_location(
-    "gpu_smoke", Path(__file__).resolve().parents[2] / "benchmarks" / "gpu_smoke.py"
-)
-gpu_smoke = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(gpu_smoke)
+gpu_smoke = benchmarks_script("gpu_smoke")
 
 
 @pytest.fixture
