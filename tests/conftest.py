@@ -6,7 +6,7 @@ import os
 # Before torch is imported, since OpenMP reads it once.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # For `poisoned_memory`, which switches deterministic algorithms on: what cuBLAS wants for the same bits every time.
-# Before PyTorch gave it such a workspace for each stream itself (2.10), products of CUDA tensors raised without it.
+# Before PyTorch gave it such a workspace for each stream itself, products of CUDA tensors raised without it.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import importlib.util

@@ -78,8 +78,8 @@ __device__ inline Score score_reference(const float* state, bool normalize) {
   return {scale, reference, scale, reference, log2e};
 }
 
-// exp(score - reference) of an inner product. Without a branch: the exponentials of a tile are then one block of code,
-// in which they hide each other's latency, and the second product is free beside an exponential.
+// exp(score - reference) of an inner product. Without a branch, at the price of a second product: the exponentials of a
+// tile are then one block of code, in which the compiler can interleave them.
 __device__ inline float relative_exponential(float product, Score score) {
   return exp2_approximate((product * score.slope - score.shift) * score.unit);
 }

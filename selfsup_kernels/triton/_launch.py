@@ -32,7 +32,7 @@ def empty(shape, dtype, device):
 
 
 def cdiv(a: int, b: int) -> int:
-    """``triton.cdiv`` for the host, where that one takes microseconds, and a step calls it a dozen times."""
+    """``triton.cdiv`` for the host, where that one goes through what lets kernels call it, at every launch."""
     return -(-a // b)
 
 

@@ -15,8 +15,8 @@ from selfsup_kernels.triton.info_nce_waves import in_waves
 
 MOST_COLUMNS = 65536
 """Of one launch. Tensor cores cut off what they add up: of numbers of one sign the sum loses 4e-9 of itself for each
-column (simulated for Hopper's, 25 bits behind the largest term's first), 0.5 % over a million. So sums over more
-columns are made by several launches, and added up in float32."""
+column (tests/test_accumulators.py simulates it). So sums over more columns are made by several launches, and added up
+in float32."""
 
 
 @triton.jit(

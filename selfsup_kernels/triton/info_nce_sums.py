@@ -336,8 +336,8 @@ def pair_sums(layout, stored, sums, state, classes, ends, cross, core, normalize
         first_block, own_blocks = layout.own_blocks(circle.block_n)
         programs = processors * config.programs
         # Long enough to load a block of rows once for many tiles, short enough for eight rounds of work a program. Of
-        # the masked part nearly all items are empty, and it takes some 200 clocks to find that out: few of them, but so
-        # many that the row of a last block, all of it masked, is the work of several programs.
+        # the masked part nearly all items are empty, and finding that out takes a chain of loads and divisions: few of
+        # them, but so many that the row of a last block, all of it masked, is the work of several programs.
         chunk = max(4, min(64, n // 8)) if part == "masked" else max(1, min(64, tiles(circle) // (8 * programs)))
         if symmetric:
             rounds = (own * _launch.cdiv(n // 2 + 1, chunk), pairs * _launch.cdiv(n, chunk))
