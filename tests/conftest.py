@@ -10,13 +10,16 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import importlib.util
+import time
 
 import hypothesis
 import pytest
 import torch
 from helpers import EXTENSION_REQUIRED, IMPLS
+from profile_cases import CountedTime
 
 from selfsup_kernels import backends
+from selfsup_kernels.profile.recorder import CPUClock
 
 # Without deadlines, since a first call may compile; derandomized, so that a failure is a failure on every run.
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, max_examples=200, database=None)
@@ -59,3 +62,12 @@ def poisoned_memory(request):
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def counted_time(monkeypatch):
+    """Sleeping takes no time, but moves the profile's clock on the CPU, which nothing else does."""
+    clock = CountedTime()
+    monkeypatch.setattr(time, "sleep", clock.sleep)
+    monkeypatch.setattr(CPUClock, "read", staticmethod(clock.read))
+    return clock

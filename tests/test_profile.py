@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from profile_cases import Encoder, Optimizer, SquareLoss, batches, seconds
+from profile_cases import TICK, Encoder, Optimizer, SquareLoss, batches, close, seconds
 from torch import nn
 from torch.optim import optimizer as optimizers
 
@@ -27,12 +27,6 @@ COSTS = {
 }
 
 
-def close(measured, costs, slack=0.012):
-    """Sleeps last at least as long as they say, and other work in the part takes a few milliseconds at most."""
-    for part, cost in costs.items():
-        assert 0.98 * cost <= measured[part] < cost + slack, (part, cost, measured)
-
-
 def setup(costs=COSTS):
     torch.manual_seed(0)
     model = Encoder(costs["encoder forward"], costs["encoder backward"])
@@ -42,7 +36,7 @@ def setup(costs=COSTS):
     return model, criterion, optimizer
 
 
-def test_every_part_is_told_apart_and_they_add_up():
+def test_every_part_is_told_apart_and_they_add_up(counted_time):
     costs = {part: 2.5 * cost for part, cost in COSTS.items()}
     model, criterion, optimizer = setup(costs)
     average = sk.EMA(model, 0.9)
@@ -55,14 +49,27 @@ def test_every_part_is_told_apart_and_they_add_up():
             average.update()
     measured = seconds(run)
     close(measured, costs)
-    assert measured["other"] < 0.005
+    close(measured, {"other": 0})
     s = run.summary
-    assert abs(s["named_seconds"] / s["step_seconds"] - 1) < 0.05
+    assert s["step_seconds"] == pytest.approx(sum(costs.values()), abs=2 * TICK)
     assert s["difference"] == s["named_seconds"] / s["step_seconds"] - 1
     assert sum(measured.values()) == pytest.approx(s["marked_step_seconds"])
     assert not s["warnings"]
     assert s["steps"] == {"warmup": 2, "timed": 5, "plain": 5, "memory": 1, "traced": 1}
     assert s["loss_share"] == pytest.approx(sum(measured[p] for p in parts.LOSS) / s["marked_step_seconds"])
+
+
+def test_on_the_cpu_seconds_are_real():
+    """Sleeps last at least as long as they say; how much longer is the machine's."""
+    model, criterion, optimizer = setup()
+    begin = time.perf_counter()
+    with sk.profile.steps(model, loss=criterion, memory=False, trace=False) as run:
+        for x in run(batches(6, COSTS["data"])):
+            criterion(model(x)).backward()
+            optimizer.step()
+    measured = seconds(run)
+    assert all(0.98 * cost <= measured[part] for part, cost in COSTS.items() if part != "EMA")
+    assert 2 * run.summary["marked_step_seconds"] + 2 * run.summary["step_seconds"] < time.perf_counter() - begin
 
 
 def slow_average(average, cost):
@@ -90,7 +97,7 @@ def test_a_sum_that_is_off_is_said_to_be():
     assert "No loss was found" in unknown["warnings"][0]
 
 
-def test_accumulated_batches_are_one_step():
+def test_accumulated_batches_are_one_step(counted_time):
     model, criterion, optimizer = setup()
     with sk.profile.steps(model, loss=criterion, memory=False, trace=False) as run:
         for i, x in enumerate(run(batches(12, COSTS["data"]), accumulate=2)):
@@ -99,12 +106,12 @@ def test_accumulated_batches_are_one_step():
                 optimizer.step()
                 optimizer.zero_grad()
     once = ("optimizer", "EMA")
-    close(seconds(run), {p: COSTS[p] if p in once else 2 * COSTS[p] for p in COSTS if p != "EMA"}, slack=0.02)
+    close(seconds(run), {p: COSTS[p] if p in once else 2 * COSTS[p] for p in COSTS if p != "EMA"})
     assert run.summary["steps"] == {"warmup": 2, "timed": 2, "plain": 2, "memory": 0, "traced": 0}
 
 
 @pytest.mark.parametrize("together", [True, False])
-def test_two_losses_one_of_them_in_the_middle(together):
+def test_two_losses_one_of_them_in_the_middle(together, counted_time):
     first, second = Encoder(0.004, 0.008), Encoder(0.006, 0.012)
     near, far = SquareLoss(0.002, 0.01), SquareLoss(0.003, 0.014)
     with sk.profile.steps([first, second], loss=[near, far], memory=False, trace=False) as run:
@@ -123,7 +130,7 @@ def test_two_losses_one_of_them_in_the_middle(together):
     close(seconds(run), costs)
 
 
-def test_a_loss_that_is_a_function_and_one_that_is_only_marked():
+def test_a_loss_that_is_a_function_and_one_that_is_only_marked(counted_time):
     model = Encoder(0.006, 0.012)
     slow = SquareLoss(0.008, 0.016)
     for kind in ("function", "part"):
@@ -143,7 +150,26 @@ def test_a_loss_that_is_a_function_and_one_that_is_only_marked():
         )
 
 
-def test_averages_of_any_kind():
+def test_what_a_loss_calls_is_the_loss(counted_time):
+    """Also a module that is profiled by itself."""
+    model, scale = Encoder(0.006, 0.012), Encoder(0.002, 0.004)
+    square = SquareLoss(0.008, 0.016)
+
+    class Scaled(nn.Module):
+        def forward(self, z):
+            return square(scale(z))
+
+    criterion = Scaled()
+    with sk.profile.steps([model, scale], loss=criterion, memory=False, trace=False) as run:
+        for x in run(batches(6)):
+            criterion(model(x)).backward()
+    close(
+        seconds(run),
+        {"encoder forward": 0.006, "loss forward": 0.01, "loss backward": 0.02, "encoder backward": 0.012},
+    )
+
+
+def test_averages_of_any_kind(counted_time):
     model, criterion, _ = setup(dict.fromkeys(COSTS, 0.0))
     average = torch.optim.swa_utils.AveragedModel(model)
     with sk.profile.steps(model, loss=criterion, ema=average, memory=False, trace=False) as run:
@@ -247,16 +273,15 @@ def attributes(module):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_methods_need_no_help(name):
+def test_methods_need_no_help(name, counted_time):
     """The encoder's sleep is not in the loss, and the loss is not in the encoder."""
     method = method_of(name, nn.Sequential(nn.Linear(8, 4), Encoder(0.003, 0.006), nn.Linear(4, 8)))
     with sk.profile.steps(method, memory=False, trace=False) as run:
         loop(method, 6, run)
     measured = seconds(run)
     calls = {"simclr": (2, 2), "cmc": (2, 2), "moco": (2, 1), "byol": (4, 2), "fusion": (4, 2)}[name]
-    close(measured, {"encoder forward": 0.003 * calls[0], "encoder backward": 0.006 * calls[1]}, slack=0.02)
-    assert measured["loss forward"] < 0.02
-    assert measured["loss backward"] < 0.02
+    close(measured, {"encoder forward": 0.003 * calls[0], "encoder backward": 0.006 * calls[1]})
+    close(measured, {"loss forward": 0, "loss backward": 0})
     assert not run.summary["warnings"]
 
 
@@ -281,7 +306,7 @@ def test_an_exception_leaves_nothing_behind():
         pass
 
 
-def test_an_exception_inside_a_module_that_is_caught():
+def test_an_exception_inside_a_module_that_is_caught(counted_time):
     class Fails(nn.Linear):
         fail = False
 
@@ -297,8 +322,7 @@ def test_an_exception_inside_a_module_that_is_caught():
             with contextlib.suppress(ValueError):
                 criterion(model(x)).backward()
             time.sleep(0.002)
-    close(seconds(run), {"other": 0.002})
-    assert seconds(run)["encoder forward"] < 0.002
+    close(seconds(run), {"other": 0.002, "encoder forward": 0})
 
 
 def test_used_again_nested_and_out_of_place():
@@ -374,7 +398,7 @@ def test_a_loss_compiled_with_its_encoder_is_said_to_be():
     torch._dynamo.reset()
 
 
-def test_gradient_scaler_autocast_and_checkpointing():
+def test_gradient_scaler_autocast_and_checkpointing(counted_time):
     model, criterion = Encoder(0.004, 0.008), SquareLoss(0.005, 0.01)
     optimizer = Optimizer(model.parameters(), 1e-3)
     optimizer.seconds = 0.004
@@ -400,27 +424,26 @@ def test_gradient_scaler_autocast_and_checkpointing():
     )
 
 
-def test_chunked_backward():
+def test_chunked_backward(counted_time):
     encoder, criterion = Encoder(0.002, 0.004), sk.InfoNCELoss()
     with sk.profile.steps(encoder, loss=criterion, memory=False, trace=False) as run:
         for x in run(batches(6)):
             x = x + torch.arange(3.0).unsqueeze(1)
             sk.chunked_backward(encoder, [x, 2 * x - 1], criterion, chunk_size=2)
     # Four chunks: each twice forward, once backward.
-    close(seconds(run), {"encoder forward": 0.016, "encoder backward": 0.016}, slack=0.02)
+    close(seconds(run), {"encoder forward": 0.016, "encoder backward": 0.016})
 
 
-def test_calls_in_other_threads_do_not_disturb():
+def test_calls_in_other_threads_do_not_disturb(counted_time):
     model, criterion = Encoder(0.002, 0.002), SquareLoss()
     spoiler = Encoder(0.03, 0.0)
     with sk.profile.steps([model, spoiler], loss=criterion, memory=False, trace=False) as run:
         for x in run(batches(6)):
             thread = threading.Thread(target=spoiler, args=(x,))
             thread.start()
-            criterion(model(x)).backward()
             thread.join()
-    assert seconds(run)["encoder forward"] < 0.02
-    close(seconds(run), {"other": 0.02}, slack=0.03)
+            criterion(model(x)).backward()
+    close(seconds(run), {"other": 0.03, "encoder forward": 0.002, "encoder backward": 0.002})
 
 
 def test_peak_memory_by_part():
