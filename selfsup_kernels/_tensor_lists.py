@@ -18,25 +18,33 @@ Tensor = torch.Tensor
 def named_tensors(module: torch.nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(parameters, buffers) by name, each tensor once.
 
-    As ``named_parameters`` and ``named_buffers``, in one pass over the modules, and without the ``_orig_mod.`` that
-    ``torch.compile`` puts into the names: a compiled module has the parameters of the module that it wraps.
+    As ``named_parameters`` and ``named_buffers``, in one pass over the modules, which every update makes twice, and
+    without the ``_orig_mod.`` that ``torch.compile`` puts into the names: a compiled module has the parameters of the
+    module that it wraps.
 
     Where FSDP2 has left gathered parameters (the root's after a forward without backward), the shards come back first:
     what is written into gathered ones would be lost.
     """
     parameters: dict[str, Tensor] = {}
     buffers: dict[str, Tensor] = {}
-    seen = set()
+    seen, visited = set(), set()
     fsdp = _shards.fsdp_module_type()
-    for prefix, owner in module.named_modules():
+    ahead = [("", module)]  # a stack: ``named_modules`` has a generator for every module instead
+    while ahead:
+        prefix, owner = ahead.pop()
+        if owner in visited:
+            continue
+        visited.add(owner)
         if fsdp is not None and isinstance(owner, fsdp):
             owner.reshard()  # before its parts are visited, whose parameters it may hold too
-        prefix = f"{prefix}.".replace("_orig_mod.", "") if prefix else ""
         for found, own in ((parameters, owner._parameters), (buffers, owner._buffers)):
             for key, tensor in own.items():
                 if tensor is not None and id(tensor) not in seen:
                     seen.add(id(tensor))
                     found[prefix + key] = tensor
+        for key, part in reversed(owner._modules.items()):  # so that the first one is taken first
+            if part is not None:
+                ahead.append((prefix if key == "_orig_mod" else f"{prefix}{key}.", part))
     return parameters, buffers
 
 

@@ -12,6 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.optim.swa_utils import get_ema_multi_avg_fn as torch_ema_multi_avg_fn
 
 import selfsup_kernels as sk
+from selfsup_kernels import _tensor_lists as lists
 from selfsup_kernels.compat.swa_utils import get_ema_multi_avg_fn
 from selfsup_kernels.compat.timm import ModelEmaV3
 
@@ -150,6 +151,22 @@ def test_a_model_that_is_compiled_in_place_later(impl):
     model.compile(backend="eager")
     train(model, 2, lambda step: ema.update())
     assert_equal(ema.module, model)
+
+
+def test_tensors_have_the_names_and_the_order_that_torch_gives_them():
+    """With a part that has two names, parts and tensors that are None, and containers within containers."""
+    model = nn.Sequential(Network(), nn.ModuleList([nn.Sequential(nn.Linear(2, 3, bias=False)), nn.BatchNorm2d(3)]))
+    model.again, model.last = model[1], nn.ParameterList([torch.ones(2), torch.zeros(3)])
+    model.register_module("no_part", None)
+    model.register_parameter("no_parameter", None)
+    model.register_buffer("no_buffer", None)
+    found = lists.named_tensors(model)
+    for own, expected in zip(found, (model.named_parameters(), model.named_buffers()), strict=True):
+        expected = list(expected)
+        assert list(own) == [name for name, _ in expected]
+        assert all(own[name] is tensor for name, tensor in expected)
+    assert len(found[0]) > 5
+    assert len(found[1]) > 3
 
 
 def test_tied_weights_move_once_per_update(impl):
