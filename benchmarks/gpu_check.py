@@ -170,7 +170,6 @@ def all_steps(folder: Path, architecture: int, processes: int = 1, python: str =
         # The time after which it begins nothing new: what it is at then is finished, and the rates come first.
         return [python, str(benchmarks), "--out", str(folder), "--minutes", f"{max(0.5, (limit - 45) / 60):.1f}"]
 
-    missing = None if benchmarks.exists() else "there is no benchmarks/gpu.py"
     return [
         Step(
             "build",
@@ -196,7 +195,7 @@ def all_steps(folder: Path, architecture: int, processes: int = 1, python: str =
             },
             reserve=100,
         ),
-        Step("benchmarks", measure, 240, missing, show=45),
+        Step("benchmarks", measure, 240, show=45),
         # Without PyTorch's cache of memory, so that the end of a tensor is the end of an allocation.
         sanitized("memcheck", 60, PYTORCH_NO_CUDA_MEMORY_CACHING="1"),
         # With the cache memory that was freed counts as written: only fresh memory shows what is read before.

@@ -5,6 +5,8 @@ import time
 import torch
 from torch import nn
 
+import selfsup_kernels as sk
+
 TICK = 1e-6
 
 
@@ -81,6 +83,55 @@ def batches(count, seconds=0.0, width=4):
 def seconds(run) -> dict:
     """Part -> seconds."""
     return {row["part"]: row["seconds"] for row in run.summary["parts"]}
+
+
+COSTS = {
+    "data": 0.004,
+    "encoder forward": 0.008,
+    "loss forward": 0.012,
+    "loss backward": 0.02,
+    "encoder backward": 0.016,
+    "optimizer": 0.006,
+    "EMA": 0.01,
+}
+
+
+def setup(costs=COSTS):
+    torch.manual_seed(0)
+    model = Encoder(costs["encoder forward"], costs["encoder backward"])
+    criterion = SquareLoss(costs["loss forward"], costs["loss backward"])
+    optimizer = Optimizer(model.parameters(), 0.01)
+    optimizer.seconds = costs["optimizer"]
+    return model, criterion, optimizer
+
+
+METHODS = {
+    "simclr": lambda e, p, q: sk.methods.SimCLR(e, p),
+    "cmc": lambda e, p, q: sk.methods.CMC(e, p),
+    "moco": lambda e, p, q: sk.methods.MoCo(e, p, 64),
+    "byol": lambda e, p, q: sk.methods.BYOL(e, p, q),
+    "fusion": lambda e, p, q: sk.methods.BYOLContrast(e, p, q),
+}
+
+
+def method_of(name, encoder=None):
+    torch.manual_seed(0)
+    return METHODS[name](encoder or nn.Linear(8, 8), nn.Linear(8, 4), nn.Linear(4, 4))
+
+
+def loop(method, count, around=lambda loader: loader):
+    optimizer = torch.optim.AdamW(method.parameters(), 1e-2)
+    generator = torch.Generator().manual_seed(1)
+    values = []
+    for x in around([torch.randn(2, 16, 8, generator=generator) for _ in range(count)]):
+        value = method(x[0] + 0.1 * torch.randn(16, 8), x[1])
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if hasattr(method, "update_target"):
+            method.update_target(0.9)
+        values.append(value.item())
+    return values, method.state_dict()
 
 
 def tiny():
