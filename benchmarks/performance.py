@@ -28,6 +28,20 @@ def rate_cell(row):
     return f"{row['gb_per_s']:.0f} GB/s, {row['fraction']:.0%}"
 
 
+def graph_cell(row):
+    """Ours as a replayed CUDA graph, which is what the GPU needs, and the others' times over it."""
+    found = row.get("graph_ms") or {}
+    if row["part"] not in ("both", "update") or m.OURS not in found:
+        return "-"
+    others = [f"{name} {m.times(value / found[m.OURS])}" for name, value in found.items() if not m.is_ours(name)]
+    return m.milliseconds(found[m.OURS]) + (f" ({', '.join(others)})" if others else "")
+
+
+def graph_column(rows):
+    """The heading of :func:`graph_cell`'s column, where any row has one."""
+    return ["CUDA graph"] if any(graph_cell(row) != "-" for row in rows) else []
+
+
 def short_info_nce(data):
     """README: forward + backward of float32 rows, two views, time and memory."""
     rows = [r for r in data["rows"] if (r["views"], r["dtype"], r["part"]) == (2, "float32", "both")]
@@ -96,13 +110,18 @@ def headline(case, rows):
 
 
 def times_section(rows):
-    columns = m.names(rows)
+    columns, graph = m.names(rows), graph_column(rows)
     lines = [
-        [f"{row['batch']}, {m.PARTS[row['part']]}", *(time_cell(row, n) for n in columns), rate_cell(row)]
+        [
+            f"{row['batch']}, {m.PARTS[row['part']]}",
+            *(time_cell(row, n) for n in columns),
+            *(graph_cell(row) for _ in graph),
+            rate_cell(row),
+        ]
         for row in rows
     ]
     rate = "of a matrix product" if rows[0]["op"] == "info_nce" else "of the bandwidth"
-    return table(["B", *columns, rate], lines)
+    return table(["B", *columns, *graph, rate], lines)
 
 
 def memory_section(case, rows):
@@ -182,16 +201,17 @@ def loss_section(folder, op, data, pictures):
 
 def ema_section(data):
     rows = data["rows"]
-    columns = m.names(rows)
+    columns, graph = m.names(rows), graph_column(rows)
     lines = [
         [
             f"{row['model']}, {row['tensors']} tensors, {row['source']} to {row['target']}",
             *(time_cell(row, n) for n in columns),
+            *(graph_cell(row) for _ in graph),
             rate_cell(row),
         ]
         for row in rows
     ]
-    head = ["model", *columns, "of the bandwidth"]
+    head = ["model", *columns, *graph, "of the bandwidth"]
     return ["", f"### {LABELS['ema']}", "", *table(head, lines), *absences(rows), *errors(rows)]
 
 

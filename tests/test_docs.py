@@ -111,6 +111,17 @@ def test_a_gpu_renders(documents):
     assert "| float32 | selfsup_kernels | 2e-07 | 3e-06 |" in page
 
 
+def test_what_a_gpu_needs_has_a_column_where_it_was_measured():
+    rows = [info_nce_row(256, "forward", 2.0, 1.5), info_nce_row(256, "both", 2.0, 1.5)]
+    assert "CUDA graph" not in performance.times_section(rows)[0]
+    for row in rows:
+        row["graph_ms"] = {"selfsup_kernels": 0.25, "impl='cuda'": 0.5, "eager": 1.0}
+    head, _, forward, both = performance.times_section(rows)
+    assert head.endswith("| CUDA graph | of a matrix product |")
+    assert forward.split(" | ")[-2] == "-"
+    assert both.split(" | ")[-2] == "0.25 ms (eager 4.0x)"
+
+
 def test_what_is_not_finite_is_the_largest_error():
     rows = [info_nce_row(256, "both", 2.0, 1.5), info_nce_row(512, "both", 2.0, 1.5)]
     rows[0]["errors"] = {"selfsup_kernels": {"loss": 1e-7, "gradient": None, "rows": 16}}
