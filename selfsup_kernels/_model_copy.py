@@ -6,6 +6,7 @@ import types
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _ATOMIC = (type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType, str, bytes, int, float, complex)
@@ -30,7 +31,8 @@ def copy_of(model: nn.Module) -> nn.Module:
         if isinstance(value, handles):
             memo[id(value)] = value
         elif isinstance(value, torch.Tensor):
-            if not value.is_leaf:
+            # A FakeTensor's own __deepcopy__ looks for memory.
+            if not value.is_leaf or (isinstance(value, FakeTensor) and not isinstance(value, nn.Parameter)):
                 memo[id(value)] = value.detach().clone()
             ahead.append(vars(value))
         elif isinstance(value, types.MethodType):  # a hook

@@ -38,7 +38,7 @@ def named_tensors(module: torch.nn.Module) -> Named:
     buffers: dict[str, Tensor] = {}
     scratch: set[str] = set()
     seen, visited = set(), set()
-    fsdp = _shards.fsdp_module_type()
+    fsdp, wrapped = _shards.fsdp_module_type(), _wrappers.CHILDREN
     ahead = [("", module)]  # a stack: ``named_modules`` has a generator for every module instead
     while ahead:
         prefix, owner = ahead.pop()
@@ -47,17 +47,23 @@ def named_tensors(module: torch.nn.Module) -> Named:
         visited.add(owner)
         if fsdp is not None and isinstance(owner, fsdp):
             owner.reshard()  # before its parts are visited, whose parameters it may hold too
-        for found, own in ((parameters, owner._parameters), (buffers, owner._buffers)):
-            for key, tensor in own.items():
+        own, own_buffers, parts = owner._parameters, owner._buffers, owner._modules
+        for key, tensor in own.items():
+            if tensor is not None and id(tensor) not in seen:
+                seen.add(id(tensor))
+                parameters[prefix + key] = tensor
+        if own_buffers:
+            for key, tensor in own_buffers.items():
                 if tensor is not None and id(tensor) not in seen:
                     seen.add(id(tensor))
-                    found[prefix + key] = tensor
-        if owner._non_persistent_buffers_set:
-            scratch.update(prefix + key for key in owner._non_persistent_buffers_set)
-        for key, part in reversed(owner._modules.items()):  # so that the first one is taken first
-            if part is not None:
-                transparent = key in _wrappers.CHILDREN and _wrappers.is_transparent(owner, key)
-                ahead.append((prefix if transparent else f"{prefix}{key}.", part))
+                    buffers[prefix + key] = tensor
+            if owner._non_persistent_buffers_set:
+                scratch.update([prefix + key for key in owner._non_persistent_buffers_set])
+        if parts:
+            for key, part in reversed(parts.items()):  # so that the first one is taken first
+                if part is not None:
+                    transparent = key in wrapped and _wrappers.is_transparent(owner, key)
+                    ahead.append((prefix if transparent else f"{prefix}{key}.", part))
     return Named(parameters, buffers, scratch)
 
 
@@ -185,18 +191,13 @@ def lerp_(pairs: list[tuple[Tensor, Tensor]], weight) -> None:
 
     Args:
         weight: a number, or a 0-dim tensor on their device.
-
-    Raises:
-        TypeError: a tensor subclass whose ``lerp_`` does not change the tensor itself.
     """
     for target, source in pairs:
         if not (target.is_floating_point() or target.is_complex()):
             target.copy_(source)
             continue
         step = weight.to(target.dtype) if isinstance(weight, Tensor) else weight
-        moved = target.lerp_(source if source.dtype == target.dtype else source.to(target.dtype), step)
-        if moved is not target and not torch.compiler.is_compiling():  # it was dequantised first, say
-            raise TypeError(f"targets: expected tensors that lerp_ changes in place, got a {type(target).__name__}")
+        target.lerp_(source if source.dtype == target.dtype else source.to(target.dtype), step)
 
 
 class _Rules(NamedTuple):

@@ -95,11 +95,12 @@ class _FusedStep:
                 raise ValueError(f"{option}: not supported by {type(self).__name__}; use torch.optim's own class")
         params = [p for p in group["params"] if p.grad is not None]
         for p in params:
-            if not (lists.is_plain(type(p)) or isinstance(p, FakeTensor)):
-                raise TypeError(
-                    f"params: expected plain tensors, got a {type(p).__name__} (FSDP2's are DTensors); use torch.optim's"
-                    " own class, and call ema.update() after its step"
-                )
+            for what, x in (("tensors", p), ("gradients", p.grad)):
+                if not (lists.is_plain(type(x)) or isinstance(x, FakeTensor)):
+                    raise TypeError(
+                        f"params: expected plain {what}, got a {type(x).__name__} (FSDP2's are DTensors); use"
+                        " torch.optim's own class, and call ema.update() after its step"
+                    )
             if p.grad.layout != torch.strided:
                 raise TypeError(f"params: expected dense gradients, got layout {p.grad.layout}")
             if p.dtype not in check.FLOATING:

@@ -235,8 +235,7 @@ def update_momentum(model, model_ema, m):
     Raises:
         ValueError, TypeError, RuntimeError: as of :func:`selfsup_kernels.ema_update_`. Nothing has changed then.
     """
-    names = [name for name, _ in model_ema.named_parameters()]
-    ema_update_pairs_(list(model_ema.parameters()), list(model.parameters()), names, m, as_torch=True)
+    ema_update_pairs_(list(model_ema.parameters()), list(model.parameters()), None, m, as_torch=True)
 
 
 def _check_gather(gather_distributed):
