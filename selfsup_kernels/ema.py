@@ -168,12 +168,11 @@ class EMA(nn.Module):
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"state_dict: expected a dictionary, got {type(state_dict).__name__}")
         own = self.state_dict()
-        if own and not any(name in own for name in state_dict):
-            if any(f"module.{name}" in own for name in state_dict):
-                raise RuntimeError(
-                    "state_dict: expected that of an EMA, whose names start with 'module.', got that of a model;"
-                    " use ema.module.load_state_dict"
-                )
+        if any(f"module.{name}" in own for name in state_dict) and not any(name in own for name in state_dict):
+            raise RuntimeError(
+                "state_dict: expected that of an EMA, whose names start with 'module.', got that of a model;"
+                " use ema.module.load_state_dict"
+            )
         problems = []
         if strict:
             problems += [f"{name} is missing" for name in own if name not in state_dict]

@@ -264,10 +264,11 @@ def ema_update_(targets, sources, momentum, *, stochastic_rounding=False, genera
     Args:
         targets: tensors, or an ``nn.Module``.
         sources: as many tensors of the same shapes on the same device, or an ``nn.Module`` with the same parameters
-            and buffers by name. Of a tensor that has several names (tied weights) the first one counts.
+            and buffers by name, wrappers' parts of the names aside. Of a tensor that has several names (tied weights)
+            the first one counts. Buffers that are not saved may be missing or differ in shape: those are left alone.
         momentum: a number in [0, 1], or a floating tensor of one element. A tensor on an accelerator is not read by the
-            host, and so not checked: for schedules in captured graphs. Under ``torch.compile`` no tensor is read; schedules
-            want one there too, because every new number compiles anew.
+            host, and so not checked: for schedules in captured graphs. Under ``torch.compile`` no tensor is read;
+            schedules want one there too, because every new number compiles anew.
         stochastic_rounding: round bfloat16 and float16 targets up or down at random so that the expectation is exact.
         generator: where its random numbers come from; None for the default one of the device.
         impl: ``"auto"``, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``.

@@ -13,9 +13,9 @@ from collections.abc import Iterable
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from selfsup_kernels import backends
 from selfsup_kernels import _tensor_lists as lists
 from selfsup_kernels import _validate as check
+from selfsup_kernels import backends
 from selfsup_kernels.ema import EMA
 from selfsup_kernels.functional import ema_update_pairs_
 

@@ -148,9 +148,7 @@ class ModelEmaV3(nn.Module):
         devices: dict[torch.device, list] = {}
         for pair in copied:
             devices.setdefault(pair[0].device, []).append(pair)
-        copies = [
-            lists.check_update(*_columns(pairs), averaged=False, as_torch=True) for pairs in devices.values()
-        ]
+        copies = [lists.check_update(*_columns(pairs), averaged=False, as_torch=True) for pairs in devices.values()]
         for randomly, columns in moves:
             generator = self._sr_generator if randomly else None
             ema_update_pairs_(*columns, decay, randomly, generator, as_torch=True)
