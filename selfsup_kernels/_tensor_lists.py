@@ -207,6 +207,10 @@ class _Rules(NamedTuple):
     positions: object = None
     """Where the tensors are in the lists that the user gave, if these are a part of them."""
 
+    def refuses(self, *targets) -> bool:
+        """Whether no two of these may share memory: the average of one of them would depend on which comes first."""
+        return self.averaged and not self.as_torch and any(t.is_floating_point() or t.is_complex() for t in targets)
+
     def labels(self, i) -> tuple[str, str]:
         """What messages call the target and the source at ``i``."""
         i = i if self.positions is None else self.positions[i]
@@ -285,7 +289,7 @@ def _mixed_lanes(targets, sources, rules) -> Lanes:
     first: dict[int, int] = {}
     for i in others:
         j = first.setdefault(id(targets[i]), i)
-        if i != j and rules.averaged and not rules.as_torch:
+        if i != j and rules.refuses(targets[i]):
             raise ValueError(
                 f"{rules.labels(i)[0]}: expected every destination once, but {rules.labels(j)[0]} is the same tensor"
             )
@@ -401,7 +405,6 @@ def _check_memory(targets, sources, index, rules) -> tuple[set[int], set[int]]:
 
     Shared memory is refused where an average would depend on the order of the pairs.
     """
-    refused = rules.averaged and not rules.as_torch
     idle: set[int] = set()
     shared: set[int] = set()
     if len(index) < len(targets):
@@ -410,10 +413,13 @@ def _check_memory(targets, sources, index, rules) -> tuple[set[int], set[int]]:
     t_bytes, s_bytes = list(map(_nbytes, targets)), list(map(_nbytes, sources))
     if 0 in t_bytes:
         idle.update(i for i, size in zip(index, t_bytes, strict=True) if not size)
-    twice = _twice(index, t_start, idle)
-    if twice and refused:
-        _refuse_twice(targets, index, twice[0], rules)
-    shared.update(*twice)
+    for k, j in _twice(t_start, t_bytes):
+        labels = rules.labels(index[j])[0], rules.labels(index[k])[0]
+        if rules.refuses(targets[k], targets[j]):
+            if _overlap.identical(targets[k], targets[j]):
+                raise ValueError(f"{labels[0]}: expected every destination once, but {labels[1]} is the same tensor")
+            raise RuntimeError(_OVERLAP.format(*labels))
+        shared.update((index[k], index[j]))
     if any(map(eq, t_start, s_start)):
         pairs = zip(index, targets, sources, strict=True)
         idle.update(i for i, target, source in pairs if _overlap.identical(target, source))
@@ -439,29 +445,25 @@ def _check_memory(targets, sources, index, rules) -> tuple[set[int], set[int]]:
         ranges += [(start, end, False, i) for start, end, i in zip(s_start, s_end, index, strict=True)]
         pairs = dict(zip(index, zip(sources, targets, strict=True), strict=True))
         for one, other in _crossings(sorted(ranges), pairs):
-            if refused:
+            i, j = one[1], other[1]
+            if rules.refuses(pairs[i][1], pairs[j][1]):
                 # The destination first: it is what must not be shared.
                 labels = [rules.labels(i)[not target] for target, i in sorted((one, other), key=lambda x: not x[0])]
-                raise RuntimeError(f"{labels[0]}: expected memory of its own, but it partly overlaps {labels[1]}")
-            shared.update((one[1], other[1]))
+                raise RuntimeError(_OVERLAP.format(*labels))
+            shared.update((i, j))
     return idle, shared
 
 
-def _twice(index, starts, idle) -> list[tuple[int, int]]:
-    """The positions of non-empty targets that start at one address, each with that of the first one there."""
+_OVERLAP = "{}: expected memory of its own, but it partly overlaps {}"
+
+
+def _twice(starts, sizes) -> list[tuple[int, int]]:
+    """Where non-empty tensors start at one address: (the first one there, one more)."""
     if len(set(starts)) == len(starts):
         return []
     first: dict[int, int] = {}
-    found = [(first.setdefault(start, i), i) for i, start in zip(index, starts, strict=True) if i not in idle]
-    return [(j, i) for j, i in found if i != j]
-
-
-def _refuse_twice(targets, index, pair, rules) -> None:
-    (j, i), place = pair, {i: k for k, i in enumerate(index)}
-    t, other = rules.labels(i)[0], rules.labels(j)[0]
-    if _overlap.identical(targets[place[i]], targets[place[j]]):
-        raise ValueError(f"{t}: expected every destination once, but {other} is the same tensor")
-    raise RuntimeError(f"{t}: expected memory of its own, but it partly overlaps {other}")
+    found = [(first.setdefault(start, k), k) for k, start in enumerate(starts) if sizes[k]]
+    return [(k, j) for k, j in found if k != j]
 
 
 def _check_freed(targets, sources, t_start, s_start, index, rules) -> None:
