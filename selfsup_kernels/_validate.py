@@ -112,6 +112,8 @@ def real(name: str, value, expected: str = "a number") -> float:
     """A number of Python's or NumPy's."""
     if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
         raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
+    if isinstance(value, int) and abs(value) > 2**1000:
+        raise ValueError(f"{name}: expected a number that float64 holds, got one of {value.bit_length()} bits")
     return float(value)
 
 
