@@ -11,6 +11,7 @@ from selfsup_kernels import _shards, _wrappers, backends
 from selfsup_kernels import _tensor_lists as lists
 from selfsup_kernels import _validate as check
 from selfsup_kernels._model_copy import copy_of
+from selfsup_kernels._named_tensors import match, named_tensors, optional_names
 from selfsup_kernels.functional import ema_update_pairs_
 
 BUFFERS = ("copy", "average", "ignore")
@@ -130,14 +131,14 @@ class EMA(nn.Module):
 
     def _pairs(self):
         """What an update does, all names and the copies checked: ``((targets, sources, names), copies)``."""
-        own, theirs = lists.named_tensors(self.module), lists.named_tensors(self._model)
-        optional = lists.optional(own, theirs)
+        own, theirs = named_tensors(self.module), named_tensors(self._model)
+        optional = optional_names(own, theirs)
         if self.buffer_policy == "average":
-            return lists.match(own.parameters | own.buffers, theirs.parameters | theirs.buffers, optional), _NOTHING
+            return match(own.parameters | own.buffers, theirs.parameters | theirs.buffers, optional), _NOTHING
         copies = _NOTHING
         if self.buffer_policy == "copy":
-            copies = lists.check_update(*lists.match(own.buffers, theirs.buffers, optional), averaged=False)
-        return lists.match(own.parameters, theirs.parameters), copies
+            copies = lists.check_update(*match(own.buffers, theirs.buffers, optional), averaged=False)
+        return match(own.parameters, theirs.parameters), copies
 
     def _check_module(self):
         """Whether ``module`` is a copy of the model, in memory of its own."""
@@ -146,9 +147,9 @@ class EMA(nn.Module):
             lists.check_update(*pairs)
         except (ValueError, TypeError, RuntimeError) as error:
             raise type(error)(f"module: expected a copy of the model; {error}") from None
-        theirs = lists.named_tensors(self._model)
+        theirs = named_tensors(self._model)
         memory = set(map(_memory, (theirs.parameters | theirs.buffers).values())) - {None}
-        own = lists.named_tensors(self.module)
+        own = named_tensors(self.module)
         for name, tensor in (own.parameters | own.buffers).items():
             if _memory(tensor) in memory:
                 raise ValueError(f"module: expected memory of its own, but its {name} is in the model's")

@@ -8,6 +8,7 @@ import torch
 from selfsup_kernels import _tensor_lists as lists
 from selfsup_kernels import _validate as check
 from selfsup_kernels import backends, distributed, ops
+from selfsup_kernels._named_tensors import match_modules
 from selfsup_kernels._rows import Layout, check_size
 from selfsup_kernels.autograd.byol import BYOL
 from selfsup_kernels.autograd.info_nce import InfoNCE
@@ -293,7 +294,7 @@ def ema_update_(targets, sources, momentum, *, stochastic_rounding=False, genera
             used here.
     """
     if isinstance(targets, torch.nn.Module) or isinstance(sources, torch.nn.Module):
-        targets, sources, names = lists.match_modules(targets, sources)
+        targets, sources, names = match_modules(targets, sources)
     else:
         targets, sources = lists.tensor_list("targets", targets), lists.tensor_list("sources", sources)
         names = None

@@ -231,5 +231,7 @@ def test_complex_destinations_that_share_memory_are_refused(impl):
     with pytest.raises(RuntimeError, match=r"targets\[1\].*overlaps targets\[0\]"):
         sk.ema_update_([base[:4], base[3:]], [torch.ones(4).cfloat(), torch.ones(3).cfloat()], 0.5, impl=impl)
     with pytest.raises(RuntimeError, match="overlaps"):
+        sk.ema_update_([base], [base.conj()], 0.5, impl=impl)  # one address, other numbers
+    with pytest.raises(RuntimeError, match="overlaps"):
         sk.ema_update_([base, torch.view_as_real(base)], [torch.ones(6).cfloat(), torch.ones(6, 2)], 0.5, impl=impl)
     assert torch.equal(base, torch.zeros(6).cfloat())

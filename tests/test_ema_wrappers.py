@@ -15,7 +15,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 )
 
 import selfsup_kernels as sk
-from selfsup_kernels import _tensor_lists as lists
+from selfsup_kernels._named_tensors import named_tensors
 from selfsup_kernels.compat.lightly import update_momentum
 from selfsup_kernels.compat.timm import ModelEmaV3
 
@@ -136,7 +136,7 @@ def test_parts_of_ones_own_that_are_called_as_a_wrappers():
     model.alone = nn.Module()
     model.alone.module = nn.Linear(2, 2)
     expected = dict(model.named_parameters())
-    got = lists.named_tensors(model).parameters
+    got = named_tensors(model).parameters
     assert list(got) == list(expected)
     assert all(got[name] is p for name, p in expected.items())
 

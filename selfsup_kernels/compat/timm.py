@@ -6,6 +6,7 @@ from torch import nn
 from selfsup_kernels import _tensor_lists as lists
 from selfsup_kernels import _wrappers
 from selfsup_kernels._model_copy import copy_of
+from selfsup_kernels._named_tensors import match, named_tensors, optional_names
 from selfsup_kernels.functional import ema_update_pairs_
 
 __all__ = ["ModelEmaV3"]
@@ -124,14 +125,14 @@ class ModelEmaV3(nn.Module):
 
     def _pairs(self, model, persistent):
         """[(target, source, name)] of parameters and of buffers; ``persistent``: only those in a ``state_dict``."""
-        own, theirs = lists.named_tensors(_wrappers.inner(self.module)), lists.named_tensors(_wrappers.inner(model))
-        optional = frozenset() if persistent else lists.optional(own, theirs)
+        own, theirs = named_tensors(_wrappers.inner(self.module)), named_tensors(_wrappers.inner(model))
+        optional = frozenset() if persistent else optional_names(own, theirs)
         buffers = [
             {name: x for name, x in side.buffers.items() if not (persistent and name in side.scratch)}
             for side in (own, theirs)
         ]
         return [
-            list(zip(*lists.match(*tensors), strict=True))
+            list(zip(*match(*tensors), strict=True))
             for tensors in ((own.parameters, theirs.parameters), (*buffers, optional))
         ]
 
