@@ -32,7 +32,7 @@ def local(targets, sources, pair_names):
         pair_names: the function from a position to the names of both for the messages.
 
     Raises:
-        TypeError: one of a pair is a DTensor and the other is not.
+        TypeError: one of a pair is a DTensor and the other is not, or a target is a view of one.
         ValueError: shapes, meshes or placements of a pair differ: its shards are not the same elements.
     """
     kind = dtensor_type()
@@ -49,6 +49,11 @@ def local(targets, sources, pair_names):
             )
         if spread:
             _check_same(target, source, pair_names(i))
+            if target._is_view():
+                raise TypeError(
+                    f"{pair_names(i)[0]}: expected a DTensor of its own, got a view of one, whose local part may be"
+                    " gathered memory: what is written there would be lost"
+                )
             target, source = target.to_local(), source.to_local()
         shards[0].append(target)
         shards[1].append(source)

@@ -1,4 +1,4 @@
-"""Checks of the lists of tensors (or the two modules) that a multi-tensor update gets.
+"""Checks of the lists of tensors that a multi-tensor update gets, and what moves which of them.
 
 They run on every step for hundreds of tensors. So each list goes through a test that is made of C calls and only says
 "fine" or "look closer"; what looks closer goes pair by pair and names the tensor. Nothing reads a value.
@@ -6,6 +6,7 @@ They run on every step for hundreds of tensors. So each list goes through a test
 
 from collections.abc import Iterable
 from operator import add, attrgetter, eq, gt
+from typing import NamedTuple
 
 import torch
 
@@ -15,64 +16,11 @@ from selfsup_kernels import _validate as check
 Tensor = torch.Tensor
 
 
-def named_tensors(module: torch.nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(parameters, buffers) by name, each tensor once.
-
-    As ``named_parameters`` and ``named_buffers``, in one pass over the modules, which every update makes twice, and
-    without the ``_orig_mod.`` that ``torch.compile`` puts into the names: a compiled module has the parameters of the
-    module that it wraps.
-
-    Where FSDP2 has left gathered parameters (the root's after a forward without backward), the shards come back first:
-    what is written into gathered ones would be lost.
-    """
-    parameters: dict[str, Tensor] = {}
-    buffers: dict[str, Tensor] = {}
-    seen, visited = set(), set()
-    fsdp = _shards.fsdp_module_type()
-    ahead = [("", module)]  # a stack: ``named_modules`` has a generator for every module instead
-    while ahead:
-        prefix, owner = ahead.pop()
-        if owner in visited:
-            continue
-        visited.add(owner)
-        if fsdp is not None and isinstance(owner, fsdp):
-            owner.reshard()  # before its parts are visited, whose parameters it may hold too
-        for found, own in ((parameters, owner._parameters), (buffers, owner._buffers)):
-            for key, tensor in own.items():
-                if tensor is not None and id(tensor) not in seen:
-                    seen.add(id(tensor))
-                    found[prefix + key] = tensor
-        for key, part in reversed(owner._modules.items()):  # so that the first one is taken first
-            if part is not None:
-                ahead.append((prefix if key == "_orig_mod" else f"{prefix}{key}.", part))
-    return parameters, buffers
-
-
-def match(targets: dict[str, Tensor], sources: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor], list[str]]:
-    """(targets, sources, names): the tensors of two modules, paired by name.
-
-    Raises:
-        ValueError: one has a name that the other lacks.
-    """
-    if targets.keys() != sources.keys():
-        only_target = [name for name in targets if name not in sources]
-        only_source = [name for name in sources if name not in targets]
-        raise ValueError(
-            "targets, sources: expected modules with the same names of parameters and buffers;"
-            f" only in the target: {_some(only_target)}; only in the source: {_some(only_source)}"
-        )
-    return list(targets.values()), [sources[name] for name in targets], list(targets)
-
-
-def match_modules(targets, sources) -> tuple[list[Tensor], list[Tensor], list[str]]:
-    """As :func:`match`, for all parameters and buffers of two modules."""
-    named = []
-    for name, module in (("targets", targets), ("sources", sources)):
-        if not isinstance(module, torch.nn.Module):
-            raise TypeError(f"{name}: expected an nn.Module like the other argument, got {type(module).__name__}")
-        parameters, buffers = named_tensors(module)
-        named.append(parameters | buffers)
-    return match(*named)
+def kind(tensor: Tensor):
+    """Dtypes that convert into each other: one of the kernels' floating ones, complex ones, or none but its own."""
+    if tensor.dtype in check.FLOATING:
+        return "floating"
+    return "complex" if tensor.is_complex() else tensor.dtype
 
 
 def tensor_list(name: str, value) -> list[Tensor]:
@@ -82,65 +30,132 @@ def tensor_list(name: str, value) -> list[Tensor]:
     return list(value)
 
 
-def _some(names: list[str]) -> str:
-    return (", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")) or "none"
+class Lanes(NamedTuple):
+    """The pairs of an update by what moves them. Pairs that have nothing to do are in none."""
+
+    targets: list[Tensor]
+    sources: list[Tensor]
+    """Plain memory that is each target's own: one call for all of them, in any order."""
+    others: list[tuple[Tensor, Tensor]]
+    """One after another, by the tensors' own operators: what has no memory of its own, or is in another's."""
 
 
 def check_update(
-    targets: list[Tensor], sources: list[Tensor], names=None, *, averaged: bool = True
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Refuse what an in-place update of ``targets`` from ``sources`` is not defined for.
+    targets: list[Tensor], sources: list[Tensor], names=None, *, averaged: bool = True, as_torch: bool = False
+) -> Lanes:
+    """Refuse what an in-place update of ``targets`` from ``sources`` is not defined for, and sort the rest.
 
-    Returns both lists without the pairs that have nothing to do: no elements, or the source is the destination. Of
-    DTensors it returns the local shards.
-    ``names``, one per target, are for the messages. Without ``averaged`` the sources are only copied, which any dtype
-    allows.
+    Of pairs that have nothing to do (no elements, or the source is the destination) it returns nothing, of DTensors the
+    local shards.
+
+    Args:
+        names: one per target, for the messages.
+        averaged: False where the sources are only copied. Then targets may share memory with each other.
+        as_torch: what ``lerp_`` and ``copy_`` accept one after another is accepted: shapes that broadcast, any dtypes,
+            destinations that share memory.
 
     Raises:
         ValueError: different lengths, shapes, devices or (DTensors) placements; a destination appears twice.
         TypeError: not tensors, dtypes that cannot be averaged, or only one of a pair is a DTensor.
-        RuntimeError: a destination overlaps itself, another one or a source.
+        RuntimeError: a destination overlaps itself, another one or a source; a tensor whose memory was freed.
     """
     if len(targets) != len(sources):
         raise ValueError(f"sources: expected {len(targets)} tensors, as many as targets, got {len(sources)}")
+    rules = _Rules(averaged, as_torch, names)
     if torch.compiler.is_compiling():
         # Guards on the shapes make these checks once per graph. Addresses do not exist while tracing.
-        _check_pairs(targets, sources, names, averaged)
-        return targets, sources
-    signature = _signature(targets, sources, averaged)
-    if signature is None:
-        shards = _shards.local(targets, sources, lambda i: _names(names, i))
-        if shards is not None:
-            return check_update(*shards, names, averaged=averaged)
-    key = (len(targets), signature[1][0]) if targets and signature is not None else None
-    if key is not None and _accepted.get(key) == signature:
-        return targets, sources
-    if not _all_fine(targets, sources):
-        _check_pairs(targets, sources, names, averaged)
-    if not targets or targets[0].device.type == "meta":
-        return targets, sources
-    kept = _check_memory(targets, sources, names)
-    if key is not None and len(kept[0]) == len(targets):
-        if len(_accepted) >= _MOST_ACCEPTED:
-            _accepted.clear()
-        _accepted[key] = signature
-    return kept
+        return _lanes(targets, sources, _traced_plan(targets, sources, rules))
+    if _PLAIN.issuperset(map(type, targets)) and _PLAIN.issuperset(map(type, sources)):
+        return _plain_lanes(targets, sources, rules)
+    shards = _shards.local(targets, sources, rules.labels)
+    if shards is not None:
+        return check_update(*shards, names, averaged=averaged, as_torch=as_torch)
+    return _mixed_lanes(targets, sources, rules)
+
+
+def copy_(lanes: Lanes) -> None:
+    """Each target gets its source's values."""
+    if lanes.targets:
+        torch._foreach_copy_(lanes.targets, lanes.sources)
+    for target, source in lanes.others:
+        target.copy_(source)
+
+
+def lerp_(pairs: list[tuple[Tensor, Tensor]], weight) -> None:
+    """``t + weight (s - t)`` for each pair in turn, as the tensors' own ``lerp_`` computes it; integers are copied.
+
+    Args:
+        weight: a number, or a 0-dim tensor on their device.
+    """
+    for target, source in pairs:
+        if not (target.is_floating_point() or target.is_complex()):
+            target.copy_(source)
+            continue
+        step = weight.to(target.dtype) if isinstance(weight, Tensor) else weight
+        target.lerp_(source if source.dtype == target.dtype else source.to(target.dtype), step)
+
+
+class _Rules(NamedTuple):
+    averaged: bool
+    as_torch: bool
+    names: object = None
+    positions: object = None
+    """Where the tensors are in the lists that the user gave, if these are a part of them."""
+
+    def refuses(self, *targets) -> bool:
+        """Whether no two of these may share memory: the average of one of them would depend on which comes first."""
+        return self.averaged and not self.as_torch and any(t.is_floating_point() or t.is_complex() for t in targets)
+
+    def labels(self, i) -> tuple[str, str]:
+        """What messages call the target and the source at ``i``."""
+        i = i if self.positions is None else self.positions[i]
+        if self.names is None:
+            return f"targets[{i}]", f"sources[{i}]"
+        return f"{self.names[i]} (target)", f"{self.names[i]} (source)"
+
+
+class _Plan(NamedTuple):
+    """Positions of pairs; in neither are those with nothing to do."""
+
+    together: list[int] | range
+    in_turn: list[int]
+
+
+def _lanes(targets, sources, plan) -> Lanes:
+    others = [(targets[i], sources[i]) for i in plan.in_turn]
+    if len(plan.together) == len(targets):
+        return Lanes(targets, sources, others)
+    return Lanes([targets[i] for i in plan.together], [sources[i] for i in plan.together], others)
 
 
 _accepted: dict[tuple[int, int], tuple] = {}
-"""Signatures of lists that passed whole, by length and first address: a training loop brings the same every step."""
+"""(signature, plan) of lists that passed, by length and first address: a training loop brings the same every step."""
 _MOST_ACCEPTED = 16
 
 
-def _signature(targets, sources, averaged):
-    """All that the checks depend on; None if some are not plain tensors with memory of their own."""
+def _plain_lanes(targets, sources, rules) -> Lanes:
+    if not targets:
+        return Lanes(targets, sources, [])
+    signature = _signature(targets, sources, rules)
+    key = (len(targets), signature[1][0]) if signature is not None else None
+    known = _accepted.get(key)
+    if known is not None and known[0] == signature:
+        return _lanes(targets, sources, known[1])
+    plan = _plan(targets, sources, rules)
+    if key is not None and targets[0].device.type != "meta":
+        if len(_accepted) >= _MOST_ACCEPTED:
+            _accepted.clear()
+        _accepted[key] = signature, plan
+    return _lanes(targets, sources, plan)
+
+
+def _signature(targets, sources, rules):
+    """All that a plan depends on; None if some have no address."""
     both = targets + sources
-    if not _PLAIN.issuperset(map(type, both)):
-        return None
     try:
         # Memory of another device has other addresses.
         return (
-            averaged,
+            rules[:2],
             list(map(Tensor.data_ptr, both)),
             list(map(Tensor.size, both)),
             list(map(Tensor.stride, both)),
@@ -150,65 +165,172 @@ def _signature(targets, sources, averaged):
         return None
 
 
+def _mixed_lanes(targets, sources, rules) -> Lanes:
+    """Where some are of a subclass: the plain pairs go as they do without the others."""
+    plain, others = [], []
+    for i, pair in enumerate(zip(targets, sources, strict=True)):
+        (plain if all(isinstance(x, Tensor) and is_plain(type(x)) for x in pair) else others).append(i)
+    parts = [
+        (
+            [targets[i] for i in index],
+            [sources[i] for i in index],
+            rules._replace(positions=index if rules.positions is None else [rules.positions[i] for i in index]),
+        )
+        for index in (plain, others)
+    ]
+    _check_pairs(*parts[1], targets[0])
+    if plain:
+        _check_device(rules.labels(plain[0])[0], targets[plain[0]], rules, targets[0])
+    first: dict[int, int] = {}
+    for i in others:
+        j = first.setdefault(id(targets[i]), i)
+        if i != j and rules.refuses(targets[i]):
+            raise ValueError(
+                f"{rules.labels(i)[0]}: expected every destination once, but {rules.labels(j)[0]} is the same tensor"
+            )
+    own = [(targets[i], sources[i]) for i in others if targets[i] is not sources[i]]
+    lanes = _plain_lanes(*parts[0])
+    return lanes._replace(others=lanes.others + own)
+
+
 _device, _dtype, _layout, _nbytes = map(attrgetter, ("device", "dtype", "layout", "nbytes"))
 _PLAIN = {Tensor, torch.nn.Parameter}
+
+
+def is_plain(cls: type) -> bool:
+    """Whether tensors of this class have memory that says all about them: it does not override PyTorch's operators."""
+    if cls in _PLAIN:
+        return True
+    function = cls.__torch_function__
+    return cls.__torch_dispatch__ is Tensor.__torch_dispatch__ and getattr(function, "__func__", function) in _DEFAULTS
+
+
+_DEFAULTS = (Tensor.__torch_function__.__func__, torch.nn.Parameter.__torch_function__)
 
 
 def _all_fine(targets, sources) -> bool:
     both = targets + sources
     return (
-        _PLAIN.issuperset(map(type, both))
-        and list(map(Tensor.size, targets)) == list(map(Tensor.size, sources))
+        list(map(Tensor.size, targets)) == list(map(Tensor.size, sources))
         and len(set(map(_device, both))) <= 1
+        and targets[0].device.type != "meta"
         and set(map(_dtype, both)).issubset(check.FLOATING)
         and set(map(_layout, both)) <= {torch.strided}
     )
 
 
-def _check_pairs(targets, sources, names, averaged) -> None:
+def _plan(targets, sources, rules) -> _Plan:
+    together, in_turn = range(len(targets)), set()
+    has_memory = together
+    if not _all_fine(targets, sources):
+        _check_pairs(targets, sources, rules, targets[0])
+        has_memory, in_turn = _by_memory(targets, sources, rules)
+    idle, shared = _check_memory(targets, sources, has_memory, rules)
+    if in_turn or idle or shared:
+        in_turn = sorted((in_turn | shared) - idle)
+        idle.update(in_turn)
+        together = [i for i in together if i not in idle]
+    return _Plan(together, list(in_turn))
+
+
+def _traced_plan(targets, sources, rules) -> _Plan:
+    _check_pairs(targets, sources, rules, targets[0] if targets else None)
+    together, in_turn = [], []
     for i, (target, source) in enumerate(zip(targets, sources, strict=True)):
-        t, s = _names(names, i)
+        plain = is_plain(type(target)) and is_plain(type(source))
+        (together if plain and _in_one_call(target, source, rules) else in_turn).append(i)
+    return _Plan(together, in_turn)
+
+
+def _by_memory(targets, sources, rules) -> tuple[list[int], set[int]]:
+    """(positions of pairs with memory, positions of those that no call for many tensors is for)."""
+    has_memory, in_turn = [], set()
+    for i, pair in enumerate(zip(targets, sources, strict=True)):
+        if all(x.layout == torch.strided and not x.is_meta for x in pair):
+            has_memory.append(i)
+            if _in_one_call(*pair, rules):
+                continue
+        in_turn.add(i)
+    return has_memory, in_turn
+
+
+def _in_one_call(target, source, rules) -> bool:
+    if target.is_meta or target.shape != source.shape:
+        return False
+    if not rules.averaged:
+        return True
+    return kind(target) == kind(source) and not target.is_complex()
+
+
+def _check_pairs(targets, sources, rules, first) -> None:
+    """``first``: the tensor whose device all have."""
+    for i, (target, source) in enumerate(zip(targets, sources, strict=True)):
+        t, s = rules.labels(i)
         for name, tensor in ((t, target), (s, source)):
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-            if tensor.layout != torch.strided:
+            if rules.averaged and tensor.layout != torch.strided and is_plain(type(tensor)):
                 raise TypeError(f"{name}: expected a dense tensor, got layout {tensor.layout}")
-            if tensor.device != targets[0].device:
-                first = _names(names, 0)[0]
-                raise ValueError(f"{name}: expected the device of {first}, {targets[0].device}, got {tensor.device}")
-        if target.shape != source.shape:
+            _check_device(name, tensor, rules, first)
+        if target.shape != source.shape and not (rules.as_torch and _expands(source, target)):
             raise ValueError(f"{s}: expected the shape of {t}, {tuple(target.shape)}, got {tuple(source.shape)}")
-        if target.dtype in check.FLOATING and source.dtype in check.FLOATING:
-            continue
-        if target.dtype != source.dtype:
+        if not rules.as_torch and kind(target) != kind(source):
             raise TypeError(f"{s}: expected the dtype of {t}, {target.dtype}, got {source.dtype}")
-        if averaged and (target.is_floating_point() or target.is_complex()):
-            raise TypeError(f"{t}: expected float64, float32, bfloat16, float16, integers or bool, got {target.dtype}")
+        if rules.averaged and target.is_floating_point() and target.dtype not in check.FLOATING:
+            raise TypeError(
+                f"{t}: expected float64, float32, bfloat16, float16, complex numbers, integers or bool,"
+                f" got {target.dtype}"
+            )
 
 
-def _names(names, i) -> tuple[str, str]:
-    if names is None:
-        return f"targets[{i}]", f"sources[{i}]"
-    return f"{names[i]} (target)", f"{names[i]} (source)"
+def _check_device(name, tensor, rules, first) -> None:
+    if tensor.device != first.device:
+        label = f"{rules.names[0]} (target)" if rules.names is not None else "targets[0]"
+        raise ValueError(f"{name}: expected the device of {label}, {first.device}, got {tensor.device}")
 
 
-def _check_memory(targets, sources, names):
+def _expands(source, target) -> bool:
+    """Whether ``source`` broadcasts to the shape of ``target``."""
+    lacking = target.dim() - source.dim()
+    return lacking >= 0 and all(n in (1, m) for n, m in zip(source.shape, target.shape[lacking:], strict=True))
+
+
+def _check_memory(targets, sources, index, rules) -> tuple[set[int], set[int]]:
+    """``(idle, shared)`` of the positions ``index``: nothing to do, and in memory that another pair has, too.
+
+    Shared memory is refused where an average would depend on the order of the pairs.
+    """
+    idle: set[int] = set()
+    shared: set[int] = set()
+    if len(index) < len(targets):
+        targets, sources = ([tensors[i] for i in index] for tensors in (targets, sources))
     t_start, s_start = list(map(Tensor.data_ptr, targets)), list(map(Tensor.data_ptr, sources))
     t_bytes, s_bytes = list(map(_nbytes, targets)), list(map(_nbytes, sources))
-    index = [i for i, size in enumerate(t_bytes) if size] if 0 in t_bytes else range(len(targets))
-    _check_twice(targets, t_start, index, names)
+    if 0 in t_bytes:
+        idle.update(i for i, size in zip(index, t_bytes, strict=True) if not size)
+    for k, j in _twice(t_start, t_bytes):
+        labels = rules.labels(index[j])[0], rules.labels(index[k])[0]
+        if rules.refuses(targets[k], targets[j]):
+            if _overlap.identical(targets[k], targets[j]):
+                raise ValueError(f"{labels[0]}: expected every destination once, but {labels[1]} is the same tensor")
+            raise RuntimeError(_OVERLAP.format(*labels))
+        shared.update((index[k], index[j]))
     if any(map(eq, t_start, s_start)):
-        index = [i for i in index if not _overlap.identical(targets[i], sources[i])]
-    if len(index) < len(targets):
-        targets, sources, t_start, s_start, t_bytes, s_bytes = (
-            [values[i] for i in index] for values in (targets, sources, t_start, s_start, t_bytes, s_bytes)
+        pairs = zip(index, targets, sources, strict=True)
+        idle.update(i for i, target, source in pairs if _overlap.identical(target, source))
+    if idle:
+        kept = [k for k, i in enumerate(index) if i not in idle]
+        targets, sources, t_start, s_start, t_bytes, s_bytes, index = (
+            [values[k] for k in kept] for values in (targets, sources, t_start, s_start, t_bytes, s_bytes, index)
         )
+    if index:
+        _check_freed(targets, sources, t_start, s_start, index, rules)
 
     t_end, s_end = list(map(add, t_start, t_bytes)), list(map(add, s_start, s_bytes))
     if not all(map(Tensor.is_contiguous, targets)):
         for position in _not_dense(targets):
             t_end[position] = _overlap.bounds(targets[position])[1]
-            _check_inside(targets[position], index[position], names)
+            _check_inside(targets[position], rules.labels(index[position])[0])
     if not all(map(Tensor.is_contiguous, sources)):
         for position in _not_dense(sources):
             s_end[position] = _overlap.bounds(sources[position])[1]
@@ -216,21 +338,37 @@ def _check_memory(targets, sources, names):
     if any(map(gt, sorted(t_end + s_end), sorted(t_start + s_start)[1:])):
         ranges = [(start, end, True, i) for start, end, i in zip(t_start, t_end, index, strict=True)]
         ranges += [(start, end, False, i) for start, end, i in zip(s_start, s_end, index, strict=True)]
-        _check_crossings(sorted(ranges), dict(zip(index, zip(sources, targets, strict=True), strict=True)), names)
-    return targets, sources
+        pairs = dict(zip(index, zip(sources, targets, strict=True), strict=True))
+        for one, other in _crossings(sorted(ranges), pairs):
+            i, j = one[1], other[1]
+            if rules.refuses(pairs[i][1], pairs[j][1]):
+                # The destination first: it is what must not be shared.
+                labels = [rules.labels(i)[not target] for target, i in sorted((one, other), key=lambda x: not x[0])]
+                raise RuntimeError(_OVERLAP.format(*labels))
+            shared.update((i, j))
+    return idle, shared
 
 
-def _check_twice(targets, starts, index, names) -> None:
+_OVERLAP = "{}: expected memory of its own, but it partly overlaps {}"
+
+
+def _twice(starts, sizes) -> list[tuple[int, int]]:
+    """Where non-empty tensors start at one address: (the first one there, one more)."""
     if len(set(starts)) == len(starts):
-        return
+        return []
     first: dict[int, int] = {}
-    for i in index:
-        j = first.setdefault(starts[i], i)
-        if i != j:
-            t, other = _names(names, i)[0], _names(names, j)[0]
-            if _overlap.identical(targets[i], targets[j]):
-                raise ValueError(f"{t}: expected every destination once, but {other} is the same tensor")
-            raise RuntimeError(f"{t}: expected memory of its own, but it partly overlaps {other}")
+    found = [(first.setdefault(start, k), k) for k, start in enumerate(starts) if sizes[k]]
+    return [(k, j) for k, j in found if k != j]
+
+
+def _check_freed(targets, sources, t_start, s_start, index, rules) -> None:
+    # The address of a tensor in a storage without memory is its offset: lower than where any allocator has memory.
+    if min(min(t_start), min(s_start)) >= 1 << 32:
+        return
+    for k, pair in enumerate(zip(targets, sources, strict=True)):
+        for name, tensor in zip(rules.labels(index[k]), pair, strict=True):
+            if tensor.untyped_storage().nbytes() == 0:
+                raise RuntimeError(f"{name}: expected a tensor with memory, but its storage has been freed")
 
 
 def _not_dense(tensors) -> list[int]:
@@ -242,16 +380,16 @@ def _not_dense(tensors) -> list[int]:
     ]
 
 
-def _check_inside(target, i, names) -> None:
+def _check_inside(target, name) -> None:
     if _overlap.overlaps_itself(target):
         raise RuntimeError(
-            f"{_names(names, i)[0]}: expected elements that do not share memory (an expanded tensor?),"
+            f"{name}: expected elements that do not share memory (an expanded tensor?),"
             f" got shape {tuple(target.shape)} with strides {target.stride()}"
         )
 
 
-def _check_crossings(ranges, pairs, names) -> None:
-    """The exact answer for every two address ranges that cross, one of them a destination's.
+def _crossings(ranges, pairs):
+    """``((is_target, i), (is_target, j))`` of every two tensors that share memory, one of them a destination: exact.
 
     ``ranges`` are sorted ``(first, last, is_target, i)``, and ``pairs[i]`` is ``(source, target)``.
     """
@@ -261,8 +399,5 @@ def _check_crossings(ranges, pairs, names) -> None:
         for other in crossing:
             (_, _, target, i), (_, _, other_target, j) = one, other
             if (target or other_target) and _overlap.shares_memory(pairs[i][target], pairs[j][other_target]):
-                labels = [_names(names, i)[not target], _names(names, j)[not other_target]]
-                if not target:  # the destination first: it is what must not be shared
-                    labels.reverse()
-                raise RuntimeError(f"{labels[0]}: expected memory of its own, but it partly overlaps {labels[1]}")
+                yield one[2:], other[2:]
         crossing.append(one)

@@ -4,6 +4,7 @@ Nothing here reads a tensor's values on an accelerator: that would stall the str
 """
 
 import math
+import numbers
 from collections.abc import Sequence
 
 import torch
@@ -107,15 +108,26 @@ def temperature(value) -> tuple[torch.Tensor | None, float]:
     return value, 0.0
 
 
+def real(name: str, value, expected: str = "a number") -> float:
+    """A number of Python's or NumPy's."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
+        raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
+    if isinstance(value, int) and abs(value) > 2**1000:
+        raise ValueError(f"{name}: expected a number that float64 holds, got one of {value.bit_length()} bits")
+    return float(value)
+
+
+_PLAIN_DISPATCH = torch.Tensor.__torch_dispatch__  # a FakeTensor has no value to read
+
+
 def momentum(value) -> tuple[torch.Tensor | None, float]:
-    """``(tensor, 0)`` for a 0-dim tensor, ``(None, number)`` for a number in [0, 1]."""
+    """``(0-dim tensor, 0)`` for a tensor of one element, ``(None, number)`` for a number in [0, 1]."""
     if isinstance(value, torch.Tensor):
+        value = value.reshape(()) if value.numel() == 1 and value.dim() else value
         scalar("momentum", value)
-        number = value.item() if readable(value) else 0.0
+        number = value.item() if readable(value) and type(value).__torch_dispatch__ is _PLAIN_DISPATCH else 0.0
     else:
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"momentum: expected a number or a 0-dim tensor, got {type(value).__name__}")
-        number = float(value)
+        number = real("momentum", value, "a number or a tensor of one element")
     if not 0 <= number <= 1:
         raise ValueError(f"momentum: expected a number in [0, 1], got {number}")
     return (value, 0.0) if isinstance(value, torch.Tensor) else (None, number)

@@ -1,6 +1,5 @@
 """A moving-average copy of a model, and the schedule of its momentum."""
 
-import copy
 import math
 import warnings
 from collections.abc import Mapping
@@ -8,9 +7,11 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from selfsup_kernels import _shards, backends
+from selfsup_kernels import _shards, _wrappers, backends
 from selfsup_kernels import _tensor_lists as lists
 from selfsup_kernels import _validate as check
+from selfsup_kernels._model_copy import copy_of
+from selfsup_kernels._named_tensors import match, named_tensors, optional_names
 from selfsup_kernels.functional import ema_update_pairs_
 
 BUFFERS = ("copy", "average", "ignore")
@@ -26,10 +27,16 @@ class EMA(nn.Module):
 
     The model is read anew on every update: parameters that were moved, replaced or resized since are noticed, and a
     model whose names no longer match is refused. A model that is compiled (``torch.compile``) or wrapped in
-    DataParallel or DistributedDataParallel stands for the module inside. Tied weights are updated once.
+    DataParallel or DistributedDataParallel stands for the module inside, and what these wrappers, activation
+    checkpointing and FSDP1 put into names later does not count. Tied weights are updated once. Tensors without memory
+    of their own (quantised, float8 or low-rank weights of a tensor subclass) are averaged by their own operators.
+
+    The copy shares process groups, device meshes and streams with the model, and has what is left of a computation (the
+    weights of ``nn.utils.weight_norm``, a kept output) without its history. For a model that cannot be copied at all,
+    make a second one and give it as ``module``.
 
     With FSDP2 every process updates its own shards; nothing is sent. Its modules cannot be copied, so the EMA comes
-    first, and the copy is sharded like the model::
+    first, and the copy is sharded like the model (or both are made and sharded first, and ``module`` is the second)::
 
         ema = sk.EMA(model)
         for network in (model, ema.module):
@@ -41,19 +48,34 @@ class EMA(nn.Module):
         model: what to average.
         momentum: :math:`m` of updates that do not give their own; a number in [0, 1].
         buffers: what an update does with buffers (BatchNorm's running statistics). ``"copy"`` takes the model's,
-            ``"average"`` averages floating ones as parameters and copies the others, ``"ignore"`` leaves them to
-            ``module``, which keeps its own statistics where it runs in training mode.
+            ``"average"`` averages floating and complex ones as parameters and copies the others, ``"ignore"`` leaves
+            them to ``module``, which keeps its own statistics where it runs in training mode. Buffers that are not
+            saved (``persistent=False``) and that only one of the two has, or that differ in shape, are left alone: a
+            forward has made them.
         dtype: the floating dtype of the copy; None keeps the model's. A bfloat16 or float16 model wants a float32
             copy: in its own dtype the steps of a momentum near 1 round to nothing.
         stochastic_rounding: the other way out; see :func:`selfsup_kernels.ema_update_`.
         impl: as in :func:`selfsup_kernels.ema_update_`.
+        module: the copy, where you made it yourself: the names and shapes of the model, and memory of its own. It
+            starts with the values and in the mode that it has; its parameters no longer require grad, and ``dtype``
+            converts it. None for a copy made here.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message says which and why.
-        RuntimeError: a model that ``fully_shard`` was called on.
+        RuntimeError: a model that cannot be copied, and no ``module``.
     """
 
-    def __init__(self, model, momentum=0.996, *, buffers="copy", dtype=None, stochastic_rounding=False, impl="auto"):
+    def __init__(
+        self,
+        model,
+        momentum=0.996,
+        *,
+        buffers="copy",
+        dtype=None,
+        stochastic_rounding=False,
+        impl="auto",
+        module=None,
+    ):
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
@@ -69,14 +91,17 @@ class EMA(nn.Module):
         self.stochastic_rounding = stochastic_rounding
         self.impl = impl
 
-        model = _inner(model)
-        if _shards.is_fsdp(model):
-            raise RuntimeError(
-                "model: FSDP2's modules cannot be copied; make the EMA before fully_shard, then call fully_shard on"
-                " ema.module and its parts exactly as on the model and its parts"
-            )
+        model = _wrappers.inner(model)
         object.__setattr__(self, "_model", model)  # past nn.Module's own, which would register it
-        self.module = copy.deepcopy(model).requires_grad_(False)
+        if module is None:
+            self.module = _copy(model)
+        else:
+            if not isinstance(module, nn.Module):
+                raise TypeError(f"module: expected an nn.Module or None, got {type(module).__name__}")
+            self.module = _wrappers.inner(module)
+            self._check_module()
+        for p in self.module.parameters():  # scripted modules have no requires_grad_() of their own
+            p.requires_grad_(False)
         if dtype is not None:
             self.module._apply(lambda x: x.to(dtype) if x.is_floating_point() else x)
         low = {p.dtype for p in self.module.parameters()} & {torch.bfloat16, torch.float16}
@@ -92,8 +117,8 @@ class EMA(nn.Module):
         """One step towards the model.
 
         Args:
-            momentum: a number in [0, 1], or a 0-dim tensor (as in :func:`selfsup_kernels.ema_update_`); None for the
-                one given at construction.
+            momentum: a number in [0, 1], or a tensor of one element (as in :func:`selfsup_kernels.ema_update_`); None
+                for the one given at construction.
 
         Raises:
             ValueError: the model's names, shapes or device no longer fit the copy's. Nothing has changed then.
@@ -102,19 +127,32 @@ class EMA(nn.Module):
         ema_update_pairs_(
             *pairs, self.momentum if momentum is None else momentum, self.stochastic_rounding, None, self.impl
         )
-        if copies[0]:
-            torch._foreach_copy_(*copies)
+        lists.copy_(copies)
 
     def _pairs(self):
         """What an update does, all names and the copies checked: ``((targets, sources, names), copies)``."""
-        own, own_buffers = lists.named_tensors(self.module)
-        theirs, their_buffers = lists.named_tensors(self._model)
+        own, theirs = named_tensors(self.module), named_tensors(self._model)
+        optional = optional_names(own, theirs)
         if self.buffer_policy == "average":
-            own, theirs = own | own_buffers, theirs | their_buffers
-        copies: tuple = ([], [])
+            return match(own.parameters | own.buffers, theirs.parameters | theirs.buffers, optional), _NOTHING
+        copies = _NOTHING
         if self.buffer_policy == "copy":
-            copies = lists.check_update(*lists.match(own_buffers, their_buffers), averaged=False)
-        return lists.match(own, theirs), copies
+            copies = lists.check_update(*match(own.buffers, theirs.buffers, optional), averaged=False)
+        return match(own.parameters, theirs.parameters), copies
+
+    def _check_module(self):
+        """Whether ``module`` is a copy of the model, in memory of its own."""
+        try:
+            pairs, _ = self._pairs()
+            lists.check_update(*pairs)
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise type(error)(f"module: expected a copy of the model; {error}") from None
+        theirs = named_tensors(self._model)
+        memory = set(map(_memory, (theirs.parameters | theirs.buffers).values())) - {None}
+        own = named_tensors(self.module)
+        for name, tensor in (own.parameters | own.buffers).items():
+            if _memory(tensor) in memory:
+                raise ValueError(f"module: expected memory of its own, but its {name} is in the model's")
 
     def forward(self, *args, **kwargs):
         """``module(*args, **kwargs)``."""
@@ -131,6 +169,11 @@ class EMA(nn.Module):
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"state_dict: expected a dictionary, got {type(state_dict).__name__}")
         own = self.state_dict()
+        if any(f"module.{name}" in own for name in state_dict) and not any(name in own for name in state_dict):
+            raise RuntimeError(
+                "state_dict: expected that of an EMA, whose names start with 'module.', got that of a model;"
+                " use ema.module.load_state_dict"
+            )
         problems = []
         if strict:
             problems += [f"{name} is missing" for name in own if name not in state_dict]
@@ -149,15 +192,31 @@ class EMA(nn.Module):
         return f"momentum={self.momentum:g}, buffers={self.buffer_policy!r}{rounding}"
 
 
-def _inner(model: nn.Module) -> nn.Module:
-    """The module inside the wrappers of torch.compile and of data parallelism."""
-    while True:
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod
-        else:
-            return model
+_NOTHING = lists.Lanes([], [], [])
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    if _shards.is_fsdp(model):
+        raise RuntimeError(
+            "model: FSDP2's modules cannot be copied; make the EMA before fully_shard, then call fully_shard on"
+            " ema.module and its parts exactly as on the model and its parts"
+        )
+    try:
+        return copy_of(model)
+    except Exception as error:
+        raise RuntimeError(
+            f"model: copy.deepcopy cannot copy this {type(model).__name__} ({type(error).__name__}: {error});"
+            " make a second one and give it as module="
+        ) from error
+
+
+def _memory(tensor):
+    """What two tensors have in common that share memory; None for one without elements."""
+    if not lists.is_plain(type(tensor)):
+        return id(tensor)
+    if tensor.layout != torch.strided or tensor.is_meta:
+        return id(tensor)
+    return tensor.untyped_storage().data_ptr() or None
 
 
 def _loads(new, own) -> bool:
@@ -181,26 +240,25 @@ def cosine_momentum(step, max_steps, base=0.996, final=1.0):
     the paper's :math:`1 - (1 - m_0)(\cos(\pi k / K) + 1) / 2`. Past the last step it stays at ``final``.
 
     Args:
-        step: a number >= 0, or a 0-dim tensor: then the result is one too, on its device, and the value is not read.
+        step: a number >= 0, or a tensor of one element: then the result is a 0-dim tensor on its device, and the value
+            is not read.
         max_steps: a number > 0.
         base, final: numbers in [0, 1].
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message says which and why.
     """
-    max_steps = check.positive_number("max_steps", max_steps)
+    max_steps = check.positive_number("max_steps", check.real("max_steps", max_steps))
+    base, final = check.real("base", base), check.real("final", final)
     for name, value in (("base", base), ("final", final)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
         if not 0 <= value <= 1:
             raise ValueError(f"{name}: expected a number in [0, 1], got {value}")
     if isinstance(step, torch.Tensor):
-        if step.dim() != 0:
-            raise ValueError(f"step: expected a number or a 0-dim tensor, got shape {tuple(step.shape)}")
-        progress = (step.float() / max_steps).clamp(0, 1)
+        if step.numel() != 1:
+            raise ValueError(f"step: expected a number or a tensor of one element, got shape {tuple(step.shape)}")
+        progress = (step.reshape(()).float() / max_steps).clamp(0, 1)
         return final - (final - base) * ((math.pi * progress).cos() + 1) / 2
-    if isinstance(step, bool) or not isinstance(step, (int, float)):
-        raise TypeError(f"step: expected a number or a 0-dim tensor, got {type(step).__name__}")
+    step = check.real("step", step, "a number or a tensor of one element")
     if not step >= 0:
         raise ValueError(f"step: expected a number >= 0, got {step}")
     return final - (final - base) * (math.cos(math.pi * min(step / max_steps, 1)) + 1) / 2

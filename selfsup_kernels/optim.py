@@ -11,10 +11,11 @@ and the launches of the second pass.
 from collections.abc import Iterable
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
-from selfsup_kernels import _shards, backends
 from selfsup_kernels import _tensor_lists as lists
 from selfsup_kernels import _validate as check
+from selfsup_kernels import backends
 from selfsup_kernels.ema import EMA
 from selfsup_kernels.functional import ema_update_pairs_
 
@@ -93,13 +94,13 @@ class _FusedStep:
             if group.get(option):
                 raise ValueError(f"{option}: not supported by {type(self).__name__}; use torch.optim's own class")
         params = [p for p in group["params"] if p.grad is not None]
-        spread = _shards.dtensor_type()
         for p in params:
-            if spread is not None and isinstance(p, spread):
-                raise TypeError(
-                    "params: expected plain tensors, got a DTensor (FSDP2); use torch.optim's own class, and call"
-                    " ema.update() after its step"
-                )
+            for what, x in (("tensors", p), ("gradients", p.grad)):
+                if not (lists.is_plain(type(x)) or isinstance(x, FakeTensor)):
+                    raise TypeError(
+                        f"params: expected plain {what}, got a {type(x).__name__} (FSDP2's are DTensors); use"
+                        " torch.optim's own class, and call ema.update() after its step"
+                    )
             if p.grad.layout != torch.strided:
                 raise TypeError(f"params: expected dense gradients, got layout {p.grad.layout}")
             if p.dtype not in check.FLOATING:
@@ -125,7 +126,7 @@ class _Average:
         self.momentum = ema.momentum if momentum is None else momentum
         self.tensor, self.number = check.momentum(self.momentum)
         (targets, sources, names), self.copies = ema._pairs()
-        targets, sources = lists.check_update(targets, sources, names)
+        targets, sources, self.others = lists.check_update(targets, sources, names)
         self.device = targets[0].device if targets else None
         self.pairs = {id(s): (t, s) for t, s in zip(targets, sources, strict=True)}
 
@@ -154,11 +155,11 @@ class _Average:
     def finish(self):
         if self.ema is None:
             return
-        targets, sources = [t for t, _ in self.pairs.values()], [s for _, s in self.pairs.values()]
+        rest = [*self.pairs.values(), *self.others]
+        targets, sources = [t for t, _ in rest], [s for _, s in rest]
         ema = self.ema
         ema_update_pairs_(targets, sources, None, self.momentum, ema.stochastic_rounding, None, ema.impl)
-        if self.copies[0]:
-            torch._foreach_copy_(*self.copies)
+        lists.copy_(self.copies)
 
 
 def _by_device(params) -> Iterable[list[torch.Tensor]]:

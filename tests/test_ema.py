@@ -193,7 +193,7 @@ REFUSED = {
     "momentum below": (lambda: ([_z(3)], [_z(3)], -0.1), ValueError, "momentum.*-0.1"),
     "momentum nan": (lambda: ([_z(3)], [_z(3)], math.nan), ValueError, "momentum.*nan"),
     "momentum nan tensor": (lambda: ([_z(3)], [_z(3)], torch.tensor(math.nan)), ValueError, "momentum.*nan"),
-    "momentum vector": (lambda: ([_z(3)], [_z(3)], torch.ones(1)), ValueError, "momentum.*shape"),
+    "momentum vector": (lambda: ([_z(3)], [_z(3)], torch.ones(2)), ValueError, "momentum.*shape"),
     "momentum text": (lambda: ([_z(3)], [_z(3)], "0.9"), TypeError, "momentum.*str"),
     "momentum bool": (lambda: ([_z(3)], [_z(3)], True), TypeError, "momentum.*bool"),
     "momentum with nothing to do": (lambda: ([], [], 2), ValueError, "momentum"),
@@ -214,7 +214,8 @@ REFUSED = {
         TypeError,
         r"sources\[0\].*int32",
     ),
-    "complex": (lambda: ([_z(3).cfloat()], [_z(3).cfloat()], 0.5), TypeError, r"targets\[0\].*complex"),
+    "complex and real": (lambda: ([_z(3).cfloat()], [_z(3)], 0.5), TypeError, r"sources\[0\].*complex64.*float32"),
+    "real and complex": (lambda: ([_z(3)], [_z(3).cfloat()], 0.5), TypeError, r"sources\[0\].*float32.*complex64"),
     "float8": (
         lambda: ([_z(3).to(torch.float8_e5m2)], [_z(3).to(torch.float8_e5m2)], 0.5),
         TypeError,

@@ -7,6 +7,7 @@ from helpers import randn
 from torch import nn
 
 import selfsup_kernels as sk
+from selfsup_kernels.compat.timm import ModelEmaV3
 
 
 def network():
@@ -89,6 +90,72 @@ def takes_lists(mesh):
         torch.testing.assert_close(plain[0].double(), want, rtol=1e-6, atol=1e-7)
 
 
+def views(mesh):
+    """What is written into a view of a DTensor may be gathered memory, and be lost. A view as the source is none."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    target, source = (distribute_tensor(x, mesh, [Shard(0)]) for x in (torch.zeros(4, 4), torch.ones(4, 4)))
+    for view in (lambda x: x[:2], lambda x: x.view(2, 8), torch.t):
+        with pytest.raises(TypeError, match=r"targets\[1\]: expected a DTensor of its own, got a view"):
+            sk.ema_update_([torch.zeros(2), view(target)], [torch.ones(2), view(source)], 0.5)
+    assert torch.equal(target.to_local(), torch.zeros(2, 4))
+    for own in (target, target.detach(), torch.nn.Parameter(target)):
+        sk.ema_update_([own], [source.view(4, 4)], 0.5)
+    assert torch.equal(target.to_local(), torch.full((2, 4), 0.875))
+
+
+def brings_a_copy(mesh):
+    """Both made and sharded first."""
+    model, own = network(), network()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1)
+    shard(model, mesh)
+    shard(own, mesh)
+    ema = sk.EMA(model, 0.5, module=own)
+    before, source = whole(own), whole(model)
+    ema.update()
+    for name, value in whole(ema.module).items():
+        torch.testing.assert_close(value, (before[name] + source[name]) / 2)
+
+
+def is_wrapped_by_fsdp1(rank):
+    """After the average was made, whole or in parts; its names are those of the module inside."""
+    from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+
+    def wrap(module):
+        return FullyShardedDataParallel(
+            module, use_orig_params=True, sharding_strategy=ShardingStrategy.NO_SHARD, device_id=torch.device("cpu")
+        )
+
+    for wrapped in (True, False):
+        model = network()
+        ema = sk.EMA(model, 0.5)
+        before = {k: v.detach().clone() for k, v in model.state_dict().items()}
+        model[0] = wrap(model[0])
+        outer = wrap(model) if wrapped else model
+        assert any("_fsdp_wrapped_module" in name for name, _ in outer.named_parameters())
+        object.__setattr__(ema, "_model", outer)
+        with torch.no_grad():
+            for p in outer.parameters():
+                p.add_(2)
+        ema.update()
+        for name, p in ema.module.named_parameters():
+            torch.testing.assert_close(p.detach(), before[name] + 1)
+
+
+def shares_process_groups():
+    """They stand for the processes: the copy has the model's, wherever it keeps them."""
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(network(), process_group=dist.group.WORLD)
+    model.options = {"groups": [dist.new_group([0, 1])]}
+    for average in (sk.EMA(model, 0.5), ModelEmaV3(model, 0.5)):
+        assert average.module[1].process_group is dist.group.WORLD
+        assert average.module.options["groups"][0] is model.options["groups"][0]
+        assert average.module.options["groups"] is not model.options["groups"]
+        average.update(*[model] if isinstance(average, ModelEmaV3) else [])
+        average.module.train()
+
+
 def refuses(mesh, model, ema):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -120,6 +187,7 @@ def refuses(mesh, model, ema):
     optimizer = sk.optim.SGD(model.parameters(), 0.1, ema=ema)
     model.train()(randn(6, 5)).square().mean().backward()
     before, before_of_ema = whole(model), whole(ema.module)
+    views(mesh)
     with pytest.raises(TypeError, match=r"params.*DTensor.*ema\.update"):
         optimizer.step()
     for module, values in ((model, before), (ema.module, before_of_ema)):
@@ -136,6 +204,9 @@ def _process(rank, address):
         mesh = init_device_mesh("cpu", (2,))
         trains(rank, mesh, "copy")
         takes_lists(mesh)
+        brings_a_copy(mesh)
+        is_wrapped_by_fsdp1(rank)
+        shares_process_groups()
         refuses(mesh, *trains(rank, mesh, "average"))
         dist.barrier()
     finally:

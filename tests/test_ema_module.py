@@ -5,6 +5,7 @@ import io
 import math
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from helpers import randn
@@ -245,8 +246,6 @@ def test_complex_buffers_are_copied(impl):
     model.rotary.mul_(2j)
     ema.update()
     assert torch.equal(ema.module.rotary, model.rotary)
-    with pytest.raises(TypeError, match=r"rotary.*complex"):
-        sk.EMA(model, buffers="average", impl=impl).update()
 
 
 # State
@@ -305,6 +304,17 @@ def test_a_refused_state_names_everything_and_changes_nothing():
     assert_same(ema.module, before)
     with pytest.raises(TypeError, match=r"state_dict.*list"):
         ema.load_state_dict([])
+
+
+def test_the_state_of_a_model_is_one_for_the_module_inside():
+    model = Model(seed=1)
+    ema = sk.EMA(Model())
+    before = values(ema.module)
+    for strict in (True, False):
+        with pytest.raises(RuntimeError, match=r"state_dict: .*that of a model; use ema\.module\.load_state_dict"):
+            ema.load_state_dict(model.state_dict(), strict=strict)
+    assert_same(ema.module, before)
+    ema.module.load_state_dict(model.state_dict())
 
 
 def test_not_strict_loads_what_is_there_but_not_other_shapes():
@@ -393,6 +403,52 @@ def test_cosine_momentum_of_a_tensor():
         assert 0 <= got.item() <= 1
 
 
+def test_numbers_of_numpy(impl):
+    for number in (np.float32, np.float64, np.float16, np.int64, np.uint8):
+        expected = sk.cosine_momentum(3, 12, 0.0, 1)
+        got = sk.cosine_momentum(number(3), number(12), number(0), number(1))
+        assert type(got) is float
+        assert got == pytest.approx(expected, abs=1e-12)
+        ema = sk.EMA(nn.Linear(2, 2), number(1), impl=impl)
+        assert type(ema.momentum) is float
+        before = ema.module.weight.clone()
+        with torch.no_grad():
+            ema._model.weight.add_(1)
+        ema.update(number(1))
+        assert torch.equal(ema.module.weight, before)
+        ema.update(number(0))
+        assert torch.equal(ema.module.weight, before + 1)
+    target = torch.zeros(3)
+    sk.ema_update_([target], [torch.ones(3)], np.float32(0.75), impl=impl)
+    assert torch.equal(target, torch.full((3,), 0.25))
+    for momentum in (np.float32(1.5), np.int64(-1), np.float64("nan")):
+        with pytest.raises(ValueError, match="momentum"):
+            sk.ema_update_([target], [torch.ones(3)], momentum, impl=impl)
+    for momentum in (np.bool_(True), np.array([0.5, 0.5]), None):
+        with pytest.raises(TypeError, match="momentum"):
+            sk.ema_update_([target], [torch.ones(3)], momentum, impl=impl)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_momenta_and_steps_of_one_element(impl, shape):
+    model = nn.Linear(2, 2)
+    ema = sk.EMA(model, impl=impl)
+    before = ema.module.weight.clone()
+    with torch.no_grad():
+        model.weight.add_(4)
+    momentum = torch.full(shape, 0.75)
+    ema.update(momentum)
+    torch.testing.assert_close(ema.module.weight, before + 1)
+    optimizer = sk.optim.SGD(model.parameters(), 0.0, ema=ema, impl="auto" if impl == "triton" else impl)
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step(momentum=momentum)
+    torch.testing.assert_close(ema.module.weight, before + 1.75)
+    assert momentum.shape == shape
+    got = sk.cosine_momentum(torch.full(shape, 3), 7)
+    assert got.shape == ()
+    assert got.item() == pytest.approx(sk.cosine_momentum(3, 7), abs=1e-6)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -404,6 +460,9 @@ def test_cosine_momentum_of_a_tensor():
         ((1, 10, 1.5), ValueError, "base"),
         ((1, 10, 0.5, -1), ValueError, "final"),
         ((1, 10, "0.5"), TypeError, "base"),
+        ((1, 10, 0.5, np.bool_(True)), TypeError, "final.*bool"),
+        ((1, 10**400), ValueError, "max_steps.*float64"),
+        ((10**400, 10), ValueError, "step.*float64"),
     ],
 )
 def test_cosine_momentum_bad_arguments(arguments, error, message):

@@ -10,7 +10,7 @@ from selfsup_kernels.compat._common import narrow, pair, unsupported, wide_loss
 from selfsup_kernels.compat._processes import every_process
 from selfsup_kernels.compat._queue import queue_contrast_loss, unit_rows
 from selfsup_kernels.distributed import gather_rows
-from selfsup_kernels.functional import byol_loss, ema_update_
+from selfsup_kernels.functional import byol_loss, ema_update_pairs_
 
 __all__ = [
     "DCLLoss",
@@ -230,12 +230,12 @@ def update_momentum(model, model_ema, m):
 
     Args:
         model, model_ema: modules with as many parameters of the same shapes.
-        m: a number in [0, 1], or a 0-dim tensor.
+        m: a number in [0, 1], or a tensor of one element.
 
     Raises:
         ValueError, TypeError, RuntimeError: as of :func:`selfsup_kernels.ema_update_`. Nothing has changed then.
     """
-    ema_update_(list(model_ema.parameters()), list(model.parameters()), m)
+    ema_update_pairs_(list(model_ema.parameters()), list(model.parameters()), None, m, as_torch=True)
 
 
 def _check_gather(gather_distributed):

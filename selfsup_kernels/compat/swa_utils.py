@@ -2,7 +2,8 @@
 
 import torch
 
-from selfsup_kernels.functional import ema_update_
+from selfsup_kernels import _validate as check
+from selfsup_kernels.functional import ema_update_pairs_
 
 __all__ = ["get_ema_multi_avg_fn"]
 
@@ -25,6 +26,7 @@ def get_ema_multi_avg_fn(decay=0.999):
     Raises:
         ValueError: a decay outside [0, 1].
     """
+    decay = check.real("decay", decay)
     if not 0.0 <= decay <= 1.0:
         raise ValueError(f"decay: expected a number in [0, 1], got {decay}")
 
@@ -33,10 +35,8 @@ def get_ema_multi_avg_fn(decay=0.999):
         if not ema_param_list:
             return
         first = ema_param_list[0]  # all are of its dtype and device
-        if first.is_complex():
-            torch._foreach_lerp_(ema_param_list, current_param_list, 1 - decay)
-        elif first.is_floating_point():
-            ema_update_(ema_param_list, current_param_list, decay)
+        if first.is_floating_point() or first.is_complex():
+            ema_update_pairs_(list(ema_param_list), list(current_param_list), None, decay, as_torch=True)
         else:
             for average, current in zip(ema_param_list, current_param_list, strict=True):
                 average.copy_(average * decay + current * (1 - decay))

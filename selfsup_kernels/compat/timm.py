@@ -1,12 +1,12 @@
 """A drop-in for timm's moving average of a model."""
 
-import copy
-
 import torch
 from torch import nn
 
 from selfsup_kernels import _tensor_lists as lists
-from selfsup_kernels.ema import _inner
+from selfsup_kernels import _wrappers
+from selfsup_kernels._model_copy import copy_of
+from selfsup_kernels._named_tensors import match, named_tensors, optional_names
 from selfsup_kernels.functional import ema_update_pairs_
 
 __all__ = ["ModelEmaV3"]
@@ -15,7 +15,7 @@ __all__ = ["ModelEmaV3"]
 class ModelEmaV3(nn.Module):
     r"""The moving average of everything in a model's ``state_dict``: a drop-in for ``timm.utils.ModelEmaV3`` (1.0.31).
 
-    :math:`t \leftarrow d\, t + (1 - d)\, s` for parameters and floating buffers; other buffers are copied. With a
+    :math:`t \leftarrow d\, t + (1 - d)\, s` for parameters and buffers that are floating; others are copied. With a
     ``step``, the decay :math:`d` is 0 up to step ``update_after_step + 1``, so that the average starts there; with
     ``use_warmup`` it then is, k being the steps since,
 
@@ -26,7 +26,9 @@ class ModelEmaV3(nn.Module):
     Departures:
 
     - Tensors are paired by name, where timm pairs them by position: a model that does not fit is an error. Wrappers
-      (``torch.compile``, DataParallel, DistributedDataParallel) stand for the model inside.
+      (``torch.compile``, DataParallel, DistributedDataParallel, activation checkpointing, FSDP1) do not count.
+    - Models that ``copy.deepcopy`` refuses for a process group or a kept output are copied: see
+      :class:`selfsup_kernels.EMA`.
     - Tied weights move once per update; timm moves them once per name, that is with the square of the decay.
     - ``stochastic_rounding`` draws other random numbers than timm's, from the same expectation.
     - :class:`selfsup_kernels.EMA` in timm's terms: ``buffers="average"``, or ``"copy"`` for ``exclude_buffers``.
@@ -60,7 +62,7 @@ class ModelEmaV3(nn.Module):
         exclude_buffers=False,
     ):
         super().__init__()
-        self.module = copy.deepcopy(model)
+        self.module = copy_of(model)
         self.module.eval()
         self.decay = decay
         self.min_decay = min_decay
@@ -101,14 +103,16 @@ class ModelEmaV3(nn.Module):
 
     @torch.no_grad()
     def apply_update_(self, model, decay):
-        """Average parameters and floating buffers, copy the other buffers; those not in the ``state_dict`` stay."""
-        parameters, buffers = self._pairs(model, persistent=True)
-        floating = [pair for pair in buffers if pair[0].is_floating_point()]
-        self._move([*parameters, *floating], [pair for pair in buffers if not pair[0].is_floating_point()], decay)
+        """Average what is floating in the ``state_dict``, copy the rest of it; buffers that are not in it stay."""
+        parts: dict[bool, list] = {True: [], False: []}
+        for pairs in self._pairs(model, persistent=True):
+            for pair in pairs:
+                parts[pair[0].is_floating_point()].append(pair)
+        self._move(parts[True], parts[False], decay)
 
     @torch.no_grad()
     def apply_update_no_buffers_(self, model, decay):
-        """Average parameters, copy all buffers."""
+        """Average parameters, copy all buffers; those that are not saved, where both have one of the same shape."""
         self._move(*self._pairs(model, persistent=False), decay)
 
     @torch.no_grad()
@@ -121,27 +125,36 @@ class ModelEmaV3(nn.Module):
 
     def _pairs(self, model, persistent):
         """[(target, source, name)] of parameters and of buffers; ``persistent``: only those in a ``state_dict``."""
-        own, theirs = lists.named_tensors(_inner(self.module)), lists.named_tensors(_inner(model))
-        pairs = [list(zip(*lists.match(t, s), strict=True)) for t, s in zip(own, theirs, strict=True)]
-        if persistent:
-            scratch = {
-                id(part._buffers[name]) for part in self.module.modules() for name in part._non_persistent_buffers_set
-            }
-            pairs[1] = [pair for pair in pairs[1] if id(pair[0]) not in scratch]
-        return pairs
+        own, theirs = named_tensors(_wrappers.inner(self.module)), named_tensors(_wrappers.inner(model))
+        optional = frozenset() if persistent else optional_names(own, theirs)
+        buffers = [
+            {name: x for name, x in side.buffers.items() if not (persistent and name in side.scratch)}
+            for side in (own, theirs)
+        ]
+        return [
+            list(zip(*match(*tensors), strict=True))
+            for tensors in ((own.parameters, theirs.parameters), (*buffers, optional))
+        ]
 
     def _move(self, averaged, copied, decay):
-        copies = lists.check_update(*_columns(copied), averaged=False)
-        # timm rounds bfloat16 alone at random.
-        parts: dict[bool, list] = {False: [], True: []}
+        # timm rounds bfloat16 alone at random. A call is for one device.
+        parts: dict[tuple, list] = {}
         for pair in averaged:
-            parts[self.stochastic_rounding and pair[0].dtype == torch.bfloat16].append(pair)
-        for randomly, pairs in parts.items():
-            if pairs:
-                generator = self._sr_generator if randomly else None
-                ema_update_pairs_(*_columns(pairs), decay, randomly, generator, "auto")
-        if copies[0]:
-            torch._foreach_copy_(*copies)
+            randomly = self.stochastic_rounding and pair[0].dtype == torch.bfloat16
+            parts.setdefault((pair[0].device, randomly), []).append(pair)
+        moves = [(randomly, _columns(pairs)) for (_, randomly), pairs in parts.items()]
+        if len(moves) > 1:  # else the one call checks everything before it writes anything
+            for _, columns in moves:
+                lists.check_update(*columns, as_torch=True)
+        devices: dict[torch.device, list] = {}
+        for pair in copied:
+            devices.setdefault(pair[0].device, []).append(pair)
+        copies = [lists.check_update(*_columns(pairs), averaged=False, as_torch=True) for pairs in devices.values()]
+        for randomly, columns in moves:
+            generator = self._sr_generator if randomly else None
+            ema_update_pairs_(*columns, decay, randomly, generator, as_torch=True)
+        for lanes in copies:
+            lists.copy_(lanes)
 
 
 def _columns(pairs):
