@@ -2,6 +2,8 @@
 
 import contextlib
 import functools
+import sys
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -79,6 +81,7 @@ def chunked_backward(encoder, views, loss, chunk_size, *, scaler=None, backward=
     chunks = [chunk for stream in streams for chunk in stream.chunks()]
     devices = _accelerators(streams)
     replicas = _replicas(streams)
+    _check_counts(streams, devices)
     buffers = _Buffers(streams)
     try:
         with torch.no_grad():
@@ -139,9 +142,7 @@ class _Stream:
                 )
         leaves = [p for m in self.modules for p in m.parameters()] + tensors
         self.trained = [t for t in leaves if t.requires_grad and t.is_leaf]
-        # Only where all of the encoder is known: a function may train what is not in its modules.
-        known = isinstance(getattr(self.encoder, "__self__", self.encoder), nn.Module)
-        self.frozen = known and not any(t.requires_grad for t in leaves)
+        self.frozen = _is_known(self.encoder) and not any(t.requires_grad for t in leaves)
 
     def chunks(self):
         return [_Chunk(self, slice(i, min(i + self.size, self.samples))) for i in range(0, self.samples, self.size)]
@@ -208,6 +209,14 @@ def _modules_behind(function) -> list[nn.Module]:
     return [owner] if isinstance(owner, nn.Module) else []
 
 
+def _is_known(function) -> bool:
+    """Whether it has nothing to train but what is in its modules: a module, its method, or a partial of these."""
+    if isinstance(function, functools.partial):
+        bound = _tensors([function.args, function.keywords])
+        return _is_known(function.func) and not any(t.requires_grad for t in bound)
+    return isinstance(getattr(function, "__self__", function), nn.Module)
+
+
 def _embed(streams, chunks, devices) -> list[Tensor]:
     """All rows of each view, leaves of the graph of the loss; every chunk has noted its random states."""
     parts: dict[int, list[Tensor]] = {}
@@ -223,6 +232,7 @@ def _embed(streams, chunks, devices) -> list[Tensor]:
 def _encode_again(chunks, embeddings, devices) -> bool:
     """Each chunk's forward with a graph, and its backward. True if there were gradients and no rows to take them."""
     given = taken = False
+    idle = {}  # modules whose forward no backward follows
     after = _random_states(devices)
     try:
         for chunk in chunks:
@@ -236,8 +246,13 @@ def _encode_again(chunks, embeddings, devices) -> bool:
                 taken = True
                 with _no_autocast(devices):
                     rows.backward(grad[chunk.rows])
+            else:
+                idle |= dict.fromkeys(chunk.stream.modules)
     finally:
         _set_random_states(after, devices)
+    for module in _submodules(idle):
+        if isinstance(module, _fsdp("FSDPModule")):
+            module.reshard()  # its parameters are those with gradients again
     return given and not taken
 
 
@@ -251,6 +266,15 @@ def _reaches_others(value, embeddings) -> bool:
     return any(all(leaf is not e for e in embeddings) for leaf in leaves)
 
 
+def _submodules(modules) -> dict[nn.Module, None]:
+    return dict.fromkeys(m for outer in modules for m in outer.modules())
+
+
+def _fsdp(name) -> type | tuple:
+    """A class of torch.distributed.fsdp, for isinstance, or none where that was never imported."""
+    return getattr(sys.modules.get("torch.distributed.fsdp"), name, ())
+
+
 def _replicas(streams) -> list[DistributedDataParallel]:
     """The DistributedDataParallel modules among the encoders, all of which can be synchronised after the chunks."""
     if DistributedDataParallel._get_active_ddp_module() is not None:
@@ -258,8 +282,7 @@ def _replicas(streams) -> list[DistributedDataParallel]:
             "chunked_backward: expected a call outside of the forward of a DistributedDataParallel module, which would "
             "not synchronise the gradients; wrap the encoder in it instead"
         )
-    modules = dict.fromkeys(m for s in streams for outer in s.modules for m in outer.modules())
-    replicas = [m for m in modules if isinstance(m, DistributedDataParallel)]
+    replicas = [m for m in _submodules(m for s in streams for m in s.modules) if isinstance(m, DistributedDataParallel)]
     for replica in replicas:
         if replica.static_graph:
             raise RuntimeError(
@@ -274,20 +297,45 @@ def _replicas(streams) -> list[DistributedDataParallel]:
     return replicas
 
 
+def _check_counts(streams, devices) -> None:
+    """Modules that communicate in every forward want as many chunks in each process; others would wait for ever."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    groups, sharded = {}, _fsdp("FullyShardedDataParallel")
+    for module in _submodules(m for s in streams for m in s.modules):
+        if isinstance(module, sharded) or (isinstance(module, nn.SyncBatchNorm) and module.training):
+            groups[module.process_group or dist.group.WORLD] = None
+        for mesh in {p.device_mesh for p in module.parameters(recurse=False) if hasattr(p, "device_mesh")}:
+            groups |= dict.fromkeys(mesh.get_all_groups())
+    if not groups:
+        return
+    counts = [-(-s.samples // s.size) for s in streams]
+    extremes = torch.tensor([counts, [-c for c in counts]], device=devices[0] if devices else "cpu")
+    for group in groups:
+        dist.all_reduce(extremes, dist.ReduceOp.MAX, group)
+    most, least = extremes.tolist()
+    if most != [-c for c in least]:
+        raise ValueError(
+            f"chunk_size: expected as many chunks in each process, since FSDP, DTensor and SyncBatchNorm communicate "
+            f"in every chunk; got {counts} here, and up to {most}"
+        )
+
+
 def _synchronise(replica, gradients) -> None:
     """DistributedDataParallel's forward and backward over all its parameters, which reduces what the chunks have left.
 
-    Which parameters the chunks have trained may differ between processes: they agree on whether there is any, and
-    the pass covers all. ``gradients`` are those that parameters with hooks have still to get.
+    Processes may have trained different parameters: the pass covers all, and what none has trained keeps a gradient of
+    None. ``gradients`` are those that parameters with hooks have still to get.
     """
     if not replica.require_backward_grad_sync:  # an outer no_sync()
         return
-    parameters = [p for p in replica.module.parameters() if p.requires_grad]
-    trained = torch.tensor(any(p.grad is not None or p in gradients for p in parameters), device=replica.device).int()
+    parameters = list(replica.module.parameters())
+    trained = torch.tensor([p.grad is not None or p in gradients for p in parameters], device=replica.device).int()
     dist.all_reduce(trained, dist.ReduceOp.MAX, replica.process_group)
-    if not trained:
+    if not trained.any():
         return
-    module, replica.module = replica.module, _Delivery(parameters, [gradients.pop(p, None) for p in parameters])
+    leaves = [p for p in parameters if p.requires_grad]
+    module, replica.module = replica.module, _Delivery(leaves, [gradients.pop(p, None) for p in leaves])
     replica.require_forward_param_sync = False  # the first chunk has broadcast the buffers
     try:
         done = replica.forward(None)
@@ -295,6 +343,9 @@ def _synchronise(replica, gradients) -> None:
         replica.module = module
     done.backward()
     replica._check_reducer_finalized()
+    for p, by_any in zip(parameters, trained.tolist(), strict=True):
+        if not by_any:
+            p.grad = None
 
 
 class _Deliver(torch.autograd.Function):
@@ -335,7 +386,7 @@ class _Hooks:
     def __enter__(self):
         self.before = [(p._backward_hooks, p._post_accumulate_grad_hooks, p.grad) for p in self.parameters]
         for p in self.parameters:
-            p._backward_hooks = p._post_accumulate_grad_hooks = p.grad = None
+            p._backward_hooks, p._post_accumulate_grad_hooks, p.grad = OrderedDict(), OrderedDict(), None
         return self
 
     def __exit__(self, *_):
