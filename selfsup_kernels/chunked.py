@@ -2,11 +2,15 @@
 
 import contextlib
 import functools
+import sys
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 Tensor = torch.Tensor
@@ -38,17 +42,19 @@ def chunked_backward(encoder, views, loss, chunk_size, *, scaler=None, backward=
       *chunk*: the loss is then not the one of the whole batch, but its gradient is still exact.
     - Autocast: call this function inside it. Both encodings and the loss run under it, the backward passes do not.
 
-    Under DistributedDataParallel give the wrapped module as ``encoder``: all chunks but its last run in ``no_sync()``,
-    so that gradients are reduced once. The loss then wants a ``group=``, which makes it the loss of the global batch.
-    Processes may have different numbers of samples and of chunks (not with ``nn.SyncBatchNorm``, which communicates in
-    every chunk). Parameters of the loss are outside the wrapped module: averaging their gradients is up to you.
+    Under DistributedDataParallel give the wrapped module as ``encoder``: all chunks run in ``no_sync()``, and one pass
+    through the wrapper then reduces the gradients of all its parameters, whichever chunks trained them. An outer
+    ``no_sync()`` is respected. The loss wants a ``group=``, which makes it the loss of the global batch. Processes may
+    have different numbers of samples and of chunks (not with FSDP and ``nn.SyncBatchNorm``, which communicate in every
+    chunk). Parameters of the loss are outside the wrapped module: averaging their gradients is up to you.
 
     Args:
         encoder: a module or a function, from a chunk of one view to a tensor with a row per sample; or a sequence of
             one per view.
-        views: a sequence of the views' inputs. All tensors in one but 0-dim ones have the samples as their first
-            dimension and are cut into chunks. A tensor is passed as ``encoder(x)``, a tuple or list as
-            ``encoder(*x)``, a mapping as ``encoder(**x)``; what is nested in these is cut, too.
+        views: a sequence of the views' inputs, or one ``(V, B, ...)`` tensor of ``V`` views. All tensors in a view but
+            0-dim ones have the samples as their first dimension and are cut into chunks. A tensor is passed as
+            ``encoder(x)``, a tuple or list as ``encoder(*x)``, a mapping as ``encoder(**x)``; what is nested in these
+            is cut, too.
         loss: a function from the list of embeddings, one ``(B, D)`` tensor per view, to a 0-dim tensor: a module such
             as :class:`selfsup_kernels.InfoNCELoss`, or a lambda.
         chunk_size: samples per chunk, or a sequence of one number per view.
@@ -59,11 +65,13 @@ def chunked_backward(encoder, views, loss, chunk_size, *, scaler=None, backward=
             ``no_sync()`` is used. Modules, their methods, and partials of both are found.
 
     Returns:
-        The loss, detached and unscaled.
+        The loss, detached and unscaled. Its backward pass has happened: there is no ``.backward()`` to call on it.
 
     Raises:
         ValueError, TypeError: an argument does not fit, or what the encoder or the loss returned; the message says why.
-        RuntimeError: gradients are switched off (``torch.no_grad()``).
+        RuntimeError: gradients are switched off (``torch.no_grad()``); nothing that is trained was reached, where
+            ``loss.backward()`` raises, too; a DistributedDataParallel module is used in a way that chunks cannot serve
+            (``static_graph=True``, ``join()``, a call inside its own forward).
     """
     if not torch.is_grad_enabled():
         raise RuntimeError("chunked_backward: expected gradients to be on, got a call under torch.no_grad()")
@@ -72,6 +80,8 @@ def chunked_backward(encoder, views, loss, chunk_size, *, scaler=None, backward=
     streams = _streams(encoder, views, chunk_size, modules)
     chunks = [chunk for stream in streams for chunk in stream.chunks()]
     devices = _accelerators(streams)
+    replicas = _replicas(streams)
+    _check_counts(streams, devices)
     buffers = _Buffers(streams)
     try:
         with torch.no_grad():
@@ -83,12 +93,27 @@ def chunked_backward(encoder, views, loss, chunk_size, *, scaler=None, backward=
     if not isinstance(value, Tensor) or value.dim():
         got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"loss: expected a function that returns a 0-dim tensor, got {got}")
-    with _no_autocast(devices):
-        if backward is not None:
-            backward(value)
-        else:
-            (value if scaler is None else scaler.scale(value)).backward()
-    _encode_again([c for c in chunks if not c.stream.frozen], embeddings, devices)
+    with _Hooks(streams) as hooks:
+        with _no_autocast(devices):
+            if backward is not None:
+                backward(value)
+            else:
+                (value if scaler is None else scaler.scale(value)).backward()
+        with contextlib.ExitStack() as stack:
+            for replica in replicas:
+                stack.enter_context(replica.no_sync())
+            missed = _encode_again([c for c in chunks if not c.stream.frozen], embeddings, devices)
+    gradients = hooks.gradients
+    for replica in replicas:
+        _synchronise(replica, gradients)
+    if gradients:
+        _Deliver.apply(list(gradients.values()), *gradients).backward()
+    if missed and not _reaches_others(value, embeddings):
+        raise RuntimeError(
+            "encoder: expected rows that require grad, got none in any chunk: all that it trains is frozen, or it runs "
+            "under no_grad, or under reentrant checkpointing of inputs that do not require grad "
+            "(element 0 of tensors does not require grad)"
+        )
     return value.detach()
 
 
@@ -102,6 +127,7 @@ class _Stream:
     size: int  # of a chunk
     modules: list[nn.Module]
     samples: int = field(init=False)
+    trained: list[Tensor] = field(init=False)
     frozen: bool = field(init=False)  # nothing to train: encoded once
 
     def __post_init__(self):
@@ -114,8 +140,9 @@ class _Stream:
                 raise ValueError(
                     f"views[{self.view}]: expected tensors of one length >= 1, got {sorted({len(t) for t in tensors})}"
                 )
-        trained = [p for m in self.modules for p in m.parameters()] + tensors
-        self.frozen = bool(self.modules) and not any(t.requires_grad for t in trained)
+        leaves = [p for m in self.modules for p in m.parameters()] + tensors
+        self.trained = [t for t in leaves if t.requires_grad and t.is_leaf]
+        self.frozen = _is_known(self.encoder) and not any(t.requires_grad for t in leaves)
 
     def chunks(self):
         return [_Chunk(self, slice(i, min(i + self.size, self.samples))) for i in range(0, self.samples, self.size)]
@@ -144,8 +171,14 @@ class _Chunk:
 
 
 def _streams(encoder, views, chunk_size, modules) -> list[_Stream]:
-    if isinstance(views, (Tensor, Mapping, str)) or not isinstance(views, Sequence):
-        raise TypeError(f"views: expected a sequence of one input per view, got {type(views).__name__}")
+    if isinstance(views, Tensor):
+        if views.dim() < 2:
+            raise ValueError(f"views: expected a (V, B, ...) tensor or a sequence, got shape {tuple(views.shape)}")
+        views = views.unbind()
+    if isinstance(views, (Mapping, str)) or not isinstance(views, Sequence):
+        raise TypeError(
+            f"views: expected a (V, B, ...) tensor or a sequence of one input per view, got {type(views).__name__}"
+        )
     if not views:
         raise ValueError("views: expected at least one, got 0")
     encoders = list(encoder) if isinstance(encoder, (tuple, list, nn.ModuleList)) else [encoder] * len(views)
@@ -176,6 +209,14 @@ def _modules_behind(function) -> list[nn.Module]:
     return [owner] if isinstance(owner, nn.Module) else []
 
 
+def _is_known(function) -> bool:
+    """Whether it has nothing to train but what is in its modules: a module, its method, or a partial of these."""
+    if isinstance(function, functools.partial):
+        bound = _tensors([function.args, function.keywords])
+        return _is_known(function.func) and not any(t.requires_grad for t in bound)
+    return isinstance(getattr(function, "__self__", function), nn.Module)
+
+
 def _embed(streams, chunks, devices) -> list[Tensor]:
     """All rows of each view, leaves of the graph of the loss; every chunk has noted its random states."""
     parts: dict[int, list[Tensor]] = {}
@@ -188,33 +229,170 @@ def _embed(streams, chunks, devices) -> list[Tensor]:
     return [torch.cat(parts[s.view]).requires_grad_(not s.frozen) for s in streams]
 
 
-def _encode_again(chunks, embeddings, devices) -> None:
-    """Each chunk's forward with a graph, and its backward."""
-    syncing = [_syncing(chunk.stream.modules) for chunk in chunks]
+def _encode_again(chunks, embeddings, devices) -> bool:
+    """Each chunk's forward with a graph, and its backward. True if there were gradients and no rows to take them."""
+    given = taken = False
+    idle = {}  # modules whose forward no backward follows
     after = _random_states(devices)
     try:
-        for i, chunk in enumerate(chunks):
+        for chunk in chunks:
             _set_random_states(chunk.random_states, devices)
             grad = embeddings[chunk.stream.view].grad
-            with contextlib.ExitStack() as stack:
-                for module in syncing[i]:
-                    if any(module in later for later in syncing[i + 1 :]):
-                        stack.enter_context(module.no_sync())
+            # A view that the loss does not use is encoded for the buffers' sake: its parameters keep a grad of None.
+            with torch.set_grad_enabled(grad is not None):
                 rows = chunk.encode()
-                if not rows.requires_grad:
-                    continue
+            given |= grad is not None
+            if rows.requires_grad and grad is not None:
+                taken = True
                 with _no_autocast(devices):
-                    rows.backward(torch.zeros_like(rows) if grad is None else grad[chunk.rows])
+                    rows.backward(grad[chunk.rows])
+            else:
+                idle |= dict.fromkeys(chunk.stream.modules)
     finally:
         _set_random_states(after, devices)
+    for module in _submodules(idle):
+        if isinstance(module, _fsdp("FSDPModule")):
+            module.reshard()  # its parameters are those with gradients again
+    return given and not taken
 
 
-def _syncing(modules) -> list[nn.Module]:
-    """The outermost of the modules that communicate in backward, and can be told not to."""
-    found = []
-    for module in modules:
-        found += [module] if callable(getattr(module, "no_sync", None)) else _syncing(module.children())
-    return found
+def _reaches_others(value, embeddings) -> bool:
+    """Whether the loss has something to train apart from the embeddings."""
+    nodes = seen = {value.grad_fn} - {None}
+    while nodes:
+        nodes = {n for node in nodes for n, _ in node.next_functions if n is not None} - seen
+        seen = seen | nodes
+    leaves = [node.variable for node in seen if hasattr(node, "variable")]
+    return any(all(leaf is not e for e in embeddings) for leaf in leaves)
+
+
+def _submodules(modules) -> dict[nn.Module, None]:
+    return dict.fromkeys(m for outer in modules for m in outer.modules())
+
+
+def _fsdp(name) -> type | tuple:
+    """A class of torch.distributed.fsdp, for isinstance, or none where that was never imported."""
+    return getattr(sys.modules.get("torch.distributed.fsdp"), name, ())
+
+
+def _replicas(streams) -> list[DistributedDataParallel]:
+    """The DistributedDataParallel modules among the encoders, all of which can be synchronised after the chunks."""
+    if DistributedDataParallel._get_active_ddp_module() is not None:
+        raise RuntimeError(
+            "chunked_backward: expected a call outside of the forward of a DistributedDataParallel module, which would "
+            "not synchronise the gradients; wrap the encoder in it instead"
+        )
+    replicas = [m for m in _submodules(m for s in streams for m in s.modules) if isinstance(m, DistributedDataParallel)]
+    for replica in replicas:
+        if replica.static_graph:
+            raise RuntimeError(
+                "encoder: expected DistributedDataParallel without static_graph=True, which wants as many backward "
+                "passes in each step; chunks are synchronised in one pass and do not need it"
+            )
+        if replica._join_config.enable:
+            raise RuntimeError(
+                "encoder: expected DistributedDataParallel outside of join(), which counts the forward passes of each "
+                "process, and these may have different numbers of chunks"
+            )
+    return replicas
+
+
+def _check_counts(streams, devices) -> None:
+    """Modules that communicate in every forward want as many chunks in each process; others would wait for ever."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    groups, sharded = {}, _fsdp("FullyShardedDataParallel")
+    for module in _submodules(m for s in streams for m in s.modules):
+        if isinstance(module, sharded) or (isinstance(module, nn.SyncBatchNorm) and module.training):
+            groups[module.process_group or dist.group.WORLD] = None
+        for mesh in {p.device_mesh for p in module.parameters(recurse=False) if hasattr(p, "device_mesh")}:
+            groups |= dict.fromkeys(mesh.get_all_groups())
+    if not groups:
+        return
+    counts = [-(-s.samples // s.size) for s in streams]
+    extremes = torch.tensor([counts, [-c for c in counts]], device=devices[0] if devices else "cpu")
+    for group in groups:
+        dist.all_reduce(extremes, dist.ReduceOp.MAX, group)
+    most, least = extremes.tolist()
+    if most != [-c for c in least]:
+        raise ValueError(
+            f"chunk_size: expected as many chunks in each process, since FSDP, DTensor and SyncBatchNorm communicate "
+            f"in every chunk; got {counts} here, and up to {most}"
+        )
+
+
+def _synchronise(replica, gradients) -> None:
+    """DistributedDataParallel's forward and backward over all its parameters, which reduces what the chunks have left.
+
+    Processes may have trained different parameters: the pass covers all, and what none has trained keeps a gradient of
+    None. ``gradients`` are those that parameters with hooks have still to get.
+    """
+    if not replica.require_backward_grad_sync:  # an outer no_sync()
+        return
+    parameters = list(replica.module.parameters())
+    trained = torch.tensor([p.grad is not None or p in gradients for p in parameters], device=replica.device).int()
+    dist.all_reduce(trained, dist.ReduceOp.MAX, replica.process_group)
+    if not trained.any():
+        return
+    leaves = [p for p in parameters if p.requires_grad]
+    module, replica.module = replica.module, _Delivery(leaves, [gradients.pop(p, None) for p in leaves])
+    replica.require_forward_param_sync = False  # the first chunk has broadcast the buffers
+    try:
+        done = replica.forward(None)
+    finally:
+        replica.module = module
+    done.backward()
+    replica._check_reducer_finalized()
+    for p, by_any in zip(parameters, trained.tolist(), strict=True):
+        if not by_any:
+            p.grad = None
+
+
+class _Deliver(torch.autograd.Function):
+    """A scalar whose backward gives each parameter its gradient; None leaves its ``.grad`` as it is."""
+
+    @staticmethod
+    def forward(ctx, gradients, *parameters):
+        ctx.gradients = gradients
+        return torch.zeros((), device=parameters[0].device)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None, *ctx.gradients
+
+
+class _Delivery(nn.Module):
+    """Stands for the wrapped module in the pass that synchronises it."""
+
+    def __init__(self, leaves, gradients):
+        super().__init__()
+        self.leaves, self.gradients = leaves, gradients
+
+    def forward(self, _):
+        return _Deliver.apply(self.gradients, *self.leaves)
+
+
+class _Hooks:
+    """Takes the hooks of parameters off while chunks run: one pass calls them once, with the whole gradient.
+
+    ``gradients`` holds afterwards what parameters with hooks have still to get.
+    """
+
+    def __init__(self, streams):
+        trained = dict.fromkeys(p for s in streams for p in s.trained)
+        self.parameters = [p for p in trained if p._backward_hooks or p._post_accumulate_grad_hooks]
+        self.gradients = {}
+
+    def __enter__(self):
+        self.before = [(p._backward_hooks, p._post_accumulate_grad_hooks, p.grad) for p in self.parameters]
+        for p in self.parameters:
+            p._backward_hooks, p._post_accumulate_grad_hooks, p.grad = OrderedDict(), OrderedDict(), None
+        return self
+
+    def __exit__(self, *_):
+        self.gradients = {p: p.grad for p in self.parameters if p.grad is not None}
+        for p, (hooks, post_hooks, grad) in zip(self.parameters, self.before, strict=True):
+            p._backward_hooks, p._post_accumulate_grad_hooks, p.grad = hooks, post_hooks, grad
 
 
 class _Buffers:

@@ -403,7 +403,12 @@ def test_scaler_and_backward():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"views": torch.zeros(2, 3, 6)}, TypeError, "views: expected a sequence of one input per view, got Tensor"),
+        (
+            {"views": torch.zeros(3)},
+            ValueError,
+            r"views: expected a \(V, B, ...\) tensor or a sequence, got shape \(3,\)",
+        ),
+        ({"views": {"x": torch.zeros(3)}}, TypeError, "views: expected .* a sequence of one input per view, got dict"),
         ({"views": []}, ValueError, "views: expected at least one"),
         ({"views": [torch.zeros(0, 6)] * 2}, ValueError, r"views\[0\]: expected tensors of one length >= 1, got \[0\]"),
         ({"views": [(torch.zeros(3, 6), torch.zeros(4))] * 2}, ValueError, r"views\[0\].*\[3, 4\]"),
