@@ -85,8 +85,9 @@ def tree_of(sha, device, say) -> Path:
     done = subprocess.run(command, cwd=folder, env={**os.environ, **own}, capture_output=True, text=True)
     if done.returncode:
         raise Unusable(f"{describe(sha)} does not build: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
-    if extension_loaded() and not next((folder / "selfsup_kernels").glob("_C.*"), None):
-        raise Unusable(f"{describe(sha)} was built without its extension")  # as older versions do without an error
+    record = folder / "selfsup_kernels" / "_build_info.json"
+    if extension_loaded() and record.exists() and "failure" in json.loads(record.read_text()):
+        raise Unusable(f"{describe(sha)} was built without its extension")  # which in older versions is no error
     built.touch()
     return folder
 
