@@ -36,8 +36,6 @@ NVCC := $(firstword $(wildcard $(addsuffix /bin/nvcc,$(CUDA_HOME) $(CUDA_PATH)))
 OP_TESTS := tests/test_ops.py tests/test_info_nce.py tests/test_info_nce_parts.py tests/test_distributed.py tests/test_info_nce_precision.py tests/test_byol.py \
   tests/test_ema.py tests/test_optim.py tests/test_ema_memory.py tests/test_ema_rounding.py tests/test_memory_layout.py tests/test_properties.py tests/test_compile.py tests/test_bad_input.py
 
-export SELFSUP_KERNELS_REQUIRE_EXTENSION := 1
-
 .PHONY: setup demo bench bench-compare bench-results profile docs test lint asan interop-setup interop interop-bench compat cuda cuda-static gpu-static gpu-check gpu-counters clean
 
 setup: $(BUILT)
@@ -123,8 +121,7 @@ compat: setup $(if $(NVCC),$(CUDA_LIBRARY)) .venv-compat/.dependencies
 	emulator=$$($(PY) tests/emulator/build.py) && \
 	  $(SIMULATED) .venv-compat/bin/python -m pytest tests/gpu $(SHARED_OUT)
 	.venv-compat/bin/python benchmarks/gpu_static.py --brief --arch 80 89 90 120
-	SELFSUP_KERNELS_REQUIRE_EXTENSION=1 SELFSUP_KERNELS_SKIP_CUDA_BUILD=1 \
-	  .venv-compat/bin/python setup.py build_ext --build-lib build/compat --build-temp build/compat
+	SELFSUP_KERNELS_SKIP_CUDA_BUILD=1 .venv-compat/bin/python setup.py build_ext --build-lib build/compat --build-temp build/compat
 
 .venv-compat/.dependencies: pyproject.toml Makefile
 	test -x .venv-compat/bin/python || $(PYTHON) -m venv .venv-compat

@@ -1,16 +1,19 @@
-"""Builds the C++ extension where it can, a pure-Python package where it cannot (and records why).
+"""Builds the C++ extension, and beside a CUDA build of torch, where there is a CUDA toolkit of its major version, the
+CUDA library. A build that cannot compile is an error that says what to type.
 
-Beside a CUDA build of torch, and where there is a CUDA toolkit of its major version, also the CUDA library.
-
-SELFSUP_KERNELS_REQUIRE_EXTENSION=1 makes a build that fails an error; SELFSUP_KERNELS_SKIP_BUILD=1 asks for pure
-Python, SELFSUP_KERNELS_SKIP_CUDA_BUILD=1 for no CUDA library; FORCE_CUDA=1 builds that one beside any torch, or is an
-error; TORCH_CUDA_ARCH_LIST says for which GPUs; MAX_JOBS how many compilers run at once. SELFSUP_KERNELS_SANITIZE=1
-builds the extension with AddressSanitizer and UBSan. ``python setup.py build_cuda`` builds the CUDA library alone, in
-place.
+SELFSUP_KERNELS_SKIP_BUILD=1 asks for a pure-Python package, SELFSUP_KERNELS_SKIP_CUDA_BUILD=1 for no CUDA library;
+FORCE_CUDA=1 builds that one beside any torch, or is an error; TORCH_CUDA_ARCH_LIST says for which GPUs; MAX_JOBS how
+many compilers run at once. SELFSUP_KERNELS_SANITIZE=1 builds the extension with AddressSanitizer and UBSan.
+``python setup.py build_cuda`` builds the CUDA library alone, in place.
 """
 
+import contextlib
 import importlib.util
+import os
+import re
+import site
 import sys
+import threading
 from pathlib import Path
 
 import setuptools
@@ -44,21 +47,75 @@ def _record(command, in_place, **facts):
     build.write_record(folder, version=version, **facts)
 
 
-def _give_up(command, in_place, reason):
-    if build.environment_flag("SELFSUP_KERNELS_REQUIRE_EXTENSION"):
-        raise SystemExit(f"selfsup_kernels: {reason}")
-    print(f"selfsup_kernels: pure-Python install: {reason}", file=sys.stderr)
-    _record(command, in_place, failure=reason)
-    build_cuda.discard(_folder(command, in_place))
+def _fail(reason, command):
+    """pip shows a build's output only where it fails: what stands at its end is what is read."""
+    raise SystemExit(f"selfsup_kernels: {reason}\nType: {command}")
 
 
-def _pure_python(reason):
+def _pure_python():
     class BuildPy(build_py):
         def run(self):
             super().run()
-            _give_up(self, self.editable_mode, reason)
+            _record(self, self.editable_mode, failure="SELFSUP_KERNELS_SKIP_BUILD was set at the install.")
+            build_cuda.discard(_folder(self, self.editable_mode))
 
     return {"cmdclass": {"build_py": BuildPy}}
+
+
+def _import_torch():
+    """torch, and the command of which this build is a part.
+
+    An isolated build hides the packages of the environment that it is for. torch is looked up there all the same:
+    a copy of its own would be gigabytes, and need not be of a version that the extension can be loaded into.
+    """
+    command = build.INSTALL
+    try:
+        import torch
+    except ImportError:
+        command = "pip install ."
+        sys.path.extend([*site.getsitepackages(), site.getusersitepackages()])
+        try:
+            import torch
+        except ImportError as error:
+            _fail(f"the build needs torch, and could not import it ({error}).", f"{build.PREPARE} && {build.INSTALL}")
+    if build.too_old(torch.__version__):
+        _fail(f"the build needs torch 2.11 or later, and found {torch.__version__}.", f"{build.PREPARE} && {command}")
+    return torch, command
+
+
+@contextlib.contextmanager
+def _copied_output():
+    """A list of the lines that this process and those that it starts print; they are printed as well."""
+    read, write = os.pipe()
+    printed, lines = (os.dup(1), os.dup(2)), []
+
+    def copy():
+        with open(read, "rb") as stream:
+            for line in stream:
+                os.write(printed[0], line)
+                lines.append(line.decode(errors="replace").rstrip())
+
+    reader = threading.Thread(target=copy, daemon=True)
+    reader.start()
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.dup2(write, 1)
+        os.dup2(write, 2)
+        os.close(write)
+        yield lines
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for fd, original in enumerate(printed, start=1):
+            os.dup2(original, fd)
+        reader.join(10)  # a compiler's server that outlives the build may hold the pipe open
+
+
+def _errors(lines):
+    """What compilers said, of all that a build printed: the first errors, else the end."""
+    found = [line for line in lines if re.search(r"\berror: |\bKilled\b|: not found|cannot find ", line)]
+    return [line[:300] for line in found[:3] or lines[-3:]]
 
 
 def _cuda(folder, force=False):
@@ -77,10 +134,11 @@ def _cuda(folder, force=False):
         defines = [f"-DTORCH_TARGET_VERSION={build.TORCH_TARGET_VERSION}"]
         facts = build_cuda.build(kit, folder, include_paths(), library_paths(), build.LIBRARIES, defines)
     except build_cuda.Unavailable as reason:
-        # What was asked for, or was begun where no build may fail.
-        if force or (kit is not None and build.environment_flag("SELFSUP_KERNELS_REQUIRE_EXTENSION")):
+        if force:
             raise SystemExit(f"selfsup_kernels: no CUDA library: {reason}") from None
-        if kit is not None or torch.version.cuda is not None:
+        if kit is not None:
+            _fail(f"no CUDA library: {reason}", f"SELFSUP_KERNELS_SKIP_CUDA_BUILD=1 {build.INSTALL}   # leaves it out")
+        if torch.version.cuda is not None:
             print(f"selfsup_kernels: no CUDA library: {reason}", file=sys.stderr)
         return {"cuda_failure": str(reason)}
     size = (folder / build_cuda.LIBRARY).stat().st_size / 2**20
@@ -108,29 +166,34 @@ class BuildCuda(Command):
 
 def _extension():
     if build.environment_flag("SELFSUP_KERNELS_SKIP_BUILD"):
-        return _pure_python("SELFSUP_KERNELS_SKIP_BUILD was set.")
+        return _pure_python()
+    torch, command = _import_torch()
     try:
         import pybind11
-        import torch
-        from torch.utils.cpp_extension import BuildExtension, include_paths, library_paths
-    except ImportError as error:
-        return _pure_python(
-            f"the build could not import {error.name}. Install torch, pybind11 and ninja, and build with"
-            " --no-build-isolation, so that the extension is built against the torch that it will run with."
-        )
+    except ImportError:
+        _fail("the build needs pybind11, and could not import it.", f"{build.PREPARE} && {command}")
+    from torch.utils.cpp_extension import BuildExtension, include_paths, library_paths
+
     sanitize = build.environment_flag("SELFSUP_KERNELS_SANITIZE")
 
     class Build(BuildExtension):
-        """A build that fails softly, and records what it was made of."""
+        """A build that says in its last lines why it failed, and records what it was made of."""
 
         def run(self):
+            if (lacking := build.cannot_compile()) is not None:
+                why, first = lacking
+                _fail(why, f"{first}{command}")
             in_place = bool(self.inplace or self.editable_mode)
             try:
-                super().run()
+                with _copied_output() as lines:
+                    super().run()
             except (Exception, SystemExit) as error:
-                _give_up(self, in_place, f"the C++ compiler failed or is missing ({type(error).__name__}: {error}).")
-                self.extensions = []
-                return
+                said = "".join(f"\n  {line}" for line in _errors(lines) or [f"{type(error).__name__}: {error}"])
+                again = f"MAX_JOBS=1 {command}" if "Killed" in said else f"CXX=<GCC 11, Clang 14 or later> {command}"
+                _fail(
+                    f"the C++ compiler {build.compiler()} failed:{said}",
+                    f"{again}\n  or, for a slower package without kernels: SELFSUP_KERNELS_SKIP_BUILD=1 {command}",
+                )
             facts = {
                 "torch": torch.__version__,
                 "torch_target": build.TORCH_TARGET_VERSION,
@@ -148,13 +211,17 @@ def _extension():
 
 
 class WithoutMetadata(Distribution):
-    """Of a setuptools that refuses the license of pyproject.toml, which names it as since 77: in place nothing of that
-    file is needed."""
+    """Reads no pyproject.toml: setuptools before 77 rejects its license, and builds in place need nothing of it."""
 
     def parse_config_files(self, filenames=None, ignore_option_errors=False):
         super().parse_config_files([], ignore_option_errors)
 
 
 in_place = "--inplace" in sys.argv or "build_cuda" in sys.argv
-metadata = {"distclass": WithoutMetadata} if in_place and int(setuptools.__version__.split(".")[0]) < 77 else {}
-setup(version=version, **_extension(), **metadata)
+old = int(setuptools.__version__.split(".")[0]) < 77
+if old and not in_place:
+    _fail(
+        f"the build needs setuptools 77 or later, and found {setuptools.__version__}.",
+        f"{build.PREPARE} && {build.INSTALL}",
+    )
+setup(version=version, **_extension(), **({"distclass": WithoutMetadata} if old else {}))

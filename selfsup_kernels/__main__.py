@@ -5,6 +5,8 @@ import importlib
 import importlib.util
 import sys
 
+from selfsup_kernels.version import __version__
+
 OWN_OPTIONS = {
     "bench": "time, memory and errors of the operations, beside what people use today",
     "profile": "where time and memory of real training steps go, and the largest batch that fits",
@@ -14,10 +16,12 @@ OWN_OPTIONS = {
 
 def parser() -> argparse.ArgumentParser:
     root = argparse.ArgumentParser(prog="python -m selfsup_kernels", description="Fused self-supervised losses.")
+    root.add_argument("--version", action="version", version=f"selfsup_kernels {__version__}")
     commands = root.add_subparsers(dest="command", required=True, metavar="info | bench | profile | demo | tune")
 
-    info = commands.add_parser("info", help="what this machine runs, and what is missing, why and how to mend it")
-    info.add_argument("--json", action="store_true", help="print one JSON object")
+    info = commands.add_parser("info", help="what this machine runs, what is missing, why, and what to type")
+    info.add_argument("--json", action="store_true", help="print one JSON object, with everything")
+    info.add_argument("--verbose", action="store_true", help="also how the libraries were built")
 
     for name, description in OWN_OPTIONS.items():
         command = commands.add_parser(name, help=description, description=description[0].upper() + description[1:])
@@ -48,7 +52,7 @@ def main(arguments=None) -> int:
     if options.command == "info":
         from selfsup_kernels import info
 
-        return info.main(as_json=options.json)
+        return info.main(as_json=options.json, verbose=options.verbose)
     if options.command == "tune":
         if importlib.util.find_spec("triton") is None:
             print("tune: Triton is not installed. Run: pip install 'triton>=3.6'")

@@ -4,6 +4,9 @@ import functools
 import importlib
 import importlib.util
 import os
+import sys
+import warnings
+from typing import NamedTuple
 
 import torch
 
@@ -21,11 +24,12 @@ AUTO_ON_CUDA = {
 """What ``impl="auto"`` stands for on CUDA tensors: the first that can be used, else ``reference``. Until both have been
 measured on one GPU this is an order of preference, no result."""
 
+NO_CUDA = (
+    f"this PyTorch ({torch.__version__}) was built without CUDA. Install a CUDA build of PyTorch, or use impl='auto'."
+)
+
 EMULATOR = os.environ.get("SELFSUP_KERNELS_CUDA_EMULATOR") or None
 """For tests: a library with the CUDA kernels compiled for an emulator, which takes CPU tensors."""
-
-REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
-"""The command that builds the C++ extension against the installed torch, run from a checkout."""
 
 
 @functools.cache
@@ -34,7 +38,7 @@ def load_extension():
     from selfsup_kernels import _build
 
     if importlib.util.find_spec("selfsup_kernels._C") is None:
-        return None, f"the C++ extension was not built: {_build.recorded_failure()}"
+        return None, _build.not_built()
     reason = _build.mismatch()
     if reason is not None:
         return None, reason
@@ -44,10 +48,20 @@ def load_extension():
         return None, f"the C++ extension does not load ({error}). {_build.built_for()}"
 
 
-_reasons: dict[str, str | None] = {}
+class Unavailable(NamedTuple):
+    """Why an implementation cannot be used, and the command that changes it, where there is one."""
+
+    why: str
+    command: str | None = None
+
+    def __str__(self):
+        return f"{self.why} Run: {self.command}" if self.command else self.why
 
 
-def unavailable(impl: str) -> str | None:
+_reasons: dict[str, Unavailable | None] = {}
+
+
+def unavailable(impl: str) -> Unavailable | None:
     """None where ``impl`` can run on this machine, else the reason and what to do about it."""
     if impl not in _reasons:
         _reasons[impl] = _find_reason(impl)
@@ -55,15 +69,18 @@ def unavailable(impl: str) -> str | None:
 
 
 def _find_reason(impl):
-    if impl == "reference":
-        return None
+    from selfsup_kernels import _build
+
     if impl == "cpu":
-        _, reason = load_extension()
-        return None if reason is None else f"{reason} To mend it, run: {REBUILD}"
+        _, why = load_extension()
+        return None if why is None else Unavailable(why, _build.rebuild())
     if impl == "triton":
         return _no_triton()
-    _, reason = load_cuda()
-    return reason
+    if impl == "cuda":
+        _, why = load_cuda()
+        buildable = EMULATOR is None and torch.version.cuda is not None
+        return None if why is None else Unavailable(why, f"FORCE_CUDA=1 {_build.rebuild()}" if buildable else None)
+    return None
 
 
 @functools.cache
@@ -74,14 +91,11 @@ def load_cuda():
     path = EMULATOR
     if path is None:
         if torch.version.cuda is None:
-            return None, (
-                f"this PyTorch ({torch.__version__}) was built without CUDA. Install a CUDA build of PyTorch,"
-                " or use impl='auto'."
-            )
+            return None, NO_CUDA
         path, reason = _build.cuda_library()
         reason = reason or _build.mismatch()
         if reason is not None:
-            return None, f"{reason} To mend it, run: FORCE_CUDA=1 {REBUILD}"
+            return None, reason
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
@@ -95,12 +109,9 @@ MINIMUM_CAPABILITY = (8, 0)
 
 def _no_triton():
     if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed. Run: pip install 'triton>=3.6', or use impl='auto'."
+        return Unavailable("Triton is not installed.", "pip install 'triton>=3.6'")
     if torch.version.cuda is None and not triton_is_interpreted():
-        return (
-            f"this PyTorch ({torch.__version__}) was built without CUDA. Install a CUDA build of PyTorch,"
-            " or use impl='auto'."
-        )
+        return Unavailable(NO_CUDA)
     return None
 
 
@@ -139,6 +150,25 @@ for _impl in CHOICES[1:]:
     unavailable(_impl)
 
 
+_warned = set()
+
+
+def _warn_once(device: str, reason: Unavailable) -> None:
+    """Say that ``auto`` falls back to eager PyTorch; not while torch.compile traces, which cannot follow a warning."""
+    if torch.compiler.is_compiling() or device in _warned:
+        return
+    caller, level = sys._getframe(1), 2
+    while caller.f_back and caller.f_globals.get("__name__", "").startswith("selfsup_kernels."):
+        caller, level = caller.f_back, level + 1
+    warnings.warn(
+        f"selfsup_kernels: {device} tensors go through eager PyTorch (impl='reference'), not through the kernels:"
+        f" {reason}",
+        RuntimeWarning,
+        stacklevel=level,
+    )
+    _warned.add(device)
+
+
 def require(impl: str, op: str) -> None:
     """Raise as :func:`select` does for an ``impl`` other than ``"auto"`` that no tensor could make usable here."""
     if impl not in CHOICES:
@@ -162,7 +192,9 @@ def select(impl: str, tensor: torch.Tensor, op: str = "info_nce", any_dtype: boo
     device = tensor.device
     if impl == "auto":
         if device.type == "cpu":
-            return "cpu" if unavailable("cpu") is None else "reference"
+            if unavailable("cpu") is None:
+                return "cpu"
+            _warn_once("CPU", unavailable("cpu"))
         if device.type == "cuda":
             for choice in AUTO_ON_CUDA[op]:
                 refused = unavailable(choice) or _gpu_refuses(choice, "cuda", device.index, tensor.dtype, any_dtype)

@@ -1,30 +1,30 @@
-"""What this machine runs, what is missing, why, and the command that mends it."""
+"""What this machine runs, what is missing, why, and what to type."""
 
 import importlib
 import json
 import os
 import platform
-import shutil
 import sys
+import warnings
 
 IMPLEMENTATIONS = {
-    "reference": "eager PyTorch, blockwise, every device",
+    "reference": "eager PyTorch, every device",
     "cpu": "C++ kernels for the CPU",
     "triton": "Triton kernels for GPUs",
     "cuda": "CUDA C++ kernels for NVIDIA GPUs",
 }
 
-INSTALL_COMPILER = {
-    "apt-get": "apt-get install -y g++",
-    "dnf": "dnf install -y gcc-c++",
-    "apk": "apk add g++",
-    "xcode-select": "xcode-select --install",
+COMMANDS = {
+    "bench": ("selfsup_kernels.bench.cli", "NEEDS", "PAGE_NEEDS"),
+    "profile": ("selfsup_kernels.profile.cli", "NEEDS"),
+    "demo": ("selfsup_kernels.demo", "NEEDS"),
 }
+"""Commands that need more packages than the losses: where each lists them."""
 
 
-def main(as_json=False) -> int:
+def main(as_json=False, verbose=False) -> int:
     facts = collect()
-    print(json.dumps(facts, indent=2) if as_json else render(facts))
+    print(json.dumps(facts, indent=2) if as_json else render(facts, verbose))
     return 0
 
 
@@ -32,6 +32,7 @@ def collect() -> dict:
     """Everything that ``info`` prints, as plain data. Never raises: a probe that fails says so in its place."""
     return {
         "selfsup_kernels": _probe(_package_version),
+        "location": _probe(_location),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "torch": _probe(lambda: importlib.import_module("torch").__version__),
@@ -42,6 +43,7 @@ def collect() -> dict:
         "auto": _probe(_auto),
         "extension": _probe(_extension),
         "cuda_library": _probe(_cuda_library),
+        "commands": {name: _probe(lambda name=name: _missing_packages(name)) for name in COMMANDS},
     }
 
 
@@ -66,6 +68,20 @@ def _package_version():
     from selfsup_kernels.version import __version__
 
     return __version__
+
+
+def _location():
+    from selfsup_kernels import _build
+
+    return {"package": str(_build.PACKAGE), "source": _build.SOURCE is not None}
+
+
+def _missing_packages(command):
+    from selfsup_kernels import _report
+
+    module, *lists = COMMANDS[command]
+    module = importlib.import_module(module)
+    return _report.missing(dict.fromkeys(name for each in lists for name in getattr(module, each)))
 
 
 def _triton_version():
@@ -97,24 +113,19 @@ def _cuda():
 
 
 def _implementation(name):
-    from selfsup_kernels import backends
+    from selfsup_kernels import _build, backends
 
-    reason = backends.unavailable(name)
-    if reason is None and name in ("triton", "cuda"):
-        reason = _no_gpu(name)
-    why, asks, mend = (reason or "").partition(" To mend it, run: ")
-    if not asks:
-        return {"available": reason is None, "reason": reason, "mend": None}
-    if compiler() is None:
-        # Without a compiler a rebuild would fail as the build did, so the one command begins with getting one.
-        install = INSTALL_COMPILER.get(next(filter(shutil.which, INSTALL_COMPILER), None), "install g++ or clang")
-        return {
-            "available": False,
-            "reason": f"{why} No C++ compiler is on PATH.",
-            "mend": f"{install} && {mend}",
-        }
-    toolkit = _toolkit() if name == "cuda" else {}
-    return {"available": False, "reason": why, "mend": toolkit.get("missing") or mend}
+    reason = _no_gpu(name) if name in ("triton", "cuda") else None
+    reason = reason or backends.unavailable(name)
+    if reason is None:
+        return {"available": True, "reason": None, "command": None}
+    why, command = reason
+    if name == "cpu" and command and (lacking := _build.cannot_compile()):
+        why, command = f"{why} There is {lacking[0]}", lacking[1] + command
+    toolkit = _toolkit() if name == "cuda" and command else {}
+    if "missing" in toolkit:
+        why, command = f"{why} {toolkit['missing']}", None
+    return {"available": False, "reason": why, "command": command}
 
 
 def _no_gpu(name):
@@ -125,11 +136,7 @@ def _no_gpu(name):
 
     if backends.emulated(name) or torch.cuda.is_available():
         return None
-    return "no NVIDIA GPU was found."
-
-
-def compiler() -> str | None:
-    return next(filter(None, map(shutil.which, (os.environ.get("CXX") or "c++", "g++", "clang++"))), None)
+    return backends.Unavailable("no NVIDIA GPU was found.")
 
 
 def _auto():
@@ -137,14 +144,16 @@ def _auto():
 
     from selfsup_kernels import backends
 
-    return backends.select("auto", torch.empty(0))
+    with warnings.catch_warnings():  # what it says stands in the report
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return backends.select("auto", torch.empty(0))
 
 
 def _extension():
     from selfsup_kernels import _build, backends
 
     module, reason = backends.load_extension()
-    facts = {"loaded": module is not None, "reason": reason, "compiler": compiler(), "record": _build.record()}
+    facts = {"loaded": module is not None, "reason": reason, "compiler": _build.compiler(), "record": _build.record()}
     if module is not None:
         facts["cpu_capability"] = _probe(lambda: module.cpu_capability())
         facts["build_info"] = _probe(lambda: dict(module.build_info()))
@@ -179,9 +188,16 @@ def _toolkit():
     return {"nvcc": str(kit.nvcc), "version": kit.name}
 
 
-def render(facts) -> str:
+def render(facts, verbose=False) -> str:
+    """The report as text; ``verbose`` adds how the libraries were built, and whether a CUDA library could be."""
+    from selfsup_kernels import _report
+
+    location = facts["location"]
+    where = _text(location)
+    if "package" in location:
+        where = f"in {location['package']}{', a source folder' * location['source']}"
     lines = [
-        f"selfsup_kernels  {_text(facts['selfsup_kernels'])}",
+        f"selfsup_kernels  {_text(facts['selfsup_kernels'])} {where}",
         f"Python           {facts['python']} on {facts['platform']}",
         f"torch            {_text(facts['torch'])}",
         f"triton           {_text(facts['triton'] or 'not installed')}",
@@ -195,27 +211,46 @@ def render(facts) -> str:
         lines.append(f"CUDA devices     {_text(cuda)}")
 
     lines += ["", f"Implementations (impl='auto' on CPU tensors: {_text(facts['auto'])})"]
+    extension = facts["extension"]
     for name, state in facts["implementations"].items():
         available = state.get("available", False)
-        lines.append(f"  {name:<10} {'yes' if available else 'no ':<4} {IMPLEMENTATIONS[name]}")
+        as_what = name == "cpu" and available and "cpu_capability" in extension
+        runs = f", run as {_text(extension['cpu_capability'])}" if as_what else ""
+        lines.append(f"  {name:<10} {'yes' if available else 'no ':<4} {IMPLEMENTATIONS[name]}{runs}")
         if not available:
-            lines.append(f"             why:  {state.get('reason') or _text(state)}")
-        if state.get("mend"):
-            lines.append(f"             mend: {state['mend']}")
+            lines.append(f"             why: {state.get('reason') or _text(state)}")
+        if state.get("command"):
+            lines.append(f"             run: {state['command']}")
 
-    extension = facts["extension"]
-    lines += ["", f"C++ extension    {'loaded' if extension.get('loaded') else 'not loaded'}"]
+    lines += ["", "Commands"]
+    for name, absent in facts["commands"].items():
+        known = isinstance(absent, list)
+        lines.append(
+            f"  {name:<10} {'no ' if absent else 'yes'}" + (f"  needs {', '.join(absent)}" if known and absent else "")
+        )
+        if absent:
+            lines.append(
+                f"             run: {_report.install(absent)}" if known else f"             why: {_text(absent)}"
+            )
+    if verbose or "error" in extension:
+        lines += _render_extension(extension)
+    library = facts["cuda_library"]
+    if verbose or cuda or library.get("path"):
+        lines += _render_cuda_library(library)
+    return "\n".join(lines)
+
+
+def _render_extension(extension):
+    lines = ["", f"C++ extension    {'loaded' if extension.get('loaded') else 'not loaded'}"]
     if "error" in extension:
         lines.append(f"  {_text(extension)}")
-    if "cpu_capability" in extension:
-        lines.append(f"  kernels run as  {_text(extension['cpu_capability'])}")
     for title in ("build_info", "record"):
         if extension.get(title):
             lines.append(f"  {'build' if title == 'build_info' else 'build record'}")
             # What concerns the CUDA library stands below.
             items = sorted((k, v) for k, v in extension[title].items() if not k.startswith("cuda_"))
             lines += [f"    {key:<14} {value}" for key, value in items]
-    return "\n".join(lines + _render_cuda_library(facts["cuda_library"]))
+    return lines
 
 
 def _render_cuda_library(library):

@@ -37,7 +37,9 @@ def pytest_report_header(config):
 
 def pytest_sessionstart(session):
     if EXTENSION_REQUIRED and "cpu" not in IMPLS:
-        pytest.exit(f"the C++ extension is required here: {backends.unavailable('cpu')}", returncode=1)
+        pytest.exit(
+            f"{backends.unavailable('cpu')}\nOr set SELFSUP_KERNELS_SKIP_BUILD=1 to test without it.", returncode=1
+        )
 
 
 @pytest.fixture(params=IMPLS)

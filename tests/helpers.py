@@ -7,11 +7,12 @@ from pathlib import Path
 
 import torch
 
-from selfsup_kernels import backends, info_nce_loss
+from selfsup_kernels import _build, backends, info_nce_loss
 from selfsup_kernels.objectives import LABEL_OBJECTIVES, OBJECTIVES
 from selfsup_kernels.reference import dense
 
-EXTENSION_REQUIRED = os.environ.get("SELFSUP_KERNELS_REQUIRE_EXTENSION", "0") not in ("", "0")
+EXTENSION_REQUIRED = not _build.environment_flag("SELFSUP_KERNELS_SKIP_BUILD")
+"""Without the variable, no test of the C++ kernels is left out unseen."""
 EVERY_CASE = os.environ.get("SELFSUP_KERNELS_EVERY_CASE", "0") not in ("", "0")
 """Triton's interpreter is slow: without this it leaves out some of the cases that a GPU has."""
 IMPLS = [impl for impl in ("reference", "cpu") if backends.unavailable(impl) is None]

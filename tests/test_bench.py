@@ -423,7 +423,7 @@ def test_missing_packages(monkeypatch, capsys):
     monkeypatch.setattr(_report, "missing", lambda names: [name for name in names if name == "rich"])
     assert bench("--op", "ema") == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line == "bench: rich missing; run: pip install selfsup-kernels[report]"
+    assert line == "bench: rich missing; run: pip install rich"
 
 
 def test_names_of_rivals(capsys):

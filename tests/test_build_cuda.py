@@ -103,7 +103,8 @@ def test_another_build_takes_an_old_library_away(tree, toolkit):  # noqa: F811
     """It would be taken for the new one's, which has a record that says otherwise."""
     toolkit(action=WRITES)
     assert build_cuda(tree).returncode == 0
-    run(tree, "setup.py", "build_ext", "--inplace", CXX="/bin/false", CC="/bin/false")
+    toolkit()
+    assert build_cuda(tree, TORCH_CUDA_ARCH_LIST="8.0").returncode != 0
     assert not list(tree.rglob("selfsup_kernels/_CUDA*.so"))
 
 
@@ -138,7 +139,6 @@ def setup_cuda(monkeypatch, tmp_path, cuda, **environment):
 
 
 def test_a_failure_is_recorded_and_fails_only_what_asks(toolkit, monkeypatch, tmp_path):
-    monkeypatch.delenv("SELFSUP_KERNELS_REQUIRE_EXTENSION", raising=False)
     (tmp_path / "out").mkdir()
     arguments = (monkeypatch, tmp_path)
     monkeypatch.setattr(_build_cuda, "ROOT", tmp_path)
@@ -149,8 +149,11 @@ def test_a_failure_is_recorded_and_fails_only_what_asks(toolkit, monkeypatch, tm
     assert skipped == {"cuda_failure": "SELFSUP_KERNELS_SKIP_CUDA_BUILD was set."}
     monkeypatch.delenv("SELFSUP_KERNELS_SKIP_CUDA_BUILD")
     monkeypatch.delenv("FORCE_CUDA")
-    # No toolkit that fits is no failure of a build, even where none may fail.
-    assert "too old" in setup_cuda(*arguments, "12.5", SELFSUP_KERNELS_REQUIRE_EXTENSION="1")["cuda_failure"]
+    # No toolkit that fits is no failure of a build; one that fits and fails is.
+    assert "too old" in setup_cuda(*arguments, "12.5")["cuda_failure"]
+    toolkit("12.8")
+    with pytest.raises(SystemExit, match=r"nvcc failed.*\nType: SELFSUP_KERNELS_SKIP_CUDA_BUILD=1 pip install"):
+        setup_cuda(*arguments, "12.8")
 
 
 # ---------------------------------------------------------------- architectures

@@ -233,7 +233,7 @@ def test_sweep_leaves_out_what_does_not_fit(monkeypatch):
 
 def test_findings_speak_against_us_too(quick):
     summary = json.loads(json.dumps(quick["summary"]))
-    summary["auto"], summary["mend"] = "reference", "the command"
+    summary["auto"], summary["build"] = "reference", "the command"
     summary["agreement"]["byol"]["holds"] = False
     for case in summary["sweep"]["cases"]:
         case["seconds"] = {"eager": 1.0, "ours": 2.0}
@@ -256,7 +256,7 @@ def test_missing_dependencies_are_one_line(monkeypatch, capsys):
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "sklearn, rich" in error
-    assert "pip install selfsup-kernels[demo]" in error
+    assert "pip install scikit-learn rich" in error
     monkeypatch.undo()
     monkeypatch.setattr(demo, "NEEDS", ("json", "no_such_package"))
     assert demo.missing() == ["no_such_package"]

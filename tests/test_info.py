@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import selfsup_kernels as sk
-from selfsup_kernels import _build, backends, info
+from selfsup_kernels import _build, _report, backends, info
 from selfsup_kernels.__main__ import main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,9 +22,11 @@ def _forget():
 
 @pytest.fixture
 def hidden(monkeypatch):
-    """A pure-Python install: no extension, the record of a build that failed."""
+    """A pure-Python install, in a folder of its own."""
     monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(_build, "record", lambda: {"failure": "no compiler was found."})
+    monkeypatch.setattr(_build, "record", lambda: {"failure": "it was not asked for."})
+    monkeypatch.setattr(_build, "SOURCE", None)
+    monkeypatch.setattr(_build, "cannot_compile", lambda: None)
     _forget()
     yield
     monkeypatch.undo()
@@ -61,24 +63,99 @@ def test_loaded_extension_is_described():
     assert extension["cpu_capability"] in info.render(info.collect())
 
 
-def test_without_the_extension(hidden, capsys, monkeypatch):
-    monkeypatch.setattr(info, "compiler", lambda: "/usr/bin/c++")
+def cpu_state():
+    return info.collect()["implementations"]["cpu"]
+
+
+def test_without_the_extension(hidden, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(_build, "_installed_from", lambda: str(tmp_path / "a folder"))
+    monkeypatch.delenv("SELFSUP_KERNELS_SKIP_BUILD", raising=False)
+    command = f"pip install --force-reinstall --no-deps '{tmp_path}/a folder'"
     assert main(["info"]) == 0
     text = capsys.readouterr().out
-    assert "no compiler was found." in text
-    assert f"mend: {backends.REBUILD}\n" in text
-    assert "not loaded" in text
-    state = info.collect()["implementations"]["cpu"]
-    assert not state["available"]
-    assert backends.REBUILD not in state["reason"]
-    assert info.collect()["auto"] == "reference"
+    assert "why: the C++ extension was not built: it was not asked for.\n" in text
+    assert f"run: {command}\n" in text
+    assert "(impl='auto' on CPU tensors: reference)" in text
+    assert cpu_state() == {
+        "available": False,
+        "reason": "the C++ extension was not built: it was not asked for.",
+        "command": command,
+    }
+    backends._reasons.clear()
+    monkeypatch.setenv("SELFSUP_KERNELS_SKIP_BUILD", "1")  # which the build would heed again
+    assert cpu_state()["command"] == f"SELFSUP_KERNELS_SKIP_BUILD=0 {command}"
+
+
+def test_the_folder_that_pip_installed_from(monkeypatch, tmp_path):
+    class Installed:
+        text = None
+
+        def read_text(self, name):
+            assert name == "direct_url.json"
+            return self.text
+
+    monkeypatch.setattr(_build.importlib.metadata, "distribution", lambda name: Installed())
+    assert _build._installed_from() == "."
+    source = tmp_path / "a folder"
+    Installed.text = json.dumps({"url": source.as_uri(), "dir_info": {}})
+    assert _build._installed_from() == "."  # it is gone
+    source.mkdir()
+    (source / "setup.py").touch()
+    assert _build._installed_from() == str(source)
+
+
+def test_a_source_folder_that_is_not_built(hidden, monkeypatch, tmp_path):
+    """`python -m selfsup_kernels` in a checkout imports the checkout, whatever is installed."""
+    monkeypatch.setattr(_build, "SOURCE", tmp_path)
+    monkeypatch.setattr(_build, "record", dict)
+    monkeypatch.setattr(sys, "path", ["", str(tmp_path / "site")])
+    state = cpu_state()
+    assert f"not built in the source folder {tmp_path}" in state["reason"]
+    assert state["command"].endswith(f"pip install -e {tmp_path}")
+
+    installed = tmp_path / "site" / "selfsup_kernels"
+    installed.mkdir(parents=True)
+    (installed / "_C.so").touch()
+    _forget()
+    state = cpu_state()
+    assert f"The one installed in {installed} has it: start Python in another folder" in state["reason"]
+    assert state["command"].endswith(f"pip install -e {tmp_path}")
 
 
 def test_without_a_compiler_the_command_gets_one_first(hidden, monkeypatch):
-    monkeypatch.setattr(info.shutil, "which", lambda name: "/usr/bin/apt-get" if name == "apt-get" else None)
-    state = info.collect()["implementations"]["cpu"]
-    assert state["mend"] == f"apt-get install -y g++ && {backends.REBUILD}"
-    assert "No C++ compiler" in state["reason"]
+    monkeypatch.setattr(_build, "cannot_compile", lambda: ("no C++ compiler: g++ is not on PATH.", "apk add g++ && "))
+    state = cpu_state()
+    assert state["command"].startswith("apk add g++ && pip install ")
+    assert "no C++ compiler" in state["reason"]
+
+
+def test_packages_that_a_command_needs(monkeypatch, capsys):
+    monkeypatch.setattr(_report, "missing", lambda names: [n for n in names if n in ("rich", "sklearn")])
+    assert main(["info"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "bench no needs rich run: pip install rich profile no needs rich run: pip install rich demo" in text
+    assert "demo no needs sklearn, rich run: pip install scikit-learn rich" in text
+
+
+def test_how_it_was_built_is_for_those_who_ask(capsys):
+    assert main(["info"]) == 0
+    assert "torch_target" not in capsys.readouterr().out
+    assert main(["info", "--verbose"]) == 0
+    assert ("torch_target" in capsys.readouterr().out) == (backends.unavailable("cpu") is None)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_nothing_is_to_be_installed_for_one(monkeypatch):
+    monkeypatch.setattr(backends, "emulated", lambda impl: False)
+    monkeypatch.setitem(backends._reasons, "triton", backends.Unavailable("Triton is not installed.", "pip"))
+    state = info.collect()["implementations"]["triton"]
+    assert state == {"available": False, "reason": "no NVIDIA GPU was found.", "command": None}
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"selfsup_kernels {sk.__version__}\n"
 
 
 def test_a_broken_probe_is_reported_not_raised(monkeypatch):

@@ -166,7 +166,7 @@ def test_memory_is_linear_in_the_rows(impl, form, monkeypatch):
     """At M = 16384 the matrix of similarities would be 1 GB in float32; the kernels hold tables and tiles."""
     rows, dim = (2048 if impl == "reference" else 16384), 32
     # The reference holds chunks of scores, whose size is a constant: made small, its memory shows at few rows.
-    monkeypatch.setattr(reference, "_CHUNK_ELEMENTS", 2**16)
+    monkeypatch.setattr(reference, "_BLOCK_BYTES", 2**18)
     views = randn(2, rows // 2, dim).requires_grad_()
     labels = random_labels(rows // 2, 50) if form == "labels" else None
     objective = "pairwise" if form == "pairwise" else "supcon_in"

@@ -242,7 +242,7 @@ def test_missing_packages_are_one_line(monkeypatch, capsys):
     assert main(["profile"]) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert "pip install selfsup-kernels[report]" in error
+    assert "run: pip install " in error
 
 
 @pytest.fixture(scope="module")

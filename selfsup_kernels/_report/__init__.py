@@ -8,6 +8,11 @@ def missing(names) -> list[str]:
     return [name for name in names if importlib.util.find_spec(name) is None]
 
 
+def install(names) -> str:
+    """The command that installs them. The packages, not an extra of ours: that would build the kernels again."""
+    return f"pip install {' '.join('scikit-learn' if name == 'sklearn' else name for name in names)}"
+
+
 def render(package, template, **values) -> str:
     """A page from ``template`` in ``package``'s folder; it extends ``base.html``, which holds the style."""
     import jinja2

@@ -78,13 +78,16 @@ def tree_of(sha, device, say) -> Path:
         with tarfile.open(fileobj=packed) as archive:
             # Python 3.10 and 3.11 have the filter from a late patch on; the archive is git's own.
             archive.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
-    own = {"SELFSUP_KERNELS_REQUIRE_EXTENSION": "1"} if extension_loaded() else {"SELFSUP_KERNELS_SKIP_BUILD": "1"}
+    own = {"SELFSUP_KERNELS_SKIP_BUILD": "0" if extension_loaded() else "1"}
     if device != "cuda":
         own["SELFSUP_KERNELS_SKIP_CUDA_BUILD"] = "1"
     command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
     done = subprocess.run(command, cwd=folder, env={**os.environ, **own}, capture_output=True, text=True)
     if done.returncode:
         raise Unusable(f"{describe(sha)} does not build: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
+    record = folder / "selfsup_kernels" / "_build_info.json"
+    if extension_loaded() and record.exists() and "failure" in json.loads(record.read_text()):
+        raise Unusable(f"{describe(sha)} was built without its extension")  # which in older versions is no error
     built.touch()
     return folder
 

@@ -46,7 +46,7 @@ def main(options) -> int:
 
     absent = _report.missing(NEEDS + (PAGE_NEEDS if options.html else ()))
     if absent:
-        print(f"bench: {', '.join(absent)} missing; run: pip install selfsup-kernels[report]", file=sys.stderr)
+        print(f"bench: {', '.join(absent)} missing; run: {_report.install(absent)}", file=sys.stderr)
         return 1
     try:
         plan = Plan(options)

@@ -47,12 +47,12 @@ def header(clock, ops=tuple(rivals.RIVALS)):
 
 
 def cpu_header():
-    extension, reason = backends.load_extension()
+    extension, _ = backends.load_extension()
     return {
         "device": processor_name(),
         "kind": "cpu",
         "threads": torch.get_num_threads(),
-        "cpu_capability": extension.cpu_capability() if extension else reason,
+        "cpu_capability": extension.cpu_capability() if extension else "no C++ kernels",
         "driver": None,
     }
 

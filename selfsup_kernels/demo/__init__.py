@@ -6,7 +6,7 @@ import warnings
 from selfsup_kernels import _report
 
 NEEDS = ("numpy", "sklearn", "matplotlib", "rich", "jinja2", "psutil")
-"""What the demo imports beyond the package's own dependencies; the extra ``demo`` installs them."""
+"""What the demo imports beyond the package's own dependencies, as the extra ``demo`` has it."""
 
 
 def missing() -> list[str]:
@@ -16,7 +16,7 @@ def missing() -> list[str]:
 def main(out="out/demo", seed=0, quick=False, figure=None) -> int:
     absent = missing()
     if absent:
-        print(f"demo: {', '.join(absent)} missing; run: pip install selfsup-kernels[demo]", file=sys.stderr)
+        print(f"demo: {', '.join(absent)} missing; run: {_report.install(absent)}", file=sys.stderr)
         return 1
     from selfsup_kernels.demo import report, story
 

@@ -22,11 +22,8 @@ def findings(summary) -> list[str]:
 
 def _implementation(summary):
     if summary["auto"] == "reference":
-        mend = f" To build them: {summary['mend']}" if summary["mend"] else ""
-        yield (
-            "The C++ kernels are not installed here: 'ours' is the package's eager reference, computed in blocks. It"
-            f" saves memory at large batches, not time.{mend}"
-        )
+        build = f" To build them: {summary['build']}" if summary["build"] else ""
+        yield f"The C++ kernels are not installed here: 'ours' is the package's eager reference, in PyTorch.{build}"
 
 
 def _agreement(summary):

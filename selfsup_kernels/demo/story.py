@@ -53,7 +53,7 @@ def run(seed=0, quick=False) -> dict:
             "device": {"cpu": facts["cpu"], "torch": facts["torch"], "python": facts["python"]},
             "version": facts["selfsup_kernels"],
             "auto": facts["auto"],
-            "mend": facts["implementations"]["cpu"].get("mend"),
+            "build": facts["implementations"]["cpu"].get("command"),
             "cpu_capability": facts["extension"].get("cpu_capability"),
             "data": {"train": len(digits.train), "test": len(digits.test)},
             "recipes": {name: dataclasses.asdict(recipe) for name, recipe in recipes.items()},

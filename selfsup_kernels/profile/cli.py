@@ -40,7 +40,7 @@ def main(options) -> int:
 
     absent = _report.missing(NEEDS)
     if absent:
-        print(f"profile: {', '.join(absent)} missing; run: pip install selfsup-kernels[report]", file=sys.stderr)
+        print(f"profile: {', '.join(absent)} missing; run: {_report.install(absent)}", file=sys.stderr)
         return 1
     try:
         plan = Plan(options)

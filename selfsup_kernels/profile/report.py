@@ -12,7 +12,7 @@ def write_run(summary, out) -> Path:
     """The report of a user's own loop."""
     absent = _report.missing(("numpy", "matplotlib", "jinja2"))
     if absent:
-        raise ModuleNotFoundError(f"report: {', '.join(absent)} missing; run: pip install selfsup-kernels[report]")
+        raise ModuleNotFoundError(f"report: {', '.join(absent)} missing; run: {_report.install(absent)}")
     trace = "trace.json" if (Path(out) / "trace.json").exists() else None
     case = {"batch": None, "variant": "yours", "status": "measured", "reason": None, "summary": summary, "trace": trace}
     if not any(row["seconds"] is not None for row in summary["parts"]):

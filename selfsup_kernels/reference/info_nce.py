@@ -1,11 +1,12 @@
-"""Blockwise N-view InfoNCE in eager PyTorch: the ops ``info_nce_*.reference``.
+"""N-view InfoNCE in eager PyTorch: the ops ``info_nce_*.reference``.
 
-Memory is linear in the rows: similarities exist for a chunk of rows at a time. Two small tables carry the objective
-from the forward to the backward (and the same two in every implementation):
+Scores exist for a few samples at a time (``_BLOCK_BYTES``), so that memory is linear in the rows; where all of them
+fit, that is the dense computation. Two small tables carry the objective from the forward to the backward (and the same
+two in every implementation):
 
 - ``logw[i, v]``: ``d loss_i / d S_ij = exp(logw[i, v] + S_ij)`` for every negative ``j`` of view ``v``;
 - ``coef[i, v]``: ``d loss_i / d S_ip`` for the positive ``p`` of view ``v``. With labels, where an anchor has any
-  number of positives, ``coef[i] = (den, lsep, 1 / count, n)``, from which ``_label_coefficients`` makes them.
+  number of positives, ``coef[i] = (den, lsep, 1 / count, n)``, from which ``_label_pairs`` makes them.
 
 So the backward does not know the objective: with ``G_ij = g_i exp(logw[i, v_j] + S_ij) + g_j exp(logw[j, v_i] + S_ij)``
 the gradient is ``dz_i = scale * sum_j G_ij z_j`` plus the positives' part, and ``d/d scale`` falls out of its products
@@ -13,16 +14,17 @@ with the rows.
 
 Over many processes each computes the tables and the gradient of its own samples, ``first .. first + count``, against
 the rows of all; the rows of the others' tables arrive between forward and backward (``selfsup_kernels.distributed``).
-"""
 
-import math
+Shapes: V views, B samples, D features, K rows of the queue, n samples of a block; rows are ordered view by view.
+"""
 
 import torch
 
 from selfsup_kernels.objectives import OBJECTIVES, negative_views, positive_views
 
-_CHUNK_ELEMENTS = 1 << 22
-"""Scores held at a time: 16 MB in float32."""
+_BLOCK_BYTES = 1 << 22
+"""Scores held at a time, with up to three copies beside them: so many that the work of a block dwarfs the overhead of
+its dozen of calls, so few that they stay in the processor's cache. Larger blocks are slower as well as larger."""
 
 
 def forward(
@@ -43,21 +45,21 @@ def forward(
     device = views[0].device
     acc = torch.float64 if views[0].dtype == torch.float64 else torch.float32
     name = OBJECTIVES[objective]
+    samples = range(first, batch if count < 0 else first + count)
     with torch.autocast(device.type, enabled=False):
         scale = _scale(temperature_tensor, temperature, device)
         z, rnorm = _rows(torch.cat([v.to(acc) for v in views]), normalize, eps)
         zq = z.new_empty((0, z.shape[1])) if queue is None else _rows(queue.to(acc).contiguous(), normalize, eps)[0]
-        own = _own_rows(num_views, batch, first, count, device)
+        blocks = _blocks(z, zq, scale, num_views, samples)
         if labels is None:
             order = torch.empty(0, dtype=torch.int64, device=device)
-            loss, logw, coef = _view_tables(z, zq, scale, num_views, name, core_view, own)
+            loss, logw, coef = _view_tables(blocks, num_views, len(zq) > 0, name, core_view)
         else:
             order = torch.argsort(labels)
-            loss, logw, coef = _label_tables(z, zq, scale, labels.repeat(num_views), name, own)
-        logw, coef = (_at_rows(table, own, len(z)) for table in (logw, coef))
-        loss = loss.to(acc)
-        loss = loss.view(num_views, -1) if reduction == 0 else loss.mean() if reduction == 1 else loss.sum()
-    return loss, z, rnorm, logw, coef, zq, order
+            loss, logw, coef = _label_tables(blocks, num_views, labels, name)
+        logw, coef = (_of_all_rows(table, samples, batch) for table in (logw, coef))
+        loss = loss if reduction == 0 else loss.mean() if reduction == 1 else loss.sum()
+    return loss.to(acc), z, rnorm, logw, coef, zq, order
 
 
 def backward(
@@ -84,51 +86,54 @@ def backward(
     count=-1,
 ):
     rows = num_views * batch
-    count = batch if count < 0 else count
-    name = OBJECTIVES[objective]
+    samples = range(first, batch if count < 0 else first + count)
     with torch.autocast(z.device.type, enabled=False):
         scale = _scale(temperature_tensor, temperature, z.device)
-        g = grad.double().expand(num_views, batch).reshape(rows)
-        g = g / rows if reduction == 1 else g
-        own = _own_rows(num_views, batch, first, count, z.device)
-        in_batch = z.new_zeros(len(own), dim)
-        from_queue = torch.zeros_like(in_batch)
-        view = torch.arange(rows, device=z.device) // batch
-        groups = None if labels is None else labels.repeat(num_views)
-        for chunk in _chunks(len(own), rows + len(zq)):
-            at = own[chunk]
-            scores = scale.to(z.dtype) * (z[at] @ z.T)
-            if groups is None:
-                pair = _view_pair_gradient(scores, at, logw, g, view, num_views)
+        g = grad.double() / rows if reduction == 1 else grad.double()
+        g = g.expand(num_views, batch)
+        logw = logw.view(num_views, batch, -1)
+        coef = coef.view(num_views, batch, -1)
+        anchors = _exponents(logw, g.unsqueeze(-1), z.dtype)
+        if labels is None:
+            # By (view of the row, view of the column, sample): the columns as anchors, and the positives' coefficients.
+            columns = [t[..., :num_views].permute(2, 0, 1).unsqueeze(1) for t in anchors]
+            positives = (g.unsqueeze(-1) * coef).transpose(1, 2)
+            positives = (positives + positives.transpose(0, 1)).to(z.dtype)
+        in_batch, from_queue = [], []
+        for block, scores, queue_scores in _blocks(z, zq, scale, num_views, samples):
+            own = [t[:, block] for t in anchors]
+            if labels is None:
+                pairs = _weighted(scores, *(t[..., :num_views, None] for t in own))
+                pairs += _weighted(scores, *columns)
+                _same_sample(pairs, block).copy_(positives[..., block])
             else:
-                pair = _label_pair_gradient(scores, at, logw, coef, g, groups, name)
-            in_batch[chunk] = pair.to(z.dtype) @ z
-            if len(zq):
-                scores = scale.to(z.dtype) * (z[at] @ zq.T)
-                pair = g[at, None] * (scores + logw[at, -1:]).exp()
-                from_queue[chunk] = pair.to(z.dtype) @ zq
-        if groups is None:
-            samples = slice(first, first + count)
-            zv = z.view(num_views, -1, dim)[:, samples]
-            c = (g[:, None] * coef).view(num_views, -1, num_views)[:, samples]
-            for v in range(num_views):
-                both = c[:, :, v] + c[v].T
-                in_batch += (both.unsqueeze(-1) * zv[v]).to(z.dtype).view(-1, dim)
-        z, rnorm = z[own], rnorm[own]
-        dz = scale.to(z.dtype) * (in_batch + from_queue)
-        in_batch_part = (z.double() * in_batch.double()).sum(-1)
-        queue_part = (z.double() * from_queue.double()).sum(-1)
-        # Each in-batch score meets z twice (as row and as column), a queue score once.
-        grad_scale = 0.5 * in_batch_part.sum() + queue_part.sum()
-        grad_temperature = -scale * scale * grad_scale if need_temperature else torch.zeros_like(scale)
+                pairs = _label_pairs(scores, block, logw, coef, g, labels, name=OBJECTIVES[objective])
+            in_batch.append((pairs.view(-1, rows) @ z).view(num_views, -1, dim))
+            if queue_scores is not None:
+                pairs = _weighted(queue_scores, *(t[..., -1:] for t in own))
+                from_queue.append((pairs.view(-1, len(zq)) @ zq).view(num_views, -1, dim))
+        in_batch = _join(in_batch)
+        own = slice(samples.start, samples.stop)
+        z, rnorm = z.view(num_views, batch, dim)[:, own], rnorm.view(num_views, batch, 1)[:, own]
+        dz = in_batch
+        if from_queue:
+            from_queue = _join(from_queue)
+            dz = in_batch + from_queue
+        grad_temperature = torch.zeros_like(scale)
+        if need_temperature:
+            # Each score of the batch meets z twice (as row and as column), a queue score once.
+            grad_scale = 0.5 * (z.double() * in_batch).sum()
+            grad_scale = grad_scale + (z.double() * from_queue).sum() if len(zq) else grad_scale
+            grad_temperature = -scale * scale * grad_scale
+        dz = dz * scale.to(dz.dtype)
         if normalize:
-            inside = (rnorm > 0).to(z.dtype)  # below the floor the norm is a constant: no projection
-            along = (z * dz).sum(-1) * inside
-            dz = (dz - z * along[:, None]) * rnorm.abs()[:, None]
+            # Below the floor the norm is a constant: no projection.
+            along = torch.where(rnorm > 0, (z * dz).sum(-1, keepdim=True), 0)
+            dz = torch.addcmul(dz, z, along, value=-1) * rnorm.abs()
             if dtype == torch.float16:  # dz / eps of a zero row is finite in float32 only
                 limit = torch.finfo(dtype).max
-                dz = torch.where((rnorm > 0)[:, None], dz, dz.clamp(-limit, limit))
-    return dz.to(dtype).view(num_views, count, dim), grad_temperature
+                dz = torch.where(rnorm > 0, dz, dz.clamp(-limit, limit))
+    return dz.to(dtype), grad_temperature
 
 
 def _scale(temperature_tensor, temperature, device):
@@ -149,93 +154,105 @@ def _rows(h, normalize, eps):
     return (h * rnorm.abs()[:, None]).to(h.dtype), rnorm.to(h.dtype)
 
 
-def _own_rows(num_views, batch, first, count, device):
-    """The rows of samples first .. first + count, view by view."""
-    count = batch if count < 0 else count
-    row = torch.arange(num_views * batch, device=device)
-    return row.view(num_views, batch)[:, first : first + count].reshape(-1)
+def _blocks(z, zq, scale, num_views, samples):
+    """By blocks of ``samples``: their slice, the scores of their rows with all rows (V, n, V, B) and, or None, with the
+    queue (V, n, K)."""
+    batch = len(z) // num_views
+    scaled = (z * scale.to(z.dtype)).view(num_views, batch, -1)
+    step = max(1, _BLOCK_BYTES // (z.element_size() * num_views * (len(z) + len(zq))))
+    for start in range(samples.start, samples.stop, step):
+        block = slice(start, min(start + step, samples.stop))
+        rows = scaled[:, block].reshape(-1, z.shape[1])
+        in_batch = (rows @ z.T).view(num_views, -1, num_views, batch)
+        yield block, in_batch, (rows @ zq.T).view(num_views, -1, len(zq)) if len(zq) else None
 
 
-def _at_rows(table, own, rows):
-    """The table of all rows; NaN where a row is another process's, whose table has not come yet."""
-    if len(own) == rows:
-        return table
-    return table.new_full((rows, table.shape[1]), torch.nan).index_copy_(0, own, table)
+def _same_sample(pairs, block):
+    """The part of (V, n, V, B) that pairs rows of one sample, as a view (V, V, n)."""
+    return pairs[..., block].diagonal(0, 1, 3)
 
 
-def _chunks(rows, columns):
-    step = max(1, _CHUNK_ELEMENTS // max(columns, 1))
-    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+def _self(pairs, block):
+    """The part of (V, n, V, B) that pairs each row with itself, as a view (n, V)."""
+    return _same_sample(pairs, block).diagonal(0, 0, 1)
 
 
-def _view_tables(z, zq, scale, num_views, name, core_view, own):
-    """loss (R,), logw (R, V [+ 1]) and coef (R, V) of the rows ``own``, from N (negatives by view) and P (positives)"""
-    rows = len(z)
-    batch = rows // num_views
-    sample = own % batch
-    negatives = torch.empty(len(own), num_views + bool(len(zq)), dtype=torch.float64, device=z.device)
-    for chunk in _chunks(len(own), rows + len(zq)):
-        mine = z[own[chunk]]
-        scores = (scale.to(z.dtype) * (mine @ z.T)).view(-1, num_views, batch)
-        index = sample[chunk, None, None].expand(-1, num_views, 1)
-        negatives[chunk, :num_views] = _logsumexp(scores.scatter_(2, index, -torch.inf))
-        if len(zq):
-            negatives[chunk, -1] = _logsumexp(scale.to(z.dtype) * (mine @ zq.T))
-    zv = z[own].view(num_views, -1, z.shape[1])
-    positives = torch.stack([(zv * zv[v]).sum(-1) for v in range(num_views)], -1).double() * scale
-    tables = [
-        _coefficients(name, u, core_view, num_views, negatives.view(*zv.shape[:2], -1)[u], positives[u])
-        for u in range(num_views)
-    ]
-    return tuple(torch.cat(column) for column in zip(*tables, strict=True))
+def _join(blocks):
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1)
 
 
-def _logsumexp(scores):
-    """Over the last dimension, in float64 from the sum on: rounding the result to float32 at scores of 1 / temperature
-    would make probabilities that do not sum to one, and the gradient of the temperature is a difference of scores."""
-    largest = scores.amax(-1)
+def _of_all_rows(table, samples, batch):
+    """The table (V, n, columns) as (V B, columns); NaN in other processes' rows, which have not come yet."""
+    if len(samples) < batch:
+        own, table = table, table.new_full((len(table), batch, table.shape[-1]), torch.nan)
+        table[:, samples.start : samples.stop] = own
+    return table.reshape(-1, table.shape[-1]).contiguous()
+
+
+def _view_tables(blocks, num_views, has_queue, name, core_view):
+    """loss (V, n), logw (V, n, V [+ 1]) and coef (V, n, V)."""
+    negatives, positives = [], []
+    for block, scores, queue_scores in blocks:
+        same = _same_sample(scores, block)
+        positives.append(same.transpose(1, 2).to(torch.float64, copy=True))
+        same.fill_(-torch.inf)
+        sums = [_logsumexp_(scores)]
+        if has_queue:
+            sums.append(_logsumexp_(queue_scores).unsqueeze(-1))
+        negatives.append(torch.cat(sums, -1) if has_queue else sums[0])
+    return _coefficients(name, core_view, num_views, _join(negatives), _join(positives))
+
+
+def _logsumexp_(scores):
+    """Over the last dimension, overwriting it; in float64 from the sum on: rounding the result to float32 at scores of
+    1 / temperature would make probabilities that do not sum to one, and the gradient of the temperature is a difference
+    of scores."""
+    largest = scores.amax(-1, keepdim=True)
     largest = torch.where(largest.isinf(), 0, largest)
-    return (scores - largest.unsqueeze(-1)).exp().sum(-1).double().log() + largest
+    return scores.sub_(largest).exp_().sum(-1).double().log_().add_(largest.squeeze(-1))
 
 
-def _coefficients(name, u, core_view, num_views, n, p):
-    """One anchor view: loss (B,), logw (B, K), coef (B, V) from N (B, K) and P (B, V). The table of the objectives."""
-    positive = positive_views(u, num_views, core_view)
-    negative = negative_views(u, num_views, core_view, name)
-    queue = list(range(num_views, n.shape[1]))
-    count = len(positive)
-    logw = torch.full_like(n, -torch.inf)
-    coef = torch.zeros_like(p)
-    pos = p[:, positive]
+def _coefficients(name, core_view, num_views, n, p):
+    """loss (V, B), logw (V, B, K), coef (V, B, V) from the log-sum-exp of the negatives by view (and of the queue), n
+    (V, B, K), and the positives' scores p (V, B, V). The table of the objectives."""
+    device, every = n.device, range(num_views)
+    met = [positive_views(u, num_views, core_view) for u in every]
+    share = torch.tensor([[[(v in met[u]) / len(met[u]) for v in every]] for u in every], dtype=n.dtype, device=device)
+    positive = share > 0
+    used = [negative_views(u, num_views, core_view, name) for u in every]
+    extra = range(num_views, n.shape[-1])  # the queue's column
+    negative = torch.tensor([[[v in used[u] or v in extra for v in range(n.shape[-1])]] for u in every], device=device)
+
+    def mean(values):
+        return torch.where(positive, share * values, 0).sum(-1)
+
+    rest = torch.where(negative, n, -torch.inf).logsumexp(-1, keepdim=True)
     if name in ("pairwise", "cross_view"):
-        shared = queue + ([u] if name == "pairwise" else [])
-        rest = torch.stack([n[:, [v, *shared]].logsumexp(-1) for v in positive], -1)
-        each = -torch.logaddexp(rest, pos) - math.log(count)
-        logw[:, positive] = each
-        logw[:, shared] = each.logsumexp(-1, keepdim=True)
-        coef[:, positive] = -torch.sigmoid(rest - pos) / count
-        return _log_ratio(rest, pos).mean(-1), logw, coef
-    used = negative + queue
-    rest = n[:, used].logsumexp(-1, keepdim=True)
-    if name == "per_positive":
-        logw[:, used] = (-torch.logaddexp(rest, pos)).logsumexp(-1, keepdim=True) - math.log(count)
-        coef[:, positive] = -torch.sigmoid(rest - pos) / count
-        return _log_ratio(rest, pos).mean(-1), logw, coef
-    if name == "decoupled":
-        den = rest
-        coef[:, positive] = -1 / count
-        loss = den[:, 0] - pos.mean(-1)
-    else:
-        inside = pos.logsumexp(-1, keepdim=True)
-        den = torch.logaddexp(rest, inside)
-        if name == "supcon_out":
-            coef[:, positive] = (pos - den).exp() - 1 / count
-            loss = (den - pos).mean(-1)
+        own = n.diagonal(0, 0, 2).T.unsqueeze(-1)  # of the anchor's view
+        rest = n[..., :num_views]
+        for shared in ([own] if name == "pairwise" else []) + [n[..., extra.start :]] * len(extra):
+            rest = torch.logaddexp(rest, shared)
+    if name in ("pairwise", "cross_view", "per_positive"):
+        each = torch.where(positive, share.log() - torch.logaddexp(rest, p), -torch.inf)
+        total = each.logsumexp(-1, keepdim=True)
+        if name == "per_positive":
+            logw = torch.where(negative, total, -torch.inf)
         else:
-            coef[:, positive] = (pos - den).exp() - (pos - inside).exp()
-            loss = (den - inside)[:, 0] + math.log(count)
-    logw[:, used] = torch.where(den == -torch.inf, -torch.inf, -den)
-    return loss, logw, coef
+            logw = torch.cat([each, *[total] * len(extra)], -1)
+            if name == "pairwise":
+                logw.diagonal(0, 0, 2).copy_(total.squeeze(-1).T)
+        return mean(_log_ratio(rest, p)), logw, torch.where(positive, -share * torch.sigmoid(rest - p), 0)
+    if name == "decoupled":
+        den, loss, coef = rest, rest.squeeze(-1) - mean(p), -share.expand_as(p)
+    else:
+        lsep = torch.where(positive, p, -torch.inf).logsumexp(-1, keepdim=True)
+        den = torch.logaddexp(rest, lsep)
+        if name == "supcon_out":
+            loss, coef = den.squeeze(-1) - mean(p), (p - den).exp() - share
+        else:
+            loss, coef = (den - lsep).squeeze(-1) - share.amax(-1).log(), (p - den).exp() - (p - lsep).exp()
+        coef = torch.where(positive, coef, 0)
+    return loss, torch.where(negative & (den > -torch.inf), -den, -torch.inf), coef
 
 
 def _log_ratio(rest, pos):
@@ -243,78 +260,95 @@ def _log_ratio(rest, pos):
     return torch.nn.functional.softplus(torch.where(pos < torch.inf, rest - pos, torch.nan), threshold=700)
 
 
-def _label_tables(z, zq, scale, groups, name, own):
-    """As ``_view_tables``, for labels: logw (R, 1 [+ 1]), coef (R, 4)."""
-    loss = torch.empty(len(own), dtype=torch.float64, device=z.device)
-    logw = torch.empty(len(own), 1 + bool(len(zq)), dtype=torch.float64, device=z.device)
-    coef = torch.empty(len(own), 4, dtype=torch.float64, device=z.device)
-    for chunk in _chunks(len(own), len(z) + len(zq)):
-        mine = z[own[chunk]]
-        scores = (scale.to(z.dtype) * (mine @ z.T)).double()
-        positive, negative = _label_masks(groups, own[chunk])
-        rest = scores.masked_fill(~negative, -torch.inf)
-        if len(zq):
-            rest = torch.cat([rest, (scale.to(z.dtype) * (mine @ zq.T)).double()], -1)
-        n = rest.logsumexp(-1)
-        count = positive.sum(-1).double()
+def _label_tables(blocks, num_views, labels, name):
+    """As ``_view_tables``, for labels: loss (V, n), logw (V, n, 1 [+ 1]), coef (V, n, 4)."""
+    tables = []
+    for block, scores, queue_scores in blocks:
+        same = _same_label(labels, block, num_views)
+        flat = scores.flatten(2)
+
+        def of_positives(values, otherwise, same=same, block=block, shape=scores.shape):
+            values = values.masked_fill(~same, otherwise)
+            _self(values.view(shape), block).fill_(otherwise)
+            return values
+
+        count = same.sum(-1).double() - 1
         safe = count.clamp_min(1)
-        lsep = scores.masked_fill(~positive, -torch.inf).logsumexp(-1)
-        mean = scores.masked_fill(~positive, 0).sum(-1) / safe
-        den = n if name == "decoupled" else torch.logaddexp(n, lsep)
-        weight = torch.where(den == -torch.inf, -torch.inf, -den)
+        n = _logsumexp_(flat.masked_fill(same, -torch.inf))
+        if queue_scores is not None:
+            n = torch.logaddexp(n, _logsumexp_(queue_scores))
+        den = lsep = n
+        if name in ("supcon_out", "supcon_in"):
+            lsep = _logsumexp_(of_positives(flat, -torch.inf))
+            den = torch.logaddexp(n, lsep)
+        logw = -den
         if name == "per_positive":
-            term = _log_ratio(n[:, None], scores)
-            value = term.masked_fill(~positive, 0).sum(-1) / safe
-            each = -torch.logaddexp(n[:, None], scores)
-            weight = each.masked_fill(~positive, -torch.inf).logsumexp(-1) - safe.log()
-            weight = torch.where(n == -torch.inf, -torch.inf, weight)
+            ratio = _minus(n.unsqueeze(-1), flat)
+            logw = of_positives(ratio.sigmoid(), 0).sum(-1).double().log() - n - safe.log()
+            ratio = torch.where(flat < torch.inf, ratio, torch.nan)  # as in _log_ratio
+            loss = of_positives(torch.nn.functional.softplus(ratio, threshold=700), 0).sum(-1).double() / safe
         elif name == "supcon_in":
-            value = den - lsep + safe.log()
+            loss = den - lsep + safe.log()
         else:
-            value = den - mean
+            loss = den - of_positives(flat, 0).sum(-1).double() / safe
         # An anchor without positives counts as zero loss, and pushes nothing away.
-        loss[chunk] = torch.where(count > 0, value, 0)
-        logw[chunk] = torch.where(count > 0, weight, -torch.inf)[:, None]
-        coef[chunk] = torch.stack([den, lsep, torch.where(count > 0, 1 / safe, 0), n], -1)
-    return loss, logw, coef
+        loss = torch.where(count > 0, loss, 0)
+        logw = torch.where((count > 0) & (den > -torch.inf), logw, -torch.inf)
+        share = torch.where(count > 0, 1 / safe, 0).expand_as(n)
+        logw = logw.unsqueeze(-1).expand(-1, -1, 1 + (queue_scores is not None))
+        tables.append((loss, logw, torch.stack([den, lsep, share, n], -1)))
+    return tuple(map(_join, zip(*tables, strict=True)))
 
 
-def _label_masks(groups, at):
-    """(positive, negative) masks of the rows ``at`` against all rows; a row is neither to itself."""
-    same = groups[at, None] == groups[None, :]
-    every = torch.arange(len(groups), device=groups.device)
-    return same & (at[:, None] != every[None, :]), ~same
+def _same_label(labels, block, num_views):
+    """Whether a sample of the block and a row have the same label: (n, V B)."""
+    return (labels[block, None] == labels).repeat(1, num_views)
 
 
-def _view_pair_gradient(scores, at, logw, g, view, num_views):
-    """G of the rows ``at``: the anchors' own weights plus, G being symmetric, those of the columns as anchors."""
-    rows = scores.shape[1]
-    batch = rows // num_views
-    as_anchor = logw[at, :num_views].repeat_interleave(batch, dim=1)
-    as_column = logw[:, :num_views].T[view[at]]
-    scores = scores.double()
-    pair = g[at, None] * (scores + as_anchor).exp() + g * (scores + as_column).exp()
-    index = torch.arange(rows, device=scores.device)
-    return pair.masked_fill_(at[:, None] % batch == index % batch, 0)
+def _label_pairs(scores, block, logw, coef, g, labels, name):
+    """G (V, n, V, B) of the rows of a block; with labels the view of a negative does not matter."""
+    same = _same_label(labels, block, len(logw))
+    tables = (logw[..., 0], g, *coef.unbind(-1))
+    as_anchors = _label_anchors(scores.flatten(2), same, *(t[:, block, None] for t in tables), name)
+    as_columns = _label_anchors(scores.flatten(2), same, *(t.reshape(1, 1, -1) for t in tables), name)
+    pairs = as_anchors.add_(as_columns).view(scores.shape)
+    _self(pairs, block).fill_(0)
+    return pairs
 
 
-def _label_pair_gradient(scores, at, logw, coef, g, groups, name):
-    scores = scores.double()
-    positive, negative = _label_masks(groups, at)
-    apart = g[at, None] * (scores + logw[at, :1]).exp() + g * (scores + logw[:, 0]).exp()
-    together = g[at, None] * _label_coefficients(name, scores, coef[at, None]) + g * _label_coefficients(
-        name, scores, coef[None]
-    )
-    return apart.masked_fill(~negative, 0) + together.masked_fill(~positive, 0)
-
-
-def _label_coefficients(name, score, coef):
-    """d loss_i / d S_ip for a positive p of anchor i, from the anchor's (den, lsep, 1 / count, n)."""
-    den, lsep, share, n = coef.unbind(-1)
+def _label_anchors(scores, same, logw, g, den, lsep, share, n, name):
+    """``g d loss / d S`` of the anchors whose tables are given."""
+    apart = _weighted(scores, *_exponents(logw, g, scores.dtype))
+    together = (-g * share).to(scores.dtype)
     if name == "supcon_out":
-        return (score - den).exp() - share
-    if name == "supcon_in":
-        return (score - den).exp() - (score - lsep).exp()
-    if name == "per_positive":
-        return -share * torch.sigmoid(n - score)
-    return -share.expand_as(score)
+        together = apart + together
+    elif name == "supcon_in":  # exp(S - den) - exp(S - lsep)
+        together = _weighted(scores, *_exponents(-lsep, g * torch.expm1(lsep - den), scores.dtype))
+    elif name == "per_positive":
+        together = _minus(n, scores).sigmoid_().mul_(together)
+    return torch.where(same, together, apart)
+
+
+def _weighted(scores, high, factor):
+    """``factor exp(high + scores)``, with tables of ``_exponents``."""
+    return (scores + high).exp_().mul_(factor)
+
+
+def _exponents(logw, g, dtype):
+    """``g exp(logw)`` as ``factor exp(high)``, see :func:`_weighted`."""
+    high, low = _split(logw, dtype)
+    return high, (g * low.exp()).to(dtype)
+
+
+def _minus(n, scores):
+    high, low = _split(n, scores.dtype)
+    return (high - scores).add_(low.to(scores.dtype))
+
+
+def _split(x, dtype):
+    """Float64 numbers as ``high``, what ``dtype`` can hold of them, and the rest. At -100, rounding to float32 alone
+    would move all of an anchor's probabilities by up to 4e-6 of them, and the gradient of the temperature is a
+    difference of scores."""
+    x = x.clamp(min=-(2.0**100))  # in place of -inf, whose difference with itself is NaN
+    high = x.to(dtype)
+    return high, x - high
