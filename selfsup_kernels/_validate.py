@@ -128,8 +128,14 @@ def scalar(name: str, tensor: torch.Tensor) -> None:
 
 
 def readable(tensor: torch.Tensor) -> bool:
-    """Whether reading the value costs nothing: on the host, and not while a graph is being traced."""
-    return not torch.compiler.is_compiling() and tensor.device.type == "cpu"
+    """Whether there is a value, and reading it costs nothing: on the host, not while a graph is being traced, not
+    under a transform of ``torch.func``, and not of a fake tensor or another subclass."""
+    return (
+        not torch.compiler.is_compiling()
+        and tensor.device.type == "cpu"
+        and type(tensor) in (torch.Tensor, torch.nn.Parameter)
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    )
 
 
 def labels(value, batch: int, device: torch.device) -> None:

@@ -9,6 +9,7 @@ from selfsup_kernels import _tensor_lists as lists
 from selfsup_kernels import _validate as check
 from selfsup_kernels import backends, distributed, ops
 from selfsup_kernels._rows import Layout, check_size
+from selfsup_kernels.autograd._transforms import apply
 from selfsup_kernels.autograd.byol import BYOL
 from selfsup_kernels.autograd.info_nce import InfoNCE
 from selfsup_kernels.autograd.info_nce_group import GroupInfoNCE
@@ -86,7 +87,7 @@ def info_nce_loss(
         call = _check_info_nce(*arguments)
         if call.matrices[0].shape[0] < 2 and queue is None:
             raise ValueError("views: expected at least 2 samples (one sample has no negatives), got 1")
-        loss = InfoNCE.apply(*call.constants, *call.tensors)
+        loss = apply(InfoNCE, *call.constants, *call.tensors)
     else:
         loss, call = _group_info_nce(group, arguments)
     return loss if call.autocast else loss.to(call.matrices[0].dtype)
@@ -227,7 +228,7 @@ def byol_loss(predictions, targets, *, eps=1e-12, reduction="mean", impl="auto")
             both, _ = _one_dtype([*p, *t], None)
             p, t = both[: len(p)], both[len(p) :]
         tensors = [*p, *map(_constant, t)]
-    loss = BYOL.apply(impl, eps, reduction, stacked, 1 if stacked else len(p), *tensors)
+    loss = apply(BYOL, impl, eps, reduction, stacked, 1 if stacked else len(p), *tensors)
     if pairs and loss.dim():
         loss = loss.squeeze(0)
     return loss if autocast else loss.to(dtype)
