@@ -24,6 +24,19 @@ def dtensor_type():
     return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
 
 
+def gathered(tensor):
+    """A tensor, or the whole of a DTensor as a plain tensor: every process of its mesh has to ask for it.
+
+    Its gradient is the mean of those of the processes, as ``fully_shard`` takes it.
+    """
+    kind = dtensor_type()
+    if kind is None or not isinstance(tensor, kind):
+        return tensor
+    from torch.distributed.tensor import Partial
+
+    return tensor.full_tensor(grad_placements=[Partial("avg")] * tensor.device_mesh.ndim)
+
+
 @torch.no_grad()
 def local(targets, sources, pair_names):
     """Both lists with the local shard in the place of each DTensor, or None if there are none.
