@@ -18,10 +18,13 @@ def views(name: str, value, minimum: int) -> list[torch.Tensor]:
     """A ``(V, B, D)`` tensor or a sequence of V ``(B, D)`` tensors, as a list of V matrices."""
     if isinstance(value, torch.Tensor):
         if value.dim() != 3:
-            halves = f"; as two views: {name}.chunk(2)" if value.dim() == 2 and len(value) % 2 == 0 else ""
+            hint = ""
+            if name == "views" and value.dim() == 2:
+                two = "; as two views: views.chunk(2)" if len(value) % 2 == 0 else ""
+                hint = "; as one view: [views]" if minimum == 1 else two
             raise ValueError(
                 f"{name}: expected a (V, B, D) tensor or a sequence of (B, D) tensors,"
-                f" got a tensor of shape {tuple(value.shape)}{halves}"
+                f" got a tensor of shape {tuple(value.shape)}{hint}"
             )
         matrices = list(value.unbind(0))
         if not matrices:
@@ -39,6 +42,7 @@ def views(name: str, value, minimum: int) -> list[torch.Tensor]:
             raise ValueError(
                 f"{name}[{i}]: expected the shape of {name}[0], {tuple(first.shape)}, got {tuple(matrix.shape)}"
             )
+        own(f"{name}[{i}]", matrix)
         floating(f"{name}[{i}]", matrix)
     if first.shape[0] == 0:
         raise ValueError(f"{name}: expected a non-empty batch, got shape {tuple(first.shape)}")
@@ -68,6 +72,15 @@ def floating(name: str, tensor: torch.Tensor) -> None:
         )
     if tensor.layout != torch.strided:
         raise TypeError(f"{name}: expected a dense tensor, got layout {tensor.layout}")
+
+
+def own(name: str, tensor: torch.Tensor) -> None:
+    """Raise for a DTensor: the losses put the samples of several processes together by ``group=``."""
+    if _shards.is_dtensor(tensor):
+        raise TypeError(
+            f"{name}: expected a plain tensor, got a DTensor; pass its to_local(), with group=mesh.get_group() where"
+            " the samples of all processes are negatives, or its full_tensor()"
+        )
 
 
 def same_dtype_and_device(named: dict[str, torch.Tensor], check_dtype: bool = True) -> None:
@@ -193,6 +206,7 @@ def labels(value, matrices: list[torch.Tensor]) -> None:
     batch, device = len(matrices[0]), matrices[0].device
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"labels: expected an integer tensor, got {type(value).__name__}")
+    own("labels", value)
     if value.layout != torch.strided:
         raise TypeError(f"labels: expected a dense tensor, got layout {value.layout}")
     if value.dtype not in LABELS:
@@ -211,6 +225,7 @@ def labels(value, matrices: list[torch.Tensor]) -> None:
 def queue(value, dim: int) -> None:
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"queue: expected a (K, D) tensor, got {type(value).__name__}")
+    own("queue", value)
     floating("queue", value)
     if value.dim() != 2 or value.shape[0] == 0 or value.shape[1] != dim:
         raise ValueError(f"queue: expected shape (K, {dim}) with K >= 1, got {tuple(value.shape)}")

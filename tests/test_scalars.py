@@ -164,6 +164,31 @@ def test_temperature_that_is_a_dtensor(ranks, replicated):
         assert_within("temperature", grad[0], (want[0][2] + want[1][2]) / 2)
 
 
+def refused(group):
+    """What is said of views, labels and a queue that are DTensors."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (2,))
+    views = distribute_tensor(VIEWS, mesh, [Shard(1)])
+    rows = distribute_tensor(VIEWS[0], mesh, [Replicate()])
+    for name, call in (
+        ("views", lambda: sk.info_nce_loss(views)),
+        ("views", lambda: sk.info_nce_loss([rows, rows])),
+        ("views", lambda: sk.contrastive_stats(views)),
+        ("labels", lambda: sk.info_nce_loss(VIEWS, labels=distribute_tensor(torch.arange(8), mesh, [Shard(0)]))),
+        ("queue", lambda: sk.info_nce_loss(VIEWS, queue=rows)),
+        ("predictions", lambda: sk.byol_loss(views, VIEWS)),
+        ("targets", lambda: sk.byol_loss(VIEWS, views)),
+    ):
+        with pytest.raises(TypeError, match=rf"^{name}.*: expected a plain tensor, got a DTensor; pass its to_local"):
+            call()
+
+
+def test_views_that_are_dtensors_are_refused(ranks):
+    ranks.run(2, refused)
+
+
 NUMBERS = [np.float64(0.25), np.float32(0.25), np.float16(0.25)]
 
 
