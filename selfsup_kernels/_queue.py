@@ -26,6 +26,7 @@ def queue_log_sums(rows, queue, temperature, eps=1e-12, impl="auto"):
         queue=queue.to(rows.dtype),
         eps=eps,
         reduction="none",
+        group="local",
         impl=impl,
     )[0]
     mean = (rows * (rows.sum(0) - rows)).sum(-1) / (len(rows) - 1)

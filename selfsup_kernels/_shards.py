@@ -24,6 +24,25 @@ def dtensor_type():
     return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
 
 
+def is_dtensor(tensor) -> bool:
+    if type(tensor) in (torch.Tensor, torch.nn.Parameter):
+        return False
+    kind = dtensor_type()
+    return kind is not None and isinstance(tensor, kind)
+
+
+def gathered(tensor):
+    """A tensor, or the whole of a DTensor as a plain tensor: every process of its mesh has to ask for it.
+
+    Its gradient is the mean of those of the processes, as ``fully_shard`` takes it.
+    """
+    if not is_dtensor(tensor):
+        return tensor
+    from torch.distributed.tensor import Partial
+
+    return tensor.full_tensor(grad_placements=[Partial("avg")] * tensor.device_mesh.ndim)
+
+
 @torch.no_grad()
 def local(targets, sources, pair_names):
     """Both lists with the local shard in the place of each DTensor, or None if there are none.

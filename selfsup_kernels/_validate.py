@@ -5,18 +5,26 @@ Nothing here reads a tensor's values on an accelerator: that would stall the str
 
 import math
 import numbers
+import warnings
 from collections.abc import Sequence
 
 import torch
+
+from selfsup_kernels import _shards
+from selfsup_kernels.objectives import OBJECTIVES, SYNONYMS
 
 
 def views(name: str, value, minimum: int) -> list[torch.Tensor]:
     """A ``(V, B, D)`` tensor or a sequence of V ``(B, D)`` tensors, as a list of V matrices."""
     if isinstance(value, torch.Tensor):
         if value.dim() != 3:
+            hint = ""
+            if name == "views" and value.dim() == 2:
+                two = "; as two views: views.chunk(2)" if len(value) % 2 == 0 else ""
+                hint = "; as one view: [views]" if minimum == 1 else two
             raise ValueError(
                 f"{name}: expected a (V, B, D) tensor or a sequence of (B, D) tensors,"
-                f" got a tensor of shape {tuple(value.shape)}"
+                f" got a tensor of shape {tuple(value.shape)}{hint}"
             )
         matrices = list(value.unbind(0))
         if not matrices:
@@ -28,11 +36,13 @@ def views(name: str, value, minimum: int) -> list[torch.Tensor]:
     first = matrices[0]
     for i, matrix in enumerate(matrices):
         if matrix.dim() != 2:
-            raise ValueError(f"{name}[{i}]: expected a (B, D) tensor, got shape {tuple(matrix.shape)}")
+            labels = "; labels are passed by name, labels=" if matrix.dim() == 1 and matrix.dtype in LABELS else ""
+            raise ValueError(f"{name}[{i}]: expected a (B, D) tensor, got shape {tuple(matrix.shape)}{labels}")
         if matrix.shape != first.shape:
             raise ValueError(
                 f"{name}[{i}]: expected the shape of {name}[0], {tuple(first.shape)}, got {tuple(matrix.shape)}"
             )
+        own(f"{name}[{i}]", matrix)
         floating(f"{name}[{i}]", matrix)
     if first.shape[0] == 0:
         raise ValueError(f"{name}: expected a non-empty batch, got shape {tuple(first.shape)}")
@@ -64,6 +74,15 @@ def floating(name: str, tensor: torch.Tensor) -> None:
         raise TypeError(f"{name}: expected a dense tensor, got layout {tensor.layout}")
 
 
+def own(name: str, tensor: torch.Tensor) -> None:
+    """Raise for a DTensor: the losses put the samples of several processes together by ``group=``."""
+    if _shards.is_dtensor(tensor):
+        raise TypeError(
+            f"{name}: expected a plain tensor, got a DTensor; pass its to_local(), with group=mesh.get_group() where"
+            " the samples of all processes are negatives, or its full_tensor()"
+        )
+
+
 def same_dtype_and_device(named: dict[str, torch.Tensor], check_dtype: bool = True) -> None:
     """All of ``named`` on one device and, unless autocast will see to it, of one dtype."""
     (first_name, first), *rest = named.items()
@@ -79,33 +98,64 @@ def autocasts(device: torch.device) -> bool:
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
-def choice(name: str, value, allowed: Sequence[str]) -> int:
-    """The position of ``value`` in ``allowed``."""
+def samples(batch: int, where: str = "") -> None:
+    """Raise unless there are two: without a queue one sample has nothing to be told from."""
+    if batch < 2:
+        raise ValueError(
+            f"views: expected at least 2 samples{where} (one sample has no negatives), got {batch};"
+            " a DataLoader with drop_last=True leaves out such a last batch"
+        )
+
+
+def choice(name: str, value, allowed: Sequence[str], hint: str = "") -> int:
+    """The position of ``value`` in ``allowed``; ``hint`` ends the message of one that is not."""
     if not isinstance(value, str) or value not in allowed:
-        raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
+        raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}{hint}")
     return allowed.index(value)
 
 
+def objective(value) -> int:
+    """The number of an objective. One that has another name in the field is told ours."""
+    hint = ""
+    if isinstance(value, str) and value not in OBJECTIVES:
+        plain = "".join(filter(str.isalnum, value.lower()))
+        known = [repr(name) for name in OBJECTIVES if name.replace("_", "") == plain] or SYNONYMS.get(plain)
+        hint = f"; its name here is {' or '.join(known)}" if known else ""
+    return choice("objective", value, OBJECTIVES, hint)
+
+
+def warn_once(kind: str, message: str) -> None:
+    """A warning, once a process for each ``kind``, that points at the caller of the public function."""
+    if kind not in _warned:
+        _warned.add(kind)
+        warnings.warn(f"selfsup_kernels: {message}", stacklevel=4)
+
+
+_warned: set[str] = set()
+
+
+def integer(name: str, value, least: int, end: int | None = None, expected: str = "an integer") -> int:
+    """An integer of Python's or NumPy's in ``[least, end)``."""
+    whole = isinstance(value, (int, numbers.Integral)) and not isinstance(value, bool)
+    if not whole or value < least or (end is not None and value >= end):
+        bounds = f">= {least}" if end is None else f"in [{least}, {end})"
+        raise ValueError(f"{name}: expected {expected} {bounds}, got {value!r}")
+    return int(value)
+
+
 def positive_number(name: str, value) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if isinstance(value, int) and value > 2**1000:
-        raise ValueError(f"{name}: expected a number that float64 holds, got one of {value.bit_length()} bits")
+    value = real(name, value)
     if not 0 < value < math.inf:  # comparisons, since torch.compile can follow them where the number is symbolic
         raise ValueError(f"{name}: expected a finite number > 0, got {value}")
-    return float(value)
+    return value
 
 
 def temperature(value) -> tuple[torch.Tensor | None, float]:
-    """``(tensor, 0)`` for a 0-dim tensor, ``(None, number)`` for a number."""
+    """``(0-dim tensor or None, number)`` of a number or a tensor of one element; 0 for a tensor that is not read."""
     if not isinstance(value, torch.Tensor):
         return None, positive_number("temperature", value)
-    scalar("temperature", value)
-    if readable(value):
-        number = value.item()
-        if not math.isfinite(number) or number <= 0:
-            raise ValueError(f"temperature: expected a finite number > 0, got {number}")
-    return value, 0.0
+    value = scalar("temperature", value)
+    return value, positive_number("temperature", value.item()) if readable(value) else 0.0
 
 
 def real(name: str, value, expected: str = "a number") -> float:
@@ -117,15 +167,11 @@ def real(name: str, value, expected: str = "a number") -> float:
     return float(value)
 
 
-_PLAIN_DISPATCH = torch.Tensor.__torch_dispatch__  # a FakeTensor has no value to read
-
-
 def momentum(value) -> tuple[torch.Tensor | None, float]:
     """``(0-dim tensor, 0)`` for a tensor of one element, ``(None, number)`` for a number in [0, 1]."""
     if isinstance(value, torch.Tensor):
-        value = value.reshape(()) if value.numel() == 1 and value.dim() else value
-        scalar("momentum", value)
-        number = value.item() if readable(value) and type(value).__torch_dispatch__ is _PLAIN_DISPATCH else 0.0
+        value = scalar("momentum", value)
+        number = value.item() if readable(value) else 0.0
     else:
         number = real("momentum", value, "a number or a tensor of one element")
     if not 0 <= number <= 1:
@@ -133,26 +179,43 @@ def momentum(value) -> tuple[torch.Tensor | None, float]:
     return (value, 0.0) if isinstance(value, torch.Tensor) else (None, number)
 
 
-def scalar(name: str, tensor: torch.Tensor) -> None:
-    if tensor.dim() != 0:
-        raise ValueError(f"{name}: expected a number or a 0-dim tensor, got shape {tuple(tensor.shape)}")
+def scalar(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """The 0-dim tensor of a tensor with one element; of all of a DTensor."""
+    if tensor.numel() != 1:
+        raise ValueError(f"{name}: expected a number or a tensor of one element, got shape {tuple(tensor.shape)}")
     floating(name, tensor)
+    tensor = _shards.gathered(tensor)
+    return tensor.reshape(()) if tensor.dim() else tensor
 
 
 def readable(tensor: torch.Tensor) -> bool:
-    """Whether reading the value costs nothing: on the host, and not while a graph is being traced."""
-    return not torch.compiler.is_compiling() and tensor.device.type == "cpu"
+    """Whether there is a value, and reading it costs nothing: on the host, not while a graph is being traced, not
+    under a transform of ``torch.func``, and not of a fake tensor or another subclass."""
+    return (
+        not torch.compiler.is_compiling()
+        and tensor.device.type == "cpu"
+        and type(tensor) in (torch.Tensor, torch.nn.Parameter)
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    )
 
 
-def labels(value, batch: int, device: torch.device) -> None:
+def labels(value, matrices: list[torch.Tensor]) -> None:
+    """Check the labels of views."""
+    batch, device = len(matrices[0]), matrices[0].device
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"labels: expected an integer tensor, got {type(value).__name__}")
-    if value.dtype not in LABELS or value.layout != torch.strided:
-        raise TypeError(
-            f"labels: expected a dense tensor of int64, int32, int16, int8 or uint8, got {value.dtype}, {value.layout}"
-        )
+    own("labels", value)
+    if value.layout != torch.strided:
+        raise TypeError(f"labels: expected a dense tensor, got layout {value.layout}")
+    if value.dtype not in LABELS:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in LABELS)
+        raise TypeError(f"labels: expected a tensor of {names}, got {str(value.dtype).removeprefix('torch.')}")
     if tuple(value.shape) != (batch,):
-        raise ValueError(f"labels: expected shape ({batch},), one per sample, got {tuple(value.shape)}")
+        turned = f"; views are (V, B, D), here {len(matrices)} of {batch} samples"
+        raise ValueError(
+            f"labels: expected shape ({batch},), one per sample, got {tuple(value.shape)}"
+            + (turned if tuple(value.shape) == (len(matrices),) else "")
+        )
     if value.device != device:
         raise ValueError(f"labels: expected the device of views, {device}, got {value.device}")
 
@@ -160,6 +223,7 @@ def labels(value, batch: int, device: torch.device) -> None:
 def queue(value, dim: int) -> None:
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"queue: expected a (K, D) tensor, got {type(value).__name__}")
+    own("queue", value)
     floating("queue", value)
     if value.dim() != 2 or value.shape[0] == 0 or value.shape[1] != dim:
         raise ValueError(f"queue: expected shape (K, {dim}) with K >= 1, got {tuple(value.shape)}")

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from selfsup_kernels import _validate as check
 from selfsup_kernels import ops
-from selfsup_kernels._validate import FLOATING
 from selfsup_kernels.objectives import OBJECTIVES
 
 
@@ -63,7 +63,7 @@ class Header(NamedTuple):
     def shown(self, field: str) -> str:
         value = getattr(self, field)
         names = {
-            "dtype": [str(d).removeprefix("torch.") for d in FLOATING],
+            "dtype": [str(d).removeprefix("torch.") for d in check.FLOATING],
             "objective": OBJECTIVES,
             "reduction": ops.REDUCTIONS,
             "impl": ops.IMPLS,
@@ -97,13 +97,56 @@ class SharesGroup:
         return copied
 
 
-def check_group(group) -> None:
-    """Raise unless ``group`` is a process group that this process is in."""
+WORLD, LOCAL = "world", "local"
+"""What ``group=`` may be by name: all processes, and this one alone."""
+
+
+def check_kind(group) -> None:
+    """Raise unless ``group`` is something that :func:`resolve` takes, now or later."""
+    if group is None or group in (WORLD, LOCAL):
+        return
     if not dist.is_available():
-        raise RuntimeError("group: this build of PyTorch has no torch.distributed; expected None")
-    if not isinstance(group, dist.ProcessGroup):
-        what = "GroupMember.NON_GROUP_MEMBER" if group is dist.GroupMember.NON_GROUP_MEMBER else type(group).__name__
-        raise TypeError(f"group: expected None or a torch.distributed.ProcessGroup, got {what}")
+        raise RuntimeError(f"group: this build of PyTorch has no torch.distributed; expected None or {LOCAL!r}")
+    if not isinstance(group, dist.ProcessGroup) and group is not dist.GroupMember.NON_GROUP_MEMBER:
+        what = repr(group) if isinstance(group, str) else type(group).__name__
+        raise TypeError(f"group: expected {WORLD!r}, {LOCAL!r}, None or a torch.distributed.ProcessGroup, got {what}")
+
+
+def resolve(group):
+    """What the argument ``group`` stands for in this call: a process group, or None for this process alone.
+
+    ``"world"`` is the default group of this moment, so that it may be given before ``init_process_group``. None warns
+    once where several processes run: it may be a group that was taken too early.
+    """
+    if group is None:
+        if not torch.compiler.is_compiling() and _several():
+            check.warn_once(
+                "group",
+                f"{dist.get_world_size()} processes run, and this loss has no group: each takes its negatives from its"
+                f" own samples. Pass group={WORLD!r} to take those of all, or group={LOCAL!r} to keep it so.",
+            )
+        return None
+    check_kind(group)
+    if group == LOCAL or (group == WORLD and not _several()):
+        return None
+    return dist.group.WORLD if group == WORLD else group
+
+
+def _several() -> bool:
+    """Whether there is a default group, of more processes than this one."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def shown(group) -> str:
+    """A group in the ``repr`` of a module."""
+    if group is None or isinstance(group, str):
+        return repr(group)
+    return f"{type(group).__name__} of {group.size()}" if hasattr(group, "size") else "NON_GROUP_MEMBER"
+
+
+def check_group(group) -> None:
+    """Raise unless this process is in ``group``."""
+    check_kind(group)
     if not dist.is_initialized() or dist.get_rank(group) < 0:
         raise ValueError("group: expected a group that this process is a member of")
 
@@ -138,7 +181,7 @@ def agree(group: dist.ProcessGroup, header: Header) -> tuple[Shares, int]:
                 )
     shares = Shares(group, dist.get_rank(group), tuple(other.samples for other in headers))
     if shares.batch < 2 and not header.queue:
-        raise ValueError("views: expected at least 2 samples in the group (one sample has no negatives), got 1")
+        check.samples(shares.batch, " in the group")
     return shares, max(other.queue_rows for other in headers)
 
 

@@ -248,7 +248,7 @@ def cosine_momentum(step, max_steps, base=0.996, final=1.0):
     Raises:
         ValueError, TypeError: an argument does not fit; the message says which and why.
     """
-    max_steps = check.positive_number("max_steps", check.real("max_steps", max_steps))
+    max_steps = check.positive_number("max_steps", max_steps)
     base, final = check.real("base", base), check.real("final", final)
     for name, value in (("base", base), ("final", final)):
         if not 0 <= value <= 1:

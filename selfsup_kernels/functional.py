@@ -10,6 +10,7 @@ from selfsup_kernels import _validate as check
 from selfsup_kernels import backends, distributed, ops
 from selfsup_kernels._named_tensors import match_modules
 from selfsup_kernels._rows import Layout, check_size
+from selfsup_kernels.autograd._transforms import active, apply
 from selfsup_kernels.autograd.byol import BYOL
 from selfsup_kernels.autograd.info_nce import InfoNCE
 from selfsup_kernels.autograd.info_nce_group import GroupInfoNCE
@@ -21,7 +22,7 @@ __all__ = ["ContrastiveStats", "byol_loss", "contrastive_stats", "ema_update_", 
 
 def info_nce_loss(
     views,
-    *,
+    *others,
     temperature=0.1,
     objective="supcon_out",
     labels=None,
@@ -53,7 +54,7 @@ def info_nce_loss(
 
     Args:
         views: a ``(V, B, D)`` tensor or a sequence of V ``(B, D)`` tensors; V >= 2, or V >= 1 with ``labels``.
-        temperature: a positive number, or a 0-dim tensor that may require grad.
+        temperature: a positive number, or a tensor of one element that may require grad.
         objective: see above.
         labels: ``(B,)`` integers. Samples that share one are positives of each other in every view and never
             negatives. An anchor without positives (V = 1, alone in its class) counts as zero. Not for ``pairwise``
@@ -63,31 +64,41 @@ def info_nce_loss(
         normalize: divide the rows by their norm. With ``False`` scores are plain inner products.
         eps: the floor of the norm.
         reduction: ``"mean"`` or ``"sum"`` over the anchors, or ``"none"`` for ``(V, B)``.
-        group: a ``torch.distributed`` process group: the batch is then that of all its processes together, each of
+        group: a ``torch.distributed`` process group, or ``"world"`` for all processes, looked up in the call (where
+            there is one process, that one): the batch is then that of all its processes together, each of
             which passes the views (and labels) of its own samples, as many as it has. ``"mean"`` and ``"sum"`` are over
             all anchors, the same number on every process; ``"none"`` gives ``(V, B)`` for its own. The gradient is
             that of the sum over the processes of what each makes of its result, so that after
             DistributedDataParallel's averaging the gradient of ``"mean"`` is the one of a single process with the
             whole batch. A temperature gets this process's part of its gradient: let DistributedDataParallel average
             it too. Every process has to make the same calls, forward and backward, in the same order. A queue is
-            each process's own.
+            each process's own. ``"local"``, or None: the batch is this process's; None warns, once, where several
+            processes run.
         impl: ``"auto"``, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``.
 
     Returns:
         The loss in the dtype of the views (float32 under autocast), computed in float32 at least. It is
-        differentiable once.
+        differentiable once: with ``backward()``, and, without a group, under ``torch.func`` (``grad``, ``vjp``,
+        ``jacrev``; ``vmap`` makes one call for each element of its batch).
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message says which and why.
-        RuntimeError: ``impl`` cannot be used here, a second derivative is asked for, or another process of the group
-            refused its arguments (arguments that differ between processes are a ValueError on all of them).
+        RuntimeError: ``impl`` cannot be used here, a second or a forward-mode derivative is asked for, or another
+            process of the group refused its arguments (arguments that differ between processes are a ValueError on all
+            of them).
     """
+    if others:
+        raise TypeError(
+            f"views: expected all views in one argument, [z0, z1] or (V, B, D), and the other arguments by name,"
+            f" got {1 + len(others)} positional arguments"
+        )
     arguments = (views, temperature, objective, labels, queue, core_view, normalize, eps, reduction, impl)
+    group = distributed.resolve(group)
     if group is None:
         call = _check_info_nce(*arguments)
-        if call.matrices[0].shape[0] < 2 and queue is None:
-            raise ValueError("views: expected at least 2 samples (one sample has no negatives), got 1")
-        loss = InfoNCE.apply(*call.constants, *call.tensors)
+        if queue is None:
+            check.samples(call.matrices[0].shape[0])
+        loss = apply(InfoNCE, *call.constants, *call.tensors)
     else:
         loss, call = _group_info_nce(group, arguments)
     return loss if call.autocast else loss.to(call.matrices[0].dtype)
@@ -108,21 +119,29 @@ def _check_info_nce(views, temperature, objective, labels, queue, core_view, nor
     autocast = check.autocasts(first.device)
     check.same_dtype_and_device({f"views[{i}]": m for i, m in enumerate(matrices)}, not autocast)
     temperature_tensor, temperature = check.temperature(temperature)
-    objective = check.choice("objective", objective, OBJECTIVES)
+    objective = check.objective(objective)
     reduction = check.choice("reduction", reduction, ops.REDUCTIONS)
     eps = check.positive_number("eps", eps)
+    stacked = isinstance(views, torch.Tensor)
+    if not torch.compiler.is_compiling():
+        if temperature > 2 and normalize:
+            check.warn_once(
+                "temperature", f"temperature: got {temperature:g}; a logit scale, as CLIP has, is 1 / temperature"
+            )
+        if stacked and len(matrices) > batch and views.is_contiguous():  # a transposed tensor was turned on purpose
+            check.warn_once(
+                "views", f"views: (V, B, D), got {len(matrices)} views of {batch} samples; is it (B, V, D)?"
+            )
     if labels is not None:
-        check.labels(labels, batch, first.device)
+        check.labels(labels, matrices)
         if OBJECTIVES[objective] not in LABEL_OBJECTIVES:
             raise ValueError(
                 f"labels: expected an objective of {', '.join(LABEL_OBJECTIVES)}, got {OBJECTIVES[objective]!r}"
             )
         if core_view is not None:
             raise ValueError("core_view: expected None together with labels")
-    if core_view is not None and (
-        isinstance(core_view, bool) or not isinstance(core_view, int) or not 0 <= core_view < len(matrices)
-    ):
-        raise ValueError(f"core_view: expected an integer in [0, {len(matrices)}), got {core_view!r}")
+    if core_view is not None:
+        core_view = check.integer("core_view", core_view, 0, len(matrices))
     if queue is not None:
         check.queue(queue, dim)
         check.same_dtype_and_device({"views[0]": first, "queue": queue}, not autocast)
@@ -131,11 +150,11 @@ def _check_info_nce(views, temperature, objective, labels, queue, core_view, nor
         raise ValueError(f"temperature: expected the device of views, {first.device}, got {temperature_tensor.device}")
     impl = backends.select(impl, first)
 
-    stacked = isinstance(views, torch.Tensor)
     if autocast:
         matrices, queue = _one_dtype(matrices, queue)
         views = views.to(matrices[0].dtype) if stacked else views
     core_view = -1 if core_view is None else core_view
+    temperature = 0.0 if temperature_tensor is not None else temperature
     constants = (impl, temperature, objective, core_view, bool(normalize), eps, reduction, stacked)
     return _InfoNCECall(
         matrices, autocast, constants, (temperature_tensor, labels, queue, *([views] if stacked else matrices))
@@ -145,6 +164,10 @@ def _check_info_nce(views, temperature, objective, labels, queue, core_view, nor
 @torch.compiler.disable
 def _group_info_nce(group, arguments):
     """(loss, checked call) of this process's share. Not traced: the sizes of the others are read on the host."""
+    if active():
+        raise RuntimeError(
+            "group: a loss over many processes cannot be transformed by torch.func; use backward(), or group='local'"
+        )
     distributed.check_group(group)
     call = distributed.announced(group, _check_info_nce, *arguments)
     impl, temperature, objective, core_view, normalize, eps, reduction, _ = call.constants
@@ -228,7 +251,7 @@ def byol_loss(predictions, targets, *, eps=1e-12, reduction="mean", impl="auto")
             both, _ = _one_dtype([*p, *t], None)
             p, t = both[: len(p)], both[len(p) :]
         tensors = [*p, *map(_constant, t)]
-    loss = BYOL.apply(impl, eps, reduction, stacked, 1 if stacked else len(p), *tensors)
+    loss = apply(BYOL, impl, eps, reduction, stacked, 1 if stacked else len(p), *tensors)
     if pairs and loss.dim():
         loss = loss.squeeze(0)
     return loss if autocast else loss.to(dtype)

@@ -7,9 +7,8 @@ from torch import nn
 
 from selfsup_kernels import _validate as check
 from selfsup_kernels import backends, ops
-from selfsup_kernels.distributed import SharesGroup
+from selfsup_kernels.distributed import SharesGroup, check_kind, shown
 from selfsup_kernels.functional import byol_loss, info_nce_loss
-from selfsup_kernels.objectives import OBJECTIVES
 
 
 class InfoNCELoss(SharesGroup, nn.Module):
@@ -17,12 +16,16 @@ class InfoNCELoss(SharesGroup, nn.Module):
 
     Args:
         temperature: a positive number; where training starts if it is learnable.
-        learnable_temperature: train ``logit_scale``, a 0-dim parameter that holds the logarithm of the scale
+        learnable_temperature: train ``logit_scale``, a parameter of shape ``(1,)`` with the logarithm of the scale
             :math:`1 / \tau` as in CLIP (arXiv:2103.00020, section 2.3), so that the temperature stays positive.
             Weight decay pulls it towards a temperature of 1: exclude it from weight decay.
         max_scale: with a learnable temperature, the largest scale; CLIP has 100. As there, the parameter itself is
-            clamped, here before every forward in training mode. None: no limit.
+            clamped, here before every forward in training mode. None: no limit. Under ``fully_shard`` a forward has a
+            copy of the parameter: the scale is limited all the same, the parameter itself is not.
         objective, core_view, normalize, eps, reduction, group, impl: as in :func:`selfsup_kernels.info_nce_loss`.
+            ``group="world"`` may be given before ``init_process_group``.
+
+    A ``state_dict`` whose ``logit_scale`` has no dimensions, as that of earlier versions, loads as well.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message says which and why.
@@ -44,11 +47,12 @@ class InfoNCELoss(SharesGroup, nn.Module):
     ):
         super().__init__()
         temperature = check.positive_number("temperature", temperature)
-        check.choice("objective", objective, OBJECTIVES)
+        check.objective(objective)
         check.choice("reduction", reduction, ops.REDUCTIONS)
         check.choice("impl", impl, backends.CHOICES)
-        if core_view is not None and (isinstance(core_view, bool) or not isinstance(core_view, int) or core_view < 0):
-            raise ValueError(f"core_view: expected None or an integer >= 0, got {core_view!r}")
+        if core_view is not None:
+            core_view = check.integer("core_view", core_view, 0, expected="None or an integer")
+        check_kind(group)
         if max_scale is not None:
             if not learnable_temperature:
                 raise ValueError("max_scale: expected None without learnable_temperature")
@@ -58,7 +62,8 @@ class InfoNCELoss(SharesGroup, nn.Module):
                     f"max_scale: expected at least 1 / temperature = {1 / temperature:g}, got {max_scale:g}"
                 )
         if learnable_temperature:
-            self.logit_scale = nn.Parameter(torch.tensor(-math.log(temperature), dtype=torch.float32))
+            # Of one dimension: fully_shard takes no parameter without.
+            self.logit_scale = nn.Parameter(torch.tensor([-math.log(temperature)], dtype=torch.float32))
         else:
             self.register_parameter("logit_scale", None)
         self._temperature = temperature
@@ -76,11 +81,19 @@ class InfoNCELoss(SharesGroup, nn.Module):
         """A number, or with a learnable temperature a 0-dim tensor that carries its gradient."""
         if self.logit_scale is None:
             return self._temperature
+        logit_scale = check.scalar("logit_scale", self.logit_scale)
         if self.max_scale is None:
-            return (-self.logit_scale).exp()
+            return (-logit_scale).exp()
         # Not clamp: it has no gradient beyond the limit, and saves the parameter, which forward() clamps in place.
-        excess = (self.logit_scale.detach() - math.log(self.max_scale)).clamp(min=0)
-        return (excess - self.logit_scale).exp()
+        excess = (logit_scale.detach() - math.log(self.max_scale)).clamp(min=0)
+        return (excess - logit_scale).exp()
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        name = f"{prefix}logit_scale"
+        value = state_dict.get(name)
+        if self.logit_scale is not None and isinstance(value, torch.Tensor) and value.dim() == 0:
+            state_dict[name] = value.reshape(self.logit_scale.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, *views, labels=None, queue=None):
         """The loss of ``forward(views)``, a ``(V, B, D)`` tensor or a sequence, or of ``forward(z0, z1, ...)``."""
@@ -102,11 +115,12 @@ class InfoNCELoss(SharesGroup, nn.Module):
         )
 
     def extra_repr(self):
-        learnable = self.logit_scale is not None
-        temperature = self.temperature
-        if learnable:
-            temperature = math.nan if temperature.is_meta else temperature.item()
-        parts = [f"temperature={temperature:.4g}"] + (["learnable_temperature=True"] if learnable else [])
+        if self.logit_scale is None:
+            parts = [f"temperature={self._temperature:.4g}"]
+        elif type(self.logit_scale) is nn.Parameter and not self.logit_scale.is_meta:
+            parts = [f"temperature={self.temperature.item():.4g}", "learnable_temperature=True"]
+        else:  # a DTensor, which all processes would have to read together, or a tensor without a value
+            parts = ["learnable_temperature=True"]
         defaults = {
             "max_scale": None,
             "objective": "",  # always shown
@@ -117,7 +131,8 @@ class InfoNCELoss(SharesGroup, nn.Module):
             "impl": "auto",
         }
         values = {name: getattr(self, name) for name in defaults}
-        return ", ".join(parts + [f"{name}={v!r}" for name, v in values.items() if v != defaults[name]])
+        parts += [f"{name}={v!r}" for name, v in values.items() if v != defaults[name]]
+        return ", ".join([*parts, f"group={shown(self.group)}"])
 
 
 class BYOLLoss(nn.Module):

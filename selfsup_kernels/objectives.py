@@ -3,6 +3,21 @@
 OBJECTIVES = ("supcon_out", "supcon_in", "per_positive", "pairwise", "cross_view", "decoupled")
 """The position of an objective in this tuple is its number in the ops (``csrc/common/objectives.h`` has the same)."""
 
+SYNONYMS = {
+    "clip": ["'cross_view'"],
+    "cliploss": ["'cross_view'"],
+    "cmc": ["'cross_view'"],
+    "ntxent": ["'supcon_out'"],
+    "ntxentloss": ["'supcon_out'"],
+    "simclr": ["'supcon_out'"],
+    "supcon": ["'supcon_out'"],
+    "supconloss": ["'supcon_out'"],
+    "infonce": ["'supcon_out' (both views' rows are negatives)", "'cross_view' (those of the other view alone)"],
+    "dcl": ["'decoupled'"],
+    "dclloss": ["'decoupled'"],
+}
+"""What the field calls objectives, in small letters without punctuation, and their names here: for the message."""
+
 LABEL_OBJECTIVES = ("supcon_out", "supcon_in", "per_positive", "decoupled")
 """Objectives that are defined for labels: those whose denominator does not depend on the view of the positive."""
 

@@ -233,6 +233,36 @@ for _name in _FAKES:
         torch.library.register_fake(f"{NAMESPACE}::{_name}.{_impl}", _fake, lib=_library)
 
 
+def _take(argument, dims, i):
+    """Element ``i`` of the batch of an op's argument: a tensor, a list of them, or what vmap does not see."""
+    if isinstance(argument, list):
+        return [_take(item, dim, i) for item, dim in zip(argument, dims, strict=True)]
+    return argument if dims is None else argument.select(dims, i)
+
+
+def _loop(op):
+    """The rule of ``op`` under ``torch.vmap``: a call for each element. A batch of batches has no larger product to
+    gain from; each call uses all threads, or the whole GPU, already."""
+
+    def rule(info, in_dims, *arguments):
+        if info.batch_size == 0:
+            raise ValueError("torch.vmap: expected at least one element of the batch, got 0")
+        calls = [
+            op(*(_take(argument, dims, i) for argument, dims in zip(arguments, in_dims, strict=True)))
+            for i in range(info.batch_size)
+        ]
+        if isinstance(calls[0], torch.Tensor):
+            return torch.stack(calls), 0
+        return tuple(torch.stack(outputs) for outputs in zip(*calls, strict=True)), (0,) * len(calls[0])
+
+    return rule
+
+
+for _name in ("info_nce_forward", "info_nce_backward", "byol_forward", "byol_backward"):
+    for _impl in impls_of(_name):
+        torch.library.register_vmap(f"{NAMESPACE}::{_name}.{_impl}", _loop(get(_name, _impl)), lib=_library)
+
+
 def register_reference() -> None:
     """Register the eager implementations, for every device."""
     from selfsup_kernels.reference import byol, ema, info_nce, optim

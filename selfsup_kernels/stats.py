@@ -58,14 +58,13 @@ def contrastive_stats(views, *, labels=None, normalize=True, eps=1e-12) -> Contr
     matrices = check.views("views", views, 1 if labels is not None else 2)
     check.same_dtype_and_device({f"views[{i}]": m for i, m in enumerate(matrices)})
     batch = len(matrices[0])
-    if batch < 2:
-        raise ValueError("views: expected at least 2 samples (one sample has no negatives), got 1")
+    check.samples(batch)
     device = matrices[0].device
     eps = check.positive_number("eps", eps)
     if labels is None:
         classes = torch.arange(batch, device=device)
     else:
-        check.labels(labels, batch, device)
+        check.labels(labels, matrices)
         classes = torch.unique(labels, return_inverse=True)[1]
 
     with torch.autocast(device.type, enabled=False):

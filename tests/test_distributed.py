@@ -255,9 +255,8 @@ def test_bad_input_is_an_error_on_every_rank(ranks, bad, on_the_bad_rank, elsewh
 
 
 def test_one_sample_together_is_too_few(ranks):
-    assert ranks.run(1, error_of, [{"views": torch.ones(2, 1, 4)}]) == [
-        "ValueError: views: expected at least 2 samples in the group (one sample has no negatives), got 1"
-    ]
+    (error,) = ranks.run(1, error_of, [{"views": torch.ones(2, 1, 4)}])
+    assert error.startswith("ValueError: views: expected at least 2 samples in the group (one sample has no negatives)")
 
 
 def test_one_sample_each_is_enough(ranks):
@@ -404,6 +403,9 @@ def test_a_rank_that_dies_is_an_error_on_the_others():
 
 def test_groups_that_are_none():
     views = copy.deepcopy(GOOD["views"])
-    for group in ("world", 3, dist.GroupMember.NON_GROUP_MEMBER):
-        with pytest.raises(TypeError, match=r"group: expected None or a torch\.distributed\.ProcessGroup"):
-            sk.info_nce_loss(views, group=group)
+    for group in ("word", 3, True, [0, 1]):
+        for make in (sk.InfoNCELoss, lambda group: sk.info_nce_loss(views, group=group)):
+            with pytest.raises(TypeError, match=r"group: expected 'world', 'local', None or a torch\.distributed\.Pro"):
+                make(group=group)
+    with pytest.raises(ValueError, match="group: expected a group that this process is a member of"):
+        sk.info_nce_loss(views, group=dist.GroupMember.NON_GROUP_MEMBER)

@@ -8,9 +8,15 @@ import torch
 class _Refuse(torch.autograd.Function):
     """The first ``count`` tensors, as functions of all of them; the backward is an error."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, count, *tensors):
+    def forward(count, *tensors):
         return tensors[:count]
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
 
     @staticmethod
     def backward(ctx, *grads):
@@ -35,7 +41,9 @@ def once(backward):
             results = backward(ctx, saved, *grads)
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return results  # a compiled graph refuses a second derivative by itself
-        inputs = [x for x in (*saved, *grads) if x is not None and x.requires_grad]
+        inputs = [x for x in (*saved, *grads) if x is not None]
+        if not torch._C._are_functorch_transforms_active():  # there a tensor tells of the innermost transform alone
+            inputs = [x for x in inputs if x.requires_grad]
         return _Refuse.apply(len(results), *results, *inputs)
 
     return wrapper

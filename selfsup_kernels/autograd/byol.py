@@ -7,15 +7,25 @@ from selfsup_kernels.autograd._once import once
 
 
 class BYOL(torch.autograd.Function):
-    """Differentiable, once, in the predictions; the targets receive no gradient."""
+    """Differentiable, once, in the predictions; the targets receive no gradient. Called by ``_transforms.apply``."""
 
     @staticmethod
-    def forward(ctx, impl: str, eps: float, reduction: int, stacked: bool, num: int, *tensors: torch.Tensor):
+    def run(impl: str, eps: float, reduction: int, stacked: bool, num: int, *tensors: torch.Tensor):
+        """The loss, then the statistics of the rows that the backward needs."""
         predictions, targets = _split(tensors, stacked, num)
-        loss, stats = backends.op("byol_forward", impl)(predictions, targets, eps, reduction)
-        ctx.save_for_backward(stats, *tensors)
+        return backends.op("byol_forward", impl)(predictions, targets, eps, reduction)
+
+    @staticmethod
+    def save(ctx, inputs, outputs):
+        impl, _, reduction, stacked, num, *tensors = inputs
+        ctx.save_for_backward(outputs[1], *tensors)
         ctx.arguments = (impl, reduction, stacked, num)
-        return loss
+
+    @staticmethod
+    def forward(ctx, *args):
+        outputs = BYOL.run(*args)
+        BYOL.save(ctx, args, outputs)
+        return outputs[0]
 
     @staticmethod
     @once

@@ -7,11 +7,10 @@ from selfsup_kernels.autograd._once import once
 
 
 class InfoNCE(torch.autograd.Function):
-    """Differentiable, once, in the views and in a temperature that is a tensor."""
+    """Differentiable, once, in the views and in a temperature that is a tensor. Called by ``_transforms.apply``."""
 
     @staticmethod
-    def forward(
-        ctx,
+    def run(
         impl: str,
         temperature: float,
         objective: int,
@@ -25,9 +24,9 @@ class InfoNCE(torch.autograd.Function):
         queue: torch.Tensor | None,
         *views: torch.Tensor,
     ):
-        matrices = list(views[0].unbind(0)) if stacked else list(views)
-        loss, *saved = backends.op("info_nce_forward", impl)(
-            matrices,
+        """The loss, then the tables that the backward needs."""
+        return backends.op("info_nce_forward", impl)(
+            list(views[0].unbind(0)) if stacked else list(views),
             labels,
             queue,
             temperature_tensor,
@@ -38,13 +37,23 @@ class InfoNCE(torch.autograd.Function):
             eps,
             reduction,
         )
-        ctx.save_for_backward(*saved, labels, temperature_tensor, *views)  # views: for `once`, and their sizes
-        ctx.num_saved = len(saved)
+
+    @staticmethod
+    def save(ctx, inputs, outputs):
+        impl, temperature, objective, core_view, normalize, _, reduction, stacked = inputs[:8]
+        temperature_tensor, labels, _, *views = inputs[8:]
+        ctx.save_for_backward(*outputs[1:], labels, temperature_tensor, *views)  # views: for `once`, and their sizes
+        ctx.num_saved = len(outputs) - 1
         ctx.impl = impl
         ctx.stacked = stacked
-        ctx.dtype = matrices[0].dtype
+        ctx.dtype = views[0].dtype
         ctx.arguments = (temperature, objective, core_view, normalize, reduction)
-        return loss
+
+    @staticmethod
+    def forward(ctx, *args):
+        outputs = InfoNCE.run(*args)
+        InfoNCE.save(ctx, args, outputs)
+        return outputs[0]
 
     @staticmethod
     @once

@@ -38,6 +38,7 @@ def wide_loss(views, **arguments):
 
     Under autocast the value is float32 for views of any dtype, which are read as they are.
     """
+    arguments["group"] = arguments.get("group") or "local"  # the original says whose samples count: no warning
     device, dtype = views[0].device.type, views[0].dtype
     low = dtype in (torch.float16, torch.bfloat16)
     with torch.autocast(device, dtype) if low else contextlib.nullcontext():

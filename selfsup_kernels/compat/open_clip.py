@@ -94,7 +94,7 @@ class ClipLoss(nn.Module):
         return {"contrastive_loss": loss} if output_dict else loss
 
     def _loss(self, image, text, scale):
-        arguments = {"objective": "cross_view", "normalize": False}
+        arguments = {"objective": "cross_view", "normalize": False, "group": "local"}
         if self.world_size == 1:
             if len(image) == 1:  # the positive is all there is
                 return (0 * scale * image * text).sum()

@@ -5,6 +5,7 @@ import torch
 from selfsup_kernels import _validate as check
 from selfsup_kernels.compat._common import narrow, pair, unsupported
 from selfsup_kernels.compat._one_way import OneWay
+from selfsup_kernels.distributed import resolve
 
 __all__ = ["supervised_loss", "unsupervised_loss"]
 
@@ -31,7 +32,7 @@ def unsupervised_loss(z1, z2, temperature=0.05, *, group=None):
         ValueError, TypeError: an argument does not fit; the message says which and why.
     """
     pair("z1", z1, "z2", z2)
-    way = OneWay(1 / check.positive_number("temperature", temperature), True, _EPS, group)
+    way = OneWay(1 / check.positive_number("temperature", temperature), True, _EPS, resolve(group))
     return narrow(way.losses(z1, z2)[0].mean(), z1)
 
 
@@ -55,7 +56,7 @@ def supervised_loss(z1, z2, z3, temperature=0.05, hard_negative_weight=0.0, *, g
     """
     pair("z1", z1, "z2", z2)
     pair("z1", z1, "z3", z3)
-    way = OneWay(1 / check.positive_number("temperature", temperature), True, _EPS, group)
+    way = OneWay(1 / check.positive_number("temperature", temperature), True, _EPS, resolve(group))
     first = way.losses(z1, z2)[0]
     positive, own = way.own(z1, z2), way.own(z1, z3)
     if hard_negative_weight == 0:

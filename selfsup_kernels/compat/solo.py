@@ -47,7 +47,7 @@ def simclr_loss_func(z, indexes, temperature=0.1, extra_pos_mask=None):
         pair("z1", z, "z2", indexes)
         if len(z) == 1:  # the positive is all there is
             return 0 * (z + indexes).sum()
-        return info_nce_loss([z, indexes], temperature=temperature)
+        return info_nce_loss([z, indexes], temperature=temperature, group="local")
     if not isinstance(z, torch.Tensor) or z.dim() != 2:
         raise ValueError(f"z: expected a (rows, D) tensor, got {tuple(z.shape) if hasattr(z, 'shape') else type(z)}")
     group = every_process()

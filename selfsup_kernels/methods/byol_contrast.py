@@ -4,7 +4,8 @@ import math
 
 import torch
 
-from selfsup_kernels.distributed import global_mean
+from selfsup_kernels import _validate as check
+from selfsup_kernels.distributed import global_mean, resolve
 from selfsup_kernels.functional import byol_loss
 from selfsup_kernels.methods._views import collect_views
 from selfsup_kernels.methods.byol import BYOL
@@ -110,18 +111,18 @@ class BYOLContrast(BYOL):
         return self.byol_weight * byol + self.contrast_weight * contrast
 
     def _byol(self, predictions, targets):
-        if self.contrast.group is None:
+        group = resolve(self.contrast.group)
+        if group is None:
             return self.loss(predictions, targets)
         each = byol_loss(predictions, targets, eps=self.loss.eps, reduction="none", impl=self.loss.impl)
-        return global_mean(each, self.contrast.group)
+        return global_mean(each, group)
 
     def extra_repr(self):
         return f"byol_weight={self.byol_weight:g}, contrast_weight={self.contrast_weight:g}"
 
 
 def _weight(name, value) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    value = check.real(name, value)
     if not 0 <= value < math.inf:
         raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
-    return float(value)
+    return value

@@ -8,7 +8,7 @@ from torch import nn
 
 from selfsup_kernels import _validate as check
 from selfsup_kernels._queue import queue_log_sums
-from selfsup_kernels.distributed import SharesGroup, gather_rows, global_mean
+from selfsup_kernels.distributed import SharesGroup, check_kind, gather_rows, global_mean, resolve, shown
 from selfsup_kernels.ema import EMA
 from selfsup_kernels.methods._views import collect_views, require_modules
 
@@ -56,8 +56,8 @@ class MoCo(SharesGroup, nn.Module):
             than two.
         buffers, stochastic_rounding: of the target, as in :class:`selfsup_kernels.EMA`.
         eps: the floor of the norms.
-        group: a process group: keys of all its processes enter the queue of each (batches may differ in size), and the
-            loss is the mean over all their samples, as :func:`selfsup_kernels.info_nce_loss` has it.
+        group: a process group or ``"world"``: keys of all its processes enter the queue of each (batches may differ in
+            size), and the loss is the mean over all their samples; ``"local"`` or None: this process's alone.
         impl: as in :func:`selfsup_kernels.info_nce_loss`.
 
     Attributes:
@@ -91,8 +91,8 @@ class MoCo(SharesGroup, nn.Module):
         require_modules(encoder=encoder, projector=projector)
         if predictor is not None:
             require_modules(predictor=predictor)
-        if isinstance(queue_size, bool) or not isinstance(queue_size, int) or queue_size < 1:
-            raise ValueError(f"queue_size: expected an integer >= 1, got {queue_size!r}")
+        queue_size = check.integer("queue_size", queue_size, 1)
+        check_kind(group)
         self.online = nn.Sequential(OrderedDict(encoder=encoder, projector=projector))
         self.predictor = predictor
         self.target = EMA(self.online, momentum, buffers=buffers, stochastic_rounding=stochastic_rounding, impl=impl)
@@ -152,7 +152,7 @@ class MoCo(SharesGroup, nn.Module):
             F.softplus(negatives[u] - (queries[u] * keys[v]).sum(-1) / self.temperature, threshold=700)
             for u, v in pairs
         ]
-        return global_mean(torch.cat(terms), self.group)
+        return global_mean(torch.cat(terms), resolve(self.group))
 
     def _unit(self, name, rows):
         """Unit rows, in float32 at least."""
@@ -167,7 +167,7 @@ class MoCo(SharesGroup, nn.Module):
 
         ``forward`` does it in training mode. The loss that was computed before is not affected.
         """
-        keys = gather_rows(keys, self.group)
+        keys = gather_rows(keys, resolve(self.group))
         size = len(self.queue)
         kept = keys[-size:]
         first = self.queue_ptr + (len(keys) - len(kept))
@@ -185,7 +185,8 @@ class MoCo(SharesGroup, nn.Module):
 
     def extra_repr(self):
         symmetric = ", symmetric=True" if self.symmetric else ""
-        return f"queue={tuple(self.queue.shape)}, temperature={self.temperature:g}{symmetric}"
+        group = shown(self.group)
+        return f"queue={tuple(self.queue.shape)}, temperature={self.temperature:g}{symmetric}, group={group}"
 
 
 def _width(projector, dim) -> int:
@@ -194,6 +195,4 @@ def _width(projector, dim) -> int:
         if not layers:
             raise ValueError("dim: expected the width of the embeddings, since the projector has no nn.Linear")
         return layers[-1].out_features
-    if isinstance(dim, bool) or not isinstance(dim, int) or dim < 1:
-        raise ValueError(f"dim: expected None or an integer >= 1, got {dim!r}")
-    return dim
+    return check.integer("dim", dim, 1, expected="None or an integer")
