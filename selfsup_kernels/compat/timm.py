@@ -3,16 +3,16 @@
 import copy
 
 import torch
-from torch import nn
 
 from selfsup_kernels import _tensor_lists as lists
+from selfsup_kernels.compat._common import DropIn
 from selfsup_kernels.ema import _inner
 from selfsup_kernels.functional import ema_update_pairs_
 
 __all__ = ["ModelEmaV3"]
 
 
-class ModelEmaV3(nn.Module):
+class ModelEmaV3(DropIn):
     r"""The moving average of everything in a model's ``state_dict``: a drop-in for ``timm.utils.ModelEmaV3`` (1.0.31).
 
     :math:`t \leftarrow d\, t + (1 - d)\, s` for parameters and floating buffers; other buffers are copied. With a
@@ -42,6 +42,9 @@ class ModelEmaV3(nn.Module):
     Raises:
         ValueError, TypeError, RuntimeError: from updates with a model that does not fit; nothing has changed then.
     """
+
+    original = "timm.utils.ModelEmaV3"
+    hooks = ("_lerp_", "_foreach_lerp_")
 
     def __init__(
         self,
@@ -102,19 +105,23 @@ class ModelEmaV3(nn.Module):
     @torch.no_grad()
     def apply_update_(self, model, decay):
         """Average parameters and floating buffers, copy the other buffers; those not in the ``state_dict`` stay."""
-        parameters, buffers = self._pairs(model, persistent=True)
+        parameters, buffers = ModelEmaV3._pairs(self, model, persistent=True)
         floating = [pair for pair in buffers if pair[0].is_floating_point()]
-        self._move([*parameters, *floating], [pair for pair in buffers if not pair[0].is_floating_point()], decay)
+        ModelEmaV3._move(
+            self, [*parameters, *floating], [pair for pair in buffers if not pair[0].is_floating_point()], decay
+        )
 
     @torch.no_grad()
     def apply_update_no_buffers_(self, model, decay):
         """Average parameters, copy all buffers."""
-        self._move(*self._pairs(model, persistent=False), decay)
+        ModelEmaV3._move(self, *ModelEmaV3._pairs(self, model, persistent=False), decay)
 
     @torch.no_grad()
     def set(self, model):
         """Copy everything in the model's ``state_dict``."""
-        self._move([], [pair for pairs in self._pairs(model, persistent=True) for pair in pairs], 0.0)
+        ModelEmaV3._move(
+            self, [], [pair for pairs in ModelEmaV3._pairs(self, model, persistent=True) for pair in pairs], 0.0
+        )
 
     def forward(self, *args, **kwargs):
         return self.module(*args, **kwargs)
