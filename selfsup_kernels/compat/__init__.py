@@ -1,8 +1,9 @@
 """Drop-ins for losses of other libraries: their signatures, defaults, values and gradients, computed by our kernels.
 
 ``selfsup_kernels.compat.<library>`` holds the classes and functions of one library under their own names; change the
-import, and nothing else. :func:`patch` changes an installed library in place instead. Nothing here imports a library
-of others: a drop-in works where the original is not installed. ``docs/compat.md`` lists the conventions of each.
+import, and nothing else. :func:`patch` changes an installed library in place instead, and :func:`report` says what
+became of its calls. Nothing here imports a library of others: a drop-in works where the original is not installed.
+``docs/compat.md`` lists the conventions of each.
 """
 
 import importlib
@@ -12,6 +13,7 @@ __all__ = [
     "open_clip",
     "patch",
     "pytorch_metric_learning",
+    "report",
     "sentence_transformers",
     "simcse",
     "solo",
@@ -24,6 +26,8 @@ __all__ = [
 def __getattr__(name):
     if name == "patch":
         return importlib.import_module("selfsup_kernels.compat._patch").patch
+    if name == "report":
+        return importlib.import_module("selfsup_kernels.compat._calls").report
     if name in __all__:
         return importlib.import_module(f"selfsup_kernels.compat.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,12 +3,20 @@
 import contextlib
 
 import torch
+from torch import nn
 
 from selfsup_kernels import _validate as check
 from selfsup_kernels.functional import info_nce_loss
 
 
-def unsupported(original: str, feature: str, instead: str = "") -> RuntimeError:
+class Unsupported(RuntimeError):
+    """What an original can do and its drop-in cannot: ``(message, feature)``, the latter what was asked for."""
+
+    def __str__(self):
+        return self.args[0]
+
+
+def unsupported(original: str, feature: str, instead: str = "") -> Unsupported:
     """The error for what the original can do and its drop-in cannot; for ``raise unsupported(...)``.
 
     Args:
@@ -17,7 +25,50 @@ def unsupported(original: str, feature: str, instead: str = "") -> RuntimeError:
         instead: what to do, a clause; by default, to use the original.
     """
     instead = instead or f"use {original} itself for it"
-    return RuntimeError(f"{feature}: the drop-in for {original} does not support this; {instead}")
+    return Unsupported(f"{feature}: the drop-in for {original} does not support this; {instead}", feature)
+
+
+class DropIn(nn.Module):
+    """A drop-in for a class that is made to be subclassed.
+
+    A hook that the drop-in has works as in the original. A subclass, or an assignment to an object, that replaces
+    another one is refused: the drop-in would not call it.
+    """
+
+    original: str
+    """The full name of the original."""
+    hooks: tuple[str, ...] = ()
+    """The original's methods that the replaced ones call on ``self``."""
+    constructor_hooks: tuple[str, ...] = ()
+    """Those that its constructor alone calls or sets."""
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        for name in cls.hooks + cls.constructor_hooks:
+            if hasattr(cls, name) and not _has(cls, name):
+                raise unsupported(cls.original, f"{cls.__qualname__}.{name}")
+
+    def __setattr__(self, name, value):
+        if name in self.hooks + self.constructor_hooks and not _has(type(self), name):
+            raise unsupported(self.original, f"{type(self).__qualname__}.{name}")
+        super().__setattr__(name, value)
+
+
+def _has(cls, name):
+    """Whether a drop-in among the bases of ``cls`` has the method ``name`` itself."""
+    return any(name in vars(base) for base in cls.__mro__ if base.__module__.startswith("selfsup_kernels."))
+
+
+def overridden(module, methods) -> list[str]:
+    """The names of those methods (name -> function) that the class of ``module``, or the object itself, replaces."""
+    kind, own = type(module), module.__dict__
+    return [name for name, method in methods.items() if name in own or getattr(kind, name, None) is not method]
+
+
+def is_from(library: str, value, names) -> bool:
+    """Whether ``value``, a function or class, has one of these names in the library or in this package."""
+    module, name = getattr(value, "__module__", None) or "", getattr(value, "__name__", None)
+    return name in names and module.partition(".")[0] in (library, "selfsup_kernels")
 
 
 def pair(first_name: str, first, second_name: str, second) -> None:

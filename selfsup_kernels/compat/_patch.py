@@ -7,6 +7,10 @@ import sys
 import threading
 import types
 
+import torch
+
+from selfsup_kernels.compat._calls import record
+from selfsup_kernels.compat._common import Unsupported, overridden
 from selfsup_kernels.compat._table import TABLE, TESTED
 
 _lock = threading.RLock()
@@ -15,7 +19,7 @@ _handles: dict[str, list["Patch"]] = {}
 
 
 def patch(name: str) -> "Patch":
-    """Put our drop-ins in the place of a library's own classes and functions, until undone.
+    """Compute an installed library's losses and averages by our kernels, until undone.
 
     ::
 
@@ -23,15 +27,16 @@ def patch(name: str) -> "Patch":
         with selfsup_kernels.compat.patch("lightly"):      # or within a block
             ...
 
-    The library is imported, and every global name of every imported module that refers to one of its originals (the
-    library's own modules, and a script's ``from lightly.loss import NTXentLoss`` that came before) refers to the
-    drop-in afterwards; so do the names that later imports make. ``undo`` turns all of them back. A library may be
-    patched several times over: the last undo counts.
+    The library's classes stay what they are, with their constructors, attributes and subclasses. Those of their methods
+    that compute the loss or the average are replaced, for objects that exist already too. A replaced method calls the
+    drop-in. It calls the original instead for what the drop-in does not serve: arguments or settings that it refuses,
+    and objects whose class, or that themselves, replace a method that the original calls and the drop-in does not.
+    Each class and reason is warned of once, and :func:`selfsup_kernels.compat.report` counts them.
 
-    What is not reached: objects that exist already and subclasses that are defined already keep the original class,
-    and so do references that are not global names of a module (a local variable, a default argument, an entry of a
-    dictionary). ``isinstance`` against a patched name knows the objects that were made while it was patched. Those can
-    be pickled, and keep working after the undo.
+    A function is replaced in every global name of every imported module that refers to it, and in names that later
+    imports make. Other references to it (a local variable, a default argument, an entry of a dictionary) keep it.
+
+    ``undo`` turns all of it back. A library may be patched several times over: the last undo counts.
 
     Args:
         name: ``"lightly"``, ``"pytorch_metric_learning"`` or another library of ``selfsup_kernels.compat._table``.
@@ -49,21 +54,23 @@ def patch(name: str) -> "Patch":
     library = name.replace("-", "_")
     if library not in TABLE:
         raise ValueError(f"name: expected one of {', '.join(TABLE)}, got {name!r}")
-    originals = _originals(library)
     with _lock:
+        handles = _handles.setdefault(library, [])
+        changes = handles[0].changes if handles else _changes(library)
         # Again for a library that is patched already: a module may have got hold of an original since.
-        _swap([(original, _replacement(library, swap)) for swap, original in originals.items()])
-        handle = Patch(library, originals)
-        _handles.setdefault(library, []).append(handle)
+        for change in changes:
+            change.make()
+        handle = Patch(library, changes)
+        handles.append(handle)
     return handle
 
 
 class Patch:
     """What :func:`patch` returns."""
 
-    def __init__(self, library, originals):
+    def __init__(self, library, changes):
         self.library = library
-        self._originals = originals
+        self.changes = changes
 
     def undo(self) -> None:
         """Change the library back, unless it is patched by others still. A second undo does nothing."""
@@ -73,7 +80,8 @@ class Patch:
                 return
             handles.remove(self)
             if not handles:
-                _swap([(_replacement(self.library, swap), original) for swap, original in self._originals.items()])
+                for change in self.changes:
+                    change.undo()
 
     def __enter__(self):
         return self
@@ -82,68 +90,121 @@ class Patch:
         self.undo()
 
     def __repr__(self):
-        names = ", ".join(f"{swap.module}.{swap.attribute}" for swap in self._originals)
+        names = ", ".join(change.name for change in self.changes)
         return f"<{'active' if self in _handles.get(self.library, []) else 'undone'} patch of {names}>"
 
 
-def _originals(library):
-    """The library's own objects by entry of the table, whether it is patched or not."""
+def _changes(library):
+    """What patching the library consists of; nothing has changed yet."""
     if importlib.util.find_spec(library) is None:
         raise RuntimeError(f"name: expected an installed library, but {library} is not installed here")
-    with _lock:
-        if _handles.get(library):
-            return _handles[library][0]._originals
-    found = {}
+    drop_ins = importlib.import_module(f"selfsup_kernels.compat.{library}")
+    changes = []
     for swap in TABLE[library]:
+        name = f"{swap.module}.{swap.attribute}"
         try:
             module = importlib.import_module(swap.module)
-            if hasattr(module, swap.attribute) or not swap.optional:
-                found[swap] = getattr(module, swap.attribute)
+            if swap.optional and not hasattr(module, swap.attribute):
+                continue
+            original, ours = getattr(module, swap.attribute), getattr(drop_ins, swap.ours)
+            if not isinstance(original, type):
+                changes.append(_Function(name, original, ours))
+            for method in swap.methods:
+                changes.append(_Method(f"{name}.{method}", library, original, method, ours))
         except (ImportError, AttributeError) as error:
             raise RuntimeError(
-                f"name: {swap.module}.{swap.attribute} cannot be patched in the installed {library}"
+                f"name: {name} cannot be patched in the installed {library}"
                 f" ({type(error).__name__}: {error}); the drop-ins follow version {TESTED[library]}"
             ) from error
-    return found
+    return changes
 
 
-@functools.cache
-def _replacement(library, swap):
-    """What stands in for an original: our class or function under an identity of its own.
+class _Method:
+    """A method of a library's class, and what stands in for it."""
 
-    So an undo knows which names were given by a patch, and leaves those alone that users imported from us.
-    """
-    ours = getattr(importlib.import_module(f"selfsup_kernels.compat.{library}"), swap.ours)
-    qualname = f"{library}__{swap.attribute}"  # by which pickle finds it: __getattr__
-    if isinstance(ours, type):
-        where = {"__module__": __name__, "__qualname__": qualname, "__doc__": ours.__doc__}
-        return type(ours)(ours.__name__, (ours,), where)
+    def __init__(self, name, library, cls, method, ours):
+        self.name, self.cls, self.method = name, cls, method
+        self.original = getattr(cls, method)
+        self.inherited = method not in vars(cls)
+        hooks = {hook: getattr(cls, hook) for hook in getattr(ours, "hooks", ())}
+        # What a user has put into the library's class before this, which is not to be undone.
+        changed = [
+            hook
+            for hook, function in {method: self.original, **hooks}.items()
+            if function.__module__.partition(".")[0] != library
+        ]
+        self.replacement = self._dispatch(getattr(ours, method), hooks, changed)
 
-    @functools.wraps(ours)
-    def function(*args, **kwargs):
-        return ours(*args, **kwargs)
+    def make(self):
+        setattr(self.cls, self.method, self.replacement)
 
-    function.__module__, function.__qualname__ = __name__, qualname
-    return function
+    def undo(self):
+        if vars(self.cls).get(self.method) is not self.replacement:
+            return  # somebody else has replaced it since
+        if self.inherited:
+            delattr(self.cls, self.method)
+        else:
+            setattr(self.cls, self.method, self.original)
+
+    def _dispatch(self, ours, hooks, changed):
+        cls, name, original, inherited = self.cls, self.method, self.original, self.inherited
+
+        @functools.wraps(original)
+        def method(module, *args, **kwargs):
+            following = original
+            if inherited and type(module) is not cls:  # a mixin may come between the class and the one it inherits from
+                following = getattr(super(cls, type(module)), name)
+            replaced = changed or overridden(module, hooks) or ([] if following is original else [name])
+            if replaced:
+                reason = f"its own {', '.join(replaced)}"
+            else:
+                reason, result = _attempt(ours, module, *args, **kwargs)
+            record(f"{type(module).__module__}.{type(module).__qualname__}", reason)
+            return result if reason is None else following(module, *args, **kwargs)
+
+        return method
 
 
-def __getattr__(name):
-    library, _, attribute = name.partition("__")
-    for swap in TABLE.get(library, []):
-        if swap.attribute == attribute:
-            return _replacement(library, swap)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+class _Function:
+    """A library's function, and what stands in for it."""
+
+    def __init__(self, name, original, ours):
+        self.name, self.original = name, original
+
+        @functools.wraps(original)
+        def function(*args, **kwargs):
+            reason, result = _attempt(ours, *args, **kwargs)
+            record(name, reason)
+            return result if reason is None else original(*args, **kwargs)
+
+        self.replacement = function
+
+    def make(self):
+        _swap(self.original, self.replacement)
+
+    def undo(self):
+        _swap(self.replacement, self.original)
 
 
-def _swap(pairs) -> None:
-    """Make every module's global name that refers to the first of a pair refer to the second.
+def _attempt(ours, *args, **kwargs):
+    """``(None, what ours returns)``, or ``(why it does not serve the call, None)``."""
+    try:
+        return None, ours(*args, **kwargs)
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, ValueError, RuntimeError) as error:
+        reason = error.args[-1] if isinstance(error, Unsupported) else str(error)
+        return reason.partition(", got ")[0], None
+
+
+def _swap(first, second) -> None:
+    """Make every module's global name that refers to the first refer to the second.
 
     Through the dictionaries: asking a module for an attribute may import things, and lazy modules have odd ones.
     """
-    new = {id(first): second for first, second in pairs}
     for module in list(sys.modules.values()):
         if not isinstance(module, types.ModuleType):
             continue
         names = vars(module)
-        for name in [name for name, value in list(names.items()) if id(value) in new]:
-            names[name] = new[id(names[name])]
+        for name in [name for name, value in list(names.items()) if value is first]:
+            names[name] = second

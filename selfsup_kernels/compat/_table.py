@@ -6,13 +6,14 @@ from typing import NamedTuple
 class Swap(NamedTuple):
     """``module.attribute`` of a library, and the name of our drop-in for it in ``selfsup_kernels.compat.<library>``.
 
-    ``module`` is the one to import; other modules that hold the same object are found by identity. What is ``optional``
-    may be missing in some versions of the library.
+    Of a class, ``methods`` are replaced by the drop-in's, for its subclasses too. A function is replaced wherever a
+    module has it; ``module`` is the one to import. What is ``optional`` may be missing in some versions of the library.
     """
 
     module: str
     attribute: str
     ours: str
+    methods: tuple[str, ...] = ()
     optional: bool = False
 
 
@@ -28,22 +29,22 @@ TESTED = {
 
 TABLE = {
     "lightly": [
-        Swap("lightly.loss", "NTXentLoss", "NTXentLoss"),
-        Swap("lightly.loss", "NegativeCosineSimilarity", "NegativeCosineSimilarity"),
-        Swap("lightly.loss", "DCLLoss", "DCLLoss"),
-        Swap("lightly.loss", "DCLWLoss", "DCLWLoss"),
+        Swap("lightly.loss", "NTXentLoss", "NTXentLoss", ("forward",)),
+        Swap("lightly.loss", "NegativeCosineSimilarity", "NegativeCosineSimilarity", ("forward",)),
+        Swap("lightly.loss", "DCLLoss", "DCLLoss", ("forward",)),  # and DCLWLoss, a subclass
         Swap("lightly.models.utils", "update_momentum", "update_momentum"),
     ],
-    "open_clip": [Swap("open_clip.loss", "ClipLoss", "ClipLoss")],
+    "open_clip": [Swap("open_clip.loss", "ClipLoss", "ClipLoss", ("forward",))],
     "pytorch_metric_learning": [
-        Swap("pytorch_metric_learning.losses", "NTXentLoss", "NTXentLoss"),
-        Swap("pytorch_metric_learning.losses", "SupConLoss", "SupConLoss"),
+        Swap("pytorch_metric_learning.losses", "NTXentLoss", "NTXentLoss", ("forward",)),
+        Swap("pytorch_metric_learning.losses", "SupConLoss", "SupConLoss", ("forward",)),
     ],
     "sentence_transformers": [
         Swap(
             "sentence_transformers.sentence_transformer.losses",
             "MultipleNegativesRankingLoss",
             "MultipleNegativesRankingLoss",
+            ("compute_loss_from_embeddings",),
         ),
     ],
     "solo": [
@@ -51,5 +52,7 @@ TABLE = {
         Swap("solo.losses", "byol_loss_func", "byol_loss_func"),
         Swap("solo.losses", "mocov3_loss_func", "mocov3_loss_func", optional=True),
     ],
-    "timm": [Swap("timm.utils", "ModelEmaV3", "ModelEmaV3")],
+    "timm": [
+        Swap("timm.utils", "ModelEmaV3", "ModelEmaV3", ("apply_update_", "apply_update_no_buffers_", "set")),
+    ],
 }

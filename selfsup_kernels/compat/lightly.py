@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from selfsup_kernels.compat._common import narrow, pair, unsupported, wide_loss
+from selfsup_kernels.compat._common import DropIn, is_from, narrow, pair, unsupported, wide_loss
 from selfsup_kernels.compat._processes import every_process
 from selfsup_kernels.compat._queue import queue_contrast_loss, unit_rows
 from selfsup_kernels.distributed import gather_rows
@@ -23,7 +23,7 @@ __all__ = [
 ]
 
 
-class NTXentLoss(nn.Module):
+class NTXentLoss(DropIn):
     r"""``lightly.loss.NTXentLoss``: NT-Xent (arXiv:2002.05709), or MoCo's loss (arXiv:1911.05722) with a memory bank.
 
     Without a bank it is the mean over the 2B rows of :math:`-\log` of the softmax of the row's positive over all rows
@@ -43,23 +43,27 @@ class NTXentLoss(nn.Module):
 
     Raises:
         ValueError: a temperature below 1e-8, or a size that is not one; in the forward, shapes that do not fit.
-        RuntimeError: a temperature below zero, which the original allows.
+        RuntimeError: a temperature below zero, which the original allows; in the forward, a ``memory_bank`` or
+            ``cross_entropy`` of another kind than the constructor's.
     """
+
+    original = "lightly.loss.NTXentLoss"
 
     def __init__(self, temperature=0.5, memory_bank_size=0, gather_distributed=False):
         super().__init__()
         self.memory_bank = MemoryBankModule(size=memory_bank_size, gather_distributed=gather_distributed)
         self.temperature = temperature
         self.gather_distributed = gather_distributed
+        self.cross_entropy = nn.CrossEntropyLoss()
         self.eps = 1e-8
         _check_gather(gather_distributed)
         if abs(self.temperature) < self.eps:
             raise ValueError(f"temperature: expected at least 1e-8, got {temperature}")
-        if self.temperature < 0:
-            raise unsupported("lightly.loss.NTXentLoss", f"temperature={temperature}, a negative one")
+        _check_ntxent(self)
 
     def forward(self, out0, out1):
         """The loss of two views' ``(B, D)`` projections; they need not be normalised."""
+        _check_ntxent(self)
         pair("out0", out0, "out1", out1)
         if self.memory_bank.size[0] == 0:
             group = every_process() if self.gather_distributed else None
@@ -76,7 +80,7 @@ class NTXentLoss(nn.Module):
 
 
 class MemoryBankModule(nn.Module):
-    """The state of lightly's ``MemoryBankModule``: a ring of rows, at first random unit rows.
+    """lightly's ``MemoryBankModule``: a ring of rows, at first random unit rows.
 
     Args:
         size: ``(rows, D)``, or 0 for none.
@@ -95,9 +99,14 @@ class MemoryBankModule(nn.Module):
         self.size = shape
         self.gather_distributed = gather_distributed
         self.feature_dim_first = feature_dim_first
-        rows = F.normalize(torch.randn(shape), dim=-1) if len(shape) == 2 else torch.empty(0)
-        self.register_buffer("bank", rows, persistent=False)
+        self.register_buffer("bank", torch.empty(shape), persistent=False)
         self.register_buffer("bank_ptr", torch.zeros(1, dtype=torch.long), persistent=False)
+        if len(shape) == 2:
+            self._init_memory_bank(size=shape)
+
+    @torch.no_grad()
+    def _init_memory_bank(self, size):
+        self.bank = F.normalize(torch.randn(size), dim=-1)
 
     def forward(self, output, labels=None, update=False):
         """``(output, a copy of the bank)``, or ``(output, None)`` without one; ``update`` then enters ``output``."""
@@ -139,26 +148,28 @@ class NegativeCosineSimilarity(nn.Module):
             if not isinstance(x, torch.Tensor):
                 raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
         if x0.dim() != 2 or self.dim not in (1, -1) or x0.shape != x1.shape or x0.dtype != x1.dtype:
-            x0, x1 = self._matrices(x0, x1)
+            x0, x1 = _matrices(x0, x1, self.dim)
         if not (x0.requires_grad or x1.requires_grad) or not x1.requires_grad:
-            return self._one_way(x0, x1)
+            return _one_way(x0, x1, self.eps)
         if not x0.requires_grad:
-            return self._one_way(x1, x0)
-        other = self._one_way(x1, x0)
-        return self._one_way(x0, x1) + (other - other.detach())
-
-    def _one_way(self, x, constant):
-        return 0.5 * byol_loss(x, constant, eps=self.eps) - 1
-
-    def _matrices(self, x0, x1):
-        if not torch.is_autocast_enabled(x0.device.type):
-            dtype = torch.promote_types(x0.dtype, x1.dtype)
-            x0, x1 = x0.to(dtype), x1.to(dtype)
-        x0, x1 = (x.movedim(self.dim, -1) for x in torch.broadcast_tensors(x0, x1))
-        return x0.reshape(-1, x0.shape[-1]), x1.reshape(-1, x1.shape[-1])
+            return _one_way(x1, x0, self.eps)
+        other = _one_way(x1, x0, self.eps)
+        return _one_way(x0, x1, self.eps) + (other - other.detach())
 
 
-class DCLLoss(nn.Module):
+def _one_way(x, constant, eps):
+    return 0.5 * byol_loss(x, constant, eps=eps) - 1
+
+
+def _matrices(x0, x1, dim):
+    if not torch.is_autocast_enabled(x0.device.type):
+        dtype = torch.promote_types(x0.dtype, x1.dtype)
+        x0, x1 = x0.to(dtype), x1.to(dtype)
+    x0, x1 = (x.movedim(dim, -1) for x in torch.broadcast_tensors(x0, x1))
+    return x0.reshape(-1, x0.shape[-1]), x1.reshape(-1, x1.shape[-1])
+
+
+class DCLLoss(DropIn):
     r"""``lightly.loss.DCLLoss``: decoupled contrastive learning (arXiv:2110.06848, eq. 6).
 
     The mean over the 2B rows of :math:`-w P + \operatorname{LSE}(\text{all } N)`: the positive :math:`P` is not in the
@@ -175,6 +186,9 @@ class DCLLoss(nn.Module):
         ValueError: in the forward, shapes that do not fit, or one sample without negatives, where the original returns
             minus infinity.
     """
+
+    original = "lightly.loss.DCLLoss"
+    hooks = ("_loss",)
 
     def __init__(self, temperature=0.1, weight_fn=None, gather_distributed=False):
         super().__init__()
@@ -236,6 +250,18 @@ def update_momentum(model, model_ema, m):
         ValueError, TypeError, RuntimeError: as of :func:`selfsup_kernels.ema_update_`. Nothing has changed then.
     """
     ema_update_pairs_(list(model_ema.parameters()), list(model.parameters()), None, m, as_torch=True)
+
+
+def _check_ntxent(module):
+    if not isinstance(module.temperature, torch.Tensor) and module.temperature < 0:
+        raise unsupported(NTXentLoss.original, f"temperature below zero, got {module.temperature}")
+    bank = type(module.memory_bank)
+    if not is_from("lightly", bank, ["MemoryBankModule"]):
+        raise unsupported(NTXentLoss.original, f"memory_bank={bank.__name__}")
+    entropy = module.cross_entropy
+    plain = type(entropy) is nn.CrossEntropyLoss and entropy.reduction == "mean" and entropy.weight is None
+    if not plain or entropy.label_smoothing != 0 or entropy.ignore_index >= 0:
+        raise unsupported(NTXentLoss.original, f"cross_entropy={entropy!r}")
 
 
 def _check_gather(gather_distributed):

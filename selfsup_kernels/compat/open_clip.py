@@ -1,9 +1,9 @@
 """Drop-ins for the losses of open_clip (open_clip_torch)."""
 
 import torch
-from torch import nn
+import torch.nn.functional as F
 
-from selfsup_kernels.compat._common import narrow, pair, unsupported, wide_loss
+from selfsup_kernels.compat._common import DropIn, narrow, overridden, pair, unsupported, wide_loss
 from selfsup_kernels.compat._gradient import AverageGradient, ScaleGradient
 from selfsup_kernels.compat._processes import every_process
 from selfsup_kernels.functional import info_nce_loss
@@ -11,7 +11,7 @@ from selfsup_kernels.functional import info_nce_loss
 __all__ = ["ClipLoss"]
 
 
-class ClipLoss(nn.Module):
+class ClipLoss(DropIn):
     r"""CLIP's loss (arXiv:2103.00020, figure 3): a drop-in for ``open_clip.ClipLoss`` in linear memory.
 
     .. math:: L = \tfrac12 \operatorname{mean}_a \left[
@@ -31,6 +31,9 @@ class ClipLoss(nn.Module):
     - ``local_loss=True`` alone: in the original no gradient reaches the features as negatives of other processes, so
       that its direction is not that of the loss. Refused.
 
+    A subclass may call ``get_logits`` and ``get_ground_truth``, which make the table of scores that the loss itself
+    does without. Where it overrides one of them, the loss is computed from what they return.
+
     Args:
         local_loss, gather_with_grad, rank, world_size: as in the original. ``torch.distributed``'s default group has
             to have ``world_size`` processes.
@@ -40,6 +43,9 @@ class ClipLoss(nn.Module):
     Raises:
         RuntimeError: horovod, or ``local_loss`` without ``gather_with_grad`` in several processes.
     """
+
+    original = "open_clip.ClipLoss"
+    hooks = ("get_logits", "get_ground_truth")
 
     def __init__(
         self,
@@ -51,20 +57,30 @@ class ClipLoss(nn.Module):
         use_horovod=False,
     ):
         super().__init__()
-        if use_horovod:
-            raise unsupported("open_clip.ClipLoss", "use_horovod=True", "use torch.distributed")
-        if world_size > 1 and local_loss and not gather_with_grad:
-            raise unsupported(
-                "open_clip.ClipLoss",
-                "local_loss=True with gather_with_grad=False",
-                "its gradient has a wrong direction there; set gather_with_grad=True",
-            )
         self.local_loss = local_loss
         self.gather_with_grad = gather_with_grad
         self.cache_labels = cache_labels
         self.rank = rank
         self.world_size = world_size
         self.use_horovod = use_horovod
+        _check(self)
+
+    def get_logits(self, image_features, text_features, logit_scale, logit_bias=None):
+        """The scores of images against texts and of texts against images, ``(B, B)`` each.
+
+        In several processes the columns are the features of all; so are the rows without ``local_loss``.
+        """
+        image, text = image_features, text_features
+        images, texts = (_gather(self, x) for x in (image, text)) if self.world_size > 1 else (image, text)
+        if self.world_size > 1 and not self.local_loss:
+            image, text = images, texts
+        per_image, per_text = logit_scale * image @ texts.T, logit_scale * text @ images.T
+        return (per_image, per_text) if logit_bias is None else (per_image + logit_bias, per_text + logit_bias)
+
+    def get_ground_truth(self, device, num_logits):
+        """``(num_logits,)``: the column of each row's positive."""
+        first = num_logits * self.rank if self.world_size > 1 and self.local_loss else 0
+        return torch.arange(first, first + num_logits, device=device)
 
     def forward(self, image_features, text_features, logit_scale, logit_bias=None, output_dict=False):
         """The loss of a batch of image and text features; 0 for a batch of one, as in the original.
@@ -80,6 +96,12 @@ class ClipLoss(nn.Module):
             ValueError, TypeError: features, scale or bias do not fit; the message says which and why.
             RuntimeError: the processes are not those that the constructor was told of.
         """
+        _check(self)
+        if isinstance(self, ClipLoss) and overridden(self, _METHODS):
+            logits = self.get_logits(image_features, text_features, logit_scale, logit_bias=logit_bias)
+            labels = self.get_ground_truth(image_features.device, logits[0].shape[0])
+            loss = sum(F.cross_entropy(scores, labels) for scores in logits) / 2
+            return {"contrastive_loss": loss} if output_dict else loss
         pair("image_features", image_features, "text_features", text_features)
         scale = _one_number("logit_scale", logit_scale)
         if not isinstance(scale, (int, float)):
@@ -87,34 +109,59 @@ class ClipLoss(nn.Module):
             scale = scale.float() if scale.dtype in (torch.float16, torch.bfloat16) else scale
         elif not scale > 0:
             raise ValueError(f"logit_scale: expected a number > 0, got {scale}")
-        loss = self._loss(image_features, text_features, scale)
+        loss = _loss(self, image_features, text_features, scale)
         if isinstance(logit_bias, torch.Tensor):
             # A parameter that takes part: DistributedDataParallel waits for its gradient.
             loss = loss + 0 * _one_number("logit_bias", logit_bias).to(loss)
         return {"contrastive_loss": loss} if output_dict else loss
 
-    def _loss(self, image, text, scale):
-        arguments = {"objective": "cross_view", "normalize": False, "group": "local"}
-        if self.world_size == 1:
-            if len(image) == 1:  # the positive is all there is
-                return (0 * scale * image * text).sum()
-            return info_nce_loss([image, text], temperature=1 / scale, **arguments)
-        group = every_process()
-        if group is None or group.size() != self.world_size:
-            raise RuntimeError(
-                f"world_size: expected the size of torch.distributed's default group,"
-                f" {1 if group is None else group.size()}, got {self.world_size}"
-            )
-        arguments["group"] = group
-        if self.local_loss:
-            losses = wide_loss([image, text], temperature=1 / scale, reduction="none", **arguments)
-            return narrow(losses.mean(), image)
-        if isinstance(scale, torch.Tensor):
-            # A process' own has its samples' share; in the original all processes have the gradient of the whole loss.
-            scale = AverageGradient.apply(scale.to(image.device), group)
-        if not self.gather_with_grad:
-            image, text = (ScaleGradient.apply(x, 1 / self.world_size) for x in (image, text))
+
+_METHODS = {name: getattr(ClipLoss, name) for name in ClipLoss.hooks}
+
+
+def _check(module):
+    if module.use_horovod:
+        raise unsupported(ClipLoss.original, "use_horovod=True", "use torch.distributed")
+    if module.world_size > 1 and module.local_loss and not module.gather_with_grad:
+        raise unsupported(
+            ClipLoss.original,
+            "local_loss=True with gather_with_grad=False",
+            "its gradient has a wrong direction there; set gather_with_grad=True",
+        )
+
+
+def _gather(module, rows):
+    """The rows of all processes, with the gradient that the original gives them."""
+    if module.gather_with_grad:
+        return torch.cat(torch.distributed.nn.all_gather(rows))
+    every = [torch.empty_like(rows) for _ in range(module.world_size)]
+    torch.distributed.all_gather(every, rows.detach())
+    every[module.rank] = rows
+    return torch.cat(every)
+
+
+def _loss(module, image, text, scale):
+    arguments = {"objective": "cross_view", "normalize": False, "group": "local"}
+    if module.world_size == 1:
+        if len(image) == 1:  # the positive is all there is
+            return (0 * scale * image * text).sum()
         return info_nce_loss([image, text], temperature=1 / scale, **arguments)
+    group = every_process()
+    if group is None or group.size() != module.world_size:
+        raise RuntimeError(
+            f"world_size: expected the size of torch.distributed's default group,"
+            f" {1 if group is None else group.size()}, got {module.world_size}"
+        )
+    arguments["group"] = group
+    if module.local_loss:
+        losses = wide_loss([image, text], temperature=1 / scale, reduction="none", **arguments)
+        return narrow(losses.mean(), image)
+    if isinstance(scale, torch.Tensor):
+        # A process' own has its samples' share; in the original all processes have the gradient of the whole loss.
+        scale = AverageGradient.apply(scale.to(image.device), group)
+    if not module.gather_with_grad:
+        image, text = (ScaleGradient.apply(x, 1 / module.world_size) for x in (image, text))
+    return info_nce_loss([image, text], temperature=1 / scale, **arguments)
 
 
 def _one_number(name, value):

@@ -1,81 +1,52 @@
 """Drop-ins for pytorch-metric-learning 2.9.0: ``losses.NTXentLoss`` and ``losses.SupConLoss``."""
 
+from typing import NamedTuple
+
 import torch
-from torch import nn
 
 from selfsup_kernels import _validate as check
-from selfsup_kernels.compat._common import narrow, unsupported, wide_loss
+from selfsup_kernels.compat._common import DropIn, is_from, narrow, unsupported, wide_loss
 
 __all__ = ["NTXentLoss", "SupConLoss"]
 
+_LIBRARY = "pytorch_metric_learning"
 
-class _PairLoss(nn.Module):
-    """The constructor and the forward that the two losses share."""
 
-    _objective: str
-    _reducers: tuple[str, ...]
-    """Those that can be had, the default one first."""
+class _PairLoss(DropIn):
+    """The constructor that the two losses share."""
+
+    hooks = (
+        "compute_loss",
+        "_compute_loss",
+        "mat_based_loss",
+        "pair_based_loss",
+        "_assert_either_pos_or_neg",
+        "zero_loss",
+        "zero_losses",
+        "sub_loss_names",
+        "_sub_loss_names",
+        "all_regularization_loss_names",
+        "add_embedding_regularization_to_loss_dict",
+        "embedding_regularization_loss",
+        "reset_stats",
+    )
+    constructor_hooks = ("loss_method", "set_reducer")
 
     def __init__(self, temperature, **kwargs):
         super().__init__()
         self.temperature = temperature
-        self.distance, self.reducer = kwargs.pop("distance", None), kwargs.pop("reducer", None)
+        self.distance = self._default("distance", kwargs.pop("distance", None))
+        self.reducer = self._default("reducer", kwargs.pop("reducer", None))
         self.collect_stats = bool(kwargs.pop("collect_stats", None))
-        if self.collect_stats:
-            raise unsupported(self._original, "collect_stats=True")
-        if kwargs.pop("embedding_regularizer", None) is not None:
-            raise unsupported(self._original, "embedding_regularizer", "add the regularizer's loss to this one's")
-        kwargs.pop("embedding_reg_weight", None)
+        self.embedding_regularizer = kwargs.pop("embedding_regularizer", None)
+        self.embedding_reg_weight = kwargs.pop("embedding_reg_weight", 1)
         if kwargs:
             raise TypeError(f"{type(self).__name__}: unexpected arguments {', '.join(kwargs)}")
-        self._normalize = self._check_distance()
-        self._reduction = self._check_reducer()
 
-    @property
-    def _original(self):
-        return f"pytorch_metric_learning.losses.{type(self).__name__}"
-
-    def _check_distance(self):
-        """Whether rows are normalised."""
-        if self.distance is None:
-            return True
-        name = type(self.distance).__name__
-        if name not in ("CosineSimilarity", "DotProductSimilarity") or (self.distance.p, self.distance.power) != (2, 1):
-            raise unsupported(
-                self._original, f"distance={self.distance!r} other than CosineSimilarity and DotProductSimilarity"
-            )
-        return bool(self.distance.normalize_embeddings)
-
-    def _check_reducer(self):
-        if self.reducer is None:
-            return self._reducers[0]
-        name = type(self.reducer).__name__
-        if name not in self._reducers or getattr(self.reducer, "high", None) is not None:
-            raise unsupported(self._original, f"reducer={name} other than {' and '.join(self._reducers)}")
-        return name
-
-    def forward(self, embeddings, labels=None, indices_tuple=None, ref_emb=None, ref_labels=None):
-        """The loss of ``(B, D)`` embeddings with ``(B,)`` labels. The other arguments must be None."""
-        if indices_tuple is not None:
-            raise unsupported(self._original, "indices_tuple (a miner's pairs or triplets)")
-        if ref_emb is not None or ref_labels is not None:
-            raise unsupported(self._original, "ref_emb and ref_labels")
-        if not isinstance(embeddings, torch.Tensor):
-            raise TypeError(f"embeddings: expected a (B, D) tensor, got {type(embeddings).__name__}")
-        if embeddings.dim() != 2:
-            raise ValueError(f"embeddings: expected a (B, D) tensor, got shape {tuple(embeddings.shape)}")
-        labels = _integer_labels(labels, embeddings)
-        if len(embeddings) == 1:
-            return (embeddings * 0).sum()  # as the original: no pairs
-        losses = wide_loss(
-            [embeddings],
-            temperature=self.temperature,
-            objective=self._objective,
-            labels=labels,
-            normalize=self._normalize,
-            reduction="none",
-        )[0]
-        return narrow(self._reduce(losses, labels), embeddings)
+    def _default(self, name, value):
+        """``value``, or what a subclass's ``get_default_distance`` or ``get_default_reducer`` returns."""
+        default = getattr(self, f"get_default_{name}", None)
+        return default() if value is None and default is not None else value
 
     def extra_repr(self):
         return f"temperature={self.temperature}"
@@ -102,16 +73,17 @@ class NTXentLoss(_PairLoss):
         ValueError, TypeError: embeddings or labels that do not fit.
     """
 
-    _objective = "per_positive"
-    _reducers = ("MeanReducer", "SumReducer")
+    original = "pytorch_metric_learning.losses.NTXentLoss"
 
     def __init__(self, temperature=0.07, **kwargs):
         super().__init__(temperature, **kwargs)
+        _ntxent.settings(self)
 
-    def _reduce(self, losses, labels):
-        pairs = (_class_sizes(labels) - 1).to(losses.dtype)
-        total = (pairs * losses).sum()
-        return total if self._reduction == "SumReducer" else total / pairs.sum().clamp_min(1)
+    def forward(self, embeddings, labels=None, indices_tuple=None, ref_emb=None, ref_labels=None):
+        """The loss of ``(B, D)`` embeddings with ``(B,)`` labels. The other arguments must be None."""
+        if not isinstance(self, NTXentLoss) and _scores_dtype(embeddings) == torch.float16:
+            raise unsupported(NTXentLoss.original, "float16, where the original ends a pair's loss at 9.7")
+        return _ntxent(self, embeddings, labels, indices_tuple, ref_emb, ref_labels)
 
 
 class SupConLoss(_PairLoss):
@@ -135,20 +107,118 @@ class SupConLoss(_PairLoss):
         ValueError, TypeError: embeddings or labels that do not fit.
     """
 
-    _objective = "supcon_out"
-    _reducers = ("AvgNonZeroReducer", "MeanReducer", "SumReducer")
+    original = "pytorch_metric_learning.losses.SupConLoss"
 
     def __init__(self, temperature=0.1, **kwargs):
         super().__init__(temperature, **kwargs)
+        _supcon.settings(self)
 
-    def _reduce(self, losses, labels):
-        pairs_differ = (labels != labels[0]).any()  # without negative pairs the original is zero
-        if self._reduction == "AvgNonZeroReducer":
-            used = (losses > 0) | losses.isnan()
-            total = (losses * used).sum() / used.sum().clamp_min(1)
-        else:
-            total = losses.mean() if self._reduction == "MeanReducer" else losses.sum()
-        return total * pairs_differ
+    def forward(self, embeddings, labels=None, indices_tuple=None, ref_emb=None, ref_labels=None):
+        """The loss of ``(B, D)`` embeddings with ``(B,)`` labels. The other arguments must be None."""
+        return _supcon(self, embeddings, labels, indices_tuple, ref_emb, ref_labels)
+
+
+class _Loss(NamedTuple):
+    """How one of the losses is computed, for a module with the original's attributes: ours, or the original itself."""
+
+    original: str
+    objective: str
+    method: str
+    """Which of its methods the original calls with the table of scores."""
+    reducers: dict
+    """By the names of those that can be had, the default one first, ``reduce(losses, labels)``."""
+
+    def __call__(self, module, embeddings, labels, indices_tuple, ref_emb, ref_labels):
+        normalize, reduce = self.settings(module)
+        if indices_tuple is not None:
+            raise unsupported(self.original, "indices_tuple (a miner's pairs or triplets)")
+        if ref_emb is not None or ref_labels is not None:
+            raise unsupported(self.original, "ref_emb and ref_labels")
+        if not isinstance(embeddings, torch.Tensor):
+            raise TypeError(f"embeddings: expected a (B, D) tensor, got {type(embeddings).__name__}")
+        if embeddings.dim() != 2:
+            raise ValueError(f"embeddings: expected a (B, D) tensor, got shape {tuple(embeddings.shape)}")
+        labels = _integer_labels(labels, embeddings)
+        if len(embeddings) == 1:
+            return (embeddings * 0).sum()  # as the original: no pairs
+        losses = wide_loss(
+            [embeddings],
+            temperature=module.temperature,
+            objective=self.objective,
+            labels=labels,
+            normalize=normalize,
+            reduction="none",
+        )[0]
+        return narrow(reduce(losses, labels), embeddings)
+
+    def settings(self, module):
+        """Whether rows are normalised, and the function that reduces the losses; an error for what cannot be had."""
+        if module.embedding_regularizer is not None:
+            raise unsupported(self.original, "embedding_regularizer", "add the regularizer's loss to this one's")
+        if any(getattr(x, "collect_stats", False) for x in (module, module.distance, module.reducer)):
+            raise unsupported(self.original, "collect_stats=True")
+        method = getattr(type(module), self.method, None)
+        if method is not None and not torch.compiler.is_compiling():  # which cannot compare methods
+            if getattr(module.loss_method, "__func__", None) is not method:
+                raise unsupported(self.original, f"another loss_method than {self.method}")
+        return self._normalize(module.distance), self.reducers[self._reducer(module.reducer)]
+
+    def _normalize(self, distance):
+        if distance is None:
+            return True
+        names = ("CosineSimilarity", "DotProductSimilarity")
+        if not is_from(_LIBRARY, type(distance), names) or (distance.p, distance.power) != (2, 1):
+            raise unsupported(
+                self.original,
+                f"distance={type(distance).__name__} other than {' and '.join(names)} with p=2 and power=1",
+            )
+        return bool(distance.normalize_embeddings)
+
+    def _reducer(self, reducer):
+        if reducer is None:
+            return next(iter(self.reducers))
+        name = type(reducer).__name__
+        limits = getattr(reducer, "low", 0), getattr(reducer, "high", None)
+        if not is_from(_LIBRARY, type(reducer), self.reducers) or limits != (0, None):
+            raise unsupported(self.original, f"reducer={name} other than {' and '.join(self.reducers)}")
+        return name
+
+
+def _over_pairs(losses, labels):
+    """The sum over all positive pairs, and their number."""
+    pairs = (_class_sizes(labels) - 1).to(losses.dtype)
+    return (pairs * losses).sum(), pairs.sum().clamp_min(1)
+
+
+def _nonzero_mean(losses):
+    used = (losses > 0) | losses.isnan()
+    return (losses * used).sum() / used.sum().clamp_min(1)
+
+
+def _with_negatives(reduce):
+    """Zero where all labels are the same: without negative pairs the original is."""
+    return lambda losses, labels: reduce(losses) * (labels != labels[0]).any()
+
+
+_ntxent = _Loss(
+    NTXentLoss.original,
+    "per_positive",
+    "pair_based_loss",
+    {
+        "MeanReducer": lambda losses, labels: torch.div(*_over_pairs(losses, labels)),
+        "SumReducer": lambda losses, labels: _over_pairs(losses, labels)[0],
+    },
+)
+_supcon = _Loss(
+    SupConLoss.original,
+    "supcon_out",
+    "mat_based_loss",
+    {
+        "AvgNonZeroReducer": _with_negatives(_nonzero_mean),
+        "MeanReducer": _with_negatives(torch.mean),
+        "SumReducer": _with_negatives(torch.sum),
+    },
+)
 
 
 def _integer_labels(labels, embeddings):
@@ -159,6 +229,13 @@ def _integer_labels(labels, embeddings):
         raise ValueError(f"labels: expected shape ({len(embeddings)},), one per embedding, got {tuple(labels.shape)}")
     labels = labels.to(embeddings.device)
     return labels if labels.dtype in check.LABELS else torch.unique(labels, return_inverse=True)[1]
+
+
+def _scores_dtype(embeddings):
+    """The dtype of the original's table of scores."""
+    if not isinstance(embeddings, torch.Tensor) or not check.autocasts(embeddings.device):
+        return getattr(embeddings, "dtype", None)
+    return torch.get_autocast_dtype(embeddings.device.type)
 
 
 def _class_sizes(labels):

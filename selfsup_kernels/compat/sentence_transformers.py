@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from selfsup_kernels.compat._common import narrow, pair, unsupported
+from selfsup_kernels.compat._common import is_from, narrow, pair, unsupported
 from selfsup_kernels.compat._gradient import ScaleGradient
 from selfsup_kernels.compat._one_way import OneWay
 from selfsup_kernels.compat._processes import every_process
@@ -82,26 +82,27 @@ class MultipleNegativesRankingLoss(nn.Module):
 
     def compute_loss_from_embeddings(self, embeddings, labels=None):
         """The loss of ``[queries, documents, *hard negatives]``, each ``(B, D)``; ``labels`` are not used."""
-        return multiple_negatives_ranking_loss(embeddings, **self._arguments())
-
-    def _arguments(self):
-        return {
-            "scale": self.scale,
-            "similarity_fct": self.similarity_fct,
-            "gather_across_devices": self.gather_across_devices,
-            "directions": self.directions,
-            "partition_mode": self.partition_mode,
-            "hardness_mode": self.hardness_mode,
-            "hardness_strength": self.hardness_strength,
-        }
+        return multiple_negatives_ranking_loss(embeddings, **_arguments(self))
 
     def get_config_dict(self):
         """The arguments, for a model card."""
-        return self._arguments() | {"similarity_fct": self.similarity_fct.__name__}
+        return _arguments(self) | {"similarity_fct": self.similarity_fct.__name__}
 
     @property
     def temperature(self):
         return 1.0 / self.scale
+
+
+def _arguments(module):
+    return {
+        "scale": module.scale,
+        "similarity_fct": module.similarity_fct,
+        "gather_across_devices": module.gather_across_devices,
+        "directions": module.directions,
+        "partition_mode": module.partition_mode,
+        "hardness_mode": module.hardness_mode,
+        "hardness_strength": module.hardness_strength,
+    }
 
 
 def multiple_negatives_ranking_loss(
@@ -219,8 +220,8 @@ class _Parts:
 def _check(scale, similarity_fct, directions, partition_mode, hardness_mode, hardness_strength):
     if not scale > 0:
         raise ValueError(f"scale: expected a number > 0, got {scale}")
-    name = getattr(similarity_fct, "__name__", repr(similarity_fct))
-    if name not in ("cos_sim", "dot_score"):
+    name = getattr(similarity_fct, "__name__", type(similarity_fct).__name__)
+    if not is_from("sentence_transformers", similarity_fct, ["cos_sim", "dot_score"]):
         raise unsupported(_ORIGINAL, f"similarity_fct={name}", "it takes cos_sim and dot_score")
     if isinstance(directions, str) or not directions or not set(directions) <= set(_DIRECTIONS):
         raise ValueError(f"directions: expected some of {', '.join(_DIRECTIONS)}, got {directions!r}")

@@ -1,18 +1,18 @@
 """A drop-in for timm's moving average of a model."""
 
 import torch
-from torch import nn
 
 from selfsup_kernels import _tensor_lists as lists
 from selfsup_kernels import _wrappers
 from selfsup_kernels._model_copy import copy_of
 from selfsup_kernels._named_tensors import match, named_tensors, optional_names
+from selfsup_kernels.compat._common import DropIn
 from selfsup_kernels.functional import ema_update_pairs_
 
 __all__ = ["ModelEmaV3"]
 
 
-class ModelEmaV3(nn.Module):
+class ModelEmaV3(DropIn):
     r"""The moving average of everything in a model's ``state_dict``: a drop-in for ``timm.utils.ModelEmaV3`` (1.0.31).
 
     :math:`t \leftarrow d\, t + (1 - d)\, s` for parameters and buffers that are floating; others are copied. With a
@@ -44,6 +44,9 @@ class ModelEmaV3(nn.Module):
     Raises:
         ValueError, TypeError, RuntimeError: from updates with a model that does not fit; nothing has changed then.
     """
+
+    original = "timm.utils.ModelEmaV3"
+    hooks = ("_lerp_", "_foreach_lerp_")
 
     def __init__(
         self,
@@ -105,20 +108,22 @@ class ModelEmaV3(nn.Module):
     def apply_update_(self, model, decay):
         """Average what is floating in the ``state_dict``, copy the rest of it; buffers that are not in it stay."""
         parts: dict[bool, list] = {True: [], False: []}
-        for pairs in self._pairs(model, persistent=True):
+        for pairs in ModelEmaV3._pairs(self, model, persistent=True):
             for pair in pairs:
                 parts[pair[0].is_floating_point()].append(pair)
-        self._move(parts[True], parts[False], decay)
+        ModelEmaV3._move(self, parts[True], parts[False], decay)
 
     @torch.no_grad()
     def apply_update_no_buffers_(self, model, decay):
         """Average parameters, copy all buffers; those that are not saved, where both have one of the same shape."""
-        self._move(*self._pairs(model, persistent=False), decay)
+        ModelEmaV3._move(self, *ModelEmaV3._pairs(self, model, persistent=False), decay)
 
     @torch.no_grad()
     def set(self, model):
         """Copy everything in the model's ``state_dict``."""
-        self._move([], [pair for pairs in self._pairs(model, persistent=True) for pair in pairs], 0.0)
+        ModelEmaV3._move(
+            self, [], [pair for pairs in ModelEmaV3._pairs(self, model, persistent=True) for pair in pairs], 0.0
+        )
 
     def forward(self, *args, **kwargs):
         return self.module(*args, **kwargs)
