@@ -16,24 +16,26 @@ def copy_of(model: nn.Module) -> nn.Module:
     """``copy.deepcopy(model)``, whatever handles and results of computations the model keeps.
 
     Process groups and device meshes, streams and events, and the mode of FakeTensors are shared: they stand for
-    something outside of the model.
-    Tensors with a history of autograd (a layer's last output, the weight that ``nn.utils.weight_norm`` computes before
-    every forward) are copied without it.
+    something outside of the model. Tensors with a history of autograd (a layer's last output, the weight that
+    ``nn.utils.weight_norm`` computes before every forward) are copied without it.
     """
     memo = {}
     handles = _handles()
-    seen, ahead = set(), [model]
+    seen, ahead = {}, [model]  # by id, and the objects: so that no other one gets the id of one that is gone
     while ahead:
         value = ahead.pop()
         if id(value) in seen or isinstance(value, _ATOMIC):
             continue
-        seen.add(id(value))
+        seen[id(value)] = value
         if isinstance(value, handles):
             memo[id(value)] = value
         elif isinstance(value, torch.Tensor):
-            # A FakeTensor's own __deepcopy__ looks for memory.
-            if not value.is_leaf or (isinstance(value, FakeTensor) and not isinstance(value, nn.Parameter)):
+            if not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
+            elif isinstance(value, FakeTensor):  # its own __deepcopy__ looks for memory
+                copied = value.detach().clone()
+                is_parameter = isinstance(value, nn.Parameter)
+                memo[id(value)] = nn.Parameter(copied, value.requires_grad) if is_parameter else copied
             ahead.append(vars(value))
         elif isinstance(value, types.MethodType):  # a hook
             ahead.append(value.__self__)

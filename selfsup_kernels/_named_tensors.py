@@ -98,7 +98,7 @@ def _fits(target: Tensor | None, source: Tensor | None) -> bool:
         and source is not None
         and target.shape == source.shape
         and target.device == source.device
-        and kind(target) == kind(source)
+        and kind(target.dtype) == kind(source.dtype)
     )
 
 

@@ -16,11 +16,16 @@ from selfsup_kernels import _validate as check
 Tensor = torch.Tensor
 
 
-def kind(tensor: Tensor):
-    """Dtypes that convert into each other: one of the kernels' floating ones, complex ones, or none but its own."""
-    if tensor.dtype in check.FLOATING:
+def kind(dtype: torch.dtype):
+    """What converts into each other: the kernels' floating dtypes, complex ones; of any other dtype only itself."""
+    if dtype in check.FLOATING:
         return "floating"
-    return "complex" if tensor.is_complex() else tensor.dtype
+    return "complex" if dtype.is_complex else dtype
+
+
+def is_averaged(dtype: torch.dtype) -> bool:
+    """Whether an average of such numbers is one; others are copied."""
+    return dtype.is_floating_point or dtype.is_complex
 
 
 def tensor_list(name: str, value) -> list[Tensor]:
@@ -88,11 +93,12 @@ def lerp_(pairs: list[tuple[Tensor, Tensor]], weight) -> None:
         weight: a number, or a 0-dim tensor on their device.
     """
     for target, source in pairs:
-        if not (target.is_floating_point() or target.is_complex()):
+        dtype = target.dtype
+        if is_averaged(dtype):
+            step = weight.to(dtype) if isinstance(weight, Tensor) else weight
+            target.lerp_(source if source.dtype == dtype else source.to(dtype), step)
+        else:
             target.copy_(source)
-            continue
-        step = weight.to(target.dtype) if isinstance(weight, Tensor) else weight
-        target.lerp_(source if source.dtype == target.dtype else source.to(target.dtype), step)
 
 
 class _Rules(NamedTuple):
@@ -104,7 +110,7 @@ class _Rules(NamedTuple):
 
     def refuses(self, *targets) -> bool:
         """Whether no two of these may share memory: the average of one of them would depend on which comes first."""
-        return self.averaged and not self.as_torch and any(t.is_floating_point() or t.is_complex() for t in targets)
+        return self.averaged and not self.as_torch and any(is_averaged(t.dtype) for t in targets)
 
     def labels(self, i) -> tuple[str, str]:
         """What messages call the target and the source at ``i``."""
@@ -259,7 +265,7 @@ def _in_one_call(target, source, rules) -> bool:
         return False
     if not rules.averaged:
         return True
-    return kind(target) == kind(source) and not target.is_complex()
+    return kind(target.dtype) == kind(source.dtype) and not target.dtype.is_complex
 
 
 def _check_pairs(targets, sources, rules, first) -> None:
@@ -274,12 +280,12 @@ def _check_pairs(targets, sources, rules, first) -> None:
             _check_device(name, tensor, rules, first)
         if target.shape != source.shape and not (rules.as_torch and _expands(source, target)):
             raise ValueError(f"{s}: expected the shape of {t}, {tuple(target.shape)}, got {tuple(source.shape)}")
-        if not rules.as_torch and kind(target) != kind(source):
-            raise TypeError(f"{s}: expected the dtype of {t}, {target.dtype}, got {source.dtype}")
-        if rules.averaged and target.is_floating_point() and target.dtype not in check.FLOATING:
+        dtype, other = target.dtype, source.dtype
+        if not rules.as_torch and kind(dtype) != kind(other):
+            raise TypeError(f"{s}: expected the dtype of {t}, {dtype}, got {other}")
+        if rules.averaged and dtype.is_floating_point and dtype not in check.FLOATING:
             raise TypeError(
-                f"{t}: expected float64, float32, bfloat16, float16, complex numbers, integers or bool,"
-                f" got {target.dtype}"
+                f"{t}: expected float64, float32, bfloat16, float16, complex numbers, integers or bool, got {dtype}"
             )
 
 

@@ -313,8 +313,8 @@ def ema_update_(targets, sources, momentum, *, stochastic_rounding=False, genera
             destination that appears twice, or a momentum outside [0, 1].
         TypeError: not tensors, dtypes that are not averaged, an integer tensor with a source of another dtype, or a
             view of a DTensor as a destination.
-        RuntimeError: a destination is expanded or partly overlaps a source or another destination; ``impl`` cannot be
-            used here.
+        RuntimeError: a destination is expanded or partly overlaps a source or another destination; the memory of a
+            tensor has been freed; ``impl`` cannot be used here.
     """
     if isinstance(targets, torch.nn.Module) or isinstance(sources, torch.nn.Module):
         targets, sources, names = match_modules(targets, sources)

@@ -180,6 +180,57 @@ def test_whatever_torchs_average_takes_the_drop_in_takes(decay, use_buffers):
             assert torch.equal(got, want), f"{name} at step {step}"
 
 
+@pytest.mark.parametrize("exclude_buffers", [False, True])
+def test_whatever_timms_average_takes_the_drop_in_takes(exclude_buffers):
+    """As timm 1.0.31 does it, tensor by tensor in the order of the names."""
+    model = Everything()
+    ours, theirs = ModelEmaV3(model, 0.9, exclude_buffers=exclude_buffers), copy.deepcopy(model)
+    parameters = dict(model.named_parameters())
+    for step in range(5):
+        train(model, step)
+        ours.update(model)
+        source = model.state_dict()
+        for name, value in theirs.state_dict().items():
+            if (name in parameters and (value.is_floating_point() or (exclude_buffers and value.is_complex()))) or (
+                value.is_floating_point() and not exclude_buffers
+            ):
+                value.lerp_(source[name], 1 - 0.9)
+            else:
+                value.copy_(source[name])
+        for name, want in theirs.state_dict().items():
+            assert torch.equal(ours.module.state_dict()[name], want), f"{name} at step {step}"
+
+
+def test_what_copy_and_lerp_accept_the_drop_ins_accept():
+    model, other = nn.BatchNorm1d(4), nn.BatchNorm1d(4)
+    ema = ModelEmaV3(model, 0.75)
+    ema.module.num_batches_tracked = torch.zeros(3, dtype=torch.int32)
+    other.num_batches_tracked = torch.tensor(7.9)
+    other.weight, other.running_mean = nn.Parameter(torch.tensor([5.0])), torch.tensor(4)
+    ema.update(other)
+    assert ema.module.num_batches_tracked.tolist() == [7, 7, 7]
+    assert ema.module.weight.tolist() == [2.0] * 4
+    assert ema.module.running_mean.tolist() == [1.0] * 4
+    before = {k: v.clone() for k, v in ema.module.state_dict().items()}
+    for name, wrong in (("running_var", torch.ones(3)), ("num_batches_tracked", torch.ones(2))):
+        bad = nn.BatchNorm1d(4)
+        setattr(bad, name, wrong)
+        nn.init.zeros_(bad.weight)
+        with pytest.raises(ValueError, match=rf"{name} \(source\): expected the shape"):
+            ema.update(bad)
+        assert all(torch.equal(v, before[k]) for k, v in ema.module.state_dict().items())
+
+
+def test_timms_average_of_a_model_on_two_devices():
+    model = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2, device="meta")])
+    ema = ModelEmaV3(model, 0.5)
+    want = ema.module[0].weight.detach() + 1
+    with torch.no_grad():
+        model[0].weight.add_(2)
+    ema.update(model)
+    torch.testing.assert_close(ema.module[0].weight.detach(), want)
+
+
 def test_the_average_of_every_kind_of_number(impl):
     model = Everything()
     del model.views  # refused where they are averaged: above

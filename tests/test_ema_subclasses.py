@@ -155,7 +155,7 @@ def test_the_fused_optimizers_refuse_to_step_them(impl):
         assert torch.equal(model[0].bias, before)
 
 
-@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")  # copy.deepcopy does
+@pytest.mark.filterwarnings("error:Accessing the data pointer of FakeTensor")
 @pytest.mark.parametrize("optimizer", [None, sk.optim.SGD, sk.optim.AdamW, sk.optim.LARS])
 def test_a_training_step_under_fake_tensors(optimizer):
     with FakeTensorMode():
