@@ -13,9 +13,9 @@ from collections.abc import Iterable
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
+from selfsup_kernels import _overlap, backends
 from selfsup_kernels import _tensor_lists as lists
 from selfsup_kernels import _validate as check
-from selfsup_kernels import backends
 from selfsup_kernels.ema import EMA
 from selfsup_kernels.functional import ema_update_pairs_
 
@@ -28,6 +28,21 @@ class _FusedStep:
     ema: EMA | None = None
     impl: str = "auto"
     _unsupported: tuple[str, ...] = ("differentiable",)
+
+    def _check_options(self, foreach, fused, **unsupported):
+        """Arguments of torch's class that choose among its implementations, of which this one has one."""
+        for name, value in (("foreach", foreach), ("fused", fused)):
+            if not (value is None or isinstance(value, bool)):
+                raise TypeError(f"{name}: expected None or a bool, got {type(value).__name__}")
+        for name, value in unsupported.items():
+            self._refuse_option(name, value)
+
+    def _refuse_option(self, name, value):
+        if value:
+            raise ValueError(
+                f"{name}: not supported by {type(self).__name__}; use torch.optim's own class, and call ema.update()"
+                " after its step"
+            )
 
     def _follow(self, ema, impl):
         check.choice("impl", impl, backends.CHOICES)
@@ -45,8 +60,13 @@ class _FusedStep:
     def step(self, closure=None, *, momentum=None):
         """One step of the optimizer, and one of the EMA: what ``super().step(); ema.update(momentum)`` do.
 
-        Targets of parameters that have no gradient, or that another optimizer has, move as well, and buffers are
-        treated as the EMA says. Everything is checked before anything is written.
+        Targets of parameters that have no gradient move as well, and buffers are treated as the EMA says. Everything
+        is checked before anything is written.
+
+        The average takes the parameters as this step leaves them. So it is refused where the EMA's model has
+        parameters with a gradient that this optimizer does not have: another optimizer, or another process of a sharded
+        one (``ZeroRedundancyOptimizer``), may change them only afterwards. What else changes parameters after the step
+        (a projection, ``Lookahead``) wants ``ema.update()`` after it, and no ``ema`` here.
 
         Args:
             closure: evaluates the model anew and returns the loss.
@@ -56,8 +76,10 @@ class _FusedStep:
             What ``closure`` returned, or None.
 
         Raises:
-            TypeError: sparse gradients, DTensors, or parameters of a dtype that is not supported.
-            ValueError: an option that only torch's own class has, or as :meth:`selfsup_kernels.EMA.update`.
+            TypeError: sparse gradients, DTensors and other tensors that bring their own operators, or parameters of a
+                dtype that is not supported.
+            ValueError: an option that only torch's own class has, parameters with a gradient that are of the EMA's
+                model and not of this optimizer, or as :meth:`selfsup_kernels.EMA.update`.
             RuntimeError: ``impl`` cannot be used here.
         """
         loss = None
@@ -76,12 +98,12 @@ class _FusedStep:
             for params in _by_device(self._with_grad(group))
         ]
         average.check_device(calls)
-        for group, params, impl in calls:
+        average.check_others(calls)
+        rates = [_rate(group["lr"], params[0].device) for group, params, _ in calls]
+        for (group, params, impl), rate in zip(calls, rates, strict=True):
             for part, arguments in self._parts(group, params):
                 targets = [average.take(p) for p in part]
                 average_arguments = (average.tensor, average.number, average.seed(part[0].device))
-                lr = group["lr"]
-                rate = (lr, 0.0) if isinstance(lr, torch.Tensor) else (None, float(lr))
                 grads, states, rest = arguments
                 backends.op(self._op, impl)(part, grads, *states, targets, *rate, *average_arguments, *rest)
                 if impl != "reference":
@@ -91,8 +113,7 @@ class _FusedStep:
 
     def _with_grad(self, group):
         for option in self._unsupported:
-            if group.get(option):
-                raise ValueError(f"{option}: not supported by {type(self).__name__}; use torch.optim's own class")
+            self._refuse_option(option, group.get(option))
         params = [p for p in group["params"] if p.grad is not None]
         for p in params:
             for what, x in (("tensors", p), ("gradients", p.grad)):
@@ -101,6 +122,11 @@ class _FusedStep:
                         f"params: expected plain {what}, got a {type(x).__name__} (FSDP2's are DTensors); use"
                         " torch.optim's own class, and call ema.update() after its step"
                     )
+            if not p.is_contiguous() and _overlap.overlaps_itself(p):
+                raise RuntimeError(
+                    "params: expected elements that do not share memory (an expanded tensor?), got shape"
+                    f" {tuple(p.shape)} with strides {p.stride()}"
+                )
             if p.grad.layout != torch.strided:
                 raise TypeError(f"params: expected dense gradients, got layout {p.grad.layout}")
             if p.dtype not in check.FLOATING:
@@ -129,6 +155,20 @@ class _Average:
         targets, sources, self.others = lists.check_update(targets, sources, names)
         self.device = targets[0].device if targets else None
         self.pairs = {id(s): (t, s) for t, s in zip(targets, sources, strict=True)}
+
+    def check_others(self, calls):
+        """Refuse an average of parameters that are not final: what has a gradient is about to change."""
+        own = {id(p) for _, params, _ in calls for p in params}
+        others = [s for key, (_, s) in self.pairs.items() if key not in own and s.is_leaf and s.grad is not None]
+        if others:
+            names = {id(s): name for name, s in self.ema._model.named_parameters()}
+            found = ", ".join(names.get(id(s), "a buffer") for s in others[:3]) + (", ..." if len(others) > 3 else "")
+            raise ValueError(
+                "ema: expected a model whose parameters with a gradient are all of this optimizer, but it lacks"
+                f" {len(others)} of them ({found}): another optimizer, or another process of a sharded one"
+                " (ZeroRedundancyOptimizer), would change them after they were averaged. Give no ema here, and call"
+                " ema.update() after the last step; what is not trained at all wants requires_grad_(False)"
+            )
 
     def check_device(self, calls):
         if self.tensor is None or self.tensor.device.type == "cpu":
@@ -162,6 +202,20 @@ class _Average:
         lists.copy_(self.copies)
 
 
+def _rate(lr, device):
+    """``(tensor, 0)`` for a tensor of one element, which is not read, ``(None, number)`` for a number."""
+    if not isinstance(lr, torch.Tensor):
+        return None, float(lr)
+    if lr.numel() != 1 or lr.is_complex():
+        raise ValueError(
+            f"lr: expected a number or a real tensor of one element, got shape {tuple(lr.shape)}, {lr.dtype}"
+        )
+    if lr.device != device and lr.device.type != "cpu":
+        raise ValueError(f"lr: expected the device of params, {device}, got {lr.device}")
+    lr = lr.detach().reshape(())
+    return (lr if lr.dtype in check.FLOATING else lr.double()), 0.0
+
+
 def _by_device(params) -> Iterable[list[torch.Tensor]]:
     devices: dict[torch.device, list] = {}
     for p in params:
@@ -186,6 +240,8 @@ class SGD(_FusedStep, torch.optim.SGD):
 
     Args:
         params, lr, momentum, dampening, weight_decay, nesterov, maximize: as in ``torch.optim.SGD``.
+        foreach, fused: None or a bool; without effect, since the step is one pass whatever they say.
+        differentiable: only False.
         ema: the moving average whose target follows. Call no ``ema.update()`` then.
         impl: ``"auto"``, ``"reference"``, ``"cpu"`` or ``"cuda"``.
 
@@ -206,9 +262,13 @@ class SGD(_FusedStep, torch.optim.SGD):
         nesterov=False,
         *,
         maximize=False,
+        foreach=None,
+        differentiable=False,
+        fused=None,
         ema=None,
         impl="auto",
     ):
+        self._check_options(foreach, fused, differentiable=differentiable)
         super().__init__(params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize)
         self._follow(ema, impl)
 
@@ -256,7 +316,8 @@ class LARS(SGD):
     The norms are a pass of their own over parameters and gradients; they are not read by the host.
 
     Args:
-        params, lr, momentum, dampening, weight_decay, nesterov, maximize, ema, impl: as in :class:`SGD`.
+        params, lr, momentum, dampening, weight_decay, nesterov, maximize, foreach, differentiable, fused, ema, impl: as
+            in :class:`SGD`.
         trust_coefficient: :math:`\eta_{\text{trust}}`.
         eps: the floor of the denominator.
 
@@ -276,6 +337,9 @@ class LARS(SGD):
         eps=1e-8,
         *,
         maximize=False,
+        foreach=None,
+        differentiable=False,
+        fused=None,
         ema=None,
         impl="auto",
     ):
@@ -284,7 +348,20 @@ class LARS(SGD):
             raise ValueError(f"trust_coefficient: expected a number > 0, got {trust_coefficient}")
         if not self._trust["eps"] >= 0:
             raise ValueError(f"eps: expected a number >= 0, got {eps}")
-        super().__init__(params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize, ema=ema, impl=impl)
+        super().__init__(
+            params,
+            lr,
+            momentum,
+            dampening,
+            weight_decay,
+            nesterov,
+            maximize=maximize,
+            foreach=foreach,
+            differentiable=differentiable,
+            fused=fused,
+            ema=ema,
+            impl=impl,
+        )
         self.defaults.update(self._trust)
 
     def add_param_group(self, param_group):
@@ -318,12 +395,13 @@ class AdamW(_FusedStep, torch.optim.AdamW):
     :math:`m \leftarrow \beta_1 m + (1 - \beta_1) g`; :math:`v \leftarrow \beta_2 v + (1 - \beta_2) g^2`;
     :math:`p \leftarrow p - \eta\, \hat m / (\sqrt{\hat v} + \epsilon)`; then the EMA as in :class:`SGD`.
 
-    ``amsgrad``, ``capturable`` and ``differentiable`` are torch's alone; a loaded state that asks for them is refused
-    at the next step. The step count is kept on the host.
+    ``amsgrad``, ``capturable`` and ``differentiable`` are torch's alone and refused; a loaded state that asks for them
+    is refused at the next step. The step count is kept on the host.
 
     Args:
         params, lr, betas, eps, weight_decay, maximize: as in ``torch.optim.AdamW``.
-        ema, impl: as in :class:`SGD`.
+        amsgrad, capturable, differentiable: only False.
+        foreach, fused, ema, impl: as in :class:`SGD`.
 
     Raises:
         ValueError, TypeError, RuntimeError: as :class:`SGD`.
@@ -339,11 +417,18 @@ class AdamW(_FusedStep, torch.optim.AdamW):
         betas=(0.9, 0.999),
         eps=1e-8,
         weight_decay=1e-2,
+        amsgrad=False,
         *,
         maximize=False,
+        foreach=None,
+        capturable=False,
+        differentiable=False,
+        fused=None,
         ema=None,
         impl="auto",
     ):
+        self._check_options(foreach, fused, amsgrad=amsgrad, capturable=capturable, differentiable=differentiable)
+        betas = tuple(b if isinstance(b, torch.Tensor) else float(b) for b in betas)  # torch takes no float32 of numpy
         super().__init__(params, lr, betas, eps, weight_decay, maximize=maximize)
         self._follow(ema, impl)
 

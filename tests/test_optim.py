@@ -39,7 +39,7 @@ def test_every_pair_of_dtypes(impl, dtype, target_dtype):
 @pytest.mark.parametrize("buffers", ["copy", "average", "ignore"])
 @pytest.mark.parametrize(("ours", "theirs", "arguments"), PAIRS, ids=PAIRS_IDS)
 def test_one_step_is_a_step_and_an_update(impl, ours, theirs, arguments, buffers):
-    """Frozen parameters, those without a gradient or of another optimizer, buffers: all that ``ema.update`` moves."""
+    """Frozen parameters, those without a gradient or of no optimizer, buffers: all that ``ema.update`` moves."""
     model = Weights()
     twin = copy.deepcopy(model)
     averages = [average_of(m, buffers=buffers, impl=impl) for m in (model, twin)]
@@ -48,7 +48,7 @@ def test_one_step_is_a_step_and_an_update(impl, ours, theirs, arguments, buffers
     for step in range(3):
         for m in (model, twin):
             set_grads(m, step)
-            m.weights[0].grad = None
+            m.weights[0].grad = m.weights[-1].grad = None
             m.weights[1].requires_grad_(False).grad = None
             m.running.add_(1)
             m.count.add_(1)

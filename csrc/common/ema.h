@@ -9,9 +9,29 @@
 namespace selfsup_kernels {
 
 // t + w (s - t), from whichever end is nearer, so that w = 0 and w = 1 give t and s exactly (as torch.lerp does).
+template <bool from_t, typename V, typename A>
+SK_INLINE V lerp_from(V t, V s, A w) {
+  return from_t ? t + (s - t) * w : s - (s - t) * (A(1) - w);
+}
 template <typename V, typename A>
 SK_INLINE V lerp(V t, V s, A w) {
-  return w < A(0.5) ? t + (s - t) * w : s - (s - t) * (A(1) - w);
+  return w < A(0.5) ? lerp_from<true, V, A>(t, s, w) : lerp_from<false, V, A>(t, s, w);
+}
+
+// The moving average (1 - w) t + w s: `step`, which is lerp(t, s, w), unless that is not finite because an end is
+// infinite or the difference overflows. Then it is the sum as it stands here, in which an infinity of weight 0 does not
+// count. NaN in either end is NaN.
+template <typename V, typename A>
+SK_INLINE V average(V t, V s, A w, V step) {
+  const bool from_t = w < A(0.5);
+  const V near = from_t ? t : s, far = from_t ? s : t;
+  const A part = from_t ? w : A(1) - w;
+  const V sum = part == A(0) ? (far == far ? near : far) : near * (A(1) - part) + far * part;
+  return step - step == A(0) ? step : sum;
+}
+template <typename V, typename A>
+SK_INLINE V average(V t, V s, A w) {
+  return average<V, A>(t, s, w, lerp<V, A>(t, s, w));
 }
 
 // An integer hash (C. Wellons' "lowbias32" construction).

@@ -23,7 +23,7 @@ struct SgdSettings {
 };
 
 // g <- grad + weight_decay p, times `scale` (LARS);  b <- momentum b + (1 - dampening) g;  p <- p - lr b, or with
-// Nesterov's momentum p - lr (g + momentum b). Without states p <- p - lr g.
+// Nesterov's momentum p - lr (g + momentum b). Without states p <- p - lr g. No decay is none of an infinite p either.
 template <int states_>
 struct Sgd {
   static constexpr int states = states_;
@@ -45,7 +45,8 @@ struct Sgd {
           first(s.first) {}
 
     SK_INLINE A operator()(A p, A g, A* state) const {
-      g = (sign * g + decay * p) * scale;
+      const A slope = sign * g, decayed = slope + decay * p;
+      g = (decay == A(0) ? slope : decayed) * scale;
       if constexpr (states == 1) {
         const A buffer = first ? g : momentum * state[0] + fresh * g;
         state[0] = buffer;
@@ -92,11 +93,11 @@ struct Adamw {
   };
 };
 
-// The average of a target and the parameter as it was stored, in the target's arithmetic type.
+// The moving average of a target and the parameter as it was stored, in the target's arithmetic type.
 template <typename T, typename P>
 SK_INLINE ArithmeticOf<T> averaged(T target, P source, ArithmeticOf<T> weight) {
   using A = ArithmeticOf<T>;
-  return lerp<A, A>(static_cast<A>(target), static_cast<A>(source), weight);
+  return average<A, A>(static_cast<A>(target), static_cast<A>(source), weight);
 }
 
 }  // namespace selfsup_kernels

@@ -13,14 +13,6 @@ inline FloatBits random_bits(int64_t seed, uint32_t stream, uint64_t element) {
   return selfsup_kernels::random_bits<FloatBits>(random_stream(seed, stream, element), index);
 }
 
-template <typename Target, typename A>
-inline void store_target(Target* p, Vec<A> v, const int64_t* seed, uint32_t stream, uint64_t element) {
-  if constexpr (sizeof(Target) == 2) {
-    if (seed) return store_stochastically(p, v, random_bits(*seed, stream, element));
-  }
-  store_as(p, v);
-}
-
 // The source as a vector of the arithmetic type; a float64 on either side makes that double.
 template <typename A, typename S>
 inline Vec<A> load_source(const S* p) {
@@ -45,30 +37,63 @@ inline Vec<A> load_source(const S* p) {
   }
 }
 
-template <typename Target, typename Source>
-void ema_span(
-    void* target, const void* source, int64_t n, double weight, const int64_t* seed, uint32_t stream, uint64_t offset) {
-  using A = std::conditional_t<sizeof(Target) == 8, double, float>;
-  constexpr int W = lanes<A>;
-  Target* t = static_cast<Target*>(target);
-  const Source* s = static_cast<const Source*>(source);
-  A w = static_cast<A>(weight);
+template <int write, int count, typename T>
+inline void prefetch(const T* p) {
+  for (int k = 0; k < count; k += 64 / sizeof(T)) __builtin_prefetch(p + k, write);
+}
+
+// The average of n elements; `save(p, v, k)` stores a vector from element k on.
+template <bool from_t, typename A, typename Target, typename Source, typename Save>
+inline void ema_elements(Target* t, const Source* s, int64_t n, A w, Save save) {
+  constexpr int W = lanes<A>, several = 4;
   constexpr int64_t ahead = 256;  // elements: two streams per thread are more than the hardware's prefetchers fill
+  auto one = [&](Target* t, const Source* s, int64_t k) {
+    save(t, average<Vec<A>, A>(load_as<A>(t), load_source<A>(s), w), k);
+  };
   int64_t j = 0;
-  for (; j + W <= n; j += W) {
-    __builtin_prefetch(t + j + ahead, 1);
-    __builtin_prefetch(s + j + ahead, 0);
-    store_target<Target, A>(
-        t + j, lerp<Vec<A>, A>(load_as<A>(t + j), load_source<A>(s + j), w), seed, stream, offset + j);
+  for (; j + several * W <= n; j += several * W) {
+    prefetch<1, several * W>(t + j + ahead);
+    prefetch<0, several * W>(s + j + ahead);
+    Vec<A> step[several], zero{};
+    for (int u = 0; u < several; ++u) {
+      step[u] = lerp_from<from_t, Vec<A>, A>(load_as<A>(t + j + u * W), load_source<A>(s + j + u * W), w);
+      zero += step[u] * A(0);
+    }
+    if (any<A>(zero != A(0)))  // one test tells of all of them that they are finite, as they mostly are
+      for (int u = 0; u < several; ++u) one(t + j + u * W, s + j + u * W, j + u * W);
+    else
+      for (int u = 0; u < several; ++u) save(t + j + u * W, step[u], j + u * W);
   }
+  for (; j + W <= n; j += W) one(t + j, s + j, j);
   if (j < n) {
     Target old[W] = {};
     Source now[W] = {};
     std::memcpy(old, t + j, (n - j) * sizeof(Target));
     std::memcpy(now, s + j, (n - j) * sizeof(Source));
-    store_target<Target, A>(old, lerp<Vec<A>, A>(load_as<A>(old), load_source<A>(now), w), seed, stream, offset + j);
+    one(old, now, j);
     std::memcpy(t + j, old, (n - j) * sizeof(Target));
   }
+}
+
+template <typename Target, typename Source>
+void ema_span(
+    void* target, const void* source, int64_t n, double weight, const int64_t* seed, uint32_t stream, uint64_t offset) {
+  using A = std::conditional_t<sizeof(Target) == 8, double, float>;
+  Target* t = static_cast<Target*>(target);
+  const Source* s = static_cast<const Source*>(source);
+  const A w = static_cast<A>(weight);
+  auto update = [&](auto save) {
+    if (w < A(0.5))
+      ema_elements<true, A>(t, s, n, w, save);
+    else
+      ema_elements<false, A>(t, s, n, w, save);
+  };
+  if constexpr (sizeof(Target) == 2) {
+    if (seed)
+      return update(
+          [&](Target* p, Vec<A> v, int64_t k) { store_stochastically(p, v, random_bits(*seed, stream, offset + k)); });
+  }
+  update([](Target* p, Vec<A> v, int64_t) { store_as(p, v); });
 }
 
 }  // namespace selfsup_kernels::SK_ARCH

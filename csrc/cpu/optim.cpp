@@ -44,20 +44,35 @@ void step_span(const StepItem& item, const StepNumbers<Rule>& numbers, int64_t b
     if constexpr (states > 1) state1[k] = static_cast<P>(wide[1]);
     return p;
   };
-  if constexpr (has_target && sizeof(T) == 2) {
-    if (numbers.seed) {
-      for (int64_t k = begin; k < end; ++k) {
-        const RandomStream random = random_stream(*numbers.seed, item.stream, static_cast<uint64_t>(k));
-        const P p = element(k);
-        target[k] = round_stochastically<T>(
-            averaged(target[k], p, weight), random_bits<uint32_t>(random, static_cast<uint32_t>(k)));
+  if constexpr (!has_target) {
+    for (int64_t k = begin; k < end; ++k) element(k);
+  } else {
+    // The targets are written when it is known that the steps of a block are finite, as they mostly are: a choice for
+    // each element would keep the compiler from making vectors.
+    using B = ArithmeticOf<T>;
+    constexpr int64_t block = 512;
+    for (int64_t first = begin; first < end; first += block) {
+      const int64_t count = std::min(block, end - first);
+      B mean[block];
+      int unusual = 0;
+      for (int64_t j = 0; j < count; ++j) element(first + j);
+      for (int64_t j = 0; j < count; ++j)
+        mean[j] = lerp<B, B>(static_cast<B>(target[first + j]), static_cast<B>(param[first + j]), weight);
+      for (int64_t j = 0; j < count; ++j) unusual |= mean[j] - mean[j] != B(0);
+      if (unusual)
+        for (int64_t j = 0; j < count; ++j) mean[j] = averaged(target[first + j], param[first + j], weight);
+      if constexpr (sizeof(T) == 2) {
+        if (numbers.seed) {
+          for (int64_t j = 0; j < count; ++j) {
+            const uint64_t k = first + j;
+            target[k] = round_stochastically<T>(
+                mean[j], random_bits<uint32_t>(random_stream(*numbers.seed, item.stream, k), static_cast<uint32_t>(k)));
+          }
+          continue;
+        }
       }
-      return;
+      for (int64_t j = 0; j < count; ++j) target[first + j] = static_cast<T>(mean[j]);
     }
-  }
-  for (int64_t k = begin; k < end; ++k) {
-    const P p = element(k);
-    if constexpr (has_target) target[k] = static_cast<T>(averaged(target[k], p, weight));
   }
 }
 

@@ -57,6 +57,21 @@ inline Vec<T> select(IntVec<T> mask, Vec<T> yes, Vec<T> no) {
   return (Vec<T>)((mask & (IntVec<T>)yes) | (~mask & (IntVec<T>)no));
 }
 
+// Whether a comparison holds for a lane.
+template <typename T>
+inline bool any(IntVec<T> mask) {
+#if defined(SK_AVX512)
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif defined(SK_AVX2)
+  return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);
+#else
+  IntVec<double> words = (IntVec<double>)mask;
+  int64_t all = 0;
+  for (int k = 0; k < lanes<double>; ++k) all |= words[k];
+  return all != 0;
+#endif
+}
+
 // The lanes of a and b that one stage of a transpose exchanges: in pairs of runs of `Run` lanes, a keeps its even runs
 // and takes b's, or (Upper) b keeps its odd runs and takes a's.
 template <typename T, int Run, bool Upper>

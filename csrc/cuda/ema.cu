@@ -82,7 +82,7 @@ __device__ inline void average_chunk(
     T* t, const S* s, int left, double weight, const int64_t* seed, uint32_t stream, uint64_t first) {
   using A = std::conditional_t<sizeof(T) == 8, double, float>;
   const A w = static_cast<A>(weight);
-  auto average = [w](T a, S b) { return lerp<A, A>(static_cast<A>(a), static_cast<A>(b), w); };
+  auto average = [w](T a, S b) { return selfsup_kernels::average<A, A>(static_cast<A>(a), static_cast<A>(b), w); };
   if constexpr (sizeof(T) == 2) {
     if (seed) {
       // A chunk lies within 2^32 elements that share the upper half of their number: chunks are powers of two.

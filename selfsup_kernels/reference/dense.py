@@ -5,6 +5,8 @@ similarities, so it is for understanding and for tests; ``impl="reference"`` of 
 equivalent (``reference.info_nce``).
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -124,4 +126,9 @@ def ema_update_(targets, sources, momentum):
                 t.copy_(s)
                 continue
             wide = torch.float64 if t.dtype == torch.float64 else torch.float32
-            t.copy_(t.to(wide).lerp_(s.to(wide), float(1 - momentum)))
+            # 0 times an infinity would be NaN: with a weight of 0 it does not count.
+            terms = [
+                weight * (x if weight else x.nan_to_num(math.nan, 0.0, 0.0))
+                for weight, x in ((float(momentum), t.to(wide)), (float(1 - momentum), s.to(wide)))
+            ]
+            t.copy_(terms[0] + terms[1])

@@ -1,7 +1,9 @@
 """The moving average in eager PyTorch: the op ``ema_update_.reference``.
 
-``t <- m t + (1 - m) s``, as ``t + (1 - m) (s - t)``, in float32 at least (arXiv:2006.07733, eq. 1).
+``t <- m t + (1 - m) s`` (arXiv:2006.07733, eq. 1) in float32 at least, as ``t + (1 - m) (s - t)`` where that is finite.
 """
+
+import math
 
 import torch
 
@@ -16,10 +18,24 @@ def update_(targets, sources, momentum_tensor, momentum, seed):
             continue
         wide = torch.float64 if target.dtype == torch.float64 else torch.float32
         step = torch.as_tensor(weight, dtype=wide, device=target.device)
-        value = torch.lerp(target.detach().to(wide), source.detach().to(wide), step)
+        value = average(target.detach().to(wide), source.detach().to(wide), step)
         if seed is not None and target.dtype in _BITS:
             value = _round_stochastically(value, target.dtype, seed, i)
         target.copy_(value)
+
+
+def average(t, s, weight):
+    """``torch.lerp``, and the sum ``(1 - weight) t + weight s`` where that is not finite: an end is infinite, or
+    ``s - t`` overflows. An infinity of weight 0 does not count; NaN in either end is NaN."""
+    step = torch.lerp(t, s, weight)
+    if step.device.type == "cpu" and math.isfinite(step.sum()):  # the usual case; elsewhere reading would wait
+        return step
+    return torch.where(step.isfinite(), step, _share(t, 1 - weight) + _share(s, weight))
+
+
+def _share(x, weight):
+    weight = torch.as_tensor(weight, dtype=x.dtype, device=x.device)
+    return torch.where((weight == 0) & x.isinf(), -0.0, weight * x)  # -0 + y is y, also where that is -0
 
 
 def _same(target, source):

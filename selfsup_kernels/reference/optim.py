@@ -32,7 +32,9 @@ def sgd_(
     rate = _number(lr_tensor, lr)
     for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
         p, g = _wide(param), _wide(grad)
-        g = weight_decay * p + (-g if maximize else g)
+        g = -g if maximize else g
+        if weight_decay != 0:  # 0 times an infinite parameter would be NaN
+            g = weight_decay * p + g
         if scales is not None:
             g = g * scales[i].to(g.dtype)
         if momentum_buffers:

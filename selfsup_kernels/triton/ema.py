@@ -16,7 +16,7 @@ from selfsup_kernels import _overlap
 from selfsup_kernels.triton import _launch
 
 # Elements of a program, and its warps. The aim is bytes in flight: with 16 elements of either tensor per thread a
-# float32 program has 32 KB of reads on their way, and five such programs fit an SM at the 46 registers that they take;
+# float32 program has 32 KB of reads on their way, and four or five such programs fit an SM at 48 to 50 registers;
 # bandwidth times latency is about 25 KB per SM of an H200. Smaller chunks would even out the end of a short list,
 # larger ones read the table less often. float64 needs two registers an element, so half the elements per thread.
 # Chosen by this arithmetic and by what the compiler makes of it; not tuned on a GPU.
@@ -73,7 +73,8 @@ def _round_at_random(value, T: tl.constexpr, seed_pointer, counter):
 @triton.jit
 def _averaged(t, s, weight, T: tl.constexpr, seed_pointer, counter):
     """What the target becomes. ``t + w (s - t)`` from whichever end is nearer, as torch.lerp does: w = 0 gives ``t``
-    and w = 1 gives ``s`` exactly."""
+    and w = 1 gives ``s`` exactly. Where that is not finite it is the sum ``(1 - w) t + w s``, in which an infinity of
+    weight 0 does not count."""
     if T.is_int():
         return s
     else:
@@ -83,7 +84,11 @@ def _averaged(t, s, weight, T: tl.constexpr, seed_pointer, counter):
         else:
             w = weight.to(tl.float32)
             t, s = t.to(tl.float32), s.to(tl.float32)
-        value = tl.where(w < 0.5, t, s) + tl.where(w < 0.5, w, w - 1) * (s - t)
+        near, far = tl.where(w < 0.5, t, s), tl.where(w < 0.5, s, t)
+        part = tl.where(w < 0.5, w, 1 - w)
+        step = near + tl.where(w < 0.5, w, w - 1) * (s - t)
+        total = tl.where(part == 0, tl.where(far == far, near, far), (1 - part) * near + part * far)
+        value = tl.where(tl.abs(step) < float("inf"), step, total)
         if (seed_pointer is not None) and (T.primitive_bitwidth == 16):
             return _round_at_random(value, T, seed_pointer, counter)
         else:

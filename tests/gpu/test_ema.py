@@ -8,6 +8,7 @@ import ctypes
 import math
 import random
 
+import extremes
 import pytest
 import torch
 from ema_cases import CHUNK, FLOATING, INTEGERS, LOW, bits, check, mixed
@@ -141,6 +142,16 @@ def test_nan_and_infinity(impl, device):
     target, source = torch.ones(3, dtype=torch.bfloat16, device=device), torch.full((3,), 2**31 - 1, device=device)
     sk.ema_update_([target], [source.int().view(torch.float32)], 0.5, stochastic_rounding=True, impl=impl)
     assert target.isnan().all()
+
+
+@pytest.mark.parametrize("source_dtype", FLOATING, ids=str)
+@pytest.mark.parametrize("target_dtype", FLOATING, ids=str)
+def test_differences_that_are_not_finite(impl, target_dtype, source_dtype, device):
+    """Infinite ends, and numbers that overflow: the sum of the equation."""
+    for momentum in extremes.MOMENTA:
+        extremes.check(impl, target_dtype, source_dtype, momentum, device)
+    if target_dtype in LOW:
+        extremes.check(impl, target_dtype, source_dtype, 0.75, device, stochastic_rounding=True)
 
 
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)

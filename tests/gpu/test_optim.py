@@ -36,6 +36,23 @@ def test_every_pair_of_dtypes(dtype, target_dtype, device):
             compare("cuda", device, ours, theirs, arguments, dtype, target_dtype, steps=2)
 
 
+@pytest.mark.parametrize("dtype", FLOATING, ids=str)
+@pytest.mark.parametrize(("ours", "theirs", "arguments"), PAIRS, ids=PAIRS_IDS)
+def test_an_infinite_parameter_without_a_gradient_stays(ours, theirs, arguments, dtype, device):
+    """A mask of infinities among the parameters: without weight decay torch leaves it alone; so does its average."""
+    model = nn.Module()
+    model.mask = nn.Parameter(torch.full((40, 40), -float("inf"), dtype=dtype, device=device).triu(1))
+    ema = sk.EMA(model, 0.99, dtype=torch.float32, impl="cuda")
+    want = model.mask.detach().clone()
+    eps = {"eps": 1e-3} if ours is sk.optim.AdamW else {}  # float16 has no 1e-8
+    optimizer = ours(model.parameters(), ema=ema, impl="cuda", **arguments | eps)
+    for _ in range(2):
+        model.mask.grad = torch.zeros_like(model.mask)
+        optimizer.step()
+        assert torch.equal(model.mask, want)
+        assert torch.equal(ema.module.mask, want.float())
+
+
 def of_weights(sizes, place):
     """A model whose parameters come from ``place``, with gradients."""
     model = nn.Module()
