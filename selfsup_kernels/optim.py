@@ -158,8 +158,8 @@ class _Average:
 
     def check_others(self, calls):
         """Refuse an average of parameters that are not final: what has a gradient is about to change."""
-        own = {id(p) for _, params, _ in calls for p in params}
-        others = [s for key, (_, s) in self.pairs.items() if key not in own and s.is_leaf and s.grad is not None]
+        left = self.pairs.keys() - {i for _, params, _ in calls for i in map(id, params)}
+        others = left and [s for key, (_, s) in self.pairs.items() if key in left and s.is_leaf and s.grad is not None]
         if others:
             names = {id(s): name for name, s in self.ema._model.named_parameters()}
             found = ", ".join(names.get(id(s), "a buffer") for s in others[:3]) + (", ..." if len(others) > 3 else "")
