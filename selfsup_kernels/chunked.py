@@ -61,8 +61,8 @@ def chunked_backward(encoder, views, loss, chunk_size, *, scaler=None, backward=
         scaler: a ``torch.amp.GradScaler``: the gradients are those of the scaled loss.
         backward: what runs the loss backward in place of ``loss.backward()``: Lightning's ``self.manual_backward``,
             ``fabric.backward``, ``accelerator.backward``, ``lambda loss: (loss / 4).backward()``.
-        modules: the modules behind an ``encoder`` that is a plain function: whose buffers go back and whose
-            ``no_sync()`` is used. Modules, their methods, and partials of both are found.
+        modules: the modules behind an ``encoder`` that is a plain function: their buffers go back, and those of
+            DistributedDataParallel are synchronised once. Modules, their methods, and partials of both are found.
 
     Returns:
         The loss, detached and unscaled. Its backward pass has happened: there is no ``.backward()`` to call on it.
@@ -71,7 +71,7 @@ def chunked_backward(encoder, views, loss, chunk_size, *, scaler=None, backward=
         ValueError, TypeError: an argument does not fit, or what the encoder or the loss returned; the message says why.
         RuntimeError: gradients are switched off (``torch.no_grad()``); nothing that is trained was reached, where
             ``loss.backward()`` raises, too; a DistributedDataParallel module is used in a way that chunks cannot serve
-            (``static_graph=True``, ``join()``, a call inside its own forward).
+            (``static_graph=True``, ``mixed_precision=``, ``join()``, a call inside its forward).
     """
     if not torch.is_grad_enabled():
         raise RuntimeError("chunked_backward: expected gradients to be on, got a call under torch.no_grad()")
@@ -103,11 +103,11 @@ def chunked_backward(encoder, views, loss, chunk_size, *, scaler=None, backward=
             for replica in replicas:
                 stack.enter_context(replica.no_sync())
             missed = _encode_again([c for c in chunks if not c.stream.frozen], embeddings, devices)
-    gradients = hooks.gradients
-    for replica in replicas:
-        _synchronise(replica, gradients)
-    if gradients:
-        _Deliver.apply(list(gradients.values()), *gradients).backward()
+        gradients = hooks.collect()
+        for replica in replicas:
+            _synchronise(replica, gradients)
+        if gradients:
+            _Deliver.apply(list(gradients.values()), *gradients).backward()
     if missed and not _reaches_others(value, embeddings):
         raise RuntimeError(
             "encoder: expected rows that require grad, got none in any chunk: all that it trains is frozen, or it runs "
@@ -284,16 +284,15 @@ def _replicas(streams) -> list[DistributedDataParallel]:
         )
     replicas = [m for m in _submodules(m for s in streams for m in s.modules) if isinstance(m, DistributedDataParallel)]
     for replica in replicas:
-        if replica.static_graph:
-            raise RuntimeError(
-                "encoder: expected DistributedDataParallel without static_graph=True, which wants as many backward "
-                "passes in each step; chunks are synchronised in one pass and do not need it"
-            )
-        if replica._join_config.enable:
-            raise RuntimeError(
-                "encoder: expected DistributedDataParallel outside of join(), which counts the forward passes of each "
-                "process, and these may have different numbers of chunks"
-            )
+        for name, used, reason in (
+            ("static_graph=True", replica.static_graph, "it expects as many backward passes in each step"),
+            ("mixed_precision=", replica.mixed_precision, "its casts last from a forward to the backward that reduces"),
+            ("join()", replica._join_config.enable, "it counts forward passes, and processes differ in their chunks"),
+        ):
+            if used:
+                raise RuntimeError(
+                    f"encoder: expected DistributedDataParallel without {name}, got one with it: {reason}"
+                )
     return replicas
 
 
@@ -305,8 +304,8 @@ def _check_counts(streams, devices) -> None:
     for module in _submodules(m for s in streams for m in s.modules):
         if isinstance(module, sharded) or (isinstance(module, nn.SyncBatchNorm) and module.training):
             groups[module.process_group or dist.group.WORLD] = None
-        for mesh in {p.device_mesh for p in module.parameters(recurse=False) if hasattr(p, "device_mesh")}:
-            groups |= dict.fromkeys(mesh.get_all_groups())
+        for p in module.parameters(recurse=False):
+            groups |= dict.fromkeys(p.device_mesh.get_all_groups() if hasattr(p, "device_mesh") else ())
     if not groups:
         return
     counts = [-(-s.samples // s.size) for s in streams]
@@ -373,26 +372,34 @@ class _Delivery(nn.Module):
 
 
 class _Hooks:
-    """Takes the hooks of parameters off while chunks run: one pass calls them once, with the whole gradient.
-
-    ``gradients`` holds afterwards what parameters with hooks have still to get.
-    """
+    """Takes the hooks of parameters off while chunks run: one pass calls them once, with the whole gradient."""
 
     def __init__(self, streams):
         trained = dict.fromkeys(p for s in streams for p in s.trained)
-        self.parameters = [p for p in trained if p._backward_hooks or p._post_accumulate_grad_hooks]
-        self.gradients = {}
+        hooked = [p for p in trained if p._backward_hooks or p._post_accumulate_grad_hooks]
+        self.hooks = {p: (p._backward_hooks, p._post_accumulate_grad_hooks) for p in hooked}
+        self.grads = {p: p.grad for p in hooked}
 
     def __enter__(self):
-        self.before = [(p._backward_hooks, p._post_accumulate_grad_hooks, p.grad) for p in self.parameters]
-        for p in self.parameters:
+        for p in self.hooks:
             p._backward_hooks, p._post_accumulate_grad_hooks, p.grad = OrderedDict(), OrderedDict(), None
         return self
 
+    def collect(self) -> dict[Tensor, Tensor]:
+        """What parameters have still to get. Where that is nothing, the hooks stay off: they expect a tensor."""
+        gradients = {p: p.grad for p in self.hooks if p.grad is not None}
+        for p, grad in self.grads.items():
+            p.grad = grad
+        self.grads.clear()
+        for p in gradients:
+            p._backward_hooks, p._post_accumulate_grad_hooks = self.hooks.pop(p)
+        return gradients
+
     def __exit__(self, *_):
-        self.gradients = {p: p.grad for p in self.parameters if p.grad is not None}
-        for p, (hooks, post_hooks, grad) in zip(self.parameters, self.before, strict=True):
-            p._backward_hooks, p._post_accumulate_grad_hooks, p.grad = hooks, post_hooks, grad
+        for p, grad in self.grads.items():  # after an error
+            p.grad = grad
+        for p, (hooks, post_hooks) in self.hooks.items():
+            p._backward_hooks, p._post_accumulate_grad_hooks = hooks, post_hooks
 
 
 class _Buffers:

@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel.distributed import _MixedPrecision
 from torch.utils.checkpoint import checkpoint
 
 import selfsup_kernels as sk
@@ -234,13 +235,13 @@ def test_an_outer_no_sync_synchronises_nothing(ranks, how):
 def hooked(group, how):
     """What hooks of parameters saw: norms before and after they were clipped, and how often they were called."""
     model, seen = Towers(), []
-    del model.spare
+    model.spare.requires_grad_(how == "chunks")
 
     def clip(grad):
         seen.append(grad.norm().item())
         return grad.clamp(-0.02, 0.02)
 
-    for p in model.parameters():
+    for p in model.parameters() if how == "chunks" else (*model.image.parameters(), *model.text.parameters()):
         p.register_hook(clip)
         p.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.norm().item()))
     wrapped = DistributedDataParallel(model, process_group=group)
@@ -326,7 +327,8 @@ def test_sharded_encoders(ranks, kind, name):
 def refused(group, how):
     rank, views = dist.get_rank(group), own(group, batches(0))
     model = Towers()
-    wrapped = DistributedDataParallel(model, process_group=group, static_graph=how == "static_graph")
+    options = {"static_graph": {"static_graph": True}, "mixed_precision": {"mixed_precision": _MixedPrecision()}}
+    wrapped = DistributedDataParallel(model, process_group=group, **options.get(how, {}))
     call = functools.partial(sk.chunked_backward, wrapped, given(model, views), loss(group), 2)
     context = contextlib.nullcontext()
     if how == "join":
@@ -356,7 +358,8 @@ def refused(group, how):
     ("how", "message"),
     [
         ("static_graph", "encoder: expected DistributedDataParallel without static_graph=True"),
-        ("join", "encoder: expected DistributedDataParallel outside of join()"),
+        ("mixed_precision", "encoder: expected DistributedDataParallel without mixed_precision="),
+        ("join", "encoder: expected DistributedDataParallel without join()"),
         ("inside", "chunked_backward: expected a call outside of the forward of a DistributedDataParallel"),
         ("counts", "chunk_size: expected as many chunks in each process"),
         ("frozen later", "Expected to have finished reduction"),
