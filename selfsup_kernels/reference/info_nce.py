@@ -96,7 +96,7 @@ def backward(
         anchors = _exponents(logw, g.unsqueeze(-1), z.dtype)
         if labels is None:
             # By (view of the row, view of the column, sample): the columns as anchors, and the positives' coefficients.
-            columns = [t[..., :num_views].permute(2, 0, 1).unsqueeze(1) for t in anchors]
+            columns = [t[..., :num_views].permute(2, 0, 1).unsqueeze(1).contiguous() for t in anchors]
             positives = (g.unsqueeze(-1) * coef).transpose(1, 2)
             positives = (positives + positives.transpose(0, 1)).to(z.dtype)
         in_batch, from_queue = [], []
