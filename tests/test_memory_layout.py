@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from helpers import randn, random_labels
+from helpers import randn, random_labels, run
 from torch.profiler import ProfilerActivity, profile
 
 from selfsup_kernels import byol_loss, info_nce_loss
+from selfsup_kernels.objectives import LABEL_OBJECTIVES, OBJECTIVES
 from selfsup_kernels.reference import info_nce as reference
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -178,6 +179,44 @@ def test_memory_is_linear_in_the_rows(impl, form, monkeypatch):
     # them what does not grow: tiles of all threads, or some float64 temporaries of a chunk.
     allowed = rows * (8 * 4 * dim + 64 * 8) + 2**23
     assert 4 * rows * dim < peak_bytes(step) < allowed < 4 * rows * rows
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("form", ["plain", "queue", "core view", "labels"])
+def test_the_reference_in_one_block_and_in_many(objective, form, monkeypatch):
+    """Where all scores fit they are one block; where not, blocks of 3, 3 and 1 samples, or of 1, give the same."""
+    if form == "labels" and objective not in LABEL_OBJECTIVES:
+        return
+    arguments = {
+        "plain": {},
+        "queue": {"queue": randn(5, 6, dtype=torch.float64, seed=1)},
+        "core view": {"core_view": 1},
+        "labels": {"labels": random_labels(7, 3), "queue": randn(5, 6, dtype=torch.float64, seed=1)},
+    }[form]
+    views, upstream = randn(3, 7, 6, dtype=torch.float64), randn(3, 7, dtype=torch.float64, seed=2)
+    drawn, results = [], []
+    blocks = reference._blocks
+    monkeypatch.setattr(reference, "_blocks", lambda *a: [drawn.append(block[0]) or block for block in blocks(*a)])
+    columns = 7 * (2 if objective == "cross_view" else 3) + 5 * ("queue" in arguments)
+    for samples in (7, 3, 1):
+        monkeypatch.setattr(reference, "_BLOCK_BYTES", 8 * 3 * columns * samples)
+        drawn.clear()
+        results.append(
+            run(
+                info_nce_loss,
+                views,
+                0.2,
+                upstream,
+                objective=objective,
+                reduction="none",
+                impl="reference",
+                **arguments,
+            )
+        )
+        assert len(drawn) == 2 * -(-7 // samples)  # forward and backward
+    for other in results[1:]:
+        for one, two in zip(results[0], other, strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-14)
 
 
 def test_same_bits_with_any_number_of_threads_on_one_wide_block(impl):

@@ -10,7 +10,7 @@ import torch
 def forward(predictions, targets, eps, reduction):
     p, t = _wide(predictions), _wide(targets)
     rp, rt = _reciprocal_norm(p, eps), _reciprocal_norm(t, eps)
-    cosines = (p * rp.abs().unsqueeze(-1) * _opposite(t * rt.abs().unsqueeze(-1))).sum(-1)
+    cosines = (p * _opposite(t, rt)).sum(-1).mul_(rp.abs())
     loss = 2 - 2 * cosines / max(len(predictions) - 1, 1)
     if reduction:
         loss = loss.mean() if reduction == 1 else loss.sum()
@@ -20,12 +20,9 @@ def forward(predictions, targets, eps, reduction):
 def backward(grad, predictions, targets, stats, reduction):
     p, t = _wide(predictions), _wide(targets)
     rp, rt, cosines = stats
-    g = grad.expand(cosines.shape) * (-2 / max(len(predictions) - 1, 1))
-    g = g / cosines.numel() if reduction == 1 else g
-    unit = p * rp.abs().unsqueeze(-1)
-    along = torch.where(rp < 0, 0, cosines)  # below the floor the norm is a constant: no projection
-    dp = _opposite(t * rt.abs().unsqueeze(-1)) - unit * along.unsqueeze(-1)
-    dp = dp * (g * rp.abs()).unsqueeze(-1)
+    scale = -2 / max(len(predictions) - 1, 1) / (cosines.numel() if reduction == 1 else 1)
+    along = torch.where(rp < 0, 0, cosines * rp)  # below the floor the norm is a constant: no projection
+    dp = _opposite(t, rt).addcmul_(p, along.unsqueeze(-1), value=-1).mul_((grad * scale * rp.abs()).unsqueeze(-1))
     dtype = predictions[0].dtype
     if dtype == torch.float16:  # dp / eps of a zero row is finite in float32 only
         limit = torch.finfo(dtype).max
@@ -34,8 +31,10 @@ def backward(grad, predictions, targets, stats, reduction):
 
 
 def _wide(views):
+    """(V, B, D), in float32 at least."""
     dtype = torch.float64 if views[0].dtype == torch.float64 else torch.float32
-    return torch.stack([v.detach().to(dtype) for v in views])
+    views = [v.detach().to(dtype) for v in views]
+    return views[0].unsqueeze(0) if len(views) == 1 else torch.stack(views)
 
 
 def _reciprocal_norm(x, eps):
@@ -44,6 +43,7 @@ def _reciprocal_norm(x, eps):
     return torch.where(norm < eps, -1 / eps, 1 / norm).to(x.dtype)
 
 
-def _opposite(unit):
-    """What each view is compared with: the sum of the other views, or with one view (pairs) its own partner."""
+def _opposite(t, rt):
+    """The sum of the other views' unit rows; with one view (pairs) the unit rows themselves."""
+    unit = t * rt.abs().unsqueeze(-1)
     return unit if len(unit) == 1 else unit.sum(0) - unit

@@ -15,7 +15,8 @@ with the rows.
 Over many processes each computes the tables and the gradient of its own samples, ``first .. first + count``, against
 the rows of all; the rows of the others' tables arrive between forward and backward (``selfsup_kernels.distributed``).
 
-Shapes: V views, B samples, D features, K rows of the queue, n samples of a block; rows are ordered view by view.
+Shapes: V views, W of them compared with an anchor, B samples, n of them in a block, D features, K rows of the queue;
+rows are ordered view by view.
 """
 
 import torch
@@ -50,10 +51,11 @@ def forward(
         scale = _scale(temperature_tensor, temperature, device)
         z, rnorm = _rows(torch.cat([v.to(acc) for v in views]), normalize, eps)
         zq = z.new_empty((0, z.shape[1])) if queue is None else _rows(queue.to(acc).contiguous(), normalize, eps)[0]
-        blocks = _blocks(z, zq, scale, num_views, samples)
+        met = _met(num_views, name, device)
+        blocks = _blocks(z, zq, _columns(z, met, num_views), scale, num_views, samples)
         if labels is None:
             order = torch.empty(0, dtype=torch.int64, device=device)
-            loss, logw, coef = _view_tables(blocks, num_views, len(zq) > 0, name, core_view)
+            loss, logw, coef = _view_tables(blocks, met, num_views, len(zq) > 0, name, core_view)
         else:
             order = torch.argsort(labels)
             loss, logw, coef = _label_tables(blocks, num_views, labels, name)
@@ -85,7 +87,7 @@ def backward(
     first=0,
     count=-1,
 ):
-    rows = num_views * batch
+    rows, name = num_views * batch, OBJECTIVES[objective]
     samples = range(first, batch if count < 0 else first + count)
     with torch.autocast(z.device.type, enabled=False):
         scale = _scale(temperature_tensor, temperature, z.device)
@@ -94,24 +96,27 @@ def backward(
         logw = logw.view(num_views, batch, -1)
         coef = coef.view(num_views, batch, -1)
         anchors = _exponents(logw, g.unsqueeze(-1), z.dtype)
+        met = _met(num_views, name, z.device)
+        columns = _columns(z, met, num_views)
         if labels is None:
+            by_view = [t[..., :num_views] for t in anchors]
             # By (view of the row, view of the column, sample): the columns as anchors, and the positives' coefficients.
-            columns = [t[..., :num_views].permute(2, 0, 1).unsqueeze(1) for t in anchors]
+            as_columns = [_pick(t.permute(2, 0, 1), met, 1).unsqueeze(1).contiguous() for t in by_view]
+            by_view = [_pick(t, met, 2).unsqueeze(-1) for t in by_view]
             positives = (g.unsqueeze(-1) * coef).transpose(1, 2)
-            positives = (positives + positives.transpose(0, 1)).to(z.dtype)
+            positives = _pick((positives + positives.transpose(0, 1)).to(z.dtype), met, 1)
         in_batch, from_queue = [], []
-        for block, scores, queue_scores in _blocks(z, zq, scale, num_views, samples):
-            own = [t[:, block] for t in anchors]
+        for block, scores, queue_scores in _blocks(z, zq, columns, scale, num_views, samples):
             if labels is None:
-                pairs = _weighted(scores, *(t[..., :num_views, None] for t in own))
-                pairs += _weighted(scores, *columns)
+                pairs = _weighted(scores, *(t[:, block] for t in by_view))
+                pairs += _weighted(scores, *as_columns)
                 _same_sample(pairs, block).copy_(positives[..., block])
             else:
-                pairs = _label_pairs(scores, block, logw, coef, g, labels, name=OBJECTIVES[objective])
-            in_batch.append((pairs.view(-1, rows) @ z).view(num_views, -1, dim))
+                pairs = _label_pairs(scores, block, logw, coef, g, labels, name)
+            in_batch.append(_product(pairs.flatten(2), columns))
             if queue_scores is not None:
-                pairs = _weighted(queue_scores, *(t[..., -1:] for t in own))
-                from_queue.append((pairs.view(-1, len(zq)) @ zq).view(num_views, -1, dim))
+                pairs = _weighted(queue_scores, *(t[:, block, -1:] for t in anchors))
+                from_queue.append(_product(pairs, zq))
         in_batch = _join(in_batch)
         own = slice(samples.start, samples.stop)
         z, rnorm = z.view(num_views, batch, dim)[:, own], rnorm.view(num_views, batch, 1)[:, own]
@@ -154,26 +159,51 @@ def _rows(h, normalize, eps):
     return (h * rnorm.abs()[:, None]).to(h.dtype), rnorm.to(h.dtype)
 
 
-def _blocks(z, zq, scale, num_views, samples):
-    """By blocks of ``samples``: their slice, the scores of their rows with all rows (V, n, V, B) and, or None, with the
-    queue (V, n, K)."""
+def _met(num_views, name, device):
+    """(V, W): the views that an anchor of each view is compared with; None where that is all of them."""
+    if name != "cross_view":
+        return None
+    return torch.tensor([[v for v in range(num_views) if v != u] for u in range(num_views)], device=device)
+
+
+def _pick(table, met, dim):
+    """Of a table (V, ...) with one entry for each view along ``dim``: those of the views that are met."""
+    if met is None:
+        return table
+    shape = [len(met) if d == 0 else met.shape[1] if d == dim else 1 for d in range(table.dim())]
+    return torch.take_along_dim(table, met.view(shape), dim)
+
+
+def _columns(z, met, num_views):
+    """The rows that anchors are compared with, W B of them: for all views the same, or (V, W B, D)."""
+    return z if met is None else z.view(num_views, -1, z.shape[1])[met].flatten(1, 2)
+
+
+def _blocks(z, zq, columns, scale, num_views, samples):
+    """By blocks of ``samples``: their slice, the scores of their rows with the columns (V, n, W, B) and, or None, with
+    the queue (V, n, K)."""
     batch = len(z) // num_views
     scaled = (z * scale.to(z.dtype)).view(num_views, batch, -1)
-    step = max(1, _BLOCK_BYTES // (z.element_size() * num_views * (len(z) + len(zq))))
+    width = columns.shape[-2]
+    step = max(1, _BLOCK_BYTES // (z.element_size() * num_views * (width + len(zq))))
     for start in range(samples.start, samples.stop, step):
         block = slice(start, min(start + step, samples.stop))
-        rows = scaled[:, block].reshape(-1, z.shape[1])
-        in_batch = (rows @ z.T).view(num_views, -1, num_views, batch)
-        yield block, in_batch, (rows @ zq.T).view(num_views, -1, len(zq)) if len(zq) else None
+        rows = scaled[:, block]
+        yield block, _product(rows, columns.mT).unflatten(-1, (-1, batch)), _product(rows, zq.T) if len(zq) else None
+
+
+def _product(rows, matrix):
+    """(V, n, x) times one (x, y) or one for each view: (V, n, y)."""
+    return rows @ matrix if matrix.dim() == 3 else (rows.flatten(0, 1) @ matrix).unflatten(0, rows.shape[:2])
 
 
 def _same_sample(pairs, block):
-    """The part of (V, n, V, B) that pairs rows of one sample, as a view (V, V, n)."""
+    """The part of (V, n, W, B) that pairs rows of one sample, as a view (V, W, n)."""
     return pairs[..., block].diagonal(0, 1, 3)
 
 
 def _self(pairs, block):
-    """The part of (V, n, V, B) that pairs each row with itself, as a view (n, V)."""
+    """The part of (V, n, W, B) that pairs each row with itself, as a view (n, V)."""
     return _same_sample(pairs, block).diagonal(0, 0, 1)
 
 
@@ -189,14 +219,21 @@ def _of_all_rows(table, samples, batch):
     return table.reshape(-1, table.shape[-1]).contiguous()
 
 
-def _view_tables(blocks, num_views, has_queue, name, core_view):
+def _view_tables(blocks, met, num_views, has_queue, name, core_view):
     """loss (V, n), logw (V, n, V [+ 1]) and coef (V, n, V)."""
+
+    def of_all_views(table, otherwise):
+        if met is None:
+            return table
+        index = met.unsqueeze(1).expand(-1, table.shape[1], -1)
+        return table.new_full((*table.shape[:2], num_views), otherwise).scatter_(2, index, table)
+
     negatives, positives = [], []
     for block, scores, queue_scores in blocks:
         same = _same_sample(scores, block)
-        positives.append(same.transpose(1, 2).to(torch.float64, copy=True))
+        positives.append(of_all_views(same.transpose(1, 2).to(torch.float64, copy=True), 0))
         same.fill_(-torch.inf)
-        sums = [_logsumexp_(scores)]
+        sums = [of_all_views(_logsumexp_(scores), -torch.inf)]
         if has_queue:
             sums.append(_logsumexp_(queue_scores).unsqueeze(-1))
         negatives.append(torch.cat(sums, -1) if has_queue else sums[0])
@@ -306,7 +343,7 @@ def _same_label(labels, block, num_views):
 
 
 def _label_pairs(scores, block, logw, coef, g, labels, name):
-    """G (V, n, V, B) of the rows of a block; with labels the view of a negative does not matter."""
+    """G (V, n, W, B) of the rows of a block; with labels the view of a negative does not matter."""
     same = _same_label(labels, block, len(logw))
     tables = (logw[..., 0], g, *coef.unbind(-1))
     as_anchors = _label_anchors(scores.flatten(2), same, *(t[:, block, None] for t in tables), name)
