@@ -42,7 +42,8 @@ def views(name: str, value, minimum: int) -> list[torch.Tensor]:
             raise ValueError(
                 f"{name}[{i}]: expected the shape of {name}[0], {tuple(first.shape)}, got {tuple(matrix.shape)}"
             )
-        own(f"{name}[{i}]", matrix)
+        if type(matrix) is not torch.Tensor:
+            own(f"{name}[{i}]", matrix)
         floating(f"{name}[{i}]", matrix)
     if first.shape[0] == 0:
         raise ValueError(f"{name}: expected a non-empty batch, got shape {tuple(first.shape)}")
@@ -117,7 +118,9 @@ def choice(name: str, value, allowed: Sequence[str], hint: str = "") -> int:
 def objective(value) -> int:
     """The number of an objective. One that has another name in the field is told ours."""
     hint = ""
-    if isinstance(value, str) and value not in OBJECTIVES:
+    if isinstance(value, str):
+        if value in OBJECTIVES:
+            return OBJECTIVES.index(value)
         plain = "".join(filter(str.isalnum, value.lower()))
         known = [repr(name) for name in OBJECTIVES if name.replace("_", "") == plain] or SYNONYMS.get(plain)
         hint = f"; its name here is {' or '.join(known)}" if known else ""
@@ -125,8 +128,11 @@ def objective(value) -> int:
 
 
 def warn_once(kind: str, message: str) -> None:
-    """A warning, once a process for each ``kind``, that points at the caller of the public function."""
-    if kind not in _warned:
+    """A warning, once a process for each ``kind``, that points at the caller of the public function.
+
+    None while ``torch.compile`` traces.
+    """
+    if not torch.compiler.is_compiling() and kind not in _warned:
         _warned.add(kind)
         warnings.warn(f"selfsup_kernels: {message}", stacklevel=4)
 
@@ -144,14 +150,15 @@ def integer(name: str, value, least: int, end: int | None = None, expected: str 
 
 
 def positive_number(name: str, value) -> float:
-    value = real(name, value)
+    if type(value) is not float:
+        value = real(name, value)
     if not 0 < value < math.inf:  # comparisons, since torch.compile can follow them where the number is symbolic
         raise ValueError(f"{name}: expected a finite number > 0, got {value}")
     return value
 
 
 def temperature(value) -> tuple[torch.Tensor | None, float]:
-    """``(0-dim tensor or None, number)`` of a number or a tensor of one element; 0 for a tensor that is not read."""
+    """``(tensor of one element or None, number)``; the number is 0 for a tensor that is not read."""
     if not isinstance(value, torch.Tensor):
         return None, positive_number("temperature", value)
     value = scalar("temperature", value)
@@ -180,12 +187,11 @@ def momentum(value) -> tuple[torch.Tensor | None, float]:
 
 
 def scalar(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """The 0-dim tensor of a tensor with one element; of all of a DTensor."""
+    """The tensor, which has one element and any number of dimensions; the whole of a DTensor."""
     if tensor.numel() != 1:
         raise ValueError(f"{name}: expected a number or a tensor of one element, got shape {tuple(tensor.shape)}")
     floating(name, tensor)
-    tensor = _shards.gathered(tensor)
-    return tensor.reshape(()) if tensor.dim() else tensor
+    return _shards.gathered(tensor)
 
 
 def readable(tensor: torch.Tensor) -> bool:

@@ -119,7 +119,7 @@ def resolve(group):
     once where several processes run: it may be a group that was taken too early.
     """
     if group is None:
-        if not torch.compiler.is_compiling() and _several():
+        if _several():
             check.warn_once(
                 "group",
                 f"{dist.get_world_size()} processes run, and this loss has no group: each takes its negatives from its"
@@ -132,9 +132,12 @@ def resolve(group):
     return dist.group.WORLD if group == WORLD else group
 
 
+_AVAILABLE = dist.is_available()
+
+
 def _several() -> bool:
     """Whether there is a default group, of more processes than this one."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return _AVAILABLE and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def shown(group) -> str:

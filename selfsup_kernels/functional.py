@@ -123,15 +123,12 @@ def _check_info_nce(views, temperature, objective, labels, queue, core_view, nor
     reduction = check.choice("reduction", reduction, ops.REDUCTIONS)
     eps = check.positive_number("eps", eps)
     stacked = isinstance(views, torch.Tensor)
-    if not torch.compiler.is_compiling():
-        if temperature > 2 and normalize:
-            check.warn_once(
-                "temperature", f"temperature: got {temperature:g}; a logit scale, as CLIP has, is 1 / temperature"
-            )
-        if stacked and len(matrices) > batch and views.is_contiguous():  # a transposed tensor was turned on purpose
-            check.warn_once(
-                "views", f"views: (V, B, D), got {len(matrices)} views of {batch} samples; is it (B, V, D)?"
-            )
+    if temperature > 2 and normalize:
+        check.warn_once(
+            "temperature", f"temperature: got {temperature:g}; a logit scale, as CLIP has, is 1 / temperature"
+        )
+    if stacked and len(matrices) > batch and views.is_contiguous():  # a transposed tensor was turned on purpose
+        check.warn_once("views", f"views: (V, B, D), got {len(matrices)} views of {batch} samples; is it (B, V, D)?")
     if labels is not None:
         check.labels(labels, matrices)
         if OBJECTIVES[objective] not in LABEL_OBJECTIVES:

@@ -79,6 +79,11 @@ class InfoNCELoss(SharesGroup, nn.Module):
     @property
     def temperature(self):
         """A number, or with a learnable temperature a 0-dim tensor that carries its gradient."""
+        value = self._temperature_or_tensor()
+        return value.reshape(()) if isinstance(value, torch.Tensor) else value
+
+    def _temperature_or_tensor(self):
+        """The same, the tensor in the shape of the parameter: a forward spares the change of shapes."""
         if self.logit_scale is None:
             return self._temperature
         logit_scale = check.scalar("logit_scale", self.logit_scale)
@@ -102,7 +107,7 @@ class InfoNCELoss(SharesGroup, nn.Module):
                 self.logit_scale.clamp_(max=math.log(self.max_scale))
         return info_nce_loss(
             views[0] if len(views) == 1 else list(views),
-            temperature=self.temperature,
+            temperature=self._temperature_or_tensor(),
             objective=self.objective,
             labels=labels,
             queue=queue,

@@ -17,15 +17,15 @@ def apply(function, *args):
     Both forms have the same ``run``, ``save`` and ``backward``. The one for transforms is slower to call, since every
     saved tensor is an output of its forward.
     """
-    if torch.compiler.is_compiling():
-        if torch._C._are_functorch_transforms_active():
-            # Dynamo differentiates the forward instead of calling the backward: zeros, for ours (torch 2.11 to 2.13).
-            torch._dynamo.graph_break(
-                msg="selfsup_kernels: torch.compile cannot trace a loss under torch.func;"
-                " compile the function without the transform, or drop fullgraph=True"
-            )
+    if not active():
         return function.apply(*args)
-    return _for_transforms(function).apply(*args)[0] if active() else function.apply(*args)
+    if torch.compiler.is_compiling():
+        # Dynamo differentiates the forward instead of calling the backward: zeros, for ours (torch 2.11 to 2.13).
+        torch._dynamo.graph_break(
+            msg="selfsup_kernels: torch.compile cannot trace a loss under torch.func;"
+            " compile the function without the transform, or drop fullgraph=True"
+        )
+    return _for_transforms(function).apply(*args)[0]
 
 
 @functools.cache

@@ -110,4 +110,6 @@ class GroupInfoNCE(torch.autograd.Function):
         )
         grads = (grad_views,) if ctx.stacked else grad_views.unbind(0)
         grad_temperature = grad_temperature.to(temperature_tensor) if need_temperature else None
+        if need_temperature and temperature_tensor.dim():  # of one element, whatever its shape
+            grad_temperature = grad_temperature.view(temperature_tensor.shape)
         return (*[None] * 9, grad_temperature, None, None, *grads)
