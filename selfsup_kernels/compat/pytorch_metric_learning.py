@@ -158,9 +158,10 @@ class _Loss(NamedTuple):
         if any(getattr(x, "collect_stats", False) for x in (module, module.distance, module.reducer)):
             raise unsupported(self.original, "collect_stats=True")
         method = getattr(type(module), self.method, None)
-        if method is not None and not torch.compiler.is_compiling():  # which cannot compare methods
-            if getattr(module.loss_method, "__func__", None) is not method:
-                raise unsupported(self.original, f"another loss_method than {self.method}")
+        if method is None or torch.compiler.is_compiling():  # which cannot compare methods
+            pass
+        elif getattr(module.loss_method, "__func__", None) is not method:
+            raise unsupported(self.original, f"another loss_method than {self.method}")
         return self._normalize(module.distance), self.reducers[self._reducer(module.reducer)]
 
     def _normalize(self, distance):

@@ -5,7 +5,7 @@ import copy
 import torch
 
 from selfsup_kernels import _tensor_lists as lists
-from selfsup_kernels.compat._common import DropIn
+from selfsup_kernels.compat._common import DropIn, unsupported
 from selfsup_kernels.ema import _inner
 from selfsup_kernels.functional import ema_update_pairs_
 
@@ -105,6 +105,7 @@ class ModelEmaV3(DropIn):
     @torch.no_grad()
     def apply_update_(self, model, decay):
         """Average parameters and floating buffers, copy the other buffers; those not in the ``state_dict`` stay."""
+        _check_tied(self)
         parameters, buffers = ModelEmaV3._pairs(self, model, persistent=True)
         floating = [pair for pair in buffers if pair[0].is_floating_point()]
         ModelEmaV3._move(
@@ -149,6 +150,15 @@ class ModelEmaV3(DropIn):
                 ema_update_pairs_(*_columns(pairs), decay, randomly, generator, "auto")
         if copies[0]:
             torch._foreach_copy_(*copies)
+
+
+def _check_tied(ema):
+    """Under ``compat.patch``, where ``ema`` is timm's own, tied weights are left to timm: it moves them once a name."""
+    if isinstance(ema, ModelEmaV3):
+        return
+    state = ema.module.state_dict(keep_vars=True).values()
+    if len(state) != len({id(tensor) for tensor in state}):
+        raise unsupported(ModelEmaV3.original, "tied weights, which timm moves once per name")
 
 
 def _columns(pairs):
