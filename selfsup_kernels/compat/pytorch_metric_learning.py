@@ -68,8 +68,11 @@ class NTXentLoss(_PairLoss):
             or SumReducer. Others, ``embedding_regularizer`` and ``collect_stats`` are not supported, nor are
             ``indices_tuple``, ``ref_emb`` and ``ref_labels`` of the forward.
 
+    A subclass may have a ``get_default_distance`` and a ``get_default_reducer``.
+
     Raises:
-        RuntimeError: what is not supported.
+        RuntimeError: what is not supported; where it is defined, a subclass that overrides another of the original's
+            methods.
         ValueError, TypeError: embeddings or labels that do not fit.
     """
 
@@ -102,8 +105,11 @@ class SupConLoss(_PairLoss):
             (default), MeanReducer or SumReducer. Others, ``embedding_regularizer`` and ``collect_stats`` are not
             supported, nor are ``indices_tuple``, ``ref_emb`` and ``ref_labels`` of the forward.
 
+    A subclass may have a ``get_default_distance`` and a ``get_default_reducer``.
+
     Raises:
-        RuntimeError: what is not supported.
+        RuntimeError: what is not supported; where it is defined, a subclass that overrides another of the original's
+            methods.
         ValueError, TypeError: embeddings or labels that do not fit.
     """
 
