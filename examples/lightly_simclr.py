@@ -57,7 +57,6 @@ def main():
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--dtype", choices=["float32", "float64"], default="float32")
-    parser.add_argument("--print-class", action="store_true", help="print where the loss comes from")
     args = parser.parse_args()
     torch.manual_seed(0)
     dtype = getattr(torch, args.dtype)
@@ -68,8 +67,6 @@ def main():
     loader = torch.utils.data.DataLoader(dataset, args.batch, shuffle=True, drop_last=True)
     criterion = NTXentLoss(temperature=0.2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.03, momentum=0.9)
-    if args.print_class:
-        print(type(criterion))
 
     for step, ((x0, x1), _) in enumerate(loader):
         loss = criterion(model(x0.to(dtype)), model(x1.to(dtype)))

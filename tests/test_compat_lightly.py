@@ -182,9 +182,7 @@ def test_bad_input():
     a, b = two_views(4, 3)
     with pytest.raises(ValueError, match="temperature: expected at least 1e-8"):
         lightly.NTXentLoss(0)
-    with pytest.raises(
-        RuntimeError, match=r"temperature below zero, got -0.1.*lightly\.loss\.NTXentLoss does not support"
-    ):
+    with pytest.raises(RuntimeError, match=r"a temperature below zero.*lightly\.loss\.NTXentLoss does not support"):
         lightly.NTXentLoss(-0.1)
     for size in (-1, 4, (4,), (4, -3), (4, 3, 2)):
         with pytest.raises(ValueError, match="memory_bank_size: expected"):

@@ -40,7 +40,7 @@ def report() -> Report:
 
         >>> print(selfsup_kernels.compat.report())
         lightly.loss.ntx_ent_loss.NTXentLoss: 390 calls ours, 10 the original's
-            10: temperature below zero
+            10: a temperature below zero
 
     A call that ``torch.compile`` traced counts where it was traced, once a graph.
     """

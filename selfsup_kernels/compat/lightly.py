@@ -185,6 +185,8 @@ class DCLLoss(DropIn):
     Raises:
         ValueError: in the forward, shapes that do not fit, or one sample without negatives, where the original returns
             minus infinity.
+        RuntimeError: in the forward, a temperature below zero; where it is defined, a subclass with a ``_loss`` of its
+            own.
     """
 
     original = "lightly.loss.DCLLoss"
@@ -199,6 +201,7 @@ class DCLLoss(DropIn):
 
     def forward(self, out0, out1):
         """The loss of two views' ``(B, D)`` projections; they need not be normalised."""
+        _check_temperature(self, DCLLoss)
         pair("out0", out0, "out1", out1)
         group = every_process() if self.gather_distributed else None
         loss = _two_views(out0, out1, self.temperature, "decoupled", group)
@@ -253,8 +256,7 @@ def update_momentum(model, model_ema, m):
 
 
 def _check_ntxent(module):
-    if not isinstance(module.temperature, torch.Tensor) and module.temperature < 0:
-        raise unsupported(NTXentLoss.original, f"temperature below zero, got {module.temperature}")
+    _check_temperature(module, NTXentLoss)
     bank = type(module.memory_bank)
     if not is_from("lightly", bank, ["MemoryBankModule"]):
         raise unsupported(NTXentLoss.original, f"memory_bank={bank.__name__}")
@@ -262,6 +264,11 @@ def _check_ntxent(module):
     plain = type(entropy) is nn.CrossEntropyLoss and entropy.reduction == "mean" and entropy.weight is None
     if not plain or entropy.label_smoothing != 0 or entropy.ignore_index >= 0:
         raise unsupported(NTXentLoss.original, f"cross_entropy={entropy!r}")
+
+
+def _check_temperature(module, drop_in):
+    if not isinstance(module.temperature, torch.Tensor) and module.temperature < 0:
+        raise unsupported(drop_in.original, "a temperature below zero")
 
 
 def _check_gather(gather_distributed):

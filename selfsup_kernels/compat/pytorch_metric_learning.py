@@ -68,8 +68,11 @@ class NTXentLoss(_PairLoss):
             or SumReducer. Others, ``embedding_regularizer`` and ``collect_stats`` are not supported, nor are
             ``indices_tuple``, ``ref_emb`` and ``ref_labels`` of the forward.
 
+    A subclass may have a ``get_default_distance`` and a ``get_default_reducer``.
+
     Raises:
-        RuntimeError: what is not supported.
+        RuntimeError: what is not supported; where it is defined, a subclass that overrides another of the original's
+            methods.
         ValueError, TypeError: embeddings or labels that do not fit.
     """
 
@@ -102,8 +105,11 @@ class SupConLoss(_PairLoss):
             (default), MeanReducer or SumReducer. Others, ``embedding_regularizer`` and ``collect_stats`` are not
             supported, nor are ``indices_tuple``, ``ref_emb`` and ``ref_labels`` of the forward.
 
+    A subclass may have a ``get_default_distance`` and a ``get_default_reducer``.
+
     Raises:
-        RuntimeError: what is not supported.
+        RuntimeError: what is not supported; where it is defined, a subclass that overrides another of the original's
+            methods.
         ValueError, TypeError: embeddings or labels that do not fit.
     """
 
@@ -158,9 +164,10 @@ class _Loss(NamedTuple):
         if any(getattr(x, "collect_stats", False) for x in (module, module.distance, module.reducer)):
             raise unsupported(self.original, "collect_stats=True")
         method = getattr(type(module), self.method, None)
-        if method is not None and not torch.compiler.is_compiling():  # which cannot compare methods
-            if getattr(module.loss_method, "__func__", None) is not method:
-                raise unsupported(self.original, f"another loss_method than {self.method}")
+        if method is None or torch.compiler.is_compiling():  # which cannot compare methods
+            pass
+        elif getattr(module.loss_method, "__func__", None) is not method:
+            raise unsupported(self.original, f"another loss_method than {self.method}")
         return self._normalize(module.distance), self.reducers[self._reducer(module.reducer)]
 
     def _normalize(self, distance):

@@ -6,7 +6,7 @@ from selfsup_kernels import _tensor_lists as lists
 from selfsup_kernels import _wrappers
 from selfsup_kernels._model_copy import copy_of
 from selfsup_kernels._named_tensors import match, named_tensors, optional_names
-from selfsup_kernels.compat._common import DropIn
+from selfsup_kernels.compat._common import DropIn, unsupported
 from selfsup_kernels.functional import ema_update_pairs_
 
 __all__ = ["ModelEmaV3"]
@@ -107,6 +107,7 @@ class ModelEmaV3(DropIn):
     @torch.no_grad()
     def apply_update_(self, model, decay):
         """Average what is floating in the ``state_dict``, copy the rest of it; buffers that are not in it stay."""
+        _check_tied(self)
         parts: dict[bool, list] = {True: [], False: []}
         for pairs in ModelEmaV3._pairs(self, model, persistent=True):
             for pair in pairs:
@@ -160,6 +161,15 @@ class ModelEmaV3(DropIn):
             ema_update_pairs_(*columns, decay, randomly, generator, as_torch=True)
         for lanes in copies:
             lists.copy_(lanes)
+
+
+def _check_tied(ema):
+    """Under ``compat.patch``, where ``ema`` is timm's own, tied weights are left to timm: it moves them once a name."""
+    if isinstance(ema, ModelEmaV3):
+        return
+    state = ema.module.state_dict(keep_vars=True).values()
+    if len(state) != len({id(tensor) for tensor in state}):
+        raise unsupported(ModelEmaV3.original, "tied weights, which timm moves once per name")
 
 
 def _columns(pairs):

@@ -1,29 +1,36 @@
 """compat.patch on installed libraries, and a whole training script with and without it."""
 
+import ast
+import contextlib
+import copy
 import importlib.machinery
 import importlib.util
+import inspect
 import io
 import os
 import pickle
 import subprocess
 import sys
+import textwrap
 import types
+import warnings
 from pathlib import Path
 
 import lightly.loss
 import lightly.loss.ntx_ent_loss
 import lightly.models.utils
+import open_clip.loss
 import pytest
-import pytorch_metric_learning.losses
+import timm.utils
 import torch
+import torch.nn.functional as F
 from interop.helpers import assert_near, views
 from lightly.loss import NTXentLoss as imported_before
+from sentence_transformers import sentence_transformer as sentence_transformers
 
 import selfsup_kernels as sk
-from selfsup_kernels.compat import _table
-from selfsup_kernels.compat.lightly import NTXentLoss as OursImportedBefore
+from selfsup_kernels.compat import _calls, _table
 
-ORIGINALS = {"NTXentLoss": imported_before}  # in a dictionary, where no patch finds it
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -58,112 +65,200 @@ def solo(monkeypatch):
 
 
 @pytest.mark.parametrize("library", list(_table.TABLE))
-def test_every_entry_is_swapped_and_restored(library, solo):
+def test_every_entry_is_changed_and_restored(library, solo):
     originals = {s: getattr(importlib.import_module(s.module), s.attribute, None) for s in _table.TABLE[library]}
     assert [swap.ours for swap, original in originals.items() if original is None] == (
         ["mocov3_loss_func"] if library == "solo" else []
     )
     originals = {swap: original for swap, original in originals.items() if original is not None}
+    functions = [original for original in originals.values() if not isinstance(original, type)]
+    methods = {swap: dict(vars(original)) for swap, original in originals.items() if isinstance(original, type)}
     sk.compat.patch(library).undo()  # what it imports is imported from here on
     before = global_names()
     with sk.compat.patch(library):
-        ours = importlib.import_module(f"selfsup_kernels.compat.{library}")
         for swap, original in originals.items():
             now = getattr(sys.modules[swap.module], swap.attribute)
-            assert now is not original
-            assert now.__name__ == getattr(ours, swap.ours).__name__
-            if isinstance(now, type):
-                assert issubclass(now, getattr(ours, swap.ours))
-            assert pickle.loads(pickle.dumps(now)) is now
+            assert (now is original) == isinstance(original, type)
+            changed = {name for name, value in vars(now).items() if methods.get(swap, vars(now)).get(name) is not value}
+            assert changed == set(swap.methods)
         changed = {where for where, value in global_names().items() if before.get(where) is not value}
-        held = {where for where, value in before.items() if any(value is o for o in originals.values())}
-        # Wherever an original was a global name, this module's own among them, and nowhere else.
+        held = {where for where, value in before.items() if any(value is function for function in functions)}
+        # Wherever an original function was a global name, this module's own among them, and nowhere else.
         assert changed == held
     after = global_names()
     assert after.keys() == before.keys()
     assert all(after[where] is before[where] for where in before)
+    assert all(dict(vars(originals[swap])) == attributes for swap, attributes in methods.items())
 
 
-def test_names_imported_before_and_while():
-    original = lightly.loss.ntx_ent_loss.NTXentLoss
+def calls_on_self(cls, method, seen):
+    """The names of the class's own methods that a method calls on ``self``, and those that they call."""
+    source = ast.parse(textwrap.dedent(inspect.getsource(getattr(cls, method))))
+    for node in ast.walk(source):
+        if not (isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"):
+            continue
+        if node.attr not in seen and inspect.isfunction(getattr(cls, node.attr, None)):
+            seen.add(node.attr)
+            calls_on_self(cls, node.attr, seen)
+    return seen
+
+
+@pytest.mark.parametrize("library", [name for name in _table.TABLE if name != "solo"])
+def test_the_hooks_are_what_the_originals_call_on_self(library):
+    for swap in _table.TABLE[library]:
+        if swap.methods:
+            original = getattr(importlib.import_module(swap.module), swap.attribute)
+            ours = getattr(importlib.import_module(f"selfsup_kernels.compat.{library}"), swap.ours)
+            # pytorch-metric-learning calls one of these as ``self.loss_method``.
+            through_an_attribute = {name for name in ("mat_based_loss", "pair_based_loss") if hasattr(original, name)}
+            found = set(through_an_attribute)
+            for method in (*swap.methods, *through_an_attribute):
+                calls_on_self(original, method, found)
+            found = {name for name in found if not hasattr(torch.nn.Module, name)}
+            assert found == set(getattr(ours, "hooks", ()))
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """The report, empty: by the last part of a name, (ours, the original's)."""
+    monkeypatch.setattr(_calls, "_calls", {})
+    return lambda: {name.rpartition(".")[2]: calls[:2] for name, calls in sk.compat.report().items()}
+
+
+def test_objects_are_the_librarys_own(counted):
+    """What was made before, while and after computes with ours while patched, and can be pickled at any time."""
+    before = lightly.loss.NTXentLoss(0.3, memory_bank_size=(8, 5))
     with sk.compat.patch("lightly"):
-        assert imported_before is lightly.loss.NTXentLoss is lightly.loss.ntx_ent_loss.NTXentLoss
-        assert imported_before is not original
-        assert isinstance(imported_before(), OursImportedBefore)
-        assert isinstance(imported_before(), lightly.loss.NTXentLoss)
-        assert isinstance(lightly.loss.DCLWLoss(), lightly.loss.DCLLoss.__mro__[1])
-        imported_while = types.ModuleType("imported_while")
-        sys.modules["imported_while"] = imported_while
-        exec("from lightly.loss import NTXentLoss\nfrom selfsup_kernels.compat import lightly", vars(imported_while))
-        assert imported_while.NTXentLoss is lightly.loss.NTXentLoss
-    try:
-        assert imported_before is imported_while.NTXentLoss is lightly.loss.NTXentLoss is original
-        assert imported_while.lightly.NTXentLoss is OursImportedBefore  # asked for by our name: left alone
-    finally:
-        del sys.modules["imported_while"]
-
-
-def test_nested_and_repeated():
-    original = lightly.loss.NTXentLoss
-    outer = sk.compat.patch("lightly")
-    inner = sk.compat.patch("lightly")
-    swapped = lightly.loss.NTXentLoss
-    assert "active" in repr(outer)
-    inner.undo()
-    inner.undo()
-    assert lightly.loss.NTXentLoss is swapped
-    with sk.compat.patch("lightly"), sk.compat.patch("pytorch-metric-learning"):
-        assert lightly.loss.NTXentLoss is swapped
-        assert pytorch_metric_learning.losses.SupConLoss.__module__.startswith("selfsup_kernels")
-    assert lightly.loss.NTXentLoss is swapped
-    outer.undo()
-    assert lightly.loss.NTXentLoss is original
-    assert "undone" in repr(outer)
-    assert pytorch_metric_learning.losses.SupConLoss.__module__.startswith("pytorch_metric_learning")
-
-
-def test_an_exception_undoes():
-    original = lightly.loss.NTXentLoss
-    with pytest.raises(KeyError), sk.compat.patch("lightly"):
-        raise KeyError
-    assert lightly.loss.NTXentLoss is original
-
-
-def test_objects_outlive_the_patch():
-    """What was made while patched is pickled and works afterwards; what was made before keeps its class."""
-    made_before = lightly.loss.NTXentLoss(0.3, memory_bank_size=(8, 5))
-    with sk.compat.patch("lightly"):
+        assert lightly.loss.NTXentLoss is imported_before is lightly.loss.ntx_ent_loss.NTXentLoss
         made = lightly.loss.NTXentLoss(0.3, memory_bank_size=(8, 5))
-        made.memory_bank.bank.copy_(made_before.memory_bank.bank)
-        assert type(made_before) is ORIGINALS["NTXentLoss"]
-    again = pickle.loads(pickle.dumps(made))
+        made.memory_bank.bank.copy_(before.memory_bank.bank)
+        before(*views(4, 5))
+        pickled = pickle.dumps(made)
+    assert counted() == {"NTXentLoss": (1, 0)}
     stream = io.BytesIO()
     torch.save(made, stream)
     stream.seek(0)
-    saved = torch.load(stream, weights_only=False)
-    for criterion in (made, again, saved):
-        assert type(criterion) is type(made)
-        assert_near("value", criterion(*views(4, 5)), made_before(*views(4, 5)))
+    for criterion in (made, pickle.loads(pickled), torch.load(stream, weights_only=False)):
+        assert type(criterion) is imported_before
+        assert_near("value", criterion(*views(4, 5)), before(*views(4, 5)))
+    assert counted() == {"NTXentLoss": (1, 0)}
 
 
-def test_pickles_of_the_original_load_into_ours_while_patched():
-    made = lightly.loss.NTXentLoss(0.3, memory_bank_size=(8, 5))
-    pickled = pickle.dumps(made)
-    with sk.compat.patch("lightly"):
-        loaded = pickle.loads(pickled)
-        assert isinstance(loaded, OursImportedBefore)
-    for step in range(3):
+def test_a_memory_bank_under_a_patch_that_comes_and_goes():
+    """Steps with and without the patch: the bank is one, and the losses are the original's throughout."""
+    torch.manual_seed(0)
+    mixed = lightly.loss.NTXentLoss(0.3, memory_bank_size=(8, 5))
+    plain = copy.deepcopy(mixed)
+    for step in range(4):
         inputs = views(3, 5, seed=step)
         inputs[0].requires_grad_()
-        assert_near("value", loaded(*inputs).detach(), made(*inputs).detach())
-        assert_near("bank", loaded.memory_bank.bank, made.memory_bank.bank)
+        with sk.compat.patch("lightly") if step % 2 else contextlib.nullcontext():
+            got = mixed(*inputs)
+        assert_near("value", got.detach(), plain(*inputs).detach())
+        assert_near("bank", mixed.memory_bank.bank, plain.memory_bank.bank)
+        assert torch.equal(mixed.memory_bank.bank_ptr, plain.memory_bank.bank_ptr)
 
 
 def test_update_momentum_in_place():
+    original = lightly.models.utils.update_momentum
     with sk.compat.patch("lightly"):
         from lightly.models.utils import update_momentum
 
-        assert update_momentum.__wrapped__ is sk.compat.lightly.update_momentum
+        assert update_momentum.__wrapped__ is original
+    assert lightly.models.utils.update_momentum is original
+
+
+def test_lightly_beyond_what_the_kernels_serve(counted):
+    """Negative temperatures, one sample, other reductions: the original's values, and its errors."""
+    x, y = views(4, 5)
+
+    def values():
+        smooth = lightly.loss.NTXentLoss()
+        smooth.cross_entropy = torch.nn.CrossEntropyLoss(label_smoothing=0.1)
+        losses = [lightly.loss.NTXentLoss(-0.5), lightly.loss.DCLLoss(-0.5), smooth]
+        found = [loss(x, y) for loss in losses] + [lightly.loss.DCLLoss()(x[:1], y[:1])]
+        for bad in (x[0], x[:3]):
+            with pytest.raises((ValueError, IndexError)) as error:
+                lightly.loss.NTXentLoss()(bad, y)
+            found.append(str(error.value))
+        return found
+
+    want = values()
+    with sk.compat.patch("lightly"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        got = values()
+    assert got[4:] == want[4:]
+    assert all(torch.equal(g, w) for g, w in zip(got[:4], want[:4], strict=True))
+    assert counted() == {"NTXentLoss": (0, 4), "DCLLoss": (0, 2)}
+
+
+def test_subclasses_in_the_libraries(counted):
+    """DCLWLoss, CoCaLoss, MultipleNegativesSymmetricRankingLoss: below a patched class, and so ours."""
+    x, y = (F.normalize(v, dim=1) for v in views(6, 5))
+    logits, labels = torch.randn(6, 3, 7), torch.randint(7, (6, 3))
+
+    def values():
+        embeddings = torch.nn.Identity()
+        symmetric = sentence_transformers.losses.MultipleNegativesSymmetricRankingLoss(embeddings)
+        return [
+            lightly.loss.DCLWLoss()(x, y),
+            open_clip.loss.CoCaLoss(2.0, 1.0)(x, y, logits, labels, 10.0)[0],
+            symmetric.compute_loss_from_embeddings([x, y], None),
+        ]
+
+    want = values()
+    with contextlib.ExitStack() as patches:
+        for library in ("lightly", "open_clip", "sentence_transformers"):
+            patches.enter_context(sk.compat.patch(library))
+        for got, wanted in zip(values(), want, strict=True):
+            assert_near("value", got, wanted)
+    assert counted() == dict.fromkeys(["DCLWLoss", "CoCaLoss", "MultipleNegativesSymmetricRankingLoss"], (1, 0))
+
+
+def test_a_distilling_loss_calls_clips_own_hooks(counted):
+    student, teacher = ([F.normalize(v, dim=1) for v in views(6, 5, seed=seed)] for seed in (0, 1))
+    want = open_clip.loss.DistillClipLoss()(*student, 10.0, *teacher, 20.0)
+
+    class Margin(open_clip.loss.ClipLoss):
+        def get_logits(self, *args, **kwargs):
+            per_image, per_text = super().get_logits(*args, **kwargs)
+            return per_image + torch.eye(len(per_image)), per_text
+
+    margin = Margin()(*student, 10.0)
+    with sk.compat.patch("open_clip"):
+        assert_near(
+            "value", torch.stack(open_clip.loss.DistillClipLoss()(*student, 10.0, *teacher, 20.0)), torch.stack(want)
+        )
+        with pytest.warns(UserWarning, match="its own get_logits"):
+            assert torch.equal(Margin()(*student, 10.0), margin)
+    assert counted() == {"Margin": (0, 1)}
+
+
+def test_timm_beyond_what_the_kernels_serve(counted):
+    """Tied weights and models that fit by position alone: timm's values."""
+
+    class Tied(torch.nn.Module):
+        def __init__(self, names):
+            super().__init__()
+            for name in names:
+                setattr(self, name, torch.nn.Linear(3, 3, bias=False))
+            if len(names) > 1:
+                getattr(self, names[1]).weight = getattr(self, names[0]).weight
+
+    def averages():
+        found = []
+        for names, others in ((("a", "b"), ("a", "b")), (("a",), ("c",)), (("a",), ("a",))):
+            torch.manual_seed(0)
+            average = timm.utils.ModelEmaV3(Tied(names), decay=0.9)
+            average.update(Tied(others))
+            found.append(average.module.a.weight.detach().clone())
+        return found
+
+    want = averages()
+    with sk.compat.patch("timm"), pytest.warns(UserWarning, match="tied weights"):
+        got = averages()
+    assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
+    assert counted() == {"ModelEmaV3": (1, 2)}
 
 
 def test_a_library_of_another_version(monkeypatch):
@@ -187,16 +282,18 @@ def test_lightly_script(tmp_path, dtype, steps, bound):
     kept = [line for line in lines if not line.startswith("import selfsup_kernels; ")]
     assert len(kept) == len(lines) - 1
     losses = {}
-    for name, text in {"with": source, "without": "".join(kept)}.items():
+    report = "\nprint(selfsup_kernels.compat.report())\n"
+    for name, text in {"with": source + report, "without": "".join(kept)}.items():
         script = tmp_path / f"{name}.py"
         script.write_text(text)
-        command = [sys.executable, str(script), "--steps", str(steps), "--dtype", dtype, "--print-class"]
+        command = [sys.executable, str(script), "--steps", str(steps), "--dtype", dtype]
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": str(ROOT)}
         )
         assert done.returncode == 0, done.stderr
-        first, *rest = done.stdout.splitlines()
-        assert ("selfsup_kernels" in first) == (name == "with")
+        rest = done.stdout.splitlines()
+        if name == "with":
+            assert rest.pop() == f"lightly.loss.ntx_ent_loss.NTXentLoss: {steps} calls ours, 0 the original's"
         losses[name] = torch.tensor([float(line.split()[-1]) for line in rest], dtype=torch.float64)
         assert len(losses[name]) == steps
     assert losses["with"][-1] < losses["with"][0] - 0.5

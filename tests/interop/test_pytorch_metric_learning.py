@@ -1,13 +1,17 @@
 """compat.pytorch_metric_learning against the installed pytorch-metric-learning."""
 
 import inspect
+import warnings
 
 import pytest
 import torch
 from interop.helpers import assert_near, assert_same, label_cases, rows, value_and_grads, views
-from pytorch_metric_learning import distances, losses, reducers
+from pytorch_metric_learning import distances, losses, reducers, regularizers
 from pytorch_metric_learning.losses import SelfSupervisedLoss
+from pytorch_metric_learning.utils.loss_and_miner_utils import get_all_pairs_indices
 
+import selfsup_kernels as sk
+from selfsup_kernels.compat import _calls
 from selfsup_kernels.compat import pytorch_metric_learning as ours
 
 NAMES = ["NTXentLoss", "SupConLoss"]
@@ -106,3 +110,90 @@ def test_unsupported(name):
             criterion(x)
         with pytest.raises(ValueError, match="labels"):
             criterion(x, labels[:5])
+
+
+def _beyond(name, x, labels, ref):
+    """By feature that the kernels do not serve, (loss, arguments): what the library's own tests use."""
+    cls = getattr(losses, name)
+    pairs = get_all_pairs_indices(labels)
+
+    class Scaled(cls):
+        def _compute_loss(self, *args):
+            found = super()._compute_loss(*args)
+            found["loss"]["losses"] = 3 * found["loss"]["losses"]
+            return found
+
+    class Own(cls):
+        def get_default_distance(self):
+            return distances.SNRDistance()
+
+    return {
+        "distance=LpDistance": (cls(distance=distances.LpDistance()), (x, labels)),
+        "distance=SNRDistance": (Own(), (x, labels)),
+        "reducer=PerAnchorReducer": (cls(reducer=reducers.PerAnchorReducer()), (x, labels)),
+        "embedding_regularizer": (cls(embedding_regularizer=regularizers.LpRegularizer()), (x, labels)),
+        "collect_stats": (cls(collect_stats=True), (x, labels)),
+        "ref_emb": (cls(), (x, labels, None, ref, labels)),
+        "indices_tuple": (cls(), (x, None, tuple(index[::2] for index in pairs))),
+        "its own _compute_loss": (Scaled(), (x, labels)),
+    }
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_under_a_patch_the_rest_is_the_librarys(name, monkeypatch):
+    """Distances, reducers, regularisers, miners, references, subclasses: the library's values, gradients and errors."""
+    monkeypatch.setattr(_calls, "_calls", {})
+    x, labels, ref = rows(12, 6), torch.arange(12) // 3, rows(12, 6, seed=5)
+    want = {
+        k: value_and_grads(lambda e, f=f, a=a: f(e, *a[1:]), [x]) for k, (f, a) in _beyond(name, x, labels, ref).items()
+    }
+    with sk.compat.patch("pytorch-metric-learning"):
+        for feature, (loss, arguments) in _beyond(name, x, labels, ref).items():
+            with pytest.warns(UserWarning, match=f"the kernels do not serve .*{feature}"):
+                got = value_and_grads(lambda e, f=loss, a=arguments: f(e, *a[1:]), [x])
+            assert torch.equal(got[0], want[feature][0])
+            assert torch.equal(got[1][0], want[feature][1][0])
+        with pytest.warns(UserWarning, match="labels"), pytest.raises(ValueError, match="cannot both be None"):
+            getattr(losses, name)()(x)
+        getattr(losses, name)(0.3)(x, labels)
+    counts = {key.rpartition(".")[2]: calls[:2] for key, calls in sk.compat.report().items()}
+    assert counts == {name: (1, 7), "Own": (0, 1), "Scaled": (0, 1)}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_librarys_wrappers_under_a_patch(name, monkeypatch):
+    """SelfSupervisedLoss, CrossBatchMemory, MultipleLosses: they look at names, types and attributes."""
+    monkeypatch.setattr(_calls, "_calls", {})
+    x, y = views(8, 6)
+    labels = torch.arange(8) // 2
+
+    def values():
+        loss = getattr(losses, name)(0.2)
+        assert type(loss.distance) is distances.CosineSimilarity
+        assert isinstance(loss, losses.BaseMetricLossFunction)
+        memory = losses.CrossBatchMemory(getattr(losses, name)(0.2), 6, memory_size=16)
+        weighted = losses.MultipleLosses([loss, losses.ContrastiveLoss()], weights=[1, 0.5])
+        return [
+            SelfSupervisedLoss(loss)(x, y),
+            SelfSupervisedLoss(loss, symmetric=False)(x, y),
+            memory(x, labels),
+            memory(y, labels),
+            weighted(x, labels),
+        ]
+
+    want = values()
+    with sk.compat.patch("pytorch-metric-learning"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for got, wanted in zip(values(), want, strict=True):
+            assert_near("value", got, wanted)
+    assert [calls[:2] for calls in sk.compat.report().values()] == [(2, 3)]
+
+
+def test_float16_pairs_end_where_the_originals_do_under_a_patch():
+    """The original's cap of a pair's loss is 9.7 in float16; imported by name, ours has none."""
+    x = torch.eye(4, dtype=torch.float16)
+    labels = torch.tensor([0, 0, 1, 1])
+    want = losses.NTXentLoss(0.01)(-x.roll(1, 0) + x, labels)
+    with sk.compat.patch("pytorch-metric-learning"), pytest.warns(UserWarning, match="float16"):
+        assert torch.equal(losses.NTXentLoss(0.01)(-x.roll(1, 0) + x, labels), want)
+    assert ours.NTXentLoss(0.01)(-x.roll(1, 0) + x, labels) > 2 * want
