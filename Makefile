@@ -1,7 +1,7 @@
 # Every target works alone on a fresh machine: it makes .venv and builds the extension where they are missing or stale.
 #
-#   make setup | demo | bench | bench-compare | bench-results | profile | docs | test | lint | asan | interop-setup | interop
-#        interop-bench | compat | cuda | cuda-static | gpu-static | gpu-check | gpu-counters | clean
+#   make setup | demo | bench | bench-compare | bench-results | profile | docs | test | fuzz | lint | asan | interop-setup
+#        interop | interop-bench | compat | cuda | cuda-static | gpu-static | gpu-check | gpu-counters | clean
 #
 # With PYTHON given on the command line (make test PYTHON=python3) that interpreter is used as it is: it needs torch
 # and the tools listed in pyproject.toml, and only the extension is built, in place.
@@ -38,7 +38,7 @@ OP_TESTS := tests/test_ops.py tests/test_info_nce.py tests/test_info_nce_parts.p
 
 export SELFSUP_KERNELS_REQUIRE_EXTENSION := 1
 
-.PHONY: setup demo bench bench-compare bench-results profile docs test lint asan interop-setup interop interop-bench compat cuda cuda-static gpu-static gpu-check gpu-counters clean
+.PHONY: setup demo bench bench-compare bench-results profile docs test fuzz lint asan interop-setup interop interop-bench compat cuda cuda-static gpu-static gpu-check gpu-counters clean
 
 setup: $(BUILT)
 
@@ -101,6 +101,18 @@ test: setup
 	$(PY) -m pytest tests --ignore=tests/gpu -rs --durations=10
 	emulator=$$($(PY) tests/emulator/build.py) && \
 	  $(SIMULATED) $(PY) -m pytest tests/gpu $(SHARED_OUT) -rs --durations=5
+
+# Random calls of every public function against the dense equations in float64. CASES=N SEED=S; CASE=K runs number K of
+# SEED alone, as a failure says. IMPL=reference and the like: on these kernels alone; DEVICE=cuda IMPL=triton: on a GPU.
+CASES ?= 2000
+SEED ?= 0
+FUZZ = PYTHONPATH=. $(PY) tests/fuzz --cases $(CASES) --seed $(SEED) $(if $(CASE),--case $(CASE)) $(if $(IMPL),--impl $(IMPL))
+fuzz: setup
+ifneq ($(DEVICE),)
+	$(FUZZ) --device $(DEVICE) $(ARGUMENTS)
+else
+	emulator=$$($(PY) tests/emulator/build.py) && SELFSUP_KERNELS_CUDA_EMULATOR=$$emulator $(FUZZ) $(ARGUMENTS)
+endif
 
 lint: $(DEPENDENCIES)
 	$(PY) -m ruff check .
