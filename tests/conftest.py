@@ -21,8 +21,16 @@ from profile_cases import CountedTime
 from selfsup_kernels import backends
 from selfsup_kernels.profile.recorder import CPUClock
 
-# Without deadlines, since a first call may compile; derandomized, so that a failure is a failure on every run.
-hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, max_examples=200, database=None)
+# Without deadlines, since a first call may compile, and without the check that examples are made fast enough, which a
+# busy machine fails; derandomized, so that a failure is a failure on every run.
+hypothesis.settings.register_profile(
+    "suite",
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    derandomize=True,
+    max_examples=200,
+    database=None,
+)
 hypothesis.settings.load_profile("suite")
 
 

@@ -17,14 +17,14 @@ import os
 import sys
 import time
 
-import cases
+import process as child
 
 SHARES = [
     ("cpu", {}, 770),
     ("cpu", {"SELFSUP_KERNELS_CPU_CAPABILITY": "avx2"}, 100),
     ("cpu", {"SELFSUP_KERNELS_CPU_CAPABILITY": "default"}, 100),
-    ("reference", {}, 20),
-    ("triton", {"TRITON_INTERPRET": "1"}, 5),
+    ("reference", {}, 22),
+    ("triton", {"TRITON_INTERPRET": "1"}, 3),
     ("cuda", {}, 5),
 ]
 """(implementation, environment, how many of 1000 cases): what this processor would choose, its narrower instructions,
@@ -92,7 +92,7 @@ class Run:
             before = {name: os.environ.get(name) for name in environment}
             os.environ.update(environment)
             arguments = (self.options.seed, rest, impl, self.options.device, current, to_parent)
-            process = context.Process(target=cases.work, args=arguments)
+            process = context.Process(target=child.work, args=arguments)
             process.start()
             for name, value in before.items():
                 os.environ.pop(name) if value is None else os.environ.update({name: value})
@@ -110,9 +110,12 @@ class Run:
                 except EOFError:
                     process, current, rest = running.pop(pipe)
                     process.join()
+                if process.exitcode > 0 and process.exitcode != child.LOST:
+                    sys.exit(f"the cases of {kernels} do not run: a process ended with status {process.exitcode}")
                 if process.exitcode:
                     number = current.value
-                    self.record(number, kernels, "?", "?", "CRASH", f"the process ended with {process.exitcode}")
+                    if process.exitcode != child.LOST:
+                        self.record(number, kernels, "?", "?", "CRASH", f"killed by signal {-process.exitcode}")
                     rest = [n for n in rest if n > number]
                     if rest:
                         start(rest)

@@ -27,14 +27,17 @@ class Wrong(AssertionError):
 
 
 def rounding(dtype, impl):
-    """The relative spacing of the numbers that ``impl`` computes with: the rows and products of the GPUs' kernels have
-    the dtype's own 16 bits (docs/numerics.md, "Precision"), those of the CPU float32. Exact products of float32 are
-    three of TF32 on a GPU."""
+    """(of unit rows, of scores and sums): the relative spacing of the numbers that ``impl`` computes with.
+
+    docs/numerics.md, "Precision": float32 on CPUs, also of 16 bits. On GPUs rows have the dtype's 16 bits, and so has
+    the matrix that the gradient is a product of; a float32 product is made of three of TF32, and tensor cores cut off
+    what they add up.
+    """
     if dtype == torch.float64:
-        return 2.0**-50  # the dense loss beside it is off by as much
+        return 2.0**-50, 2.0**-50  # the dense loss beside it is off by as much
     if impl in ("triton", "cuda"):
-        return 2.0**-21 if dtype == torch.float32 else torch.finfo(dtype).eps
-    return 2.0**-23
+        return 2.0**-22 if dtype == torch.float32 else torch.finfo(dtype).eps / 2, 2.0**-21
+    return 2.0**-23, 2.0**-23
 
 
 def relative(dtype):

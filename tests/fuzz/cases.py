@@ -1,7 +1,5 @@
-"""One case, and a process that runs many."""
+"""One case: which function, where, and what came of it."""
 
-import os
-import sys
 import traceback
 import warnings
 from pathlib import Path
@@ -36,6 +34,7 @@ class Place:
     def __init__(self, draw, device, impl, classes):
         self.device, self.impl, self.classes = device, impl, classes
         gpu = impl in ("triton", "cuda")
+        self.slow = impl == "triton" and device == "cpu"  # interpreted
         self.dtypes = FLOATING[1:] if gpu else FLOATING
         self.autocast = draw.chance(0.1)
         self.says = ""
@@ -69,16 +68,3 @@ def run(seed, number, impl, device):
         frame = traceback.extract_tb(error.__traceback__)[-1]
         message = f"{type(error).__name__}: {error} ({Path(frame.filename).name}:{frame.lineno})"
     return name, place.says.partition(" ")[0] or "?", "WRONG", " ".join(f"{message} [{place.says}]".split())
-
-
-def work(seed, numbers, impl, device, current, results):
-    torch.set_num_threads(1)
-    if impl == "triton" and os.environ.get("TRITON_INTERPRET"):
-        sys.path.append(str(Path(__file__).parents[1] / "gpu"))
-        import interpreter16
-
-        interpreter16.install()
-    for number in numbers:
-        current.value = number
-        results.send((number, *run(seed, number, impl, device)))
-    results.close()

@@ -98,17 +98,17 @@ def rows(draw, num_views, batch, dim, dtype, lengths=True):
     return h.clamp(-largest, largest).to(dtype).double(), kinds
 
 
-def size(draw, classes):
-    """(V, B, D): mostly small, some past the borders of the tiles; with ``classes`` a few widths only."""
+def size(draw, place):
+    """(V, B, D): mostly small, some past the borders of the tiles. On a GPU a few widths only, and any batch."""
     num_views = draw.choice([2, 2, 2, 3, 4, 5])
     batch = draw.choice([2, 3, draw.randint(2, 16), draw.randint(2, 32), draw.choice([15, 16, 17, 31, 32, 33])])
     dim = draw.choice([1, 2, draw.randint(2, 16), draw.randint(2, 64), draw.choice([15, 16, 17, 31, 32, 33, 63, 64])])
-    if draw.chance(0.02):
+    if draw.chance(0.02) and not place.slow:
         batch = draw.choice([63, 64, 65, 127, 128, 129, 255, 256, 257, draw.randint(33, 300)])
         num_views = min(num_views, 3)
-    if draw.chance(0.04):
+    if draw.chance(0.04) and not place.slow:
         dim = draw.choice([65, 127, 128, 129, 255, 256, 257, draw.randint(65, 300)])
-    if classes is not None:
-        num_views, dim = classes.choice([2, 2, 3]), classes.choice([16, 33, 64, 128, 256, 300])
+    if place.classes is not None:
+        num_views, dim = place.classes.choice([2, 2, 3]), place.classes.choice([16, 33, 64, 128, 256, 300])
         batch = draw.choice([batch, draw.randint(2, 300)])
     return num_views, batch, dim

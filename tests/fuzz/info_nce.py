@@ -3,7 +3,7 @@
 import math
 
 import torch
-from bounds import Wrong, relative, rounding
+from bounds import Wrong, rounding
 from draw import rows, size
 from info_nce_bounds import check_info_nce, dense_run
 from views import EPS, REDUCTIONS, Rows, gradients, spoil, upstream_of
@@ -17,7 +17,7 @@ def info_nce_case(draw, place):
     classes = place.classes
     chosen = classes or draw
     dtype = chosen.choice(place.dtypes)
-    num_views, batch, dim = size(draw, classes)
+    num_views, batch, dim = size(draw, place)
     objective = chosen.choice(OBJECTIVES)
     normalize = chosen.chance(0.8)
     labelled = objective in LABEL_OBJECTIVES and chosen.chance(0.3)
@@ -125,7 +125,10 @@ def not_finite(loss, grad, last, want, t, place, arguments, spoiled):
         raise Wrong(f"loss: NaN and infinities are others than the dense loss has ({int(kinds_of(got).any())})")
     fine = want[0].isfinite()
     off = (got[fine].double() - want[0][fine]).abs()
-    allowed = 16 * rounding(torch.float32, place.impl) / t.number + 2 * relative(got.dtype) * (want[0][fine].abs() + 1)
+    allowed = (
+        2 * torch.finfo(got.dtype).eps * (want[0][fine].abs() + 1)
+        + 16 * max(rounding(got.dtype, place.impl)) / t.number
+    )
     if arguments["normalize"] and not (off <= allowed).all():
         raise Wrong(f"loss: off by {off.max().item():.3e} where it is finite")
     if not spoiled:  # an anchor without negatives, whose decoupled loss is -Inf

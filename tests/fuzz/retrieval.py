@@ -15,7 +15,7 @@ def stats(draw, place):
     chosen = place.classes or draw
     place.autocast = False
     dtype = chosen.choice(FLOATING if place.device == "cpu" else place.dtypes)
-    num_views, batch, dim = size(draw, place.classes)
+    num_views, batch, dim = size(draw, place)
     normalize = draw.chance(0.8)
     views = Rows(
         draw, place, num_views, batch, dim, dtype, lengths=normalize, most=None if normalize else draw.power(-1, 1)

@@ -204,9 +204,9 @@ def optimizers(draw, place):
         for i, (p, q, r) in enumerate(zip(model.parameters(), eager.parameters(), wide.parameters(), strict=True)):
             off, own = ((x.detach().double() - r.detach()).norm().item() for x in (p, q))
             size = r.detach().norm().item()
-            allowed = (
-                1e-12 * (size + 1) if dtype == torch.float64 else 2 * own + 4 * torch.finfo(dtype).eps * (size + 1e-3)
-            )
+            allowed = 1e-12 * (size + 1)
+            if dtype != torch.float64:  # torch's own step is NaN where its eps is 0 in float16
+                allowed = 2 * (own if math.isfinite(own) else 0) + 4 * torch.finfo(dtype).eps * (size + 1e-3)
             if not off <= allowed:
                 raise Wrong(
                     f"params[{i}]: error {off:.3e} > {allowed:.3e} (norm {size:.3e}; torch's own error {own:.3e})"

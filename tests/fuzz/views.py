@@ -38,7 +38,7 @@ class Rows:
             self.h = (self.h * (most / self.h.norm(dim=-1).max().clamp_min(1e-30))).to(dtype).double()
         self.dtype, self.form = dtype, draw.choice(["stacked", "list", "tuple"])
         # Under autocast the views may have different dtypes. Numbers of 16 bits are exact in float32.
-        self.mixed = place.autocast and dtype != torch.float64 and draw.chance(0.5)
+        mixed = place.autocast and dtype != torch.float64 and draw.chance(0.5)
         if self.form == "stacked":
             if draw.chance(0.1):  # one row, or one view, that stands for all
                 few = self.h[:, :1] if draw.chance(0.5) else self.h[:1]
@@ -47,8 +47,13 @@ class Rows:
             else:
                 self.tensors = [draw.placed(self.h.to(dtype), place.device)[0]]
         else:
-            dtypes = [draw.choice([dtype, torch.float32]) if self.mixed else dtype for _ in self.h]
+            dtypes = [draw.choice([dtype, torch.float32]) if mixed else dtype for _ in self.h]
             self.tensors = [draw.placed(x.to(d), place.device)[0] for x, d in zip(self.h, dtypes, strict=True)]
+
+    def computed_in(self, *others):
+        """The dtype in which views and ``others`` meet: their own, or float32 where they differ."""
+        kinds = {x.dtype for x in (*self.tensors, *others) if x is not None}
+        return kinds.pop() if len(kinds) == 1 else torch.float32
 
     def leaves(self):
         return [x.detach().requires_grad_() for x in self.tensors]
