@@ -38,6 +38,29 @@ hypothesis.settings.load_profile("suite")
 collect_ignore = [] if importlib.util.find_spec("lightly") else ["interop"]
 
 
+class KeepsFailures:
+    """Appends the names of what fails to a file, which `make test` shows last."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def pytest_runtest_logreport(self, report):
+        if report.failed:
+            with open(self.path, "a") as file:
+                file.write(f"FAILED {report.nodeid}{'' if report.when == 'call' else f' ({report.when})'}\n")
+
+    def pytest_collectreport(self, report):
+        if report.failed:
+            with open(self.path, "a") as file:
+                file.write(f"FAILED {report.nodeid} (collection)\n")
+
+
+def pytest_configure(config):
+    path = os.environ.get("SELFSUP_KERNELS_FAILED_TESTS")
+    if path and not hasattr(config, "workerinput"):  # the processes of xdist report to one that writes
+        config.pluginmanager.register(KeepsFailures(path))
+
+
 def pytest_report_header(config):
     missing = backends.unavailable("cpu")
     return f"implementations: {', '.join(IMPLS)}" + (f"; no cpu: {missing}" if missing else "")

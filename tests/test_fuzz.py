@@ -49,15 +49,6 @@ FAULTS = {
 }
 
 
-def python(code, **environment):
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
-    )
-
-
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_seen(fault):
     name, body, function = FAULTS[fault]

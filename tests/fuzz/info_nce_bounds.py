@@ -116,11 +116,15 @@ def check_info_nce(draw, place, dtype, arguments, views, t, queue, upstream, los
         for _ in range(DRAWS):
             other = moved(draw, h, t.number, queue, upstream, arguments, of_rows, eps)
             loss, dz, slope = (o - e for o, e in zip(other, exact, strict=True))
+            dz = dz * (weight > 0)
             # Equal anchors round alike: what each is off by adds up.
             draws.append((loss.norm().item(), dz.norm().item(), (share.abs() * slope.abs()).sum().item()))
         terms = share.abs() * mass(h, t.number, queue, arguments)
         # The tables hold each anchor's log-sum-exp in float64, which rounds at the size of the scores.
-        summed = (eps * math.sqrt(columns) + of_rows + 2.0**-51 * score) / t.number
+        # With labels a positive's coefficient is exp(score - table), of a score that the backward computes anew: it is
+        # off by a rounding of the score. Other positives have coefficients of their own.
+        table = 2.0**-51 if arguments.get("labels") is None else eps
+        summed = (eps * math.sqrt(columns) + of_rows + table * score) / t.number
         in_rows = summed * longest * (2 * terms.norm() + terms.sum() / math.sqrt(anchors)).item()
         in_slopes = summed * score * 2 * terms.sum().item()
         return [SPREAD * max(d) + s for d, s in zip(zip(*draws, strict=True), (0, in_rows, in_slopes), strict=True)]
