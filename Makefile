@@ -1,7 +1,5 @@
 # Every target works alone on a fresh machine: it makes .venv and builds the extension where they are missing or stale.
-#
-#   make setup | demo | bench | bench-compare | bench-results | profile | docs | test | lint | asan | interop-setup | interop
-#        interop-bench | compat | cuda | cuda-static | gpu-static | gpu-check | gpu-counters | clean
+# `make help` lists them. ARGUMENTS="..." goes to the command behind a target.
 #
 # With PYTHON given on the command line (make test PYTHON=python3) that interpreter is used as it is: it needs torch
 # and the tools listed in pyproject.toml, and only the extension is built, in place.
@@ -36,9 +34,13 @@ NVCC := $(firstword $(wildcard $(addsuffix /bin/nvcc,$(CUDA_HOME) $(CUDA_PATH)))
 OP_TESTS := tests/test_ops.py tests/test_info_nce.py tests/test_info_nce_parts.py tests/test_distributed.py tests/test_info_nce_precision.py tests/test_byol.py \
   tests/test_ema.py tests/test_optim.py tests/test_ema_memory.py tests/test_ema_rounding.py tests/test_memory_layout.py tests/test_properties.py tests/test_compile.py tests/test_bad_input.py
 
-.PHONY: setup demo bench bench-compare bench-results profile docs test lint asan interop-setup interop interop-bench compat cuda cuda-static gpu-static gpu-check gpu-counters clean
+.PHONY: help setup demo bench bench-compare bench-results profile docs test fuzz lint asan interop-setup interop interop-bench compat cuda cuda-static gpu-static gpu-check gpu-counters clean
 
-setup: $(BUILT)
+setup: $(BUILT)  ## the environment, and the package with its C++ extension
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.* ## \(.*\)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) | \
+	  while IFS='|' read -r target does; do printf '  make %-15s %s\n' "$$target" "$$does"; done
 
 # The one list of what is needed is pyproject.toml's; pip's own TOML reader serves Python 3.10, which has none.
 EXTRAS = from pip._vendor import tomli; \
@@ -59,62 +61,82 @@ else
 endif
 
 # Needs nvcc, no GPU. TORCH_CUDA_ARCH_LIST and MAX_JOBS are respected.
-cuda: $(CUDA_LIBRARY)
+cuda: $(CUDA_LIBRARY)  ## the CUDA library (needs nvcc, no GPU)
 	$(PY) benchmarks/cuda_static.py --contents
 
 $(CUDA_LIBRARY): $(BUILT) $(CUDA_SOURCES)
 	$(PY) setup.py build_cuda
 	touch $@
 
-demo: setup
+demo: setup  ## the whole of it once, a report in out/demo
 	$(PY) -m selfsup_kernels demo --out out/demo
 
-bench: setup
+bench: setup  ## the speed of every op
 	$(PY) -m pytest benchmarks --benchmark-columns=min,median,iqr,rounds --benchmark-group-by=group
 
 # This version beside another in one run; fails where something is slower beyond the noise of that run. BASE defaults to
 # the parent of the commit that is checked out, or to that commit where files of the package have been changed.
-bench-compare: setup
+bench-compare: setup  ## this version beside another one: BASE=COMMIT
 	$(PY) -m selfsup_kernels bench --base "$(or $(BASE),auto)" $(ARGUMENTS)
 
 # Measures this machine beside the libraries of `make interop`, for benchmarks/results.
-bench-results: interop-setup
+bench-results: interop-setup  ## this machine beside the libraries, for benchmarks/results: RESULTS=DIR
 	PYTHONPATH=. .venv-interop/bin/python -m selfsup_kernels bench --vs all --views 2,4 --dtype float32,bf16 \
 	  --model ResNet-50,ViT-B --seconds 4 --results "$(or $(RESULTS),benchmarks/results)" $(ARGUMENTS)
 
 # Real training steps, part by part. ARGUMENTS="--method byol --batch 256,1024" and the like.
-profile: setup
+profile: setup  ## where the time of training steps goes, in out/profile
 	$(PY) -m selfsup_kernels profile --out out/profile $(ARGUMENTS)
 
 # Tables and pictures from benchmarks/results, then the site, in build/docs. A warning is an error.
-docs: setup
+docs: setup  ## the site, in build/docs
 	$(PY) benchmarks/tables.py
 	$(PY) -m sphinx -W --keep-going -q -E -d build/doctrees docs build/docs
+	@echo "the site: $(CURDIR)/build/docs/index.html"
 
 # The second run has the GPU kernels on the CPU: Triton's in its interpreter, CUDA's in our emulator. Each of its
-# processes has one thread: what takes the time is Python.
+# processes has one thread: what takes the time is Python. Both run, whatever the first finds. What failed is shown
+# last, when make has ended: its own last line only names the target.
 SIMULATED := OMP_NUM_THREADS=1 TRITON_INTERPRET=1 SELFSUP_KERNELS_CUDA_EMULATOR=$$emulator
 SHARED_OUT := -n logical --maxprocesses 8 --dist worksteal
-test: setup
-	$(PY) -m pytest tests --ignore=tests/gpu -rs --durations=10
-	emulator=$$($(PY) tests/emulator/build.py) && \
-	  $(SIMULATED) $(PY) -m pytest tests/gpu $(SHARED_OUT) -rs --durations=5
+test: export SELFSUP_KERNELS_FAILED_TESTS := $(CURDIR)/build/failed-tests
+test: setup  ## all tests, the GPU kernels simulated
+	@mkdir -p build && rm -f "$$SELFSUP_KERNELS_FAILED_TESTS"
+	status=0; \
+	$(PY) -m pytest tests --ignore=tests/gpu -rsfE --durations=10 || status=$$?; \
+	{ emulator=$$($(PY) tests/emulator/build.py) && \
+	  $(SIMULATED) $(PY) -m pytest tests/gpu $(SHARED_OUT) -rsfE --durations=5; } || status=$$?; \
+	if [ -s "$$SELFSUP_KERNELS_FAILED_TESTS" ]; then \
+	  { while kill -0 $$PPID 2>/dev/null; do sleep 0.1; done; echo; cat "$$SELFSUP_KERNELS_FAILED_TESTS"; } & \
+	fi; exit $$status
 
-lint: $(DEPENDENCIES)
+# Random calls of every public function against the dense equations in float64. CASES=N SEED=S; CASE=K runs number K of
+# SEED alone, as a failure says. IMPL=reference and the like: on these kernels alone; DEVICE=cuda IMPL=triton: on a GPU.
+CASES ?= 2000
+SEED ?= 0
+FUZZ = PYTHONPATH=. $(PY) tests/fuzz --cases $(CASES) --seed $(SEED) $(if $(CASE),--case $(CASE)) $(if $(IMPL),--impl $(IMPL))
+fuzz: setup  ## random calls against float64: CASES=N SEED=S, CASE=K, IMPL=cpu, DEVICE=cuda
+ifneq ($(DEVICE),)
+	$(FUZZ) --device $(DEVICE) $(ARGUMENTS)
+else
+	emulator=$$($(PY) tests/emulator/build.py) && SELFSUP_KERNELS_CUDA_EMULATOR=$$emulator $(FUZZ) $(ARGUMENTS)
+endif
+
+lint: $(DEPENDENCIES)  ## ruff and clang-format, changing nothing
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -c 'from clang_format import clang_format; clang_format()' --dry-run -Werror $(wildcard csrc/*/*) \
 	  $(wildcard tests/emulator/*.h tests/emulator/*.cpp tests/emulator/*.cu tests/emulator/include/*/* tests/gpu/stub_driver/*.c)
 
 # The same sources under AddressSanitizer and UBSan, in a copy of the tree, under the tests marked `sanitize`.
-asan: $(DEPENDENCIES)
+asan: $(DEPENDENCIES)  ## tests under AddressSanitizer and UBSan
 	bash tests/sanitizer/run.sh "$(abspath $(dir $(PY)))/$(notdir $(PY))"
 
 # The libraries that were built against $(TORCH), not rebuilt, under $(COMPAT_TORCH), and the GPU kernels under
 # $(COMPAT_TRITON), whose interpreter cannot take the newest numpy. The CUDA library where there is an nvcc: it has to
 # load in that CUDA build of torch and to register its ops, which takes no GPU. Last, the extension is built against the
 # headers of $(COMPAT_TORCH) too.
-compat: setup $(if $(NVCC),$(CUDA_LIBRARY)) .venv-compat/.dependencies
+compat: setup $(if $(NVCC),$(CUDA_LIBRARY)) .venv-compat/.dependencies  ## the oldest torch and Triton that are supported
 	.venv-compat/bin/python -m selfsup_kernels info
 	.venv-compat/bin/python -m pytest $(OP_TESTS)
 	$(if $(NVCC),.venv-compat/bin/python -m pytest tests/test_build_cuda.py -k "registers")
@@ -130,13 +152,13 @@ compat: setup $(if $(NVCC),$(CUDA_LIBRARY)) .venv-compat/.dependencies
 	touch $@
 
 # Drop-ins, methods and examples against the libraries that they are for, in an environment that has them.
-interop-setup: setup .venv-interop/.dependencies
+interop-setup: setup .venv-interop/.dependencies  ## the libraries that there are drop-ins for
 
-interop: interop-setup
+interop: interop-setup  ## the drop-ins, methods and examples beside them
 	.venv-interop/bin/python -m pytest tests/interop --durations=5
 
 # The speed of each drop-in beside its original. ARGUMENTS="--json FILE" and the like.
-interop-bench: interop-setup
+interop-bench: interop-setup  ## the speed of each drop-in beside its original
 	PYTHONPATH=. .venv-interop/bin/python benchmarks/compat.py $(ARGUMENTS)
 
 .venv-interop/.dependencies: tests/interop/requirements.txt Makefile
@@ -146,24 +168,24 @@ interop-bench: interop-setup
 	touch $@
 
 # Every configuration of the GPU kernels, compiled without a GPU. ARGUMENTS="--arch 90 --json FILE" and the like.
-gpu-static: $(DEPENDENCIES)
+gpu-static: $(DEPENDENCIES)  ## every GPU kernel compiled, without a GPU
 	$(PY) benchmarks/gpu_static.py $(ARGUMENTS)
 
 # The machine code of the CUDA library. ARGUMENTS="--json FILE" and the like.
-cuda-static: $(CUDA_LIBRARY)
+cuda-static: $(CUDA_LIBRARY)  ## the machine code of the CUDA library
 	$(PY) benchmarks/cuda_static.py $(ARGUMENTS)
 
 # On a machine with a GPU, whose Python has a CUDA build of torch: make gpu-check PYTHON=python3 [RESULTS=DIR]
 # ARGUMENTS="--skip build" and "--only racecheck" and the like.
-gpu-check: $(DEPENDENCIES)
+gpu-check: $(DEPENDENCIES)  ## everything once on a GPU: PYTHON=python3
 	$(PY) benchmarks/gpu_check.py $(if $(RESULTS),--out "$(RESULTS)") $(ARGUMENTS)
 
 # What bounds each kernel there, by the hardware's counters, once gpu-check has built the libraries. ARGUMENTS="--only
 # TEXT" and the like.
-gpu-counters: $(DEPENDENCIES)
+gpu-counters: $(DEPENDENCIES)  ## what bounds each kernel there
 	$(PY) benchmarks/gpu_counters.py $(if $(RESULTS),--out "$(RESULTS)") $(ARGUMENTS)
 
-clean:
+clean:  ## remove all that was built
 	rm -rf build dist out .venv .venv-compat .venv-interop *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
 	rm -f $(BUILT) selfsup_kernels/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

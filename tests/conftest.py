@@ -21,13 +21,44 @@ from profile_cases import CountedTime
 from selfsup_kernels import backends
 from selfsup_kernels.profile.recorder import CPUClock
 
-# Without deadlines, since a first call may compile; derandomized, so that a failure is a failure on every run.
-hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, max_examples=200, database=None)
+# Without deadlines, since a first call may compile, and without the check that examples are made fast enough, which a
+# busy machine fails; derandomized, so that a failure is a failure on every run.
+hypothesis.settings.register_profile(
+    "suite",
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    derandomize=True,
+    max_examples=200,
+    database=None,
+)
 hypothesis.settings.load_profile("suite")
 
 
 # Those tests need the libraries of make interop.
 collect_ignore = [] if importlib.util.find_spec("lightly") else ["interop"]
+
+
+class KeepsFailures:
+    """Appends the names of what fails to a file, which `make test` shows last."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def pytest_runtest_logreport(self, report):
+        if report.failed:
+            with open(self.path, "a") as file:
+                file.write(f"FAILED {report.nodeid}{'' if report.when == 'call' else f' ({report.when})'}\n")
+
+    def pytest_collectreport(self, report):
+        if report.failed:
+            with open(self.path, "a") as file:
+                file.write(f"FAILED {report.nodeid} (collection)\n")
+
+
+def pytest_configure(config):
+    path = os.environ.get("SELFSUP_KERNELS_FAILED_TESTS")
+    if path and not hasattr(config, "workerinput"):  # the processes of xdist report to one that writes
+        config.pluginmanager.register(KeepsFailures(path))
 
 
 def pytest_report_header(config):

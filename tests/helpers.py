@@ -86,7 +86,7 @@ def compare_info_nce(impl, views, temperature=0.1, floor=0.0, cancels=False, tf3
         floors[2] = max(floors[2], temperature_rounding(views, temperature, eps, queue=wide_queue, **arguments))
     names = ("loss", "grad", "temperature")
     for name, got, want, yardstick, least in zip(names, ours, truth, eager, floors, strict=True):
-        assert got.dtype == dtype
+        assert (got.dtype, got.device) == (dtype, want.device)
         assert_within(name, got, want, None if dtype == torch.float64 else yardstick, least)
 
 
@@ -122,8 +122,13 @@ def bound(dtype, want):
 
 
 def assert_within(name, got, want, eager=None, floor=0.0):
-    """``got`` is as near to ``want`` as its dtype allows, or at most twice as far as ``eager`` is."""
+    """``got`` is as near to ``want`` as its dtype allows, or at most twice as far as ``eager`` is.
+
+    They may lie on different devices: an op returns a temperature's gradient on the GPU, autograd hands it over where
+    the temperature is. They are compared where ``want`` is.
+    """
     assert got.shape == want.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(want.shape)}"
+    got, eager = got.to(want.device), None if eager is None else eager.to(want.device)
     # What the dtype cannot hold must be infinite, and is not compared.
     beyond = want.isfinite() & ~want.to(got.dtype).isfinite()
     assert got[beyond].isinf().all(), f"{name}: not infinite where {got.dtype} ends"

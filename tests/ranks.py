@@ -11,8 +11,8 @@ import traceback
 import torch
 import torch.distributed as dist
 
-TIMEOUT = 60.0
-"""Seconds that a process waits for the others."""
+TIMEOUT = 600.0
+"""Seconds that a process waits for the others: none of them dies but on purpose, and that is seen at once."""
 
 
 def _work(rank, size, store, pipe):

@@ -232,6 +232,9 @@ def test_several_implementations_and_types(here, tmp_path):
 OWN = """
 import os, signal, time, torch
 
+clock, later = time.perf_counter, 0.0
+time.perf_counter = lambda: clock() + later
+
 def mean(views):
     return views.square().mean()
 
@@ -245,7 +248,8 @@ def killed(views):
     os.kill(os.getpid(), signal.SIGKILL)
 
 def slow(views):
-    time.sleep(0.5 if views.shape[1] > 16 else 0)
+    global later
+    later += 5000 if views.shape[1] > 16 else 0
     return mean(views)
 
 def hangs(views):
@@ -287,12 +291,13 @@ def test_a_rival_that_fails_hides_nothing(own, monkeypatch):
 
 
 def test_what_takes_too_long_is_skipped(own, monkeypatch):
-    monkeypatch.setattr(engine, "STARTING", 100.0)
-    for row in measured([rivals.OURS, "own_losses:slow"], seconds=0.1):
+    """The slow one by its own clock; how long ours takes does not matter beside it."""
+    monkeypatch.setattr(engine, "STARTING", 10_000.0)
+    for row in measured([rivals.OURS, "own_losses:slow"], seconds=1000.0, rounds=3):
         assert set(row["times"]) == {rivals.OURS}
         note = row["unavailable"]["own_losses:slow"]
-        assert int(re.fullmatch(r"skipped: would take about (\d+) s \(--seconds\)", note)[1]) >= 3
-    monkeypatch.setattr(engine, "STARTING", 5.0)
+        assert int(re.fullmatch(r"skipped: would take about (\d+) s \(--seconds\)", note)[1]) >= 30_000
+    monkeypatch.setattr(engine, "STARTING", 0.5)
     for row in measured(["own_losses:hangs"], seconds=0.1):
         assert row["unavailable"]["own_losses:hangs"].startswith("skipped: one call takes more than")
         assert row["times"] == {}

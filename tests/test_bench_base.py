@@ -59,10 +59,14 @@ def test_ratio_and_noise():
 
 PACKAGE = """
 import time
+now = 0.0
+time.perf_counter = lambda: now  # a call takes what it says, and nothing else takes any time
+
 def info_nce_loss(views, temperature, impl):
+    global now
     if views.shape[1] == 13:
         raise ValueError("thirteen")
-    time.sleep({seconds})
+    now += {seconds}
     return (views**2).mean()
 class backends:
     @staticmethod

@@ -44,7 +44,7 @@ def run(tree, *arguments, **environment):
     """Python in ``tree``, seeing its package and no other copy; by default nothing is required of the build."""
     base = {k: v for k, v in os.environ.items() if not k.startswith("SELFSUP_KERNELS_") and k != "PYTHONPATH"}
     return subprocess.run(
-        [sys.executable, *arguments], cwd=tree, env=base | environment, capture_output=True, text=True, timeout=300
+        [sys.executable, *arguments], cwd=tree, env=base | environment, capture_output=True, text=True
     )
 
 

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import subprocess
 import sys
 import time
 
@@ -19,12 +20,12 @@ def python(code):
 
 def test_a_failure_hides_no_later_step(tmp_path, capsys):
     steps = [
-        Step("good", python("print('all fine')"), 20),
-        Step("bad", python("print('the reason'); raise SystemExit(3)"), 20),
-        Step("absent", ["no such command"], 20, skip="it is not on PATH"),
-        Step("figures", lambda limit: python(f"print('one\\ntwo\\n{limit < 20}')"), 15, show=2),
+        Step("good", python("print('all fine')"), 2000),
+        Step("bad", python("print('the reason'); raise SystemExit(3)"), 2000),
+        Step("absent", ["no such command"], 2000, skip="it is not on PATH"),
+        Step("figures", lambda limit: python(f"print('one\\ntwo\\n{limit < 2000}')"), 1500, show=2),
     ]
-    outcomes = gpu_check.run_steps(steps, tmp_path, 100)
+    outcomes = gpu_check.run_steps(steps, tmp_path, 10_000)
     assert [(o.name, o.state) for o in outcomes] == [
         ("good", "ok"),
         ("bad", "FAILED"),
@@ -54,56 +55,86 @@ def test_a_failure_hides_no_later_step(tmp_path, capsys):
 
 
 def test_all_good_is_status_zero(tmp_path, capsys):
-    steps = [Step("good", python("raise SystemExit(5)"), 20, fine=(0, 5))]
-    assert gpu_check.report(gpu_check.run_steps(steps, tmp_path, 100), steps, tmp_path) == 0
+    steps = [Step("good", python("raise SystemExit(5)"), 2000, fine=(0, 5))]
+    assert gpu_check.report(gpu_check.run_steps(steps, tmp_path, 10_000), steps, tmp_path) == 0
 
 
-def test_a_step_is_killed_with_its_children(tmp_path, monkeypatch):
-    """The child's lock on a file is free when it is gone."""
+LIMIT = 77
+"""Seconds that no step waits for: `limit_at` says when they are over."""
+
+
+@pytest.fixture
+def limit_at(tmp_path, monkeypatch):
+    """A file. A step whose limit is ``LIMIT`` is at it once the file is there, be that early or late."""
+    reached, wait = tmp_path / "reached", subprocess.Popen.wait
+
+    def until(process, timeout=None):
+        if timeout != LIMIT:
+            return wait(process, timeout)
+        while not reached.exists():
+            assert process.poll() is None, "the step ended before its limit"
+            time.sleep(0.01)
+        raise subprocess.TimeoutExpired(process.args, timeout)
+
+    monkeypatch.setattr(subprocess.Popen, "wait", until)
+    return reached
+
+
+def test_a_step_is_killed_with_its_children(tmp_path, monkeypatch, limit_at):
+    """The child's lock on a file is free when it is gone. A child that lives says so before it gives the lock up."""
     monkeypatch.setattr(gpu_check, "GRACE", 0.3)
     locked = tmp_path / "locked"
     child = (
         f"import fcntl, time; file = open({str(locked)!r}, 'w'); fcntl.flock(file, fcntl.LOCK_EX); "
-        "print('begun', file=file, flush=True); time.sleep(100)"
+        f"open({str(limit_at)!r}, 'w').close(); time.sleep(60); print('alive', file=file, flush=True)"
     )
     parent = (
-        "import signal, subprocess, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); print('begun', flush=True); "
+        "import signal, subprocess, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); "
         f"subprocess.run([sys.executable, '-S', '-c', {child!r}])"
     )
-    (outcome,) = gpu_check.run_steps([Step("slow", python(parent), 3)], tmp_path, 100)
-    assert (outcome.state, outcome.note) == ("FAILED", "killed after 3 s")
-    assert locked.read_text() == "begun\n"
+    (outcome,) = gpu_check.run_steps([Step("slow", python(parent), LIMIT)], tmp_path, 100)
+    assert (outcome.state, outcome.note) == ("FAILED", f"killed after {LIMIT} s")
     with locked.open() as file:
-        deadline = time.monotonic() + 50
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                assert time.monotonic() < deadline, "the child lives"
-                time.sleep(0.05)
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert file.read() == ""
 
 
-def test_what_had_failed_before_the_limit_is_seen(tmp_path):
+def test_what_had_failed_before_the_limit_is_seen(tmp_path, monkeypatch, limit_at):
     """As pytest prints it: a step is interrupted before it is killed."""
+    monkeypatch.setattr(gpu_check, "GRACE", 1000)  # pytest ends as soon as it has printed
     test = tmp_path / "test_slow.py"
-    test.write_text("import time\ndef test_bad(): assert 2 == 3, 'the reason'\ndef test_slow(): time.sleep(60)\n")
+    test.write_text(
+        "import time\ndef test_bad(): assert 2 == 3, 'the reason'\n"
+        f"def test_slow():\n    open({str(limit_at)!r}, 'w').close()\n    time.sleep(10_000)\n"
+    )
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-c", os.devnull, str(test)]
-    began = time.perf_counter()
-    (outcome,) = gpu_check.run_steps([Step("tests", command, 10)], tmp_path, 100)
-    assert (outcome.state, outcome.note) == ("FAILED", "killed after 10 s")
-    assert time.perf_counter() - began < 60  # the test's sleep
+    (outcome,) = gpu_check.run_steps([Step("tests", command, LIMIT)], tmp_path, 100)
+    assert (outcome.state, outcome.note) == ("FAILED", f"killed after {LIMIT} s")
     assert any("the reason" in line for line in outcome.tail)
 
 
-def test_later_steps_keep_the_time_that_is_reserved_for_them(tmp_path):
+def test_later_steps_keep_the_time_that_is_reserved_for_them(tmp_path, monkeypatch):
+    """By a clock that only waiting for the slow step moves."""
+    now, wait, waited = [0.0], subprocess.Popen.wait, []
+
+    def counted(process, timeout=None):
+        if "forever" not in process.args[-1] or timeout is None:
+            return wait(process)
+        waited.append(timeout)
+        now[0] += timeout
+        raise subprocess.TimeoutExpired(process.args, timeout)
+
+    monkeypatch.setattr(subprocess.Popen, "wait", counted)
+    monkeypatch.setattr(gpu_check.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(gpu_check, "GRACE", 5.0)
     steps = [
-        Step("slow", python("import time; time.sleep(60)"), 60, reserve=8),
+        Step("slow", python("import time; time.sleep(1e6)  # forever"), 60, reserve=8),
         Step("quick", python("print('done')"), 60),
         Step("nothing left", python("pass"), 60, reserve=100),
     ]
     outcomes = gpu_check.run_steps(steps, tmp_path, 10)
     assert [o.state for o in outcomes] == ["FAILED", "ok", "FAILED"]
+    assert waited == [2.0, 5.0]
     assert outcomes[2].note == "no time was left"
 
 

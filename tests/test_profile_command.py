@@ -259,8 +259,19 @@ def command(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_fresh, "call", call)
-        patch.setattr(story, "GROWTH", 0.03)  # no batch is left out for lack of time
-        arguments = ["--method", "fusion", "--batch", "8,12,24", "--accumulate", "2", "--dim", "16", "--seconds", "200"]
+        patch.setattr(story, "GROWTH", 6e-8)  # no batch is left out for lack of time, and none is looked for
+        arguments = [
+            "--method",
+            "fusion",
+            "--batch",
+            "8,12,24",
+            "--accumulate",
+            "2",
+            "--dim",
+            "16",
+            "--seconds",
+            "100000000",
+        ]
         status = main(["profile", *arguments, "--steps", "2", "--memory", "30GB", "--out", str(out)])
     return out, status, json.loads((out / "profile.json").read_text())
 

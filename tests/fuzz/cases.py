@@ -1,0 +1,70 @@
+"""One case: which function, where, and what came of it."""
+
+import traceback
+import warnings
+from pathlib import Path
+
+import bounds
+import byol
+import info_nce
+import refusals
+import retrieval
+import torch
+import updates
+from draw import FLOATING, Draw
+
+FUNCTIONS = {
+    "info_nce_loss": (info_nce.info_nce, 55),
+    "byol_loss": (byol.byol, 14),
+    "contrastive_stats": (retrieval.stats, 6),
+    "ema_update_": (updates.ema_update, 10),
+    "EMA": (updates.ema_module, 3),
+    "optim": (updates.optimizers, 3),
+    "info_nce_loss, refused": (refusals.info_nce, 5),
+    "byol_loss, refused": (refusals.byol, 2),
+    "ema_update_, refused": (refusals.ema_update, 2),
+}
+CLASS = 50
+"""On a GPU so many cases in a row share what a kernel is compiled for: compiling takes longer than running it."""
+
+
+class Place:
+    """Where a case runs, and what it says of itself when it fails."""
+
+    def __init__(self, draw, device, impl, classes):
+        self.device, self.impl, self.classes = device, impl, classes
+        gpu = impl in ("triton", "cuda")
+        self.slow = impl == "triton" and device == "cpu"  # interpreted
+        self.dtypes = FLOATING[1:] if gpu else FLOATING
+        self.autocast = draw.chance(0.1)
+        self.says = ""
+
+    def say(self, dtype, **facts):
+        told = [f"{name}={tuple(x.shape) if isinstance(x, torch.Tensor) else x}" for name, x in facts.items()]
+        self.says = " ".join([str(dtype), *told, "autocast" if self.autocast else ""]).replace("torch.", "").strip()
+
+    def loss_dtype(self, dtype):
+        return torch.promote_types(dtype, torch.float32) if self.autocast else dtype
+
+    def autocasting(self):
+        return torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.autocast)
+
+
+def run(seed, number, impl, device):
+    """(function, dtype, outcome, message) of one case."""
+    draw = Draw(seed, number)
+    classes = Draw(seed, "class", number // CLASS) if device != "cpu" else None
+    place = Place(draw, device, impl, classes)
+    chosen = classes or draw
+    (name,) = chosen.choices(list(FUNCTIONS), [weight for _, weight in FUNCTIONS.values()])
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # of Triton's interpreter, whose numpy overflows
+            kind, outcome, note = FUNCTIONS[name][0](draw, place)
+        return name, kind.removeprefix("torch."), outcome, note and f"{note} [{place.says}]"
+    except bounds.Wrong as error:
+        message = str(error)
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        message = f"{type(error).__name__}: {error} ({Path(frame.filename).name}:{frame.lineno})"
+    return name, place.says.partition(" ")[0] or "?", "WRONG", " ".join(f"{message} [{place.says}]".split())

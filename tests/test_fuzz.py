@@ -1,0 +1,112 @@
+"""The random calls of ``make fuzz``: wrong numbers are seen, each case comes again from its number, a failure is a line
+that says how, and a process that dies hides nothing."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import IMPLS
+
+ROOT = Path(__file__).resolve().parents[1]
+FUZZ = ROOT / "tests" / "fuzz"
+
+PLANTED = """
+import functools, os, sys, torch
+sys.path[:0] = [{root!r}, {fuzz!r}]
+from selfsup_kernels import backends
+from selfsup_kernels.functional import info_nce_loss
+
+op = backends.op
+def planted(name, impl):
+    inner = op(name, impl)
+    def call(*arguments):
+        result = inner(*arguments)
+        {body}
+        return result
+    return call if name == {name!r} else inner
+backends.op = planted
+
+import cases
+cases.FUNCTIONS = {{name: cases.FUNCTIONS[name] for name in {functions!r}}}
+torch.set_num_threads(1)
+for number in range({cases}):
+    print(number, *cases.run(9, number, "reference", "cpu")[:3])
+"""
+
+FAULTS = {
+    "a loss that is off by 1e-3": ("info_nce_forward", "result = (result[0] * 1.001, *result[1:])", "info_nce_loss"),
+    "a gradient that is off by 1e-3": ("info_nce_backward", "result = (result[0] * 1.001, result[1])", "info_nce_loss"),
+    "one row without its gradient": ("info_nce_backward", "result[0][0, 0] = 0", "info_nce_loss"),
+    "the temperature's gradient": ("info_nce_backward", "result = (result[0], result[1] * 1.001)", "info_nce_loss"),
+    "a finite gradient of NaN": ("info_nce_backward", "result = tuple(map(torch.nan_to_num, result))", "info_nce_loss"),
+    "byol's loss": ("byol_forward", "result = (result[0] + 0.05, *result[1:])", "byol_loss"),
+    "byol's gradient": ("byol_backward", "result = result * 1.05", "byol_loss"),
+    "an average of another momentum": ("ema_update_", "arguments[0][0].mul_(1.02)", "ema_update_"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_seen(fault):
+    name, body, function = FAULTS[fault]
+    code = PLANTED.format(
+        root=str(ROOT), fuzz=str(FUZZ), name=name, body=body, cases=300 if "NaN" in fault else 60, functions=[function]
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("WRONG") >= (1 if "NaN" in fault else 10), done.stdout
+
+
+def fuzz(*arguments, folder=FUZZ):
+    command = [sys.executable, str(folder), "--impl", IMPLS[-1], *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+
+
+def test_cases_come_again_from_their_numbers():
+    both = [fuzz("--seed", 5, "--verbose", *which).stdout for which in (["--first", 30, "--cases", 6], ["--case", 33])]
+    (many, one) = (re.findall(r"^\d+ .* by .*", text, re.M) for text in both)
+    assert len(many) == 6
+    assert one == [line for line in many if line.startswith("33 ")]
+
+
+def test_counts_and_status():
+    done = fuzz("--seed", 5, "--first", 30, "--cases", 12)
+    assert done.returncode == 0, done.stdout
+    assert re.search(r"^  all .*\d+ right", done.stdout, re.M)
+    assert "12 cases, seed 5" in done.stdout
+
+
+FAILS = """
+inner = run
+
+def run(seed, number, impl, device):
+    if number == 2:
+        return "byol_loss", "float32", "WRONG", "grad: error 1 > 0"
+    if number == 3:
+        os.abort()
+    return "byol_loss", "float32", "right", ""
+"""
+
+
+def test_a_failure_is_a_line_that_repeats_it(tmp_path):
+    """A wrong result, and a process that dies. The others run all the same."""
+    shutil.copytree(FUZZ, tmp_path / "fuzz")
+    with (tmp_path / "fuzz" / "cases.py").open("a") as file:
+        file.write("\n\nimport os\n" + FAILS)
+    done = fuzz("--seed", 7, "--cases", 8, folder=tmp_path / "fuzz")
+    assert done.returncode == 1
+    wrong, crash = sorted(line for line in done.stdout.splitlines() if "make fuzz" in line)[::-1]
+    assert re.fullmatch(r"WRONG byol_loss by \w+: grad: error 1 > 0: make fuzz SEED=7 CASE=2 IMPL=\w+", wrong)
+    assert re.fullmatch(r"CRASH .*: killed by signal 6: make fuzz SEED=7 CASE=3 IMPL=\w+", crash)
+    assert "1 CRASH, 1 WRONG, 6 right" in done.stdout
+
+
+def test_a_process_that_cannot_start_is_no_endless_run(tmp_path):
+    shutil.copytree(FUZZ, tmp_path / "fuzz")
+    (tmp_path / "fuzz" / "cases.py").write_text("raise ImportError('not today')\n")
+    done = fuzz("--seed", 7, "--cases", 8, folder=tmp_path / "fuzz")
+    assert done.returncode == 1
+    assert "do not run" in done.stderr
