@@ -66,7 +66,7 @@ class _FusedStep:
         The average takes the parameters as this step leaves them. So it is refused where the EMA's model has
         parameters with a gradient that this optimizer does not have: another optimizer, or another process of a sharded
         one (``ZeroRedundancyOptimizer``), may change them only afterwards. What else changes parameters after the step
-        (a projection, ``Lookahead``) wants ``ema.update()`` after it, and no ``ema`` here.
+        (a projection, ``Lookahead``, model averaging) wants ``ema.update()`` after it, and no ``ema`` here.
 
         Args:
             closure: evaluates the model anew and returns the loss.
@@ -344,7 +344,7 @@ class LARS(SGD):
         impl="auto",
     ):
         self._trust = {"trust_coefficient": float(trust_coefficient), "eps": float(eps)}
-        if self._trust["trust_coefficient"] <= 0:
+        if not self._trust["trust_coefficient"] > 0:
             raise ValueError(f"trust_coefficient: expected a number > 0, got {trust_coefficient}")
         if not self._trust["eps"] >= 0:
             raise ValueError(f"eps: expected a number >= 0, got {eps}")

@@ -327,8 +327,9 @@ def test_sharded_encoders(ranks, kind, name):
 def refused(group, how):
     rank, views = dist.get_rank(group), own(group, batches(0))
     model = Towers()
-    options = {"static_graph": {"static_graph": True}, "mixed_precision": {"mixed_precision": _MixedPrecision()}}
-    wrapped = DistributedDataParallel(model, process_group=group, **options.get(how, {}))
+    wrapped = DistributedDataParallel(model, process_group=group, static_graph=how == "static_graph")
+    if how == "mixed_precision":  # its constructor wants an accelerator
+        wrapped.mixed_precision = _MixedPrecision()
     call = functools.partial(sk.chunked_backward, wrapped, given(model, views), loss(group), 2)
     context = contextlib.nullcontext()
     if how == "join":

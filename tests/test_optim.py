@@ -278,8 +278,9 @@ def test_bad_arguments(impl):
         sk.optim.AdamW(model.parameters(), impl="fast")
     with pytest.raises(RuntimeError, match="impl='triton' has no fused_adamw_, which reference, cpu, cuda have"):
         sk.optim.AdamW(model.parameters(), impl="triton")
-    with pytest.raises(ValueError, match="trust_coefficient"):
-        sk.optim.LARS(model.parameters(), trust_coefficient=0)
+    for bad in (0, math.nan):
+        with pytest.raises(ValueError, match="trust_coefficient"):
+            sk.optim.LARS(model.parameters(), trust_coefficient=bad)
     optimizer = sk.optim.AdamW(model.parameters(), impl=impl)
     with pytest.raises(ValueError, match="momentum: expected None"):
         optimizer.step(momentum=0.5)
