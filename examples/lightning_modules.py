@@ -18,10 +18,7 @@ import selfsup_kernels as sk
 class Contrastive(lightning.LightningModule):
     """A method without a target: SimCLR, CMC. A batch is a list of views.
 
-    Under several processes give the method the group whose samples are the negatives, once there is one::
-
-        def setup(self, stage):
-            self.method.loss.group = torch.distributed.group.WORLD
+    For negatives of all processes build the method with ``group="world"``.
     """
 
     def __init__(self, method, lr=1e-3):
