@@ -168,6 +168,7 @@ def test_memory_is_linear_in_the_rows(impl, form, monkeypatch):
     rows, dim = (2048 if impl == "reference" else 16384), 32
     # The reference holds chunks of scores, whose size is a constant: made small, its memory shows at few rows.
     monkeypatch.setattr(reference, "_BLOCK_BYTES", 2**18)
+    monkeypatch.setattr(reference, "_HELD_BYTES", 2**18)
     views = randn(2, rows // 2, dim).requires_grad_()
     labels = random_labels(rows // 2, 50) if form == "labels" else None
     objective = "pairwise" if form == "pairwise" else "supcon_in"
@@ -196,10 +197,13 @@ def test_the_reference_in_one_block_and_in_many(objective, form, monkeypatch):
     views, upstream = randn(3, 7, 6, dtype=torch.float64), randn(3, 7, dtype=torch.float64, seed=2)
     drawn, results = [], []
     blocks = reference._blocks
-    monkeypatch.setattr(reference, "_blocks", lambda *a: [drawn.append(block[0]) or block for block in blocks(*a)])
+    monkeypatch.setattr(
+        reference, "_blocks", lambda *a, **k: [drawn.append(block[0]) or block for block in blocks(*a, **k)]
+    )
     columns = 7 * (2 if objective == "cross_view" else 3) + 5 * ("queue" in arguments)
-    for samples in (7, 3, 1):
+    for samples, held in ((7, 7), (3, 7), (7, 6), (3, 6), (1, 6)):  # all scores of 7 samples are kept, or not of 6
         monkeypatch.setattr(reference, "_BLOCK_BYTES", 8 * 3 * columns * samples)
+        monkeypatch.setattr(reference, "_HELD_BYTES", 8 * 3 * columns * held)
         drawn.clear()
         results.append(
             run(

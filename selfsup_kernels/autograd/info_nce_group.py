@@ -62,6 +62,7 @@ class GroupInfoNCE(torch.autograd.Function):
             shares.count,
         )
         ctx.save_for_backward(*saved, labels, temperature_tensor, *views)  # views: for `once` alone
+        ctx.num_saved = len(saved)
         ctx.shares = shares
         ctx.impl = impl
         ctx.stacked = stacked
@@ -77,7 +78,7 @@ class GroupInfoNCE(torch.autograd.Function):
     @once
     @without_autocast
     def backward(ctx, saved, grad):
-        *saved, labels, temperature_tensor = saved[:8]
+        *saved, labels, temperature_tensor = saved[: ctx.num_saved + 2]
         temperature, objective, core_view, normalize, reduction = ctx.arguments
         shares, labelled = ctx.shares, labels is not None
         num_views, batch, _ = ctx.sizes
