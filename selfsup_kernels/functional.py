@@ -275,9 +275,10 @@ def ema_update_(targets, sources, momentum, *, stochastic_rounding=False, genera
     r"""Exponential moving average of many tensors at once, in place.
 
     :math:`t \leftarrow m\, t + (1 - m)\, s` for every pair (arXiv:2006.07733, eq. 1; arXiv:1911.05722, eq. 2), computed
-    as :math:`t + (1 - m)(s - t)` in float32, or float64 for a float64 target. A source may have another floating dtype
-    than its target. Tensors of integers and bools are copied, complex ones averaged by ``torch.lerp``. Gradients do not
-    flow, and the tensors may require grad.
+    as :math:`t + (1 - m)(s - t)` in float32, or float64 for a float64 target, and as the sum itself where that is not
+    finite: an end is infinite, or the difference overflows. A source may have another floating dtype than its target.
+    Tensors of integers and bools are copied, complex ones averaged by ``torch.lerp``. Gradients do not flow, and the
+    tensors may require grad.
 
     A bfloat16 target with :math:`m = 0.999` does not move under round-to-nearest: the step is below half the spacing
     of its numbers. Keep float32 targets, or turn ``stochastic_rounding`` on.

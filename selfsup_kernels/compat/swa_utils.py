@@ -16,12 +16,12 @@ def get_ema_multi_avg_fn(decay=0.999):
         from selfsup_kernels.compat.swa_utils import get_ema_multi_avg_fn
         average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.999), use_buffers=True)
 
-    :math:`t \leftarrow d\, t + (1 - d)\, s`, bit for bit as torch computes it; beyond torch's, the model may have
-    another floating dtype than the average. ``AveragedModel`` does the rest as ever: it copies on the first call of
-    ``update_parameters``, pairs tensors by position, counts ``n_averaged``, and with ``use_buffers=False`` copies the
-    buffers. :class:`selfsup_kernels.EMA`, made where ``update_parameters`` is called first, is the same average:
-    ``buffers="copy"``, or ``"average"`` for ``use_buffers=True``. Integer buffers it always copies, where torch
-    averages and truncates them then.
+    :math:`t \leftarrow d\, t + (1 - d)\, s`, bit for bit as torch computes it where that is finite; beyond torch's,
+    the model may have another floating dtype than the average. ``AveragedModel`` does the rest as ever: it copies
+    on the first call of ``update_parameters``, pairs tensors by position, counts ``n_averaged``, and with
+    ``use_buffers=False`` copies the buffers. :class:`selfsup_kernels.EMA`, made where ``update_parameters`` is
+    called first, is the same average: ``buffers="copy"``, or ``"average"`` for ``use_buffers=True``. Integer
+    buffers it always copies, where torch averages and truncates them then.
 
     Raises:
         ValueError: a decay outside [0, 1].

@@ -21,7 +21,7 @@ class ModelEmaV3(DropIn):
 
     .. math:: d = \operatorname{clip}(1 - (1 + k / \gamma)^{-p},\ d_{min},\ d_{max})
 
-    Values are timm's bit for bit where the copy has the model's dtype, and ``state_dict`` has timm's names.
+    Finite values are timm's bit for bit where the copy has the model's dtype, and ``state_dict`` has timm's names.
 
     Departures:
 

@@ -1,7 +1,7 @@
 """The moving average of many tensors in one launch: the op ``ema_update_.triton``.
 
 A table on the device says where the tensors lie, and which of them each program works on. It is kept between calls,
-since a training loop brings the same tensors at every step. Compiled and interpreted so far, not run on a GPU.
+since a training loop brings the same tensors at every step.
 """
 
 import threading
