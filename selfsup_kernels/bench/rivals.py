@@ -310,7 +310,7 @@ def _ours(impl, case, inputs):
         raise Unsupported(f"takes {kernels.upper()} tensors, these are on the {first.device.type.upper()}")
     reason = backends.unavailable(impl) if impl != "auto" else None
     if reason:
-        raise Unsupported(reason.strip().splitlines()[0])
+        raise Unsupported(str(reason))
     return case.ours(impl)
 
 

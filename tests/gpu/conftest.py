@@ -54,7 +54,8 @@ def cannot_run(impl):
         return "this run simulates other kernels on the CPU"
     if not SIMULATED and not torch.cuda.is_available():
         return "needs an NVIDIA GPU, TRITON_INTERPRET=1 or SELFSUP_KERNELS_CUDA_EMULATOR"
-    return backends.unavailable(impl)
+    reason = backends.unavailable(impl)
+    return None if reason is None else str(reason)
 
 
 def pytest_collection_modifyitems(items):
