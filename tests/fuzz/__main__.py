@@ -82,7 +82,10 @@ class Run:
         """Runs ``numbers`` on one kind of kernels, in processes of their own."""
         kernels = " ".join([impl, environment.get("SELFSUP_KERNELS_CPU_CAPABILITY", "")]).strip()
         jobs = min(self.options.jobs, len(numbers))
-        waiting = [numbers[i::jobs] for i in range(jobs)]
+        # On a GPU neighbours share what a kernel is compiled for, and one process has them.
+        block = child.CLASS if self.options.device != "cpu" else 1
+        waiting = [[n for n in numbers if n // block % jobs == i] for i in range(jobs)]
+        waiting = [rest for rest in waiting if rest]
         running = {}
 
         def start(rest):

@@ -12,6 +12,7 @@ import retrieval
 import torch
 import updates
 from draw import FLOATING, Draw
+from process import CLASS
 
 FUNCTIONS = {
     "info_nce_loss": (info_nce.info_nce, 55),
@@ -24,8 +25,6 @@ FUNCTIONS = {
     "byol_loss, refused": (refusals.byol, 2),
     "ema_update_, refused": (refusals.ema_update, 2),
 }
-CLASS = 50
-"""On a GPU so many cases in a row share what a kernel is compiled for: compiling takes longer than running it."""
 
 
 class Place:

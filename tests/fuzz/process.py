@@ -6,6 +6,8 @@ from pathlib import Path
 
 LOST = 75
 """The exit status of a process whose GPU takes no more calls, after a case that failed by an illegal access."""
+CLASS = 50
+"""On a GPU so many cases in a row share what a kernel is compiled for: compiling takes longer than running it."""
 
 
 def work(seed, numbers, impl, device, current, results):

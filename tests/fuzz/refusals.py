@@ -9,10 +9,10 @@ from torch import nn
 import selfsup_kernels as sk
 
 
-def loss_calls(draw):
+def loss_calls(draw, place):
     """(argument, bad value, error)"""
     v, b, d = draw.randint(2, 4), draw.randint(2, 9), draw.randint(1, 9)
-    x = draw.normal(v, b, d).float()
+    x = draw.normal(v, b, d).float().to(place.device)
     good = list(x)
     views = [
         (x[0], ValueError),
@@ -40,7 +40,7 @@ def loss_calls(draw):
         ([x[0].to_sparse(), *good], TypeError),
         ([*good, x[0].to("meta")], ValueError),
     ]
-    labels = torch.randint(3, (b,), generator=draw.generator)
+    labels = torch.randint(3, (b,), generator=draw.generator).to(place.device)
     numbers = [(0.0, ValueError), (-draw.random(), ValueError), (math.nan, ValueError), (math.inf, ValueError)]
     numbers += [("0.1", TypeError), ([0.1], TypeError), (True, TypeError), (1j, TypeError)]
     arguments = {
@@ -82,14 +82,14 @@ def loss_calls(draw):
 
 
 def info_nce(draw, place):
-    x, views, arguments = loss_calls(draw)
+    x, views, arguments = loss_calls(draw, place)
     name = draw.choice(["views", *arguments])
     value, error = draw.choice(views if name == "views" else arguments[name])
     given = {} if name == "views" else {name: value}
     if name != "impl":
         given["impl"] = place.impl
     if name in ("labels", "core_view") and draw.chance(0.2):  # what does not go together
-        labels = torch.zeros(x.shape[1], dtype=torch.int64)
+        labels = torch.zeros(x.shape[1], dtype=torch.int64, device=place.device)
         given.update(
             {"labels": labels, "core_view": 0} if draw.chance(0.5) else {"labels": labels, "objective": "pairwise"}
         )
@@ -99,15 +99,15 @@ def info_nce(draw, place):
 
 
 def byol(draw, place):
-    x, views, arguments = loss_calls(draw)
-    p, t = x, draw.normal(*x.shape).float()
+    x, views, arguments = loss_calls(draw, place)
+    p, t = x, draw.normal(*x.shape).float().to(place.device)
     name = draw.choice(["predictions", "targets", "eps", "reduction", "impl"])
     given = {"impl": place.impl}
     if name == "predictions":
         # Pairs, one sample and lists of one dtype are BYOL's own.
         p, error = draw.choice([c for c in views if not fine_for_byol(c[0])])
         if isinstance(p, list) and p and isinstance(p[-1], torch.Tensor) and p[-1].shape == x[0].shape and len(p) > 1:
-            t = draw.normal(len(p), *x.shape[1:]).float()
+            t = draw.normal(len(p), *x.shape[1:]).float().to(place.device)
     elif name == "targets":
         options = [
             (t[:, 1:], ValueError),

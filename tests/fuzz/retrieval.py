@@ -44,7 +44,7 @@ def stats(draw, place):
     anchors = positive.any(-1)
     square = (z * z).sum(-1)
     eps = 2.0**-23 if dtype != torch.float64 and normalize else 2.0**-50
-    near = 64 * eps * square.max().item()
+    near = 64 * eps * square.max().item() + 64 * torch.finfo(torch.float32).tiny  # below it products may be zero
     sure, possible = ((best - worst_ > margin)[anchors].double().mean() for margin in (near, 0.0))
     if not anchors.any():
         if not got[0].isnan():
