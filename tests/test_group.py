@@ -179,6 +179,25 @@ def test_torch_func(ranks):
         assert_within("gradient", got, torch.func.grad(dense.info_nce_loss)(part))
 
 
+def compiled(group, name):
+    leaf = own(VIEWS).clone().requires_grad_()
+    loss = torch.compile(lambda x: sk.info_nce_loss(2 * x, group=name) + 1, backend="eager")(leaf)
+    loss.backward()
+    return loss.item() - 1, leaf.grad
+
+
+@pytest.mark.parametrize("name", ["world", "local", None])
+def test_a_compiled_caller(ranks, name):
+    whole = VIEWS.clone().requires_grad_()
+    parts = [whole] if name == "world" else whole.split(SIZES, 1)
+    losses = [dense.info_nce_loss(part, temperature=0.1) for part in parts]
+    (grad,) = torch.autograd.grad(sum(losses), whole)
+    results = ranks.run(2, compiled, name)
+    for (loss, _), want in zip(results, losses * (3 - len(losses)), strict=True):
+        assert loss == pytest.approx(want.item(), rel=1e-12)
+    assert_within("gradient", torch.cat([g for _, g in results], 1) / (2 if name == "world" else 1), grad)
+
+
 def shown(group):
     return repr(sk.InfoNCELoss(group=group)), repr(METHODS["MoCo"](group))
 
