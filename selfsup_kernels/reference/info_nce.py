@@ -30,7 +30,7 @@ its dozen of calls, so few that they stay in the processor's cache. Larger block
 
 _HELD_BYTES = 1 << 25
 """Scores kept from the forward to the backward, which saves one product of three: 32 MB, those of 1448 samples in two
-views. An eager loss keeps as much and more; with larger batches the product is a smaller part of the time."""
+views. An eager loss keeps as much and more."""
 
 
 def forward(
