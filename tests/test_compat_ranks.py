@@ -148,6 +148,27 @@ def test_clips_scale_and_what_its_defaults_lack(ranks, mode):
         torch.testing.assert_close(got[2], grads[2], rtol=1e-8, atol=1e-10)
 
 
+class HookedClip(open_clip.ClipLoss):
+    def get_logits(self, *args, **kwargs):
+        return super().get_logits(*args, **kwargs)
+
+
+def _rank_of_hooked_clip(group, local_loss, gather_with_grad):
+    rank, results = dist.get_rank(group), []
+    for cls in (HookedClip, open_clip.ClipLoss):
+        leaves = [own(rank, EVEN, x).clone().requires_grad_() for x in inputs(EVEN, 2)]
+        loss = cls(local_loss, gather_with_grad, rank=rank, world_size=2)(*leaves, 9.0)
+        results.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
+    return results
+
+
+@pytest.mark.parametrize("mode", [(False, True), (True, True), (False, False)])
+def test_clip_from_the_table_of_all_processes(ranks, mode):
+    """A subclass with get_logits of its own has the loss and the gradients that the kernels compute."""
+    for table, kernels in ranks.run(2, _rank_of_hooked_clip, *mode):
+        torch.testing.assert_close(table, kernels, rtol=1e-8, atol=1e-10)
+
+
 def _bad_world_size(group):
     try:
         open_clip.ClipLoss(gather_with_grad=True, world_size=3)(torch.ones(3, 4), torch.ones(3, 4), 1.0)
