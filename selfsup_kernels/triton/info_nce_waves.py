@@ -1,5 +1,5 @@
-"""The backward's quadratic part for rows too long for an accumulator: in waves, a block of G into a workspace that fits
-in the L2 cache, then a plain matrix product from there."""
+"""The backward's quadratic part for rows too long for an accumulator: in waves, a block of G into a workspace, then a
+plain matrix product from there."""
 
 import triton
 import triton.language as tl
@@ -168,8 +168,10 @@ def product_kernel(
     tl.store(to, total, mask=mask)
 
 
-WORKSPACE_BYTES = 16 << 20
-"""A block of G at a time: small beside the L2 cache of every supported data-centre GPU (40 MB and more)."""
+WORKSPACE_BYTES = 128 << 20
+"""A block of G at a time. Larger than the L2 cache: its passes through memory cost less than the host's 70 us for each
+launch of a smaller one. On an H100 16, 64, 128 and 256 MB take 48, 28, 27 and 26 ms for 65,536 rows of 512 bfloat16
+numbers, forward and backward, and 142, 135, 113 and 106 ms for rows of 256 float32 numbers."""
 
 
 def in_waves(layout, stored, tables, cross, core, constants):
