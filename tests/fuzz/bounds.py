@@ -18,6 +18,7 @@ import math
 
 import torch
 
+GPU_IMPLS = ("triton", "cuda")
 SPREAD = 8
 DRAWS = 4
 
@@ -35,7 +36,7 @@ def rounding(dtype, impl):
     """
     if dtype == torch.float64:
         return 2.0**-50, 2.0**-50  # the dense loss beside it is off by as much
-    if impl in ("triton", "cuda"):
+    if impl in GPU_IMPLS:
         return 2.0**-22 if dtype == torch.float32 else torch.finfo(dtype).eps / 2, 2.0**-21
     return 2.0**-23, 2.0**-23
 
@@ -103,9 +104,7 @@ def worst(notes):
 
 def rounding_of_result(dtype, weight, dim, place):
     """Results below the smallest normal number are off by an absolute step."""
-    step = (
-        spacing(dtype) if place.impl not in ("triton", "cuda") else max(spacing(dtype), torch.finfo(torch.float32).tiny)
-    )
+    step = spacing(dtype) if place.impl not in GPU_IMPLS else max(spacing(dtype), torch.finfo(torch.float32).tiny)
     return step * weight.norm().item() * math.sqrt(dim)
 
 
