@@ -120,13 +120,9 @@ def check_info_nce(draw, place, dtype, arguments, views, t, queue, upstream, los
             # Equal anchors round alike: what each is off by adds up.
             draws.append((loss.norm().item(), dz.norm().item(), (share.abs() * slope.abs()).sum().item()))
         terms = share.abs() * mass(h, t.number, queue, arguments)
-        # The tables hold each anchor's log-sum-exp in float64, which rounds at the size of the scores.
-        # With labels a positive's coefficient is exp(score - table), of a score that the backward computes anew: it is
-        # off by a rounding of the score. Other positives have coefficients of their own. On GPUs tensor cores cut off
-        # what they add up, and by how much depends on the tile: docs/numerics.md has it as a limit of long rows.
-        anew = arguments.get("labels") is not None or (place.impl in GPU_IMPLS and not normalize)
-        table = eps if anew else 2.0**-51
-        summed = (eps * math.sqrt(columns) + of_rows + table * score) / t.number
+        # A coefficient is exp(score - table), of a score that the backward computes anew: it is off by a rounding of
+        # the score. That is relative, so a loss near zero keeps its digits.
+        summed = eps * (math.sqrt(columns) + score) / t.number + of_rows / t.number
         in_rows = summed * longest * (2 * terms.norm() + terms.sum() / math.sqrt(anchors)).item()
         in_slopes = summed * score * 2 * terms.sum().item()
         return [SPREAD * max(d) + s for d, s in zip(zip(*draws, strict=True), (0, in_rows, in_slopes), strict=True)]
