@@ -32,7 +32,7 @@ class Place:
 
     def __init__(self, draw, device, impl, classes):
         self.device, self.impl, self.classes = device, impl, classes
-        gpu = impl in ("triton", "cuda")
+        gpu = impl in bounds.GPU_IMPLS
         self.slow = impl == "triton" and device == "cpu"  # interpreted
         self.dtypes = FLOATING[1:] if gpu else FLOATING
         self.autocast = draw.chance(0.1)

@@ -4,7 +4,7 @@ import functools
 import math
 
 import torch
-from bounds import DRAWS, SPREAD, Eager, Wrong, outcome, relative, rounding, rounding_of_result, worst
+from bounds import DRAWS, GPU_IMPLS, SPREAD, Eager, Wrong, outcome, relative, rounding, rounding_of_result, worst
 from torch.func import jvp
 from torch.nn import functional as F
 
@@ -92,7 +92,7 @@ def moved(draw, h, temperature, queue, upstream, arguments, of_rows, eps):
 def cut_off(place, dtype, score, normalize):
     """What float32 on GPUs may be off by beside: the bound of the project's tests, 2e-4; and of rows that are not
     normalised the limit in docs/numerics.md, 1e-2 at scores of 40,000, since tensor cores cut off what they add up."""
-    if place.impl not in ("triton", "cuda") or dtype != torch.float32:
+    if place.impl not in GPU_IMPLS or dtype != torch.float32:
         return 0.0
     return FLOAT32_BOUND if normalize else max(FLOAT32_BOUND, 1e-2 * score / 40_000)
 
@@ -120,11 +120,9 @@ def check_info_nce(draw, place, dtype, arguments, views, t, queue, upstream, los
             # Equal anchors round alike: what each is off by adds up.
             draws.append((loss.norm().item(), dz.norm().item(), (share.abs() * slope.abs()).sum().item()))
         terms = share.abs() * mass(h, t.number, queue, arguments)
-        # The tables hold each anchor's log-sum-exp in float64, which rounds at the size of the scores.
-        # With labels a positive's coefficient is exp(score - table), of a score that the backward computes anew: it is
-        # off by a rounding of the score. Other positives have coefficients of their own.
-        table = 2.0**-51 if arguments.get("labels") is None else eps
-        summed = (eps * math.sqrt(columns) + of_rows + table * score) / t.number
+        # A coefficient is exp(score - table), of a score that the backward computes anew: it is off by a rounding of
+        # the score. That is relative, so a loss near zero keeps its digits.
+        summed = eps * (math.sqrt(columns) + score) / t.number + of_rows / t.number
         in_rows = summed * longest * (2 * terms.norm() + terms.sum() / math.sqrt(anchors)).item()
         in_slopes = summed * score * 2 * terms.sum().item()
         return [SPREAD * max(d) + s for d, s in zip(zip(*draws, strict=True), (0, in_rows, in_slopes), strict=True)]
