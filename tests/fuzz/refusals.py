@@ -143,7 +143,6 @@ def ema_update(draw, place):
             ("sources", ValueError, t, [*s[:-1], s[0][:1]]),
             ("sources", ValueError, t, [*s[:-1], s[0].to("meta")]),
             ("targets", ValueError, [*t[:-1], t[0]], s),
-            ("targets", TypeError, [*t[:-1], t[0].to(torch.complex64)], [*s[:-1], s[0].to(torch.complex64)]),
             ("targets", TypeError, t[0], s[0]),
             ("targets", TypeError, 3, s),
             ("targets", TypeError, [*t[:-1], None], s),

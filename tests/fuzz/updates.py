@@ -201,7 +201,7 @@ def optimizers(draw, place):
         for p, q, r in zip(model.parameters(), eager.parameters(), wide.parameters(), strict=True):
             p.grad = None if draw.chance(0.1) else draw.normal(*p.shape).to(dtype).to(place.device)
             q.grad = None if p.grad is None else p.grad.clone()
-            r.grad = None if p.grad is None else p.grad.double()
+            r.grad = None if p.grad is None else p.grad.double().clone()  # torch's foreach steps change gradients
         before = [t.clone() for t in ema.module.parameters()]
         was = [r.detach().norm().item() for r in wide.parameters()]
         for o in (truth, yardstick, optimizer):
