@@ -12,8 +12,8 @@ from selfsup_kernels.reference import dense
 
 FLOAT32_BOUND = 2e-4
 OWN = 2.0**-51
-"""What the dense loss in float64 is off by itself at scores of 1, and more at larger ones: its log-sum-exp rounds at the
-size of the scores, so that a loss of 1e-15 comes out as 0 where ours keeps its digits."""
+"""What the dense loss in float64 is off by itself at scores of 1, and more at larger ones: its log-sum-exp rounds at
+the size of the scores, so that a loss of 1e-15 comes out as 0 where ours keeps its digits."""
 
 
 def dense_run(views, temperature, queue, upstream, arguments):
