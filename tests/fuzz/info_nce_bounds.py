@@ -11,8 +11,9 @@ from torch.nn import functional as F
 from selfsup_kernels.reference import dense
 
 FLOAT32_BOUND = 2e-4
-OWN = 2.0**-48
-"""What the dense loss in float64 may be off by itself, relative to the scores: a loss of 1e-60 comes out as 0."""
+OWN = 2.0**-51
+"""What the dense loss in float64 is off by itself at scores of 1, and more at larger ones: its log-sum-exp rounds at
+the size of the scores, so that a loss of 1e-15 comes out as 0 where ours keeps its digits."""
 
 
 def dense_run(views, temperature, queue, upstream, arguments):
@@ -137,11 +138,12 @@ def check_info_nce(draw, place, dtype, arguments, views, t, queue, upstream, los
     # A row whose length is the floor's but for rounding may be taken for either.
     weight = torch.where((length / floor - 1).abs() < 1e-5, 0, weight) if normalize else weight
     limit = rounding_of_result(grad.dtype, weight, h.shape[-1], place)
+    own = OWN * (8 + score)
     weights = share.abs().expand(h.shape[:2]).sum().item()
     plain = (
         (relative(grad.dtype) + cut_off(place, dtype, score, normalize)) * (want[1] * weight).norm().item()
         + limit
-        + OWN * weights * longest / t.number
+        + own * weights * longest / t.number
     )
     found.append(outcome("grad", grad, want[1], plain, lambda: far()[1], eager(1), weight))
     if last is not None:
@@ -151,6 +153,6 @@ def check_info_nce(draw, place, dtype, arguments, views, t, queue, upstream, los
             place, dtype, score, normalize
         )
         plain *= abs(want[2].item())
-        plain += OWN * score * weights / t.number
+        plain += own * score * weights / t.number
         found.append(outcome("temperature", last, want[2], plain, lambda: far()[2], eager(2)))
     return worst(found)
