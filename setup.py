@@ -1,8 +1,8 @@
-"""Builds the C++ extension, and beside a CUDA build of torch, where there is a CUDA toolkit of its major version, the
+"""Builds the C++ extension, and with a CUDA build of torch, where there is a CUDA toolkit of its major version, the
 CUDA library. A build that cannot compile is an error that says what to type.
 
 SELFSUP_KERNELS_SKIP_BUILD=1 asks for a pure-Python package, SELFSUP_KERNELS_SKIP_CUDA_BUILD=1 for no CUDA library;
-FORCE_CUDA=1 builds that one beside any torch, or is an error; TORCH_CUDA_ARCH_LIST says for which GPUs; MAX_JOBS how
+FORCE_CUDA=1 builds that one with any torch, or is an error; TORCH_CUDA_ARCH_LIST says for which GPUs; MAX_JOBS how
 many compilers run at once. SELFSUP_KERNELS_SANITIZE=1 builds the extension with AddressSanitizer and UBSan.
 ``python setup.py build_cuda`` builds the CUDA library alone, in place.
 """

@@ -22,7 +22,7 @@ AUTO_ON_CUDA = {
     "fused_adamw_": ("cuda",),
 }
 """What ``impl="auto"`` stands for on CUDA tensors: the first that can be used, else ``reference``. On an H100 Triton's
-InfoNCE is the faster one from 16,384 rows on; BYOL and EMA take the GPU equally long, and CUDA's need less of the host."""
+InfoNCE is the faster one from 16,384 rows on. BYOL and EMA take the GPU equally long, CUDA's less of the host."""
 
 NO_CUDA = (
     f"this PyTorch ({torch.__version__}) was built without CUDA. Install a CUDA build of PyTorch, or use impl='auto'."

@@ -290,7 +290,7 @@ def ema_update_(targets, sources, momentum, *, stochastic_rounding=False, genera
             the first one counts. Buffers that are not saved may be missing or differ in shape: those are left alone.
         momentum: a number in [0, 1], or a floating tensor of one element. A tensor on an accelerator is not read by the
             host, and so not checked: for schedules in captured graphs. Under ``torch.compile`` no tensor is read;
-            schedules want one there too, because every new number compiles anew.
+            schedules want one there too, because every new number compiles again.
         stochastic_rounding: round bfloat16 and float16 targets up or down at random so that the expectation is exact.
         generator: where its random numbers come from; None for the default one of the device.
         impl: ``"auto"``, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``.

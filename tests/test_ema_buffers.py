@@ -1,5 +1,5 @@
 """Buffers and parameters as models have them: made by a forward, views of one another, integers, complex, sparse; in
-the average and in the drop-ins beside torch's own AveragedModel (timm's: tests/interop/test_ema.py)."""
+the average and in the drop-ins against torch's own AveragedModel (timm's: tests/interop/test_ema.py)."""
 
 import copy
 

@@ -1,5 +1,5 @@
 """EMA of tensors that are not plain memory (subclasses with operators of their own, FakeTensors, meta), and of those
-whose numbers no kernel takes: by their own operators, beside plain ones that go in one call."""
+whose numbers no kernel takes: by their own operators, while plain ones of the same list go in one call."""
 
 import copy
 

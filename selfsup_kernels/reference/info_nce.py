@@ -24,7 +24,7 @@ import torch
 from selfsup_kernels.objectives import OBJECTIVES, negative_views, positive_views
 
 _BLOCK_BYTES = 1 << 22
-"""Scores held at a time, with up to three copies beside them: so many that the work of a block dwarfs the overhead of
+"""Scores held at a time, with up to three copies of them: so many that the work of a block dwarfs the overhead of
 its dozen of calls, so few that they stay in the processor's cache. Larger blocks are slower as well as larger."""
 
 

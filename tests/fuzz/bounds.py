@@ -35,7 +35,7 @@ def rounding(dtype, impl):
     what they add up.
     """
     if dtype == torch.float64:
-        return 2.0**-50, 2.0**-50  # the dense loss beside it is off by as much
+        return 2.0**-50, 2.0**-50  # the dense loss itself is off by as much
     if impl in GPU_IMPLS:
         return 2.0**-22 if dtype == torch.float32 else torch.finfo(dtype).eps / 2, 2.0**-21
     return 2.0**-23, 2.0**-23

@@ -56,7 +56,7 @@ class Draw(random.Random):
 
 def farthest(dtype):
     """The power of ten that rows of ``dtype`` are made longer or shorter by at most. Elements stay normal numbers; in
-    float64 their squares too, since the dense loss in float64 has nothing wider beside it."""
+    float64 their squares too, since the dense loss in float64 has nothing wider to compare with."""
     return {torch.float16: 4, torch.float64: 100}.get(dtype, 36)
 
 

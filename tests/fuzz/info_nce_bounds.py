@@ -91,7 +91,7 @@ def moved(draw, h, temperature, queue, upstream, arguments, of_rows, eps):
 
 
 def cut_off(place, dtype, score, normalize):
-    """What float32 on GPUs may be off by beside: the bound of the project's tests, 2e-4; and of rows that are not
+    """What float32 on GPUs may be off by besides: the bound of the project's tests, 2e-4; and of rows that are not
     normalised the limit in docs/numerics.md, 1e-2 at scores of 40,000, since tensor cores cut off what they add up."""
     if place.impl not in GPU_IMPLS or dtype != torch.float32:
         return 0.0
