@@ -177,7 +177,7 @@ def real(name: str, value, expected: str = "a number") -> float:
 def momentum(value) -> tuple[torch.Tensor | None, float]:
     """``(0-dim tensor, 0)`` for a tensor of one element, ``(None, number)`` for a number in [0, 1]."""
     if isinstance(value, torch.Tensor):
-        value = scalar("momentum", value)
+        value = scalar("momentum", value).reshape(())
         number = value.item() if readable(value) else 0.0
     else:
         number = real("momentum", value, "a number or a tensor of one element")
