@@ -38,6 +38,21 @@ def test_low_precision_gradient_of_a_large_batch(impl, dtype):
     compare_info_nce(impl, randn(2, 1500, 16, dtype=dtype), 0.5)
 
 
+@pytest.mark.parametrize("objective", LABEL_OBJECTIVES)
+def test_large_losses_with_labels(impl, objective, temperature=0.002):
+    """Losses of hundreds, whose exponentials float32 does not hold: one class, so that all negatives are the queue's,
+    and positives that point away from each other."""
+    views, queue = randn(2, 6, 4), randn(5, 4, seed=1)
+    labels = torch.zeros(6, dtype=torch.int64)
+    loss, grad, _ = run(info_nce_loss, views, temperature, objective=objective, labels=labels, queue=queue, impl=impl)
+    assert loss > 80 or objective == "supcon_in"
+    exact = torch.tensor(temperature).double()
+    want = run(dense.info_nce_loss, views.double(), exact, objective=objective, labels=labels, queue=queue.double())
+    floor = 16 * torch.finfo(torch.float32).eps / temperature**2
+    assert_within("loss", loss, want[0], floor=floor * temperature)
+    assert_within("grad", grad, want[1], floor=floor)
+
+
 @pytest.mark.parametrize("temperature", [0.4, 0.2, 0.1])
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_near_zero_loss(impl, objective, temperature):

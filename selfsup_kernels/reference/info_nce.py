@@ -316,7 +316,7 @@ def _coefficients(name, core_view, num_views, n, p):
 
 def _log_ratio(rest, pos):
     """``logaddexp(rest, pos) - pos`` without cancellation; NaN, as that is, where the positive's score is infinite."""
-    return torch.nn.functional.softplus(torch.where(pos < torch.inf, rest - pos, torch.nan), threshold=700)
+    return torch.nn.functional.softplus(torch.where(pos < torch.inf, rest - pos, torch.nan), threshold=80)
 
 
 def _label_tables(blocks, num_views, labels, name):
@@ -345,7 +345,7 @@ def _label_tables(blocks, num_views, labels, name):
             ratio = _minus(n.unsqueeze(-1), flat)
             logw = of_positives(ratio.sigmoid(), 0).sum(-1).double().log() - n - safe.log()
             ratio = torch.where(flat < torch.inf, ratio, torch.nan)  # as in _log_ratio
-            loss = of_positives(torch.nn.functional.softplus(ratio, threshold=700), 0).sum(-1).double() / safe
+            loss = of_positives(torch.nn.functional.softplus(ratio, threshold=80), 0).sum(-1).double() / safe
         elif name == "supcon_in":
             loss = den - lsep + safe.log()
         else:
