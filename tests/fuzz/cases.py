@@ -58,7 +58,7 @@ def run(seed, number, impl, device):
     (name,) = chosen.choices(list(FUNCTIONS), [weight for _, weight in FUNCTIONS.values()])
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # of Triton's interpreter, whose numpy overflows
+            warnings.simplefilter("ignore")  # our hints, and those of Triton's interpreter, whose numpy overflows
             kind, outcome, note = FUNCTIONS[name][0](draw, place)
         return name, kind.removeprefix("torch."), outcome, note and f"{note} [{place.says}]"
     except bounds.Wrong as error:
