@@ -39,10 +39,10 @@ def test_low_precision_gradient_of_a_large_batch(impl, dtype):
 
 
 @pytest.mark.parametrize("objective", LABEL_OBJECTIVES)
-def test_large_losses_with_labels(impl, objective, temperature=0.002):
+def test_large_losses_with_labels(impl, objective):
     """Losses of hundreds, whose exponentials float32 does not hold: one class, so that all negatives are the queue's,
     and positives that point away from each other."""
-    views, queue = randn(2, 6, 4), randn(5, 4, seed=1)
+    views, queue, temperature = randn(2, 6, 4), randn(5, 4, seed=1), 0.002
     labels = torch.zeros(6, dtype=torch.int64)
     loss, grad, _ = run(info_nce_loss, views, temperature, objective=objective, labels=labels, queue=queue, impl=impl)
     assert loss > 80 or objective == "supcon_in"
