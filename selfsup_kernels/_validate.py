@@ -5,6 +5,7 @@ Nothing here reads a tensor's values on an accelerator: that would stall the str
 
 import math
 import numbers
+import sys
 import warnings
 from collections.abc import Sequence
 
@@ -127,14 +128,18 @@ def objective(value) -> int:
     return choice("objective", value, OBJECTIVES, hint)
 
 
-def warn_once(kind: str, message: str) -> None:
-    """A warning, once a process for each ``kind``, that points at the caller of the public function.
+def warn_once(kind: str, message: str, category: type[Warning] = UserWarning) -> None:
+    """A warning, once a process for each ``kind``, that points at the user's line.
 
-    None while ``torch.compile`` traces.
+    None while ``torch.compile`` traces, which cannot follow one.
     """
-    if not torch.compiler.is_compiling() and kind not in _warned:
-        _warned.add(kind)
-        warnings.warn(f"selfsup_kernels: {message}", stacklevel=4)
+    if torch.compiler.is_compiling() or kind in _warned:
+        return
+    _warned.add(kind)
+    caller, level = sys._getframe(1), 2
+    while caller.f_back and caller.f_globals.get("__name__", "").startswith(("selfsup_kernels.", "torch.nn.modules.")):
+        caller, level = caller.f_back, level + 1
+    warnings.warn(f"selfsup_kernels: {message}", category, stacklevel=level)
 
 
 _warned: set[str] = set()

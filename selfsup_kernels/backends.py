@@ -4,12 +4,11 @@ import functools
 import importlib
 import importlib.util
 import os
-import sys
-import warnings
 from typing import NamedTuple
 
 import torch
 
+from selfsup_kernels import _validate as check
 from selfsup_kernels import ops
 
 CHOICES = ("auto", "reference", "cpu", "triton", "cuda")
@@ -150,25 +149,6 @@ for _impl in CHOICES[1:]:
     unavailable(_impl)
 
 
-_warned = set()
-
-
-def _warn_once(device: str, reason: Unavailable) -> None:
-    """Say that ``auto`` falls back to eager PyTorch; not while torch.compile traces, which cannot follow a warning."""
-    if torch.compiler.is_compiling() or device in _warned:
-        return
-    caller, level = sys._getframe(1), 2
-    while caller.f_back and caller.f_globals.get("__name__", "").startswith("selfsup_kernels."):
-        caller, level = caller.f_back, level + 1
-    warnings.warn(
-        f"selfsup_kernels: {device} tensors go through eager PyTorch (impl='reference'), not through the kernels:"
-        f" {reason}",
-        RuntimeWarning,
-        stacklevel=level,
-    )
-    _warned.add(device)
-
-
 def require(impl: str, op: str) -> None:
     """Raise as :func:`select` does for an ``impl`` other than ``"auto"`` that no tensor could make usable here."""
     if impl not in CHOICES:
@@ -194,7 +174,9 @@ def select(impl: str, tensor: torch.Tensor, op: str = "info_nce", any_dtype: boo
         if device.type == "cpu":
             if unavailable("cpu") is None:
                 return "cpu"
-            _warn_once("CPU", unavailable("cpu"))
+            if not torch.compiler.is_compiling():
+                why = "CPU tensors go through eager PyTorch (impl='reference'), not through the kernels:"
+                check.warn_once("fallback", f"{why} {unavailable('cpu')}", RuntimeWarning)
         if device.type == "cuda":
             for choice in AUTO_ON_CUDA[op]:
                 refused = unavailable(choice) or _gpu_refuses(choice, "cuda", device.index, tensor.dtype, any_dtype)

@@ -13,6 +13,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
+from selfsup_kernels import _validate as check
+
 Tensor = torch.Tensor
 
 
@@ -55,8 +57,8 @@ def chunked_backward(encoder, views, loss, chunk_size, *, scaler=None, backward=
             0-dim ones have the samples as their first dimension and are cut into chunks. A tensor is passed as
             ``encoder(x)``, a tuple or list as ``encoder(*x)``, a mapping as ``encoder(**x)``; what is nested in these
             is cut, too.
-        loss: a function from the list of embeddings, one ``(B, D)`` tensor per view, to a 0-dim tensor: a module such
-            as :class:`selfsup_kernels.InfoNCELoss`, or a lambda.
+        loss: a function from the list of embeddings, one ``(B, D)`` tensor per view, to a tensor of one element: a
+            module such as :class:`selfsup_kernels.InfoNCELoss`, or a lambda.
         chunk_size: samples per chunk, or a sequence of one number per view.
         scaler: a ``torch.amp.GradScaler``: the gradients are those of the scaled loss.
         backward: what runs the loss backward in place of ``loss.backward()``: Lightning's ``self.manual_backward``,
@@ -90,9 +92,9 @@ def chunked_backward(encoder, views, loss, chunk_size, *, scaler=None, backward=
         buffers.rewind()
 
     value = loss(embeddings)
-    if not isinstance(value, Tensor) or value.dim():
+    if not isinstance(value, Tensor) or value.numel() != 1:
         got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"loss: expected a function that returns a 0-dim tensor, got {got}")
+        raise ValueError(f"loss: expected a function that returns a tensor of one element, got {got}")
     with _Hooks(streams) as hooks:
         with _no_autocast(devices):
             if backward is not None:
@@ -189,9 +191,7 @@ def _streams(encoder, views, chunk_size, modules) -> list[_Stream]:
     for function in encoders:
         if not callable(function):
             raise TypeError(f"encoder: expected a module or a function, got {type(function).__name__}")
-    for size in sizes:
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(f"chunk_size: expected an integer >= 1, got {size!r}")
+    sizes = [check.integer("chunk_size", size, 1) for size in sizes]
     modules = [modules] if isinstance(modules, nn.Module) else list(modules)
     return [
         _Stream(v, f, x, size, list(dict.fromkeys(_modules_behind(f) + modules)))

@@ -158,7 +158,7 @@ def _check_info_nce(views, temperature, objective, labels, queue, core_view, nor
     )
 
 
-@torch.compiler.disable
+@torch.compiler.disable(reason="selfsup_kernels: a loss over many processes reads their sizes on the host")
 def _group_info_nce(group, arguments):
     """(loss, checked call) of this process's share. Not traced: the sizes of the others are read on the host."""
     if active():

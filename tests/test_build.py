@@ -16,7 +16,7 @@ import torch
 from helpers import EXTENSION_REQUIRED
 
 import selfsup_kernels
-from selfsup_kernels import _build, backends
+from selfsup_kernels import _build, _validate, backends
 
 ROOT = Path(__file__).resolve().parent.parent
 USE = """
@@ -192,7 +192,7 @@ def test_wheel_of_the_pure_python_package(tree):
 
 def test_a_fallback_warns_once_and_not_while_compile_traces(monkeypatch):
     monkeypatch.setattr(backends, "_reasons", backends._reasons | {"cpu": backends.Unavailable("No kernels.", "make")})
-    monkeypatch.setattr(backends, "_warned", set())
+    monkeypatch.setattr(_validate, "_warned", set())
     views = torch.ones(2, 2, 2)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

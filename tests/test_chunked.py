@@ -5,6 +5,7 @@ import functools
 import gc
 import weakref
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -420,7 +421,7 @@ def test_scaler_and_backward():
         ({"encoder": lambda x: x.sum(0)}, ValueError, "encoder: expected 4 rows for a chunk of 4"),
         ({"encoder": lambda x: (x, x)}, TypeError, "encoder: expected one that returns a tensor, got tuple"),
         ({"encoder": lambda x: x.long()}, TypeError, "encoder: .*floating rows, got torch.int64"),
-        ({"loss": lambda rows: rows[0]}, ValueError, r"loss: .*0-dim tensor, got shape \(11, 5\)"),
+        ({"loss": lambda rows: rows[0]}, ValueError, r"loss: .*one element, got shape \(11, 5\)"),
         ({"loss": lambda rows: 3.0}, ValueError, "loss: .*got float"),
         ({"scaler": object(), "backward": print}, ValueError, "backward: expected None together with scaler"),
     ],
@@ -448,3 +449,14 @@ def test_a_loss_that_raises_has_changed_nothing():
     for name, value in encoder.state_dict().items():
         assert torch.equal(value, before[name]), name
     assert all(p.grad is None for p in encoder.parameters())
+
+
+@pytest.mark.parametrize("chunk_size", [np.int64(4), [np.int32(4), 3]], ids=str)
+def test_a_loss_of_one_element_and_sizes_of_numpy(chunk_size):
+    model, views = mlp(), batch()
+    sk.chunked_backward(model, views, lambda rows: contrast(rows).reshape(1), chunk_size)
+    got = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    contrast([model(x) for x in views]).backward()
+    for ours, p in zip(got, model.parameters(), strict=True):
+        torch.testing.assert_close(ours, p.grad)

@@ -164,7 +164,7 @@ def train(model, step):
         x.copy_(~x if x.dtype == torch.bool else x + randn(*x.shape, seed=10 * step + i).mul(20).to(x.dtype))
 
 
-@pytest.mark.parametrize("decay", [0.9, 0.25])
+@pytest.mark.parametrize("decay", [0.9, 0.25, torch.tensor(0.75)], ids=str)
 @pytest.mark.parametrize("use_buffers", [True, False])
 def test_whatever_torchs_average_takes_the_drop_in_takes(decay, use_buffers):
     model = Everything()

@@ -141,3 +141,11 @@ def test_no_warning_while_compiling(said):
     compiled(torch.stack([Z0, Z1], 1))
     torch._dynamo.reset()
     assert not [w for w in said if "selfsup_kernels" in str(w.message)]
+
+
+def test_a_hint_points_at_the_users_line(monkeypatch):
+    monkeypatch.setattr(_validate, "_warned", set())
+    criterion = sk.InfoNCELoss(3.0)
+    with pytest.warns(UserWarning, match="logit scale") as caught:
+        criterion(torch.ones(2, 3, 4))
+    assert [w.filename for w in caught] == [__file__]

@@ -26,6 +26,8 @@ def get_ema_multi_avg_fn(decay=0.999):
     Raises:
         ValueError: a decay outside [0, 1].
     """
+    if isinstance(decay, torch.Tensor):
+        decay = check.scalar("decay", decay).item()
     decay = check.real("decay", decay)
     if not 0.0 <= decay <= 1.0:
         raise ValueError(f"decay: expected a number in [0, 1], got {decay}")
