@@ -156,8 +156,11 @@ def _plain_lanes(targets, sources, rules) -> Lanes:
 
 
 def _signature(targets, sources, rules):
-    """All that a plan depends on; None if some have no address."""
+    """All that a plan depends on; None if some have no address, or are conjugates or negatives of what is there."""
     both = targets + sources
+    dtypes = list(map(_dtype, both))
+    if any(map(Tensor.is_neg, both)) or (not _COMPLEX.isdisjoint(dtypes) and any(map(Tensor.is_conj, both))):
+        return None
     try:
         # Memory of another device has other addresses.
         return (
@@ -165,7 +168,7 @@ def _signature(targets, sources, rules):
             list(map(Tensor.data_ptr, both)),
             list(map(Tensor.size, both)),
             list(map(Tensor.stride, both)),
-            list(map(_dtype, both)),
+            dtypes,
         )
     except RuntimeError:  # sparse tensors
         return None
@@ -201,6 +204,7 @@ def _mixed_lanes(targets, sources, rules) -> Lanes:
 
 _device, _dtype, _layout, _nbytes = map(attrgetter, ("device", "dtype", "layout", "nbytes"))
 _PLAIN = {Tensor, torch.nn.Parameter}
+_COMPLEX = {torch.complex32, torch.complex64, torch.complex128}
 
 
 def is_plain(cls: type) -> bool:
@@ -222,6 +226,7 @@ def _all_fine(targets, sources) -> bool:
         and targets[0].device.type != "meta"
         and set(map(_dtype, both)).issubset(check.FLOATING)
         and set(map(_layout, both)) <= {torch.strided}
+        and not any(map(Tensor.is_neg, both))
     )
 
 
@@ -254,10 +259,15 @@ def _by_memory(targets, sources, rules) -> tuple[list[int], set[int]]:
     for i, pair in enumerate(zip(targets, sources, strict=True)):
         if all(x.layout == torch.strided and not x.is_meta for x in pair):
             has_memory.append(i)
-            if _in_one_call(*pair, rules):
+            if not any(map(_has_bit, pair)) and _in_one_call(*pair, rules):
                 continue
         in_turn.add(i)
     return has_memory, in_turn
+
+
+def _has_bit(tensor) -> bool:
+    """Whether the tensor's elements are the conjugates or the negatives of what is in its memory."""
+    return tensor.is_conj() or tensor.is_neg()
 
 
 def _in_one_call(target, source, rules) -> bool:
