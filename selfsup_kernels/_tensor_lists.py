@@ -46,7 +46,13 @@ class Lanes(NamedTuple):
 
 
 def check_update(
-    targets: list[Tensor], sources: list[Tensor], names=None, *, averaged: bool = True, as_torch: bool = False
+    targets: list[Tensor],
+    sources: list[Tensor],
+    names=None,
+    *,
+    averaged: bool = True,
+    as_torch: bool = False,
+    own_memory: bool = False,
 ) -> Lanes:
     """Refuse what an in-place update of ``targets`` from ``sources`` is not defined for, and sort the rest.
 
@@ -58,6 +64,8 @@ def check_update(
         averaged: False where the sources are only copied. Then targets may share memory with each other.
         as_torch: what ``lerp_`` and ``copy_`` accept one after another is accepted: shapes that broadcast, any dtypes,
             destinations that share memory.
+        own_memory: whether a target that is another tensor in its source's memory (``load_state_dict`` with
+            ``assign=True`` makes such) gets a copy of it. As long as they share it, it would always equal the source.
 
     Raises:
         ValueError: different lengths, shapes, devices or (DTensors) placements; a destination appears twice.
@@ -66,7 +74,7 @@ def check_update(
     """
     if len(targets) != len(sources):
         raise ValueError(f"sources: expected {len(targets)} tensors, as many as targets, got {len(sources)}")
-    rules = _Rules(averaged, as_torch, names)
+    rules = _Rules(averaged, as_torch, own_memory, names)
     if torch.compiler.is_compiling():
         # Guards on the shapes make these checks once per graph. Addresses do not exist while tracing.
         return _lanes(targets, sources, _traced_plan(targets, sources, rules))
@@ -104,6 +112,7 @@ def lerp_(pairs: list[tuple[Tensor, Tensor]], weight) -> None:
 class _Rules(NamedTuple):
     averaged: bool
     as_torch: bool
+    own_memory: bool = False
     names: object = None
     positions: object = None
     """Where the tensors are in the lists that the user gave, if these are a part of them."""
@@ -148,11 +157,30 @@ def _plain_lanes(targets, sources, rules) -> Lanes:
     if known is not None and known[0] == signature:
         return _lanes(targets, sources, known[1])
     plan = _plan(targets, sources, rules)
+    if rules.own_memory and _give_memory(targets, sources):
+        return _plain_lanes(targets, sources, rules)
     if key is not None and targets[0].device.type != "meta":
         if len(_accepted) >= _MOST_ACCEPTED:
             _accepted.clear()
         _accepted[key] = signature, plan
     return _lanes(targets, sources, plan)
+
+
+def _give_memory(targets, sources) -> bool:
+    """A copy for each target that is in its source's memory without being the same tensor; whether there is one."""
+    shared = [
+        target
+        for target, source in zip(targets, sources, strict=True)
+        if target is not source
+        and target.layout == source.layout == torch.strided
+        and not target.is_meta
+        and target.untyped_storage().nbytes()
+        and target.numel()
+        and _overlap.identical(target, source)
+    ]
+    for target in shared:
+        target.data = target.detach().clone()
+    return bool(shared)
 
 
 def _signature(targets, sources, rules):
@@ -164,7 +192,7 @@ def _signature(targets, sources, rules):
     try:
         # Memory of another device has other addresses.
         return (
-            rules[:2],
+            rules[:3],
             list(map(Tensor.data_ptr, both)),
             list(map(Tensor.size, both)),
             list(map(Tensor.stride, both)),

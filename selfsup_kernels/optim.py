@@ -152,7 +152,7 @@ class _Average:
         self.momentum = ema.momentum if momentum is None else momentum
         self.tensor, self.number = check.momentum(self.momentum)
         (targets, sources, names), self.copies = ema._pairs()
-        targets, sources, self.others = lists.check_update(targets, sources, names)
+        targets, sources, self.others = lists.check_update(targets, sources, names, own_memory=True)
         self.device = targets[0].device if targets else None
         self.pairs = {id(s): (t, s) for t, s in zip(targets, sources, strict=True)}
 
