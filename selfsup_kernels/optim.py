@@ -64,7 +64,7 @@ class _FusedStep:
         is checked before anything is written.
 
         The average takes the parameters as this step leaves them. So it is refused where the EMA's model has
-        parameters with a gradient that this optimizer does not have: another optimizer, or another process of a sharded
+        trained parameters with a gradient that this optimizer does not have: another optimizer, or another process of a sharded
         one (``ZeroRedundancyOptimizer``), may change them only afterwards. What else changes parameters after the step
         (a projection, ``Lookahead``, model averaging) wants ``ema.update()`` after it, and no ``ema`` here.
 
@@ -78,8 +78,8 @@ class _FusedStep:
         Raises:
             TypeError: sparse gradients, DTensors and other tensors that bring their own operators, or parameters of a
                 dtype that is not supported.
-            ValueError: an option that only torch's own class has, parameters with a gradient that are of the EMA's
-                model and not of this optimizer, or as :meth:`selfsup_kernels.EMA.update`.
+            ValueError: an option that only torch's own class has, trained parameters with a gradient that are of
+                the EMA's model and not of this optimizer, or as :meth:`selfsup_kernels.EMA.update`.
             RuntimeError: ``impl`` cannot be used here.
         """
         loss = None
@@ -157,9 +157,13 @@ class _Average:
         self.pairs = {id(s): (t, s) for t, s in zip(targets, sources, strict=True)}
 
     def check_others(self, calls):
-        """Refuse an average of parameters that are not final: what has a gradient is about to change."""
+        """Refuse an average of parameters that are not final: what is trained and has a gradient is about to change."""
         left = self.pairs.keys() - {i for _, params, _ in calls for i in map(id, params)}
-        others = left and [s for key, (_, s) in self.pairs.items() if key in left and s.is_leaf and s.grad is not None]
+        others = left and [
+            s
+            for key, (_, s) in self.pairs.items()
+            if key in left and s.requires_grad and s.is_leaf and s.grad is not None
+        ]
         if others:
             names = {id(s): name for name, s in self.ema._model.named_parameters()}
             found = ", ".join(names.get(id(s), "a buffer") for s in others[:3]) + (", ..." if len(others) > 3 else "")
