@@ -1,5 +1,6 @@
-"""Copies of models that hold what ``copy.deepcopy`` refuses."""
+"""Copies of models that hold what ``copy.deepcopy`` refuses, and of what a refused load puts back."""
 
+import contextlib
 import copy
 import sys
 import types
@@ -47,6 +48,38 @@ def copy_of(model: nn.Module) -> nn.Module:
             ahead.append(vars(value))
     with torch.no_grad():  # the copy of a scripted module would have a history that leads to the module
         return copy.deepcopy(model, memo)
+
+
+@contextlib.contextmanager
+def unchanged_on_error(module: nn.Module, *, values: bool):
+    """Puts back the tensors and the extra state of a module where what runs inside raises.
+
+    Args:
+        values: whether the tensors may be written, so that their values are kept as well; otherwise they are replaced.
+    """
+    owned = [(named, dict(named.items())) for m in module.modules() for named in (m._parameters, m._buffers)]
+    tensors = {id(x): x for _, before in owned for x in before.values() if x is not None}
+    kept = [(x, x.detach().clone()) for x in tensors.values() if values and not nn.parameter.is_lazy(x)]
+    extra = [(m, copy.deepcopy(m.get_extra_state())) for m in module.modules() if _has_extra_state(type(m))]
+    try:
+        yield
+    except BaseException:
+        for named, before in owned:
+            for name in [name for name in named.keys() if name not in before]:  # noqa: SIM118 (of scripted modules)
+                del named[name]
+            for name, tensor in before.items():
+                if named[name] is not tensor:
+                    named[name] = tensor
+        with torch.no_grad():
+            for tensor, value in kept:
+                tensor.copy_(value)
+        for owner, state in extra:
+            owner.set_extra_state(state)
+        raise
+
+
+def _has_extra_state(kind: type) -> bool:
+    return all(getattr(kind, name) is not getattr(nn.Module, name) for name in ("get_extra_state", "set_extra_state"))
 
 
 def _handles() -> tuple[type, ...]:

@@ -46,7 +46,13 @@ class Lanes(NamedTuple):
 
 
 def check_update(
-    targets: list[Tensor], sources: list[Tensor], names=None, *, averaged: bool = True, as_torch: bool = False
+    targets: list[Tensor],
+    sources: list[Tensor],
+    names=None,
+    *,
+    averaged: bool = True,
+    as_torch: bool = False,
+    own_memory: bool = False,
 ) -> Lanes:
     """Refuse what an in-place update of ``targets`` from ``sources`` is not defined for, and sort the rest.
 
@@ -58,6 +64,8 @@ def check_update(
         averaged: False where the sources are only copied. Then targets may share memory with each other.
         as_torch: what ``lerp_`` and ``copy_`` accept one after another is accepted: shapes that broadcast, any dtypes,
             destinations that share memory.
+        own_memory: whether a target that is another tensor in its source's memory (``load_state_dict`` with
+            ``assign=True`` makes such) gets a copy of it. As long as they share it, it would always equal the source.
 
     Raises:
         ValueError: different lengths, shapes, devices or (DTensors) placements; a destination appears twice.
@@ -66,7 +74,7 @@ def check_update(
     """
     if len(targets) != len(sources):
         raise ValueError(f"sources: expected {len(targets)} tensors, as many as targets, got {len(sources)}")
-    rules = _Rules(averaged, as_torch, names)
+    rules = _Rules(averaged, as_torch, own_memory, names)
     if torch.compiler.is_compiling():
         # Guards on the shapes make these checks once per graph. Addresses do not exist while tracing.
         return _lanes(targets, sources, _traced_plan(targets, sources, rules))
@@ -104,6 +112,7 @@ def lerp_(pairs: list[tuple[Tensor, Tensor]], weight) -> None:
 class _Rules(NamedTuple):
     averaged: bool
     as_torch: bool
+    own_memory: bool = False
     names: object = None
     positions: object = None
     """Where the tensors are in the lists that the user gave, if these are a part of them."""
@@ -148,6 +157,8 @@ def _plain_lanes(targets, sources, rules) -> Lanes:
     if known is not None and known[0] == signature:
         return _lanes(targets, sources, known[1])
     plan = _plan(targets, sources, rules)
+    if rules.own_memory and _give_memory(targets, sources):
+        return _plain_lanes(targets, sources, rules)
     if key is not None and targets[0].device.type != "meta":
         if len(_accepted) >= _MOST_ACCEPTED:
             _accepted.clear()
@@ -155,17 +166,37 @@ def _plain_lanes(targets, sources, rules) -> Lanes:
     return _lanes(targets, sources, plan)
 
 
+def _give_memory(targets, sources) -> bool:
+    """A copy for each target that is in its source's memory without being the same tensor; whether there is one."""
+    shared = [
+        target
+        for target, source in zip(targets, sources, strict=True)
+        if target is not source
+        and target.layout == source.layout == torch.strided
+        and not target.is_meta
+        and target.untyped_storage().nbytes()
+        and target.numel()
+        and _overlap.identical(target, source)
+    ]
+    for target in shared:
+        target.data = target.detach().clone()
+    return bool(shared)
+
+
 def _signature(targets, sources, rules):
-    """All that a plan depends on; None if some have no address."""
+    """All that a plan depends on; None if some have no address, or are conjugates or negatives of what is there."""
     both = targets + sources
+    dtypes = list(map(_dtype, both))
+    if any(map(Tensor.is_neg, both)) or (not _COMPLEX.isdisjoint(dtypes) and any(map(Tensor.is_conj, both))):
+        return None
     try:
         # Memory of another device has other addresses.
         return (
-            rules[:2],
+            rules[:3],
             list(map(Tensor.data_ptr, both)),
             list(map(Tensor.size, both)),
             list(map(Tensor.stride, both)),
-            list(map(_dtype, both)),
+            dtypes,
         )
     except RuntimeError:  # sparse tensors
         return None
@@ -201,6 +232,7 @@ def _mixed_lanes(targets, sources, rules) -> Lanes:
 
 _device, _dtype, _layout, _nbytes = map(attrgetter, ("device", "dtype", "layout", "nbytes"))
 _PLAIN = {Tensor, torch.nn.Parameter}
+_COMPLEX = {torch.complex32, torch.complex64, torch.complex128}
 
 
 def is_plain(cls: type) -> bool:
@@ -222,6 +254,7 @@ def _all_fine(targets, sources) -> bool:
         and targets[0].device.type != "meta"
         and set(map(_dtype, both)).issubset(check.FLOATING)
         and set(map(_layout, both)) <= {torch.strided}
+        and not any(map(Tensor.is_neg, both))
     )
 
 
@@ -254,10 +287,15 @@ def _by_memory(targets, sources, rules) -> tuple[list[int], set[int]]:
     for i, pair in enumerate(zip(targets, sources, strict=True)):
         if all(x.layout == torch.strided and not x.is_meta for x in pair):
             has_memory.append(i)
-            if _in_one_call(*pair, rules):
+            if not any(map(_has_bit, pair)) and _in_one_call(*pair, rules):
                 continue
         in_turn.add(i)
     return has_memory, in_turn
+
+
+def _has_bit(tensor) -> bool:
+    """Whether the tensor's elements are the conjugates or the negatives of what is in its memory."""
+    return tensor.is_conj() or tensor.is_neg()
 
 
 def _in_one_call(target, source, rules) -> bool:

@@ -22,14 +22,17 @@ def is_compiled(module) -> bool:
 
 
 def inner(module):
-    """The module inside the wrappers of torch.compile and of data parallelism."""
+    """The module inside the wrappers of torch.compile and of data parallelism that have nothing of their own."""
     while True:
         if isinstance(module, PARALLEL):
-            module = module._modules["module"]
+            child = "module"
         elif is_compiled(module):
-            module = module._modules["_orig_mod"]
+            child = "_orig_mod"
         else:
             return module
+        if not is_transparent(module, child):
+            return module
+        module = module._modules[child]
 
 
 def is_transparent(owner: nn.Module, child: str) -> bool:

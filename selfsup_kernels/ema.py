@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections import OrderedDict
 from collections.abc import Mapping
 
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from selfsup_kernels import _shards, _wrappers, backends
 from selfsup_kernels import _tensor_lists as lists
 from selfsup_kernels import _validate as check
-from selfsup_kernels._model_copy import copy_of
+from selfsup_kernels._model_copy import copy_of, unchanged_on_error
 from selfsup_kernels._named_tensors import match, named_tensors, optional_names
 from selfsup_kernels.functional import ema_update_pairs_
 
@@ -26,7 +27,8 @@ class EMA(nn.Module):
     leaves them alone. The model itself is held without being registered, so that it is neither saved nor counted here.
 
     The model is read anew on every update: parameters that were moved, replaced or resized since are noticed, and a
-    model whose names no longer match is refused. A model that is compiled (``torch.compile``) or wrapped in
+    model whose names no longer match is refused. What has come into the model's memory since (``load_state_dict`` of
+    ``module`` with ``assign=True``) gets memory of its own. A model that is compiled (``torch.compile``) or wrapped in
     DataParallel or DistributedDataParallel stands for the module inside, and what these wrappers, activation
     checkpointing and FSDP1 put into names later does not count. Tied weights are updated once. Tensors without memory
     of their own (quantised, float8 or low-rank weights of a tensor subclass) are averaged by their own operators.
@@ -125,11 +127,15 @@ class EMA(nn.Module):
         """
         pairs, copies = self._pairs()
         ema_update_pairs_(
-            *pairs, self.momentum if momentum is None else momentum, self.stochastic_rounding, None, self.impl
+            *pairs,
+            self.momentum if momentum is None else momentum,
+            self.stochastic_rounding,
+            impl=self.impl,
+            own_memory=True,
         )
         lists.copy_(copies)
 
-    def _pairs(self):
+    def _pairs(self, own_memory=True):
         """What an update does, all names and the copies checked: ``((targets, sources, names), copies)``."""
         own, theirs = named_tensors(self.module), named_tensors(self._model)
         optional = optional_names(own, theirs)
@@ -137,22 +143,27 @@ class EMA(nn.Module):
             return match(own.parameters | own.buffers, theirs.parameters | theirs.buffers, optional), _NOTHING
         copies = _NOTHING
         if self.buffer_policy == "copy":
-            copies = lists.check_update(*match(own.buffers, theirs.buffers, optional), averaged=False)
+            copies = lists.check_update(
+                *match(own.buffers, theirs.buffers, optional), averaged=False, own_memory=own_memory
+            )
         return match(own.parameters, theirs.parameters), copies
 
     def _check_module(self):
         """Whether ``module`` is a copy of the model, in memory of its own."""
         try:
-            pairs, _ = self._pairs()
+            pairs, _ = self._pairs(own_memory=False)
             lists.check_update(*pairs)
         except (ValueError, TypeError, RuntimeError) as error:
             raise type(error)(f"module: expected a copy of the model; {error}") from None
-        theirs = named_tensors(self._model)
-        memory = set(map(_memory, (theirs.parameters | theirs.buffers).values())) - {None}
+        memory = self._model_memory()
         own = named_tensors(self.module)
         for name, tensor in (own.parameters | own.buffers).items():
             if _memory(tensor) in memory:
                 raise ValueError(f"module: expected memory of its own, but its {name} is in the model's")
+
+    def _model_memory(self) -> set[int]:
+        theirs = named_tensors(self._model)
+        return set(map(_memory, (theirs.parameters | theirs.buffers).values())) - {None}
 
     def forward(self, *args, **kwargs):
         """``module(*args, **kwargs)``."""
@@ -161,10 +172,11 @@ class EMA(nn.Module):
     def load_state_dict(self, state_dict, strict=True, assign=False):
         """As ``nn.Module.load_state_dict``, but a refused load has changed nothing.
 
-        Loaded as part of a larger module, this one is subject to that module's ``load_state_dict``.
+        With ``assign``, tensors in the model's memory are copied: an average needs memory of its own. Loaded as part of
+        a larger module, this one is subject to that module's ``load_state_dict``.
 
         Raises:
-            RuntimeError: names (with ``strict``), shapes or kinds of dtypes differ; the message names all of them.
+            RuntimeError: names (with ``strict``) or shapes differ; the message names all of them.
         """
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"state_dict: expected a dictionary, got {type(state_dict).__name__}")
@@ -174,18 +186,26 @@ class EMA(nn.Module):
                 "state_dict: expected that of an EMA, whose names start with 'module.', got that of a model;"
                 " use ema.module.load_state_dict"
             )
-        problems = []
-        if strict:
-            problems += [f"{name} is missing" for name in own if name not in state_dict]
-            problems += [f"{name} is unexpected" for name in state_dict if name not in own]
-        problems += [
-            f"{name} is {_kind(state_dict[name])}, expected {_kind(tensor)}"
-            for name, tensor in own.items()
-            if name in state_dict and not _loads(state_dict[name], tensor)
-        ]
-        if problems:
-            raise RuntimeError("state_dict: does not fit this EMA: " + "; ".join(problems))
-        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        if assign:
+            state_dict = self._outside_the_model(state_dict)
+        with unchanged_on_error(self, values=not assign):
+            return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def _outside_the_model(self, state_dict):
+        """The same with copies of the tensors that are in the model's memory."""
+        memory = self._model_memory()
+        found = {
+            name: value.detach().clone()
+            for name, value in state_dict.items()
+            if isinstance(value, torch.Tensor) and _memory(value) in memory
+        }
+        if not found:
+            return state_dict
+        copied = OrderedDict(state_dict)
+        copied.update(found)
+        if hasattr(state_dict, "_metadata"):  # the versions that modules saved
+            copied._metadata = state_dict._metadata
+        return copied
 
     def extra_repr(self):
         rounding = ", stochastic_rounding=True" if self.stochastic_rounding else ""
@@ -217,20 +237,6 @@ def _memory(tensor):
     if tensor.layout != torch.strided or tensor.is_meta:
         return id(tensor)
     return tensor.untyped_storage().data_ptr() or None
-
-
-def _loads(new, own) -> bool:
-    if not isinstance(own, torch.Tensor):  # a module's extra state: its own business
-        return True
-    return isinstance(new, torch.Tensor) and _kind(new) == _kind(own)
-
-
-def _kind(value) -> str:
-    """What must agree for a tensor to be loaded into another one. Floating dtypes convert into each other."""
-    if not isinstance(value, torch.Tensor):
-        return type(value).__name__
-    kind = "floating" if value.is_floating_point() else str(value.dtype).removeprefix("torch.")
-    return f"{kind} {tuple(value.shape)}" + (" on meta" if value.is_meta else "")
 
 
 def cosine_momentum(step, max_steps, base=0.996, final=1.0):

@@ -323,14 +323,23 @@ def ema_update_(targets, sources, momentum, *, stochastic_rounding=False, genera
 
 
 def ema_update_pairs_(
-    targets, sources, names, momentum, stochastic_rounding=False, generator=None, impl="auto", as_torch=False
+    targets,
+    sources,
+    names,
+    momentum,
+    stochastic_rounding=False,
+    generator=None,
+    impl="auto",
+    *,
+    as_torch=False,
+    own_memory=False,
 ) -> None:
     """:func:`ema_update_` of lists whose tensors have ``names`` for the messages; call it without grad mode.
 
-    With ``as_torch`` it accepts what torch's own averages do: see :func:`selfsup_kernels._tensor_lists.check_update`.
+    For ``as_torch`` and ``own_memory`` see :func:`selfsup_kernels._tensor_lists.check_update`.
     """
     momentum_tensor, momentum = check.momentum(momentum)
-    targets, sources, others = lists.check_update(targets, sources, names, as_torch=as_torch)
+    targets, sources, others = lists.check_update(targets, sources, names, as_torch=as_torch, own_memory=own_memory)
     if targets:
         impl = backends.select(impl, targets[0], "ema_update_", any_dtype=True)
     elif impl != "auto":  # no device says whether this machine's kernels would take them

@@ -28,6 +28,10 @@ class _FusedStep:
     ema: EMA | None = None
     impl: str = "auto"
     _unsupported: tuple[str, ...] = ("differentiable",)
+    _states: tuple[str, ...]
+    """The names of those that are tensors like the parameter."""
+    _checked = False
+    """Whether the states have been found to fit their parameters since they were made or loaded."""
 
     def _check_options(self, foreach, fused, **unsupported):
         """Arguments of torch's class that choose among its implementations, of which this one has one."""
@@ -61,9 +65,10 @@ class _FusedStep:
         """One step of the optimizer, and one of the EMA: what ``super().step(); ema.update(momentum)`` do.
 
         Targets of parameters that have no gradient move as well, and buffers are treated as the EMA says. Everything
-        is checked before anything is written.
+        is checked before anything is written, but the optimizer's states only at the first step and at the first one
+        after ``load_state_dict``.
 
-        The average takes the parameters as this step leaves them. So it is refused where the EMA's model has
+        The average takes the parameters as this step leaves them. So it is refused where the EMA's model has trained
         parameters with a gradient that this optimizer does not have: another optimizer, or another process of a sharded
         one (``ZeroRedundancyOptimizer``), may change them only afterwards. What else changes parameters after the step
         (a projection, ``Lookahead``, model averaging) wants ``ema.update()`` after it, and no ``ema`` here.
@@ -78,8 +83,9 @@ class _FusedStep:
         Raises:
             TypeError: sparse gradients, DTensors and other tensors that bring their own operators, or parameters of a
                 dtype that is not supported.
-            ValueError: an option that only torch's own class has, parameters with a gradient that are of the EMA's
-                model and not of this optimizer, or as :meth:`selfsup_kernels.EMA.update`.
+            ValueError: an option that only torch's own class has, a state of another shape, dtype or device than its
+                parameter, trained parameters with a gradient that are of the EMA's model and not of this optimizer, or
+                as :meth:`selfsup_kernels.EMA.update`.
             RuntimeError: ``impl`` cannot be used here.
         """
         loss = None
@@ -99,6 +105,8 @@ class _FusedStep:
         ]
         average.check_device(calls)
         average.check_others(calls)
+        if not self._checked:
+            self._check_states()
         rates = [_rate(group["lr"], params[0].device) for group, params, _ in calls]
         for (group, params, impl), rate in zip(calls, rates, strict=True):
             for part, arguments in self._parts(group, params):
@@ -137,6 +145,25 @@ class _FusedStep:
                 raise TypeError(f"params: expected gradients of the dtype {p.dtype}, got {p.grad.dtype}")
         return params
 
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self._checked = False
+
+    def _check_states(self):
+        """Whether what was loaded fits the parameters. Not on every step: that would take a tenth of a small one."""
+        for i, group in enumerate(self.param_groups):
+            names = self._states if group.get("momentum") != 0 else ()  # SGD's has no use then
+            for j, p in enumerate(group["params"]):
+                state = self.state.get(p, {})
+                for name in names:
+                    x = state.get(name)
+                    if (x is not None or "step" in state) and not _fits(x, p):
+                        raise ValueError(
+                            f"state: expected {name} of param_groups[{i}]['params'][{j}] to be {_kind(p)}, like the"
+                            f" parameter, got {_kind(x)}"
+                        )
+        self._checked = True
+
 
 class _Average:
     """The EMA's part of one step: which target follows which parameter, and what no parameter of the step moves."""
@@ -152,14 +179,18 @@ class _Average:
         self.momentum = ema.momentum if momentum is None else momentum
         self.tensor, self.number = check.momentum(self.momentum)
         (targets, sources, names), self.copies = ema._pairs()
-        targets, sources, self.others = lists.check_update(targets, sources, names)
+        targets, sources, self.others = lists.check_update(targets, sources, names, own_memory=True)
         self.device = targets[0].device if targets else None
         self.pairs = {id(s): (t, s) for t, s in zip(targets, sources, strict=True)}
 
     def check_others(self, calls):
-        """Refuse an average of parameters that are not final: what has a gradient is about to change."""
+        """Refuse an average of parameters that are not final: what is trained and has a gradient is about to change."""
         left = self.pairs.keys() - {i for _, params, _ in calls for i in map(id, params)}
-        others = left and [s for key, (_, s) in self.pairs.items() if key in left and s.is_leaf and s.grad is not None]
+        others = left and [
+            s
+            for key, (_, s) in self.pairs.items()
+            if key in left and s.requires_grad and s.is_leaf and s.grad is not None
+        ]
         if others:
             names = {id(s): name for name, s in self.ema._model.named_parameters()}
             found = ", ".join(names.get(id(s), "a buffer") for s in others[:3]) + (", ..." if len(others) > 3 else "")
@@ -223,6 +254,21 @@ def _by_device(params) -> Iterable[list[torch.Tensor]]:
     return devices.values()
 
 
+def _fits(state, param) -> bool:
+    return (
+        isinstance(state, torch.Tensor)
+        and state.shape == param.shape
+        and state.dtype == param.dtype
+        and state.device == param.device
+    )
+
+
+def _kind(value) -> str:
+    if not isinstance(value, torch.Tensor):
+        return type(value).__name__
+    return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)} on {value.device}"
+
+
 def _zeros(param):
     return torch.zeros_like(param, memory_format=torch.preserve_format)
 
@@ -251,6 +297,7 @@ class SGD(_FusedStep, torch.optim.SGD):
     """
 
     _op = "fused_sgd_"
+    _states = ("momentum_buffer",)
 
     def __init__(
         self,
@@ -408,6 +455,7 @@ class AdamW(_FusedStep, torch.optim.AdamW):
     """
 
     _op = "fused_adamw_"
+    _states = ("exp_avg", "exp_avg_sq")
     _unsupported = ("amsgrad", "capturable", "differentiable")
 
     def __init__(

@@ -235,3 +235,37 @@ def test_complex_destinations_that_share_memory_are_refused(impl):
     with pytest.raises(RuntimeError, match="overlaps"):
         sk.ema_update_([base, torch.view_as_real(base)], [torch.ones(6).cfloat(), torch.ones(6, 2)], 0.5, impl=impl)
     assert torch.equal(base, torch.zeros(6).cfloat())
+
+
+@pytest.mark.parametrize("averaged", [True, False])
+def test_conjugates_and_negatives_of_what_is_in_memory(impl, averaged):
+    """They are views that differ from the tensor in a bit alone, which also a later update of the same memory sees."""
+
+    def update(target, source):
+        if averaged:
+            sk.ema_update_([target], [source], 0.25, impl=impl)
+        else:
+            lists.copy_(lists.check_update([target], [source], averaged=False))
+
+    weight = 0.25 if averaged else 0.0
+    for bit in (torch.conj, torch._neg_view):
+        memory, value = (torch.complex(randn(4, seed=i), randn(4, seed=i + 1)) for i in (0, 2))
+        for target, source in ((value, memory), (value, bit(memory)), (bit(value), memory), (value, memory)):
+            want = weight * target.resolve_conj().resolve_neg() + (1 - weight) * source
+            update(target, source)
+            torch.testing.assert_close(target, want)
+    for view in (lambda z: z.conj().imag, lambda z: torch._neg_view(z.real)):
+        memory, value = (torch.complex(randn(4, seed=i), randn(4, seed=i + 1)) for i in (0, 2))
+        for target, source in ((value.imag, memory.imag), (value.imag, view(memory)), (view(value), memory.imag)):
+            want = weight * target.resolve_neg() + (1 - weight) * source
+            update(target, source)
+            torch.testing.assert_close(target, want)
+
+
+def test_a_conjugate_of_the_destination_is_another_tensor(impl):
+    z = torch.complex(randn(4), randn(4, seed=1))
+    sk.ema_update_([z], [z], 0.5, impl=impl)
+    with pytest.raises(RuntimeError, match=r"targets\[0\]: expected memory of its own"):
+        sk.ema_update_([z], [z.conj()], 0.5, impl=impl)
+    with pytest.raises(RuntimeError, match=r"targets\[0\]: expected memory of its own"):
+        sk.ema_update_([z.imag], [z.conj().imag], 0.5, impl=impl)

@@ -292,3 +292,28 @@ def test_a_copy_of_ones_own_that_does_not_fit():
             with pytest.raises(error, match=message):
                 sk.EMA(model, module=module, buffers=buffers)
     assert model[0].weight.requires_grad
+
+
+class Headed(nn.DataParallel):
+    """A wrapper with a part of its own."""
+
+    def __init__(self, model):
+        super().__init__(model)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.head(self.module(x))
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, compiled], ids=["plain", "compiled"])
+def test_a_subclass_of_a_wrapper_with_parts_of_its_own_is_a_model(impl, wrap):
+    model = Headed(network())
+    ema = sk.EMA(wrap(model), 0.5, impl=impl)
+    assert type(ema.module) is Headed
+    fill(ema, 1)
+    fill(model, 3)
+    ema.update()
+    assert_filled(ema, 2, 7)
+    x = torch.ones(2, 3)
+    model.load_state_dict(ema.module.state_dict())
+    assert torch.equal(ema.eval()(x), model.eval()(x))

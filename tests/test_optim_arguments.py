@@ -1,5 +1,6 @@
 """What the fused optimizers are given: torch's own arguments by name, numbers and parameters of every kind."""
 
+import copy
 import math
 
 import pytest
@@ -205,3 +206,56 @@ def test_parameters_without_elements(impl, ours):
     ours(model.parameters(), lr=0.1, weight_decay=0.0, ema=ema, impl=impl).step()
     assert empty.shape == ema.module[0].shape == (0, 3)
     assert math.isclose(ema.module[1].item(), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("ours", "name", "state", "got"),
+    [
+        (ours, name, state, got)
+        for ours, name in ((sk.optim.SGD, "momentum_buffer"), (sk.optim.AdamW, "exp_avg_sq"))
+        for state, got in ((torch.zeros(5), r"float32 \(5,\) on cpu"), (0.0, "float"), (None, "NoneType"))
+        if state is not None or ours is sk.optim.AdamW  # SGD makes its buffer at any step
+    ],
+)
+def test_a_loaded_state_that_does_not_fit_is_refused_before_anything_is_written(impl, ours, name, state, got):
+    """It is one of the last group, and the message says of which parameter."""
+    params = [nn.Parameter(torch.ones(n)) for n in (2, 4, 3)]
+    ema = sk.EMA(nn.ParameterList(params), impl=impl)
+    arguments = {"momentum": 0.9} if ours is sk.optim.SGD else {}
+    optimizer = ours([{"params": params[:1]}, {"params": params[1:]}], lr=0.1, ema=ema, impl=impl, **arguments)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    good = copy.deepcopy(optimizer.state_dict())
+    bad = copy.deepcopy(good)
+    bad["state"][2][name] = state
+    optimizer.load_state_dict(bad)
+    tensors = [*params, *ema.parameters(), *optimizer.state[params[0]].values()]
+    before = [x.detach().clone() for x in tensors]
+    want = rf"state: expected {name} of param_groups\[1\]\['params'\]\[1\] to be float32 \(3,\) on cpu.*, got {got}"
+    for _ in range(2):
+        with pytest.raises(ValueError, match=want):
+            optimizer.step()
+        assert all(map(torch.equal, tensors, before))
+    optimizer.load_state_dict(good)
+    optimizer.step()
+    assert not torch.equal(params[2], before[2])
+
+
+def test_a_state_of_another_dtype_or_device_at_the_first_step(impl):
+    p = nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    for arguments, got in (({"dtype": torch.float64}, "float64"), ({"device": "meta"}, r"float32 \(3,\) on meta")):
+        optimizer = sk.optim.SGD([p], lr=0.5, momentum=0.5, impl=impl)
+        optimizer.state[p]["momentum_buffer"] = torch.zeros(3, **arguments)
+        with pytest.raises(ValueError, match=f"state: expected momentum_buffer of .*, got {got}"):
+            optimizer.step()
+    assert torch.equal(p, torch.ones(3))
+
+
+def test_a_state_that_is_not_used_is_not_checked(impl):
+    p = nn.Parameter(torch.ones(3))
+    optimizer = sk.optim.SGD([p], lr=0.5, impl=impl)
+    p.grad, optimizer.state[p]["momentum_buffer"] = torch.ones(3), torch.zeros(5)
+    optimizer.step()
+    assert torch.equal(p, torch.full((3,), 0.5))

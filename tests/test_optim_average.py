@@ -174,3 +174,17 @@ def test_what_is_final_moves(impl):
     sk.ema_update_(list(twin.parameters()), list(model.parameters()), 0.5, impl=impl)
     for got, want in zip(values(ema.module), values(twin), strict=True):
         torch.testing.assert_close(got, want)
+
+
+def test_gradients_from_before_a_part_was_frozen(impl):
+    """They are left over, and what was frozen is final."""
+    model = network()
+    ema = sk.EMA(model, 0.5, impl=impl)
+    backward(model)
+    model[0].requires_grad_(False)
+    before = values(model)
+    for p in model[0].parameters():
+        p.data += 1.0
+    sk.optim.SGD(model[1].parameters(), lr=0.1, ema=ema, impl=impl).step()
+    for got, old, new in zip(values(ema), before, values(model), strict=True):
+        torch.testing.assert_close(got, (old + new) / 2)

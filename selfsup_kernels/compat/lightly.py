@@ -244,6 +244,7 @@ def update_momentum(model, model_ema, m):
     """``lightly.models.utils.update_momentum``: ``ema <- m ema + (1 - m) model`` for all parameters, in their order.
 
     Buffers are left alone, as in the original: BatchNorm layers of the momentum model keep statistics of their own.
+    Parameters that ``load_state_dict(assign=True)`` has left in the model's memory get memory of their own.
 
     Args:
         model, model_ema: modules with as many parameters of the same shapes.
@@ -252,7 +253,7 @@ def update_momentum(model, model_ema, m):
     Raises:
         ValueError, TypeError, RuntimeError: as of :func:`selfsup_kernels.ema_update_`. Nothing has changed then.
     """
-    ema_update_pairs_(list(model_ema.parameters()), list(model.parameters()), None, m, as_torch=True)
+    ema_update_pairs_(list(model_ema.parameters()), list(model.parameters()), None, m, as_torch=True, own_memory=True)
 
 
 def _check_ntxent(module):
