@@ -10,7 +10,7 @@ import types
 import torch
 
 from selfsup_kernels.compat._calls import record
-from selfsup_kernels.compat._common import Unsupported, overridden
+from selfsup_kernels.compat._common import Unsupported, is_own, overridden
 from selfsup_kernels.compat._table import TABLE, TESTED
 
 _lock = threading.RLock()
@@ -128,11 +128,7 @@ class _Method:
         self.inherited = method not in vars(cls)
         hooks = {hook: getattr(cls, hook) for hook in getattr(ours, "hooks", ())}
         # What a user has put into the library's class before this, which is not to be undone.
-        changed = [
-            hook
-            for hook, function in {method: self.original, **hooks}.items()
-            if function.__module__.partition(".")[0] != library
-        ]
+        changed = [hook for hook, function in {method: self.original, **hooks}.items() if not is_own(library, function)]
         self.replacement = self._dispatch(getattr(ours, method), hooks, changed)
 
     def make(self):

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 
 from selfsup_kernels import _validate as check
-from selfsup_kernels.compat._common import DropIn, is_from, narrow, unsupported, wide_loss
+from selfsup_kernels.compat._common import DropIn, altered, is_from, narrow, unsupported, wide_loss
 
 __all__ = ["NTXentLoss", "SupConLoss"]
 
@@ -168,7 +168,12 @@ class _Loss(NamedTuple):
             pass
         elif getattr(module.loss_method, "__func__", None) is not method:
             raise unsupported(self.original, f"another loss_method than {self.method}")
-        return self._normalize(module.distance), self.reducers[self._reducer(module.reducer)]
+        found = self._normalize(module.distance), self.reducers[self._reducer(module.reducer)]
+        for name in ("distance", "reducer"):
+            part = getattr(module, name)
+            if part is not None and (changes := altered(module, part, _LIBRARY)):
+                raise unsupported(self.original, f"{name}={type(part).__name__} with its own {', '.join(changes)}")
+        return found
 
     def _normalize(self, distance):
         if distance is None:
@@ -179,6 +184,8 @@ class _Loss(NamedTuple):
                 self.original,
                 f"distance={type(distance).__name__} other than {' and '.join(names)} with p=2 and power=1",
             )
+        if not getattr(distance, "is_inverted", True):
+            raise unsupported(self.original, f"distance={type(distance).__name__} with is_inverted=False")
         return bool(distance.normalize_embeddings)
 
     def _reducer(self, reducer):
