@@ -4,18 +4,23 @@ Under a patch the original computes with them; imported by name, the drop-in ref
 """
 
 import functools
+import math
+import warnings
 
 import lightly.loss
 import pytest
 import torch
-from interop.helpers import assert_near, rows, value_and_grads, views
+from interop.helpers import assert_near, assert_same, rows, value_and_grads, views
 from lightly.models.modules.memory_bank import MemoryBankModule
-from pytorch_metric_learning import losses, reducers
+from pytorch_metric_learning import distances, losses, reducers
+from sentence_transformers import util
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
 import selfsup_kernels as sk
 from selfsup_kernels.compat import _calls
 from selfsup_kernels.compat import lightly as our_lightly
 from selfsup_kernels.compat import pytorch_metric_learning as our_pml
+from selfsup_kernels.compat import sentence_transformers as our_sentence_transformers
 
 LABELS = torch.tensor([0, 0, 0, 1, 1, 2, 3, 3])
 
@@ -155,3 +160,84 @@ def test_compiled_without_a_break(library, counts):
     assert_near("value", got[0], want[0])
     assert_near("gradient", got[1][0], want[1][0])
     assert counts() == [(1, 0)]
+
+
+@pytest.mark.parametrize("scale", [4.0, 0.1, 0.0])
+@pytest.mark.parametrize("temperature", [0.5, 0.02])
+def test_a_bank_of_rows_of_any_length(scale, temperature, counts):
+    def call(make):
+        loss = make(temperature, memory_bank_size=(24, 6))
+        bank = rows(24, 6, seed=3) * scale
+
+        def value(*inputs):
+            loss.memory_bank.bank = bank.clone().to(inputs[0].dtype)
+            return loss(*inputs)
+
+        return value
+
+    assert_same(call(our_lightly.NTXentLoss), call(lightly.loss.NTXentLoss), views(10, 6))
+    want = call(lightly.loss.NTXentLoss)(*views(10, 6))
+    with sk.compat.patch("lightly"):
+        assert_near("value", call(lightly.loss.NTXentLoss)(*views(10, 6)), want)
+    assert counts() == [(1, 0)]
+
+
+@pytest.mark.parametrize("wrap", [doubled, torch.no_grad()])
+@pytest.mark.parametrize("name", ["cos_sim", "dot_score"])
+def test_a_wrapped_similarity_is_another(name, wrap, counts):
+    """functools.wraps gives a wrapper the name and the module of what it wraps."""
+    similarity = wrap(getattr(util, name))
+    loss = MultipleNegativesRankingLoss(torch.nn.Identity(), similarity_fct=similarity)
+    inputs = views(6, 5)
+    want = loss.compute_loss_from_embeddings(inputs, None)
+    with sk.compat.patch("sentence_transformers"), pytest.warns(UserWarning, match=f"similarity_fct={name}"):
+        assert torch.equal(loss.compute_loss_from_embeddings(inputs, None), want)
+    assert counts() == [(0, 1)]
+    for library in (util, our_sentence_transformers):
+        with pytest.raises(RuntimeError, match=rf"similarity_fct={name}.*does not support"):
+            our_sentence_transformers.MultipleNegativesRankingLoss(
+                torch.nn.Identity(), similarity_fct=wrap(getattr(library, name))
+            )
+
+
+def test_a_hook_wrapped_before_a_patch(monkeypatch, counts):
+    loss, inputs = lightly.loss.DCLLoss(), views(6, 5)
+    plain = loss(*inputs)
+    monkeypatch.setattr(lightly.loss.DCLLoss, "_loss", doubled(lightly.loss.DCLLoss._loss))
+    assert torch.equal(patched("lightly", loss, inputs, "own _loss"), 2 * plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_pairs_end_where_the_originals_do_under_a_patch(dtype, counts):
+    """A positive opposite to its anchor, negatives equal to it: around where the original's logarithm ends."""
+    x = torch.eye(2, dtype=dtype).repeat_interleave(4, 0)
+    x[1::2] *= -1
+    labels = torch.arange(8) // 2
+    info = torch.finfo(dtype)
+    end = -math.log(info.tiny)
+    served = 0
+    for share in (1.2, 1.01, 0.98, 0.9, 0.5, 0.25):  # of the end: how far the worst pair goes
+        loss = losses.NTXentLoss(2 / (share * end - math.log(8)))
+        want = value_and_grads(lambda x, loss=loss: loss(x, labels), [x])
+        with sk.compat.patch("pytorch_metric_learning"), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*where the original ends a pair's")
+            got = value_and_grads(lambda x, loss=loss: loss(x, labels), [x])
+        if counts()[0][0] == served:
+            assert torch.equal(got[0], want[0])
+            assert torch.equal(got[1][0], want[1][0])
+        elif dtype != torch.bfloat16:
+            assert_near(f"value at {share}", got[0], want[0], 16 * info.eps)
+            assert_near(f"gradient at {share}", got[1][0], want[1][0], 16 * info.eps)
+        served = counts()[0][0]
+    assert counts() == [(2, 4) if dtype == torch.float32 else (3, 3)]
+    assert our_pml.NTXentLoss(0.01)(x, labels) > 190
+
+
+def test_pairs_without_a_bound_are_the_originals_under_a_patch(counts):
+    x = 8 * rows(8, 5)
+    dot = losses.NTXentLoss(0.1, distance=distances.DotProductSimilarity(normalize_embeddings=False))
+    learnt = losses.NTXentLoss(torch.tensor(0.01))
+    for loss, match in ((dot, "not normalised"), (learnt, "tensor as temperature")):
+        want = loss(x, LABELS)
+        assert torch.equal(patched("pytorch_metric_learning", loss, (x, LABELS), match), want)
+    assert counts() == [(0, 2)]
