@@ -204,3 +204,12 @@ def test_the_error_survives_a_pickle():
     assert str(error) == (
         "reducer=Other: the drop-in for library.Loss does not support this; use library.Loss itself for it"
     )
+
+
+def test_timms_average_of_a_model_without_parameters():
+    average = timm.ModelEmaV3(nn.Sequential(nn.ReLU(), nn.BatchNorm1d(2, affine=False)), decay=0.5)
+    model = nn.BatchNorm1d(2, affine=False)
+    model.running_mean += 1
+    average.update(nn.Sequential(nn.ReLU(), model))
+    torch.testing.assert_close(average.module[1].running_mean, torch.full((2,), 0.5))
+    timm.ModelEmaV3(nn.ReLU()).update(nn.ReLU())

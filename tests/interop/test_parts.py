@@ -9,6 +9,7 @@ import warnings
 
 import lightly.loss
 import pytest
+import timm.utils
 import torch
 from interop.helpers import assert_near, assert_same, rows, value_and_grads, views
 from lightly.models.modules.memory_bank import MemoryBankModule
@@ -241,3 +242,47 @@ def test_pairs_without_a_bound_are_the_originals_under_a_patch(counts):
         want = loss(x, LABELS)
         assert torch.equal(patched("pytorch_metric_learning", loss, (x, LABELS), match), want)
     assert counts() == [(0, 2)]
+
+
+class Filtered(torch.nn.BatchNorm1d):
+    def state_dict(self, *args, **kwargs):
+        return {name: x for name, x in super().state_dict(*args, **kwargs).items() if "running" not in name}
+
+
+def filtered(how):
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), Filtered(4) if how == "method" else torch.nn.BatchNorm1d(4))
+    if how == "hook":
+        model[1].register_state_dict_post_hook(
+            lambda module, state, prefix, metadata: state.__delitem__(f"{prefix}running_mean")
+        )
+    return model
+
+
+@pytest.mark.parametrize("how", ["method", "hook"])
+@pytest.mark.parametrize("update", ["update", "set"])
+def test_a_state_dict_of_the_models_own_making(how, update, counts):
+    def averaged():
+        torch.manual_seed(0)
+        average, model = timm.utils.ModelEmaV3(filtered(how), decay=0.9), filtered(how)
+        model(rows(8, 3))
+        getattr(average, update)(model)
+        return list(average.module.parameters()) + list(average.module.buffers())
+
+    want = averaged()
+    with sk.compat.patch("timm"), pytest.warns(UserWarning, match="the state_dict that (Filtered|BatchNorm1d) makes"):
+        got = averaged()
+    assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
+    assert counts() == [(0, 1)]
+
+
+def test_ordinary_models_are_ours_under_a_patch(counts):
+    models = [
+        lambda: torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4)),
+        lambda: torch.compile(torch.nn.Linear(3, 4), backend="eager"),
+        lambda: torch.nn.MultiheadAttention(4, 2),
+        lambda: torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(3, 4)),
+    ]
+    with sk.compat.patch("timm"):
+        for make in models:
+            timm.utils.ModelEmaV3(make()).update(make())
+    assert counts() == [(4, 0)]
