@@ -286,3 +286,16 @@ def test_ordinary_models_are_ours_under_a_patch(counts):
         for make in models:
             timm.utils.ModelEmaV3(make()).update(make())
     assert counts() == [(4, 0)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", ["cos_sim", "dot_score"])
+def test_rankings_of_low_precision_are_float32(name, dtype, counts):
+    loss = MultipleNegativesRankingLoss(torch.nn.Identity(), scale=2.0, similarity_fct=getattr(util, name))
+    inputs = views(6, 5, dtype=dtype)
+    want = loss.compute_loss_from_embeddings(inputs, None)
+    with sk.compat.patch("sentence_transformers"):
+        got = loss.compute_loss_from_embeddings(inputs, None)
+    assert got.dtype == want.dtype
+    assert_near("value", got, want)
+    assert counts() == [(1, 0)]
