@@ -17,6 +17,8 @@ class Named(NamedTuple):
     buffers: dict[str, Tensor]
     scratch: set[str]
     """The names of buffers that are not saved (``persistent=False``)."""
+    tied: bool
+    """Whether a tensor, or a part that holds something, has more names than one."""
 
 
 def named_tensors(module: torch.nn.Module) -> Named:
@@ -31,24 +33,33 @@ def named_tensors(module: torch.nn.Module) -> Named:
     parameters: dict[str, Tensor] = {}
     buffers: dict[str, Tensor] = {}
     scratch: set[str] = set()
-    seen, visited = set(), set()
+    seen, visited, tied = set(), set(), False
     fsdp, wrapped = _shards.fsdp_module_type(), _wrappers.CHILDREN
     ahead = [("", module)]  # a stack: ``named_modules`` has a generator for every module instead
     while ahead:
         prefix, owner = ahead.pop()
         if owner in visited:
+            tied = tied or bool(owner._parameters or owner._buffers or owner._modules)
             continue
         visited.add(owner)
         if fsdp is not None and isinstance(owner, fsdp):
             owner.reshard()  # before its parts are visited, whose parameters it may hold too
         own, own_buffers, parts = owner._parameters, owner._buffers, owner._modules
         for key, tensor in own.items():
-            if tensor is not None and id(tensor) not in seen:
+            if tensor is None:
+                continue
+            if id(tensor) in seen:
+                tied = True
+            else:
                 seen.add(id(tensor))
                 parameters[prefix + key] = tensor
         if own_buffers:
             for key, tensor in own_buffers.items():
-                if tensor is not None and id(tensor) not in seen:
+                if tensor is None:
+                    continue
+                if id(tensor) in seen:
+                    tied = True
+                else:
                     seen.add(id(tensor))
                     buffers[prefix + key] = tensor
             if owner._non_persistent_buffers_set:
@@ -58,7 +69,7 @@ def named_tensors(module: torch.nn.Module) -> Named:
                 if part is not None:
                     transparent = key in wrapped and _wrappers.is_transparent(owner, key)
                     ahead.append((prefix if transparent else f"{prefix}{key}.", part))
-    return Named(parameters, buffers, scratch)
+    return Named(parameters, buffers, scratch, tied)
 
 
 def match(

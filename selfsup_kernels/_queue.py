@@ -5,7 +5,7 @@ import torch
 from selfsup_kernels.functional import info_nce_loss
 
 
-def queue_log_sums(rows, queue, temperature, eps=1e-12, impl="auto"):
+def queue_log_sums(rows, queue, temperature, eps=1e-12, impl="auto", normalize=True):
     r""":math:`\log \sum_j \exp(\langle z_a, \mathrm{queue}_j \rangle / \tau)`, ``(N,)``, in float32 at least.
 
     All rows carry one label: none of them is another's negative then, and ``decoupled`` is this sum minus the mean
@@ -13,7 +13,7 @@ def queue_log_sums(rows, queue, temperature, eps=1e-12, impl="auto"):
 
     Args:
         rows: ``(N, D)`` unit rows.
-        queue: ``(K, D)``, normalised here; no gradient.
+        queue: ``(K, D)``, normalised here unless ``normalize`` is False; no gradient.
     """
     count = len(rows)
     if count == 1:  # a row needs another one of its class, or its loss counts as zero
@@ -24,6 +24,7 @@ def queue_log_sums(rows, queue, temperature, eps=1e-12, impl="auto"):
         objective="decoupled",
         labels=torch.zeros(len(rows), dtype=torch.int64, device=rows.device),
         queue=queue.to(rows.dtype),
+        normalize=normalize,
         eps=eps,
         reduction="none",
         group="local",

@@ -1,5 +1,6 @@
 """Subclasses of drop-ins imported by name: an override of what the original calls is honoured, or refused by name."""
 
+import functools
 import pickle
 
 import pytest
@@ -138,6 +139,22 @@ def test_settings_that_change_later_are_looked_at():
         loss(x, x)
 
 
+def test_parts_that_somebody_has_changed_are_refused():
+    """The drop-ins do not call a bank's forward or the cross entropy: what is put there would be ignored."""
+    x = randn(8, 5)
+    for change in (
+        lambda part: part.register_forward_hook(lambda *args: None),
+        lambda part: part.register_full_backward_hook(lambda *args: None),
+        lambda part: setattr(part, "forward", lambda *args: None),
+    ):
+        for name in ("cross_entropy", "memory_bank"):
+            loss = lightly.NTXentLoss()
+            assert loss(x, x).isfinite()
+            change(getattr(loss, name))
+            with pytest.raises(RuntimeError, match=rf"{name} with its own (hooks|forward).*does not support"):
+                loss(x, x)
+
+
 def test_a_bank_of_a_subclass_starts_as_it_says():
     class Ones(lightly.MemoryBankModule):
         def _init_memory_bank(self, size):
@@ -150,8 +167,9 @@ def test_a_similarity_of_another_origin_is_refused_whatever_its_name():
     def cos_sim(a, b):
         return -a @ b.T
 
-    with pytest.raises(RuntimeError, match=r"similarity_fct=cos_sim.*does not support"):
-        sentence_transformers.MultipleNegativesRankingLoss(nn.Identity(), similarity_fct=cos_sim)
+    for similarity in (cos_sim, functools.wraps(sentence_transformers.cos_sim)(cos_sim)):
+        with pytest.raises(RuntimeError, match=r"similarity_fct=cos_sim.*does not support"):
+            sentence_transformers.MultipleNegativesRankingLoss(nn.Identity(), similarity_fct=similarity)
 
 
 def test_hooks_of_sentence_transformers_and_timm_that_are_called():
@@ -186,3 +204,12 @@ def test_the_error_survives_a_pickle():
     assert str(error) == (
         "reducer=Other: the drop-in for library.Loss does not support this; use library.Loss itself for it"
     )
+
+
+def test_timms_average_of_a_model_without_parameters():
+    average = timm.ModelEmaV3(nn.Sequential(nn.ReLU(), nn.BatchNorm1d(2, affine=False)), decay=0.5)
+    model = nn.BatchNorm1d(2, affine=False)
+    model.running_mean += 1
+    average.update(nn.Sequential(nn.ReLU(), model))
+    torch.testing.assert_close(average.module[1].running_mean, torch.full((2,), 0.5))
+    timm.ModelEmaV3(nn.ReLU()).update(nn.ReLU())

@@ -318,6 +318,27 @@ def test_a_library_that_is_not_installed(monkeypatch):
         sk.compat.patch("no_such_library_here")
 
 
+def test_a_report_does_not_grow_with_shapes(library):
+    with sk.compat.patch("lightly"), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for batch in range(2, 50):
+            with pytest.raises((RuntimeError, IndexError)):
+                DCLLoss()(randn(batch, 3), randn(batch + 1, 4))
+    assert ["out1: expected the shape of out0, (...)" in str(warning.message) for warning in caught] == [True]
+    assert list(sk.compat.report()[LOSS].reasons.values()) == [48]
+
+
+def test_a_report_of_many_reasons(library):
+    for i in range(100):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            _calls.record("some.Loss", f"option={i}")
+        assert len(caught) == (i <= 16)
+    calls = sk.compat.report()["some.Loss"]
+    assert calls.original == sum(calls.reasons.values()) == 100
+    assert calls.reasons["further reasons"] == 84
+
+
 def test_an_empty_report(library):
     assert sk.compat.report() == {}
     assert str(sk.compat.report()) == "no calls of a patched class or function"

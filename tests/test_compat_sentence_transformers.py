@@ -120,12 +120,13 @@ def test_dot_products():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_as_near_as_its_dtype_allows(dtype):
+def test_half_precision_gives_a_float32_loss(dtype):
+    """As in the original, whose similarities convert."""
     inputs = [x.to(dtype) for x in columns(2, batch=40, dim=16)]
     loss = multiple_negatives_ranking_loss(inputs)
-    assert loss.dtype == dtype
+    assert loss.dtype == torch.float32
     want = written_out([x.double() for x in inputs], 20.0, ("query_to_doc",)).item()
-    assert loss.item() == pytest.approx(want, rel=2 * torch.finfo(dtype).eps)
+    assert loss.item() == pytest.approx(want, rel=2e-5)
     with torch.autocast("cpu", torch.bfloat16):
         loss = multiple_negatives_ranking_loss(inputs)
     assert loss.dtype == torch.float32

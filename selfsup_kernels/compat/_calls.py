@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+_MOST_REASONS = 16
+"""Of one class or function that are told apart: a report does not grow for ever, nor do its warnings."""
 _lock = threading.Lock()
 _calls: dict[str, "Calls"] = {}
 
@@ -53,6 +55,8 @@ def record(name: str, reason: str | None) -> None:
     """Count a call; a reason why the original computed it is warned of the first time."""
     with _lock:
         calls = _calls.get(name, Calls(0, 0, Counter()))
+        if reason is not None and reason not in calls.reasons and len(calls.reasons) >= _MOST_REASONS:
+            reason = "further reasons"
         first = reason is not None and not calls.reasons[reason]
         if reason is None:
             calls = calls._replace(ours=calls.ours + 1)

@@ -1,9 +1,11 @@
 """What the drop-ins share."""
 
 import contextlib
+import types
 
 import torch
 from torch import nn
+from torch.nn.modules import module as torch_module
 
 from selfsup_kernels import _validate as check
 from selfsup_kernels.functional import info_nce_loss
@@ -66,9 +68,63 @@ def overridden(module, methods) -> list[str]:
 
 
 def is_from(library: str, value, names) -> bool:
-    """Whether ``value``, a function or class, has one of these names in the library or in this package."""
-    module, name = getattr(value, "__module__", None) or "", getattr(value, "__name__", None)
-    return name in names and module.partition(".")[0] in (library, "selfsup_kernels")
+    """Whether ``value``, a function or class, has one of these names in the library or in this package.
+
+    A wrapper is not: ``functools.wraps`` gives it the name and the module of what it wraps.
+    """
+    if getattr(value, "__name__", None) not in names or hasattr(value, "__wrapped__"):
+        return False
+    return _package(value) in (library, "selfsup_kernels")
+
+
+def is_own(library: str, function) -> bool:
+    """Whether a method is the library's or ours, bare or in decorators of torch or its own: no user's."""
+    while hasattr(function, "__wrapped__"):
+        where = getattr(function, "__globals__", {}).get("__name__", "")
+        if where.partition(".")[0] not in (library, "selfsup_kernels", "torch"):
+            return False
+        function = function.__wrapped__
+    return _package(function) in (library, "selfsup_kernels")
+
+
+def _package(value):
+    return (getattr(value, "__module__", None) or "").partition(".")[0]
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_methods_of: dict[type, dict] = {}
+
+
+def altered(module, part, library: str) -> list[str]:
+    """What makes a part of ``module`` compute something else than its class in ``library`` does.
+
+    The originals call their parts and the drop-ins do not. These are the names of methods that somebody has replaced in
+    the part or its class, and ``"hooks"``: those of the part, and under ``compat.patch`` those of all modules.
+    """
+    found = overridden(part, _methods_of.get(type(part)) or _methods(type(part), library))
+    every = not isinstance(module, DropIn) and torch_module._has_any_global_hook()
+    if every or any(getattr(part, name, None) for name in _HOOKS):
+        found.append("hooks")
+    return found
+
+
+@torch.compiler.assume_constant_result
+def _methods(kind, library):
+    """name -> function of a class's methods but nn.Module's; None in place of one that is not the library's."""
+    methods = {}
+    for base in kind.__mro__:
+        if base not in (nn.Module, object):
+            methods |= {name: getattr(kind, name, None) for name in vars(base)}
+    methods = {
+        name: method if is_own(library, method) else None
+        for name, method in methods.items()
+        if (name == "__call__" or not name.startswith("__"))
+        and callable(method)
+        and not isinstance(method, (types.MethodType, type))
+    }
+    if None not in methods.values():
+        _methods_of[kind] = methods
+    return methods
 
 
 def pair(first_name: str, first, second_name: str, second) -> None:

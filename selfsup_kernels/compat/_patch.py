@@ -3,6 +3,7 @@
 import functools
 import importlib
 import importlib.util
+import re
 import sys
 import threading
 import types
@@ -10,7 +11,7 @@ import types
 import torch
 
 from selfsup_kernels.compat._calls import record
-from selfsup_kernels.compat._common import Unsupported, overridden
+from selfsup_kernels.compat._common import Unsupported, is_own, overridden
 from selfsup_kernels.compat._table import TABLE, TESTED
 
 _lock = threading.RLock()
@@ -53,7 +54,7 @@ def patch(name: str) -> "Patch":
         raise TypeError(f"name: expected a library's name, got {type(name).__name__}")
     library = name.replace("-", "_")
     if library not in TABLE:
-        raise ValueError(f"name: expected one of {', '.join(TABLE)}, got {name!r}")
+        raise ValueError(f"name: expected one of {', '.join(TABLE)}, as in an import, got {name!r}")
     with _lock:
         handles = _handles.setdefault(library, [])
         changes = handles[0].changes if handles else _changes(library)
@@ -128,11 +129,7 @@ class _Method:
         self.inherited = method not in vars(cls)
         hooks = {hook: getattr(cls, hook) for hook in getattr(ours, "hooks", ())}
         # What a user has put into the library's class before this, which is not to be undone.
-        changed = [
-            hook
-            for hook, function in {method: self.original, **hooks}.items()
-            if function.__module__.partition(".")[0] != library
-        ]
+        changed = [hook for hook, function in {method: self.original, **hooks}.items() if not is_own(library, function)]
         self.replacement = self._dispatch(getattr(ours, method), hooks, changed)
 
     def make(self):
@@ -193,8 +190,10 @@ def _attempt(ours, *args, **kwargs):
     except torch.OutOfMemoryError:
         raise
     except (TypeError, ValueError, RuntimeError) as error:
-        reason = error.args[-1] if isinstance(error, Unsupported) else str(error)
-        return reason.partition(", got ")[0], None
+        if isinstance(error, Unsupported):
+            return error.args[-1], None
+        # Without this call's values and shapes, so that further calls have the same reason.
+        return re.sub(r"\(\d+,[\d, ]*\)", "(...)", str(error).partition(", got ")[0]), None
 
 
 def _swap(first, second) -> None:

@@ -10,7 +10,8 @@ from selfsup_kernels.compat._common import narrow
 def queue_contrast_loss(anchors, positives, queue, temperature):
     r"""``mean_i [ log(exp(P_i) + sum_j exp(S_ij)) - P_i ]`` over the queue's rows j (MoCo, arXiv:1911.05722, eq. 1).
 
-    Scores are cosines over ``temperature``, for the queue too. Gradients flow to anchors and positives. Memory is
+    Scores are inner products with normalised anchors and positives over ``temperature``; the queue's rows are taken as
+    they are. Gradients flow to anchors and positives. Memory is
     linear in all rows.
 
     Args:
@@ -22,9 +23,10 @@ def queue_contrast_loss(anchors, positives, queue, temperature):
         The loss in the dtype of the anchors; in float32 at least under autocast.
     """
     a, p = unit_rows(anchors), unit_rows(positives)
-    negative = queue_log_sums(a, queue, temperature)
-    # LSE(n, p) - p, without cancellation
-    return narrow(F.softplus(negative - (a * p).sum(-1) / temperature, threshold=700).mean(), anchors)
+    negative = queue_log_sums(a, queue, temperature, normalize=False)
+    apart = negative - (a * p).sum(-1) / temperature
+    # LSE(n, p) - p, without cancellation and without overflow
+    return narrow(torch.logaddexp(apart, torch.zeros_like(apart)).mean(), anchors)
 
 
 def unit_rows(x):

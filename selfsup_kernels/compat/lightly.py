@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from selfsup_kernels.compat._common import DropIn, is_from, narrow, pair, unsupported, wide_loss
+from selfsup_kernels.compat._common import DropIn, altered, is_from, narrow, pair, unsupported, wide_loss
 from selfsup_kernels.compat._processes import every_process
 from selfsup_kernels.compat._queue import queue_contrast_loss, unit_rows
 from selfsup_kernels.distributed import gather_rows
@@ -258,13 +258,17 @@ def update_momentum(model, model_ema, m):
 
 def _check_ntxent(module):
     _check_temperature(module, NTXentLoss)
-    bank = type(module.memory_bank)
-    if not is_from("lightly", bank, ["MemoryBankModule"]):
-        raise unsupported(NTXentLoss.original, f"memory_bank={bank.__name__}")
-    entropy = module.cross_entropy
+    bank, entropy = module.memory_bank, module.cross_entropy
+    if not is_from("lightly", type(bank), ["MemoryBankModule"]):
+        raise unsupported(NTXentLoss.original, f"memory_bank={type(bank).__name__}")
+    if not bank.feature_dim_first:
+        raise unsupported(NTXentLoss.original, "memory_bank with feature_dim_first=False")
     plain = type(entropy) is nn.CrossEntropyLoss and entropy.reduction == "mean" and entropy.weight is None
     if not plain or entropy.label_smoothing != 0 or entropy.ignore_index >= 0:
         raise unsupported(NTXentLoss.original, f"cross_entropy={entropy!r}")
+    for name, part, library in (("memory_bank", bank, "lightly"), ("cross_entropy", entropy, "torch")):
+        if changes := altered(module, part, library):
+            raise unsupported(NTXentLoss.original, f"{name} with its own {', '.join(changes)}")
 
 
 def _check_temperature(module, drop_in):

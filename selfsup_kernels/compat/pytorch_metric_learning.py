@@ -1,11 +1,12 @@
 """Drop-ins for pytorch-metric-learning 2.9.0: ``losses.NTXentLoss`` and ``losses.SupConLoss``."""
 
+import math
 from typing import NamedTuple
 
 import torch
 
 from selfsup_kernels import _validate as check
-from selfsup_kernels.compat._common import DropIn, is_from, narrow, unsupported, wide_loss
+from selfsup_kernels.compat._common import DropIn, altered, is_from, narrow, unsupported, wide_loss
 
 __all__ = ["NTXentLoss", "SupConLoss"]
 
@@ -84,8 +85,8 @@ class NTXentLoss(_PairLoss):
 
     def forward(self, embeddings, labels=None, indices_tuple=None, ref_emb=None, ref_labels=None):
         """The loss of ``(B, D)`` embeddings with ``(B,)`` labels. The other arguments must be None."""
-        if not isinstance(self, NTXentLoss) and _scores_dtype(embeddings) == torch.float16:
-            raise unsupported(NTXentLoss.original, "float16, where the original ends a pair's loss at 9.7")
+        if not isinstance(self, NTXentLoss):
+            _check_end(self, embeddings)
         return _ntxent(self, embeddings, labels, indices_tuple, ref_emb, ref_labels)
 
 
@@ -168,7 +169,12 @@ class _Loss(NamedTuple):
             pass
         elif getattr(module.loss_method, "__func__", None) is not method:
             raise unsupported(self.original, f"another loss_method than {self.method}")
-        return self._normalize(module.distance), self.reducers[self._reducer(module.reducer)]
+        found = self._normalize(module.distance), self.reducers[self._reducer(module.reducer)]
+        for name in ("distance", "reducer"):
+            part = getattr(module, name)
+            if part is not None and (changes := altered(module, part, _LIBRARY)):
+                raise unsupported(self.original, f"{name}={type(part).__name__} with its own {', '.join(changes)}")
+        return found
 
     def _normalize(self, distance):
         if distance is None:
@@ -179,6 +185,8 @@ class _Loss(NamedTuple):
                 self.original,
                 f"distance={type(distance).__name__} other than {' and '.join(names)} with p=2 and power=1",
             )
+        if not getattr(distance, "is_inverted", True):
+            raise unsupported(self.original, f"distance={type(distance).__name__} with is_inverted=False")
         return bool(distance.normalize_embeddings)
 
     def _reducer(self, reducer):
@@ -226,6 +234,25 @@ _supcon = _Loss(
         "SumReducer": _with_negatives(torch.sum),
     },
 )
+
+
+def _check_end(module, embeddings):
+    """Under ``compat.patch``, pairs whose loss may come near where the original ends it are left to the original."""
+    dtype = _scores_dtype(embeddings)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        return  # an error that comes later
+    if not getattr(module.distance, "normalize_embeddings", True):
+        raise unsupported(NTXentLoss.original, "rows that are not normalised, whose loss may reach the original's end")
+    if isinstance(module.temperature, torch.Tensor):
+        raise unsupported(
+            NTXentLoss.original, "a tensor as temperature, which may be one where the original's loss ends"
+        )
+    info = torch.finfo(dtype)
+    end = -math.log(info.tiny)
+    # A pair's loss is at most 2 / T + log B. The original's is off by exp(that - end), here less than a rounding.
+    if not 2 / module.temperature + math.log(max(len(embeddings), 1)) < end + math.log(info.eps):
+        name = str(dtype).removeprefix("torch.")
+        raise unsupported(NTXentLoss.original, f"{name} losses near {end:.1f}, where the original ends a pair's")
 
 
 def _integer_labels(labels, embeddings):

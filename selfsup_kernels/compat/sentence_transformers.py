@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from selfsup_kernels.compat._common import is_from, narrow, pair, unsupported
+from selfsup_kernels.compat._common import is_from, pair, unsupported
 from selfsup_kernels.compat._gradient import ScaleGradient
 from selfsup_kernels.compat._one_way import OneWay
 from selfsup_kernels.compat._processes import every_process
@@ -141,7 +141,7 @@ def multiple_negatives_ranking_loss(
         losses = (to_documents + from_documents[0]) / 2
     else:
         losses = torch.logsumexp(torch.stack([to_documents, *from_documents]), 0)
-    return narrow(losses.mean(), embeddings[0])
+    return losses.mean()  # in float32 at least, as the original's similarities convert
 
 
 class _Parts:

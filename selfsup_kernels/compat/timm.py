@@ -1,5 +1,7 @@
 """A drop-in for timm's moving average of a model."""
 
+import itertools
+
 import torch
 
 from selfsup_kernels import _tensor_lists as lists
@@ -30,6 +32,8 @@ class ModelEmaV3(DropIn):
     - Models that ``copy.deepcopy`` refuses for a process group or a kept output are copied: see
       :class:`selfsup_kernels.EMA`.
     - Tied weights move once per update; timm moves them once per name, that is with the square of the decay.
+    - Tensors that a hook or a method of the model leaves out of its ``state_dict`` move too; timm leaves them alone.
+    - A model may have no parameters.
     - ``stochastic_rounding`` draws other random numbers than timm's, from the same expectation.
     - :class:`selfsup_kernels.EMA` in timm's terms: ``buffers="average"``, or ``"copy"`` for ``exclude_buffers``.
 
@@ -83,7 +87,8 @@ class ModelEmaV3(DropIn):
             self.module.to(device=device)
         if dtype is not None:
             self.module.to(dtype=dtype)
-        self._sr_generator = torch.Generator(device=next(self.module.parameters()).device)
+        tensors = itertools.chain(self.module.parameters(), self.module.buffers())
+        self._sr_generator = torch.Generator(device=next((x.device for x in tensors), "cpu"))
         self._sr_generator.manual_seed(stochastic_rounding_seed)
 
     def get_decay(self, step=None):
@@ -107,9 +112,10 @@ class ModelEmaV3(DropIn):
     @torch.no_grad()
     def apply_update_(self, model, decay):
         """Average what is floating in the ``state_dict``, copy the rest of it; buffers that are not in it stay."""
-        _check_tied(self)
+        _check_state(self, model)
         parts: dict[bool, list] = {True: [], False: []}
-        for pairs in ModelEmaV3._pairs(self, model, persistent=True):
+        # Under compat.patch, where this is timm's own object, tied weights are left to timm: it moves them once a name.
+        for pairs in ModelEmaV3._pairs(self, model, persistent=True, tied=isinstance(self, ModelEmaV3)):
             for pair in pairs:
                 parts[pair[0].is_floating_point()].append(pair)
         ModelEmaV3._move(self, parts[True], parts[False], decay)
@@ -122,6 +128,7 @@ class ModelEmaV3(DropIn):
     @torch.no_grad()
     def set(self, model):
         """Copy everything in the model's ``state_dict``."""
+        _check_state(self, model)
         ModelEmaV3._move(
             self, [], [pair for pairs in ModelEmaV3._pairs(self, model, persistent=True) for pair in pairs], 0.0
         )
@@ -129,9 +136,14 @@ class ModelEmaV3(DropIn):
     def forward(self, *args, **kwargs):
         return self.module(*args, **kwargs)
 
-    def _pairs(self, model, persistent):
-        """[(target, source, name)] of parameters and of buffers; ``persistent``: only those in a ``state_dict``."""
+    def _pairs(self, model, persistent, tied=True):
+        """[(target, source, name)] of parameters and of buffers; ``persistent``: only those in a ``state_dict``.
+
+        Without ``tied``, tied weights are refused.
+        """
         own, theirs = named_tensors(_wrappers.inner(self.module)), named_tensors(_wrappers.inner(model))
+        if own.tied and not tied:
+            raise unsupported(ModelEmaV3.original, "tied weights, which timm moves once per name")
         optional = frozenset() if persistent else optional_names(own, theirs)
         buffers = [
             {name: x for name, x in side.buffers.items() if not (persistent and name in side.scratch)}
@@ -163,13 +175,33 @@ class ModelEmaV3(DropIn):
             lists.copy_(lanes)
 
 
-def _check_tied(ema):
-    """Under ``compat.patch``, where ``ema`` is timm's own, tied weights are left to timm: it moves them once a name."""
+_STATE = ("state_dict", "_save_to_state_dict", "get_extra_state")
+_HOOKS = ("_state_dict_hooks", "_state_dict_pre_hooks")
+
+
+def _check_state(ema, model):
+    """Under ``compat.patch``, with timm's own object, a model that makes its ``state_dict`` itself is left to timm.
+
+    A method or a hook of its modules may leave tensors out. Looking for one takes less time than making the dictionary.
+    """
     if isinstance(ema, ModelEmaV3):
         return
-    state = ema.module.state_dict(keep_vars=True).values()
-    if len(state) != len({id(tensor) for tensor in state}):
-        raise unsupported(ModelEmaV3.original, "tied weights, which timm moves once per name")
+    plain = set()
+    state, save, extra = _STATE
+    hooks, hooks_before = _HOOKS
+    ahead = [ema.module, model]
+    while ahead:
+        part = ahead.pop()
+        if part is None:
+            continue
+        kind, own = type(part), part.__dict__
+        if kind not in plain and all(getattr(kind, name) is getattr(torch.nn.Module, name) for name in _STATE):
+            plain.add(kind)
+        changed = kind not in plain or own[hooks] or own[hooks_before]
+        if changed or state in own or save in own or extra in own:
+            raise unsupported(ModelEmaV3.original, f"the state_dict that {kind.__name__} makes")
+        if parts := part._modules:
+            ahead += parts.values()
 
 
 def _columns(pairs):
