@@ -59,7 +59,10 @@ def unchanged_on_error(module: nn.Module, *, values: bool):
     """
     owned = [(named, dict(named.items())) for m in module.modules() for named in (m._parameters, m._buffers)]
     tensors = {id(x): x for _, before in owned for x in before.values() if x is not None}
-    kept = [(x, x.detach().clone()) for x in tensors.values() if values and not nn.parameter.is_lazy(x)]
+    swapped = not values and torch.__future__.get_swap_module_params_on_conversion()
+    filled = [x for x in tensors.values() if not nn.parameter.is_lazy(x)]
+    kept = [(x, x.detach().clone()) for x in filled] if values else []
+    memory = [(x, x.detach()) for x in filled] if swapped else []
     extra = [(m, copy.deepcopy(m.get_extra_state())) for m in module.modules() if _has_extra_state(type(m))]
     try:
         yield
@@ -70,6 +73,8 @@ def unchanged_on_error(module: nn.Module, *, values: bool):
             for name, tensor in before.items():
                 if named[name] is not tensor:
                     named[name] = tensor
+        for tensor, value in memory:
+            tensor.data = value
         with torch.no_grad():
             for tensor, value in kept:
                 tensor.copy_(value)

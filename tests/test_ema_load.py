@@ -89,6 +89,16 @@ class Noted(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
+@pytest.fixture(params=[False, True], ids=["copies", "swaps"])
+def _swap(request):
+    """What ``torch.__future__`` can make of loading: parameters swap their contents with the new ones."""
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(request.param)
+    yield
+    torch.__future__.set_swap_module_params_on_conversion(before)
+
+
+@pytest.mark.usefixtures("_swap")
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("strict", [False, True])
 def test_a_refused_load_has_changed_nothing(assign, strict):
