@@ -79,7 +79,7 @@ def facts(header):
     lines = [m.device_line(header)]
     peers = ", ".join(f"{name} {version}" for name, version in sorted((header.get("peers") or {}).items()))
     if peers:
-        lines.append(f"Beside it: {peers}.")
+        lines.append(f"Compared with: {peers}.")
     rates = [f"{m.rate(value)} ({dtype})" for dtype, value in (header.get("matrix_product_tflops") or {}).items()]
     if rates:
         lines.append(f"A large matrix product ran at {', '.join(rates)} in the same run.")

@@ -44,26 +44,18 @@ def named_tensors(module: torch.nn.Module) -> Named:
         visited.add(owner)
         if fsdp is not None and isinstance(owner, fsdp):
             owner.reshard()  # before its parts are visited, whose parameters it may hold too
-        own, own_buffers, parts = owner._parameters, owner._buffers, owner._modules
-        for key, tensor in own.items():
-            if tensor is None:
-                continue
-            if id(tensor) in seen:
-                tied = True
-            else:
-                seen.add(id(tensor))
-                parameters[prefix + key] = tensor
-        if own_buffers:
-            for key, tensor in own_buffers.items():
+        parts = owner._modules
+        for found, own in ((parameters, owner._parameters), (buffers, owner._buffers)):
+            for key, tensor in own.items():
                 if tensor is None:
                     continue
                 if id(tensor) in seen:
                     tied = True
                 else:
                     seen.add(id(tensor))
-                    buffers[prefix + key] = tensor
-            if owner._non_persistent_buffers_set:
-                scratch.update([prefix + key for key in owner._non_persistent_buffers_set])
+                    found[prefix + key] = tensor
+        if owner._non_persistent_buffers_set:
+            scratch.update([prefix + key for key in owner._non_persistent_buffers_set])
         if parts:
             for key, part in reversed(parts.items()):  # so that the first one is taken first
                 if part is not None:

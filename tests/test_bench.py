@@ -292,7 +292,7 @@ def test_a_rival_that_fails_hides_nothing(own, monkeypatch):
 
 
 def test_what_takes_too_long_is_skipped(own, monkeypatch):
-    """The slow one by its own clock; how long ours takes does not matter beside it."""
+    """The slow one by its own clock; how long ours takes does not matter."""
     for row in measured([rivals.OURS, "own_losses:slow"], seconds=1000.0, rounds=3):
         assert set(row["times"]) == {rivals.OURS}
         note = row["unavailable"]["own_losses:slow"]

@@ -121,7 +121,7 @@ def check_info_nce(draw, place, dtype, arguments, views, t, queue, upstream, los
             # Equal anchors round alike: what each is off by adds up.
             draws.append((loss.norm().item(), dz.norm().item(), (share.abs() * slope.abs()).sum().item()))
         terms = share.abs() * mass(h, t.number, queue, arguments)
-        # A coefficient is exp(score - table), of a score that the backward computes anew: it is off by a rounding of
+        # A coefficient is exp(score - table), of a score that the backward computes again: it is off by a rounding of
         # the score. That is relative, so a loss near zero keeps its digits.
         summed = eps * (math.sqrt(columns) + score) / t.number + of_rows / t.number
         in_rows = summed * longest * (2 * terms.norm() + terms.sum() / math.sqrt(anchors)).item()
