@@ -15,6 +15,7 @@ from selfsup_kernels.autograd.byol import BYOL
 from selfsup_kernels.autograd.info_nce import InfoNCE
 from selfsup_kernels.autograd.info_nce_group import GroupInfoNCE
 from selfsup_kernels.objectives import LABEL_OBJECTIVES, OBJECTIVES
+from selfsup_kernels.reference import eager
 from selfsup_kernels.stats import ContrastiveStats, contrastive_stats
 
 __all__ = ["ContrastiveStats", "byol_loss", "contrastive_stats", "ema_update_", "info_nce_loss"]
@@ -98,10 +99,20 @@ def info_nce_loss(
         call = _check_info_nce(*arguments)
         if queue is None:
             check.samples(call.matrices[0].shape[0])
-        loss = apply(InfoNCE, *call.constants, *call.tensors)
+        loss = _info_nce(call)
     else:
         loss, call = _group_info_nce(group, arguments)
     return loss if call.autocast else loss.to(call.matrices[0].dtype)
+
+
+def _info_nce(call):
+    impl, _, objective, *_ = call.constants
+    if impl == "reference":
+        queue = call.tensors[2]
+        sizes = len(call.matrices), 0 if queue is None else len(queue)
+        if eager.takes_info_nce(call.matrices[0], *sizes, OBJECTIVES[objective]):
+            return eager.info_nce_loss(*call.constants[1:], *call.tensors)
+    return apply(InfoNCE, *call.constants, *call.tensors)
 
 
 class _InfoNCECall(NamedTuple):
@@ -248,7 +259,11 @@ def byol_loss(predictions, targets, *, eps=1e-12, reduction="mean", impl="auto")
             both, _ = _one_dtype([*p, *t], None)
             p, t = both[: len(p)], both[len(p) :]
         tensors = [*p, *map(_constant, t)]
-    loss = apply(BYOL, impl, eps, reduction, stacked, 1 if stacked else len(p), *tensors)
+    constants = (eps, reduction, stacked, 1 if stacked else len(p))
+    if impl == "reference" and eager.takes_byol(p[0]):
+        loss = eager.byol_loss(*constants, *tensors)
+    else:
+        loss = apply(BYOL, impl, *constants, *tensors)
     if pairs and loss.dim():
         loss = loss.squeeze(0)
     return loss if autocast else loss.to(dtype)

@@ -92,9 +92,7 @@ def impls_of(name: str) -> tuple[str, ...]:
 _library = torch.library.Library(NAMESPACE, "DEF")
 for _name, _schema in SCHEMAS.items():
     for _impl in impls_of(_name):
-        # The reference may keep the scores for the backward.
-        _own = _schema.replace("Tensor order", "Tensor order, Tensor scores") if _impl == "reference" else _schema
-        _library.define(f"{_name}.{_impl}{_own}")
+        _library.define(f"{_name}.{_impl}{_schema}")
 for _name, _schema in CUDA_STAGES.items():
     _library.define(f"{_name}.cuda{_schema}")
 
@@ -138,19 +136,6 @@ def _info_nce_forward_fake(
         new((0 if queue is None else queue.shape[0], dim), dtype=acc),
         new((0 if labels is None else batch,), dtype=torch.int64),
     )
-
-
-def _info_nce_forward_fake_reference(views, labels, queue, temperature_tensor, temperature, objective, *rest):
-    from selfsup_kernels.reference.info_nce import held_shape
-
-    outputs = _info_nce_forward_fake(views, labels, queue, temperature_tensor, temperature, objective, *rest)
-    z, zq, count = outputs[1], outputs[5], rest[5] if len(rest) > 5 else -1
-    shape = held_shape(z.shape[0], len(views), zq.shape[0], objective, z.dtype, count)
-    return (*outputs, z.new_empty(shape))
-
-
-def _info_nce_backward_fake_reference(grad, z, rnorm, logw, coef, zq, order, scores, *rest):
-    return _info_nce_backward_fake(grad, z, rnorm, logw, coef, zq, order, *rest)
 
 
 def _info_nce_backward_fake(
@@ -242,10 +227,6 @@ _FAKES = {
     "fused_adamw_": _in_place_fake,
 }
 _FAKES_OF = {
-    "reference": {
-        "info_nce_forward": _info_nce_forward_fake_reference,
-        "info_nce_backward": _info_nce_backward_fake_reference,
-    },
     "triton": {"info_nce_forward": _info_nce_forward_fake_gpu},
     "cuda": {"info_nce_forward": _info_nce_forward_fake_gpu},
 }

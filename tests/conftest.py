@@ -20,6 +20,7 @@ from profile_cases import CountedTime
 
 from selfsup_kernels import backends
 from selfsup_kernels.profile.recorder import CPUClock
+from selfsup_kernels.reference import eager
 
 # Without deadlines, since a first call may compile, and without the check that examples are made fast enough, which a
 # busy machine fails; derandomized, so that a failure is a failure on every run.
@@ -76,6 +77,27 @@ def pytest_sessionstart(session):
 @pytest.fixture(params=IMPLS)
 def impl(request):
     return request.param
+
+
+@pytest.fixture(params=IMPLS)
+def op_impl(request, monkeypatch):
+    """As ``impl``, for what the ops alone promise: "reference" is its op, and not autograd's, on few samples too."""
+    _without_autograd(monkeypatch)
+    return request.param
+
+
+@pytest.fixture(params=[*IMPLS, "the reference's op"])
+def each_impl(request, monkeypatch):
+    """As ``impl``, with the op of the reference besides."""
+    if request.param in IMPLS:
+        return request.param
+    _without_autograd(monkeypatch)
+    return "reference"
+
+
+def _without_autograd(monkeypatch):
+    for name in ("takes_info_nce", "takes_byol"):
+        monkeypatch.setattr(eager, name, lambda *_: False)
 
 
 @pytest.fixture(autouse=True)

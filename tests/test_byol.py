@@ -7,6 +7,12 @@ from helpers import LOW_PRECISION, assert_within, randn
 from selfsup_kernels import byol_loss
 from selfsup_kernels.reference import dense
 
+
+@pytest.fixture
+def impl(each_impl):
+    return each_impl
+
+
 SIZES = [(2, 2, 1), (2, 1, 1030), (3, 17, 5), (5, 129, 33), (2, 129, 128), (3, 300, 1030), (2, 3, 257)]
 pytestmark = pytest.mark.sanitize
 

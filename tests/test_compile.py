@@ -106,7 +106,7 @@ def test_autocast_inside_compile(impl):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *LOW_PRECISION])
-def test_autocast_gives_float32_without_upcasting(impl, dtype, monkeypatch):
+def test_autocast_gives_float32_without_upcasting(op_impl, dtype, monkeypatch):
     """The embeddings reach the op as they are; the loss is what the loss of the upcast embeddings is."""
     from selfsup_kernels import backends
 
@@ -125,13 +125,13 @@ def test_autocast_gives_float32_without_upcasting(impl, dtype, monkeypatch):
     for function in (info_nce_loss, lambda v, impl: byol_loss(v, target.to(v), impl=impl)):
         seen.clear()
         with torch.autocast("cpu", torch.bfloat16):
-            loss = function(x, impl=impl)
+            loss = function(x, impl=op_impl)
         (grad,) = torch.autograd.grad(loss, x)
         assert seen[0] == dtype
         assert loss.dtype == torch.float32
         assert grad.dtype == dtype
-        assert function(x, impl=impl).dtype == dtype
-        assert_within("loss", loss, function(x.detach().double(), impl=impl))
+        assert function(x, impl=op_impl).dtype == dtype
+        assert_within("loss", loss, function(x.detach().double(), impl=op_impl))
 
 
 def test_mixed_dtypes_under_autocast(impl):
@@ -148,13 +148,24 @@ def test_mixed_dtypes_under_autocast(impl):
     assert x.grad.dtype == torch.float32
 
 
-def test_backward_inside_autocast(impl):
+def test_backward_inside_autocast(op_impl):
     x = randn(2, 12, 8).requires_grad_()
-    info_nce_loss(x, impl=impl).backward()
+    info_nce_loss(x, impl=op_impl).backward()
     want, x.grad = x.grad, None
     with torch.autocast("cpu", torch.bfloat16):
-        info_nce_loss(x, impl=impl).backward()
+        info_nce_loss(x, impl=op_impl).backward()
     assert torch.equal(x.grad, want)
+
+
+def test_jit_trace(op_impl):
+    """TorchScript finds an op by its name and arguments alone, whatever its overload is called."""
+    x, y = randn(2, 12, 8), randn(2, 12, 8, seed=1)
+
+    def loss(x, y):
+        return info_nce_loss(x, impl=op_impl) + byol_loss(x, y, impl=op_impl)
+
+    traced = torch.jit.trace(loss, (x, y))
+    assert torch.equal(traced(y, x), loss(y, x))
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -8,6 +8,12 @@ from selfsup_kernels import info_nce_loss
 from selfsup_kernels.objectives import LABEL_OBJECTIVES, OBJECTIVES
 from selfsup_kernels.reference import dense
 
+
+@pytest.fixture
+def impl(each_impl):
+    return each_impl
+
+
 TEMPERATURES = [0.5, 0.1, 0.07, 0.02, 0.01, 0.005]
 SIZES = [(2, 2, 1), (2, 3, 1030), (3, 17, 5), (5, 2, 64), (2, 129, 128), (3, 129, 7), (5, 129, 33), (2, 300, 1030)]
 

@@ -11,6 +11,11 @@ from selfsup_kernels.objectives import LABEL_OBJECTIVES, OBJECTIVES
 from selfsup_kernels.reference import dense
 
 
+@pytest.fixture
+def impl(each_impl):
+    return each_impl
+
+
 @pytest.mark.sanitize
 @pytest.mark.parametrize("dtype", LOW_PRECISION)
 @pytest.mark.parametrize("temperature", [0.5, 0.02])
@@ -55,14 +60,14 @@ def test_large_losses_with_labels(impl, objective):
 
 @pytest.mark.parametrize("temperature", [0.4, 0.2, 0.1])
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_near_zero_loss(impl, objective, temperature):
+def test_near_zero_loss(op_impl, objective, temperature):
     """Positives all but identical, negatives opposite: losses down to 1e-8, where ``softmax - 1`` has no digits left.
 
     Stricter than elsewhere: the eager float32 loss, which loses its digits here, is not the yardstick.
     """
     direction = randn(32, seed=3)
     views = torch.stack([direction, -direction]).expand(2, 2, 32) + 0.05 * randn(2, 2, 32, seed=4)
-    got = run(info_nce_loss, views, temperature, objective=objective, impl=impl)
+    got = run(info_nce_loss, views, temperature, objective=objective, impl=op_impl)
     exact = torch.tensor(temperature).double()
     want = run(dense.info_nce_loss, views.double(), exact, objective=objective)
     if objective != "decoupled":
@@ -78,7 +83,7 @@ def test_near_zero_loss(impl, objective, temperature):
 @pytest.mark.parametrize("positive", ["same", "opposite", "orthogonal"])
 @pytest.mark.parametrize("temperature", [0.1, 0.0128, 0.01, 0.005, 0.002])
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_negatives_opposite_to_the_anchor(impl, objective, temperature, positive, dtype):
+def test_negatives_opposite_to_the_anchor(op_impl, objective, temperature, positive, dtype):
     """Every negative at the lowest score there is: a sum of exponentials with a fixed reference comes out as zero."""
     direction = torch.zeros(24, dtype=torch.float64)
     direction[0] = 1
@@ -88,13 +93,13 @@ def test_negatives_opposite_to_the_anchor(impl, objective, temperature, positive
         views[1:, 5] = direction + 0.01 * randn(2, 24, dtype=torch.float64, seed=1)
     if positive == "orthogonal":
         views[1:, 5] = torch.roll(direction, 1)
-    compare_info_nce(impl, views.to(dtype), temperature, objective=objective, cancels=True)
+    compare_info_nce(op_impl, views.to(dtype), temperature, objective=objective, cancels=True)
 
 
 @pytest.mark.sanitize
 @pytest.mark.parametrize("temperature", [0.01, 0.005])
 @pytest.mark.parametrize("objective", LABEL_OBJECTIVES)
-def test_negatives_opposite_with_labels_and_queue(impl, objective, temperature):
+def test_negatives_opposite_with_labels_and_queue(op_impl, objective, temperature):
     direction = torch.zeros(24)
     direction[0] = 1
     views = -direction + 0.01 * randn(2, 19, 24)
@@ -102,7 +107,7 @@ def test_negatives_opposite_with_labels_and_queue(impl, objective, temperature):
     labels = torch.tensor([7, 7] + [3] * 17)
     queue = -direction + 0.01 * randn(9, 24, seed=1)
     for extra in ({"labels": labels, "queue": queue}, {"labels": labels}, {"queue": queue}):
-        compare_info_nce(impl, views, temperature, objective=objective, cancels=True, **extra)
+        compare_info_nce(op_impl, views, temperature, objective=objective, cancels=True, **extra)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *LOW_PRECISION])
@@ -163,7 +168,7 @@ def nonfinite(x):
     ("objective", "form"),
     [*product(OBJECTIVES, ["plain", "core", "unnormalised"]), *product(LABEL_OBJECTIVES, ["labels"])],
 )
-def test_nan_and_inf_reach_what_they_reach_in_the_dense_loss(impl, objective, form, where, value):
+def test_nan_and_inf_reach_what_they_reach_in_the_dense_loss(op_impl, objective, form, where, value):
     views, queue = randn(3, 70, 8), randn(5, 8, seed=1)
     (views[1] if where == "views" else queue)[2, 3] = value
     arguments = {
@@ -176,7 +181,7 @@ def test_nan_and_inf_reach_what_they_reach_in_the_dense_loss(impl, objective, fo
     if form == "labels":
         arguments["labels"] = random_labels(70, 12)
     upstream = torch.ones(3, 70)
-    got = run(info_nce_loss, views, 0.1, upstream, reduction="none", impl=impl, **arguments)
+    got = run(info_nce_loss, views, 0.1, upstream, reduction="none", impl=op_impl, **arguments)
     want = run(dense.info_nce_loss, views, 0.1, upstream, reduction="none", **arguments)
     assert not want[0].isfinite().all()
     assert torch.equal(nonfinite(got[0]), nonfinite(want[0]))

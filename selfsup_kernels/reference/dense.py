@@ -1,8 +1,8 @@
 """The losses as their papers state them: dense, eager, differentiable by autograd, any floating dtype.
 
 This is the specification that every implementation is tested against. It materialises the M x M matrix of
-similarities, so it is for understanding and for tests; ``impl="reference"`` of the public functions is its blockwise
-equivalent (``reference.info_nce``).
+similarities, one view pair at a time, so it is for understanding and for tests. ``impl="reference"`` of the public
+functions is made to be fast in eager PyTorch: ``reference.eager`` and ``reference.info_nce``.
 """
 
 import math

@@ -1,8 +1,8 @@
 """N-view InfoNCE in eager PyTorch: the ops ``info_nce_*.reference``.
 
-Scores exist for a few samples at a time (``_BLOCK_BYTES``), so that memory is linear in the rows. Where all of them fit
-(``_HELD_BYTES``) the backward has those of the forward, elsewhere it computes them again. Two small tables carry the
-objective from the forward to the backward (and the same two in every implementation):
+Scores exist for a few samples at a time (``_BLOCK_BYTES``), so that memory is linear in the rows, and the backward
+computes them again. Two small tables carry the objective from the forward to the backward (and the same two in every
+implementation):
 
 - ``logw[i, v]``: ``d loss_i / d S_ij = exp(logw[i, v] + S_ij)`` for every negative ``j`` of view ``v``;
 - ``coef[i, v]``: ``d loss_i / d S_ip`` for the positive ``p`` of view ``v``. With labels, where an anchor has any
@@ -26,11 +26,6 @@ from selfsup_kernels.objectives import OBJECTIVES, negative_views, positive_view
 _BLOCK_BYTES = 1 << 22
 """Scores held at a time, with up to three copies of them: so many that the work of a block dwarfs the overhead of
 its dozen of calls, so few that they stay in the processor's cache. Larger blocks are slower as well as larger."""
-
-
-_HELD_BYTES = 1 << 25
-"""Scores kept from the forward to the backward, which saves one product of three: 32 MB, those of 1448 samples in two
-views. An eager loss keeps as much and more."""
 
 
 def forward(
@@ -58,8 +53,7 @@ def forward(
         zq = z.new_empty((0, z.shape[1])) if queue is None else _rows(queue.to(acc).contiguous(), normalize, eps)[0]
         met = _met(num_views, name, device)
         columns = _columns(z, met, num_views)
-        held = z.new_empty(held_shape(len(z), num_views, len(zq), objective, z.dtype, count))
-        blocks = _blocks(z, zq, columns, scale, num_views, samples, filled=held)
+        blocks = _blocks(z, zq, columns, scale, num_views, samples)
         if labels is None:
             order = torch.empty(0, dtype=torch.int64, device=device)
             loss, logw, coef = _view_tables(blocks, met, num_views, len(zq) > 0, name, core_view)
@@ -68,7 +62,7 @@ def forward(
             loss, logw, coef = _label_tables(blocks, num_views, labels, name)
         logw, coef = (_of_all_rows(table, samples, batch) for table in (logw, coef))
         loss = loss if reduction == 0 else loss.mean() if reduction == 1 else loss.sum()
-    return loss.to(acc), z, rnorm, logw, coef, zq, order, held
+    return loss.to(acc), z, rnorm, logw, coef, zq, order
 
 
 def backward(
@@ -79,7 +73,6 @@ def backward(
     coef,
     zq,
     order,
-    held,
     labels,
     temperature_tensor,
     temperature,
@@ -114,7 +107,7 @@ def backward(
             positives = (g.unsqueeze(-1) * coef).transpose(1, 2)
             positives = _pick((positives + positives.transpose(0, 1)).to(z.dtype), met, 1)
         in_batch, from_queue = [], []
-        for block, scores, queue_scores in _blocks(z, zq, columns, scale, num_views, samples, held=held):
+        for block, scores, queue_scores in _blocks(z, zq, columns, scale, num_views, samples):
             if labels is None:
                 pairs = _weighted(scores, *(t[:, block] for t in by_view))
                 pairs += _weighted(scores, *as_columns)
@@ -187,31 +180,17 @@ def _columns(z, met, num_views):
     return z if met is None else z.view(num_views, -1, z.shape[1])[met].flatten(1, 2)
 
 
-def held_shape(rows, num_views, queue, objective, dtype, count):
-    """(V, B, W B + K), or (0,) where the scores of the batch are not kept."""
-    width = rows - rows // num_views * (OBJECTIVES[objective] == "cross_view") + queue
-    fits = rows * width * dtype.itemsize <= _HELD_BYTES and count < 0
-    return (num_views, rows // num_views, width) if fits else (0,)
-
-
-def _blocks(z, zq, columns, scale, num_views, samples, filled=None, held=None):
+def _blocks(z, zq, columns, scale, num_views, samples):
     """By blocks of ``samples``: their slice, the scores of their rows with the columns (V, n, W, B) and, or None, with
-    the queue (V, n, K). Those of all blocks are copied into ``filled``, or taken from ``held``, unless it is empty."""
+    the queue (V, n, K)."""
     batch, width = len(z) // num_views, columns.shape[-2]
     scaled = (z * scale.to(z.dtype)).view(num_views, batch, -1)
     step = max(1, _BLOCK_BYTES // (z.element_size() * num_views * (width + len(zq))))
     for start in range(samples.start, samples.stop, step):
         block = slice(start, min(start + step, samples.stop))
-        if held is not None and held.numel():
-            scores, queue_scores = held[:, block, :width], held[:, block, width:]
-        else:
-            rows = scaled[:, block]
-            scores, queue_scores = _product(rows, columns.mT), _product(rows, zq.T) if len(zq) else None
-            if filled is not None and filled.numel():
-                filled[:, block, :width] = scores
-                if len(zq):
-                    filled[:, block, width:] = queue_scores
-        yield block, scores.unflatten(-1, (-1, batch)), queue_scores if len(zq) else None
+        rows = scaled[:, block]
+        scores = _product(rows, columns.mT).unflatten(-1, (-1, batch))
+        yield block, scores, _product(rows, zq.T) if len(zq) else None
 
 
 def _product(rows, matrix):
