@@ -116,6 +116,13 @@ def test_zero_rows_are_finite():
     assert all(x.isfinite() for x in sk.contrastive_stats(views))
 
 
+def test_rows_too_short_to_be_told_apart():
+    """Similarities below the smallest normal number are rounding: none counts as a retrieval."""
+    h = 1e-34 * randn(3, 20, 58)
+    assert sk.contrastive_stats(h)[0] == 0
+    assert sk.contrastive_stats(1e30 * h)[0] > 0
+
+
 def test_no_gradient():
     got = sk.contrastive_stats(randn(2, 6, 3).requires_grad_())
     assert not any(x.requires_grad for x in got)
