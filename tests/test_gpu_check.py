@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -99,6 +100,15 @@ def test_a_step_is_killed_with_its_children(tmp_path, monkeypatch, limit_at):
         assert file.read() == ""
 
 
+@pytest.fixture
+def in_the_background():
+    """A process that a shell script has started with ``&`` ignores SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("in_the_background")
 def test_what_had_failed_before_the_limit_is_seen(tmp_path, monkeypatch, limit_at):
     """As pytest prints it: a step is interrupted before it is killed."""
     monkeypatch.setattr(gpu_check, "GRACE", 1000)  # pytest ends as soon as it has printed
