@@ -35,7 +35,7 @@ def info_nce_loss(
     group=None,
     impl="auto",
 ):
-    r"""N-view InfoNCE loss, in memory linear in the rows.
+    r"""N-view InfoNCE loss, in memory linear in the rows (in pure Python above 16 MB of scores, ``cross_view`` 64 MB).
 
     With rows :math:`z = h / \max(|h|, \epsilon)` and :math:`S_{ij} = \langle z_i, z_j \rangle / \tau`, every row is an
     anchor once. Its positives are the same sample's rows in the other views (with ``labels``: every other row of its

@@ -213,12 +213,12 @@ def test_byol_arguments(name, value, error):
 
 
 @pytest.mark.parametrize("loss", ["byol", *OBJECTIVES])
-def test_second_derivative_is_refused(op_impl, loss):
+def test_second_derivative_is_refused(impl, loss):
     x, t = VIEWS.clone().requires_grad_(), torch.tensor(0.1, requires_grad=True)
     if loss == "byol":
-        value, inputs = byol_loss(x, VIEWS, impl=op_impl), [x]
+        value, inputs = byol_loss(x, VIEWS, impl=impl), [x]
     else:
-        value, inputs = info_nce_loss(x, temperature=t, objective=loss, impl=op_impl), [x, t]
+        value, inputs = info_nce_loss(x, temperature=t, objective=loss, impl=impl), [x, t]
     grads = torch.autograd.grad(value, inputs, create_graph=True)
     for grad in grads:
         for wanted in inputs:
@@ -228,10 +228,10 @@ def test_second_derivative_is_refused(op_impl, loss):
             (grad.sum() + x.sum()).backward(retain_graph=True)
 
 
-def test_second_derivative_in_the_upstream_gradient_is_refused(op_impl):
+def test_second_derivative_in_the_upstream_gradient_is_refused(impl):
     """The gradient is linear in it: not zero either."""
     weight, x = torch.tensor(2.0, requires_grad=True), VIEWS.clone().requires_grad_()
-    for loss in (info_nce_loss(x, impl=op_impl), byol_loss(x, VIEWS.flip(0), impl=op_impl)):
+    for loss in (info_nce_loss(x, impl=impl), byol_loss(x, VIEWS.flip(0), impl=impl)):
         (grad,) = torch.autograd.grad(weight * loss, x, create_graph=True)
         with pytest.raises(RuntimeError, match="once"):
             torch.autograd.grad(grad.sum(), weight)

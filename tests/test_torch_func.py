@@ -137,16 +137,16 @@ SECOND = {
 
 @pytest.mark.parametrize("transform", SECOND)
 @pytest.mark.parametrize("loss", LOSSES)
-def test_second_derivative_is_refused(op_impl, loss, transform):
+def test_second_derivative_is_refused(impl, loss, transform):
     with pytest.raises(RuntimeError, match="differentiable once"):
-        SECOND[transform](lambda x: LOSSES[loss](x, impl=op_impl))
+        SECOND[transform](lambda x: LOSSES[loss](x, impl=impl))
 
 
-def test_second_derivative_in_another_argument_is_refused(op_impl):
+def test_second_derivative_in_another_argument_is_refused(impl):
     """The inner gradient is in one argument, the outer in the other, which the inner level knows nothing of."""
 
     def loss(x, t):
-        return info_nce_loss(x, temperature=t, impl=op_impl)
+        return info_nce_loss(x, temperature=t, impl=impl)
 
     with pytest.raises(RuntimeError, match="differentiable once"):
         grad(lambda x: grad(lambda t: loss(x, t))(T))(X)
@@ -161,15 +161,15 @@ def test_gradient_of_something_else(impl):
 
 @pytest.mark.parametrize("transform", [jacfwd, hessian, lambda f: jacfwd(grad(f))])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_forward_mode_is_refused(op_impl, loss, transform):
+def test_forward_mode_is_refused(impl, loss, transform):
     with pytest.raises(RuntimeError, match=r"no forward-mode derivative.*torch\.func\.grad"):
-        transform(lambda x: LOSSES[loss](x, impl=op_impl))(X)
+        transform(lambda x: LOSSES[loss](x, impl=impl))(X)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_dual_numbers_are_refused(op_impl, loss):
+def test_dual_numbers_are_refused(impl, loss):
     def call(x, **arguments):
-        return LOSSES[loss](x, impl=op_impl, **arguments)
+        return LOSSES[loss](x, impl=impl, **arguments)
 
     for transform in (jvp, linearize):
         with pytest.raises(RuntimeError, match="no forward-mode derivative"):
@@ -180,9 +180,9 @@ def test_dual_numbers_are_refused(op_impl, loss):
         assert torch.equal(call(X), call(X.clone()))
 
 
-def test_batch_of_nothing(op_impl):
+def test_batch_of_nothing(impl):
     with pytest.raises(ValueError, match=r"torch\.vmap: expected at least one element"):
-        vmap(lambda x: info_nce_loss(x, impl=op_impl))(XS[:0])
+        vmap(lambda x: info_nce_loss(x, impl=impl))(XS[:0])
 
 
 def test_temperature_that_cannot_be_read_is_not_a_number(impl):
@@ -193,11 +193,11 @@ def test_temperature_that_cannot_be_read_is_not_a_number(impl):
 
 @pytest.mark.unpoisoned
 @pytest.mark.parametrize("loss", LOSSES)
-def test_torch_compile_of_a_transform(op_impl, loss):
+def test_torch_compile_of_a_transform(impl, loss):
     """Dynamo differentiates the forward of an autograd.Function there (torch 2.11 to 2.13): zeros, for ours."""
 
     def call(x):
-        return LOSSES[loss](x, impl=op_impl)
+        return LOSSES[loss](x, impl=impl)
 
     torch._dynamo.reset()
     with pytest.raises(torch._dynamo.exc.Unsupported, match=r"torch\.compile cannot trace a loss under torch\.func"):

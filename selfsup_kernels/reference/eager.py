@@ -1,64 +1,112 @@
-"""The losses written out in PyTorch and differentiated by autograd: ``impl="reference"`` where that fits.
+"""The losses as one writes them by hand, differentiated by autograd: ``impl="reference"`` in ordinary calls.
 
-Nothing in eager PyTorch is faster there. ``reference.info_nce`` takes over where the scores are many, which it computes
-block by block, for float16, whose gradient of a row of zeros it limits, and for a batch of several processes.
+The reference's ops, ``reference.info_nce`` and ``reference.byol``, take the others: calls with many scores, calls under
+autocast (where autograd would multiply in 16 bits), calls over many processes, and calls that are traced or transformed
+(whose graph has to be right for other sizes too).
 
-Shapes: V views, B samples, M = V B rows, K rows of the queue.
+Shapes: V views, B samples, M = V B rows, K rows of the queue, D features.
 """
 
-import contextlib
 import itertools
 
 import torch
 import torch.nn.functional as F
 
+from selfsup_kernels import _validate as check
+from selfsup_kernels.autograd._once import once
+from selfsup_kernels.autograd._transforms import active
 from selfsup_kernels.objectives import OBJECTIVES, interacts
-from selfsup_kernels.ops import REDUCTIONS
+from selfsup_kernels.ops import REDUCTIONS, accumulation_dtype
 
-_SCORES = 1 << 22
-"""The most scores, 16 MB in float32. From about there on a block at a time is as fast as all at once; for
-``cross_view`` from four times as many, since its blocks have the scores of two views twice, as rows and as columns."""
+_SCORE_BYTES = 1 << 24
+"""The most bytes of scores, of which autograd keeps several copies. The op is slower than a loss written by hand up to
+here where there are labels, and for ``cross_view``, of which it computes scores twice, up to four times as much."""
+
+_BYOL_ELEMENTS = 1 << 16
+"""The most elements of a view in ``byol_loss``. With more, passes over the rows take the time, and the op has fewer."""
 
 
 def takes_info_nce(view, num_views, queue_rows, name):
-    """Whether ``info_nce_loss`` below is meant for V views like ``view`` (B, D)."""
-    rows, limit = num_views * len(view), _SCORES
+    """Whether ``info_nce_loss`` below is for a call with V views like ``view`` (B, D)."""
+    batch, limit = view.shape[0], _SCORE_BYTES
+    rows = num_views * batch
     scores = rows * (rows + queue_rows)
     if name == "cross_view":
-        scores, limit = rows * (rows - len(view)) // 2 + rows * queue_rows, 4 * _SCORES
-    return view.dtype != torch.float16 and scores <= limit
+        scores, limit = rows * (rows - batch) // 2 + rows * queue_rows, 4 * _SCORE_BYTES
+    return _ordinary(view) and scores * accumulation_dtype(view.dtype).itemsize <= limit
 
 
 def takes_byol(view):
-    """Whether ``byol_loss`` below is meant for views like ``view``."""
-    return view.dtype != torch.float16
+    """Whether ``byol_loss`` below is for a call with views like ``view``."""
+    return _ordinary(view) and view.numel() <= _BYOL_ELEMENTS
+
+
+def _ordinary(view):
+    return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or check.autocasts(view.device) or active())
+
+
+class _Rows(torch.autograd.Function):
+    """(unit rows (M, D), 1 / temperature or None), in float32 at least. Differentiable once, as the ops are."""
+
+    @staticmethod
+    def forward(ctx, normalize, eps, temperature, *views):
+        h = views[0].flatten(0, -2) if len(views) == 1 else torch.cat(views)
+        z = h.to(accumulation_dtype(h.dtype))
+        scale = floored = rnorm = None
+        if normalize:
+            # In float64, since the squares of a long or a short row leave the range of float32.
+            norm = torch.linalg.vector_norm(z, dim=-1, keepdim=True, dtype=torch.float64)
+            floored = norm < eps
+            rnorm = norm.clamp_min_(eps).reciprocal_().to(z.dtype)
+            z = z * rnorm
+        elif len(views) == 1 and z.dtype == h.dtype:  # not the input, which may be changed before the backward
+            z = z.clone()
+        if temperature is not None:
+            scale = temperature.reshape(()).to(z)
+            scale = torch.where((scale > 0) & scale.isfinite(), 1 / scale, torch.nan)
+        ctx.save_for_backward(z, rnorm, floored, scale, temperature, *views)  # the inputs: for `once`
+        return z, scale
+
+    @staticmethod
+    @once
+    def backward(ctx, saved, grad, grad_scale):
+        z, rnorm, floored, scale, temperature, *views = saved
+        if temperature is not None and ctx.needs_input_grad[2]:
+            temperature = (-scale * scale * grad_scale).to(temperature).view(temperature.shape)
+        else:
+            temperature = None
+        if rnorm is not None:
+            # Below the floor the norm is a constant: no projection.
+            along = torch.linalg.vecdot(z, grad).unsqueeze(-1).masked_fill_(floored, 0)
+            grad = torch.addcmul(grad, z, along, value=-1).mul_(rnorm)
+        dtype = views[0].dtype
+        if dtype == torch.float16 and rnorm is not None:  # dz / eps of a zero row is finite in float32 only
+            limit = torch.finfo(dtype).max
+            grad = torch.where(floored, grad.clamp(-limit, limit), grad)
+        grad = grad.to(dtype)
+        grads = [grad.view(views[0].shape)] if len(views) == 1 else grad.split(views[0].shape[0])
+        return None, None, temperature, *grads
 
 
 def info_nce_loss(
     temperature, objective, core_view, normalize, eps, reduction, stacked, temperature_tensor, labels, queue, *views
 ):
     """The loss, in float32 at least, of the arguments of ``autograd.info_nce.InfoNCE``."""
-    name, reduction, num_views = OBJECTIVES[objective], REDUCTIONS[reduction], len(views[0]) if stacked else len(views)
-    with _no_autocast(views[0].device):
-        z = _rows(views[0].flatten(0, 1) if stacked else torch.cat(views), normalize, eps)
-        queue = None if queue is None else _rows(queue, normalize, eps)
-        if temperature_tensor is not None:
-            temperature = temperature_tensor.to(z).reshape(())
-            temperature = torch.where((temperature > 0) & temperature.isfinite(), temperature, torch.nan)
-        if (num_views > 2 and name == "pairwise") or name == "cross_view":
-            loss = _by_view_pairs(z, queue, temperature, num_views, name, core_view)
-        else:
-            scores = _scores(z, z if queue is None else torch.cat([z, queue]), temperature)
-            if num_views == 2 and labels is None and name != "decoupled":  # one positive: these objectives are NT-Xent
-                return _nt_xent(scores, reduction)
-            loss = _pooled(scores, num_views, labels, name, core_view)
-        return loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()
-
-
-def _scores(rows, columns, temperature):
-    if isinstance(temperature, torch.Tensor):  # whose gradient is more accurate from the scores than from the rows
-        return rows @ columns.mT / temperature
-    return (rows / temperature) @ columns.mT
+    name, reduction = OBJECTIVES[objective], REDUCTIONS[reduction]
+    num_views = len(views[0]) if stacked else len(views)
+    z, scale = _Rows.apply(normalize, eps, temperature_tensor, *views)
+    scaled = z * (1 / temperature if scale is None else scale)
+    if queue is not None:
+        with torch.no_grad():
+            queue, _ = _Rows.apply(normalize, eps, None, queue)
+    if (num_views > 2 and name == "pairwise") or name == "cross_view":
+        loss = _by_view_pairs(scaled, z, queue, num_views, name, core_view)
+    else:
+        scores = scaled @ (z if queue is None else torch.cat([z, queue])).T
+        if num_views == 2 and labels is None and name != "decoupled":  # one positive: these objectives are NT-Xent
+            return _nt_xent(scores, reduction)
+        loss = _pooled(scores, num_views, labels, name, core_view)
+    return loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()
 
 
 def _nt_xent(scores, reduction):
@@ -70,25 +118,24 @@ def _nt_xent(scores, reduction):
     return loss.view(2, -1) if reduction == "none" else loss
 
 
-def _by_view_pairs(z, queue, temperature, num_views, name, core_view):
+def _by_view_pairs(scaled, z, queue, num_views, name, core_view):
     """(V, B): the mean of a term for each view that the anchor's view meets, whose negatives are of these two views
     (``pairwise``) or of the other one (``cross_view``)."""
     batch = len(z) // num_views
     rest = None  # the log-sum-exp of what all terms of an anchor have in common
     if queue is not None:
-        queue = queue.clone()  # its owner may fill it before the backward
-        rest = _scores(z, queue, temperature).logsumexp(-1).view(num_views, batch)
+        rest = (scaled @ queue.T).logsumexp(-1).view(num_views, batch)
     if name == "pairwise":
         itself = torch.eye(batch, dtype=torch.bool, device=z.device)
-        own = z.view(num_views, batch, -1)
-        own = _scores(own, own, temperature).masked_fill(itself, -torch.inf).logsumexp(-1)
+        own = scaled.view(num_views, batch, -1) @ z.view(num_views, batch, -1).mT
+        own = own.masked_fill(itself, -torch.inf).logsumexp(-1)
         rest = own if rest is None else torch.logaddexp(rest, own)
-    z, positive = z.split(batch), torch.arange(batch, device=z.device)
+    scaled, z, positive = scaled.split(batch), z.split(batch), torch.arange(batch, device=z.device)
     terms = [[] for _ in z]
     for u, v in itertools.combinations(range(num_views), 2):
         if not interacts(u, v, core_view):
             continue
-        scores = _scores(z[u], z[v], temperature)
+        scores = scaled[u] @ z[v].T
         for anchor, of_anchor in ((u, scores), (v, scores.T)):
             if rest is None:
                 term = F.cross_entropy(of_anchor, positive, reduction="none")
@@ -114,7 +161,8 @@ def _pooled(scores, num_views, labels, name, core_view):
         positive, left_out = positive & met, left_out | ~met
     if scores.shape[1] > rows:
         left_out = F.pad(left_out, (0, scores.shape[1] - rows))
-    lse = _logsumexp(scores, left_out)
+    alone = left_out.all(-1)  # rows without a negative
+    lse = _logsumexp(scores, left_out, alone)
     scores = scores[:, :rows]
     count = positive.sum(-1).to(scores.dtype)
     at_least_one = count.clamp_min(1)
@@ -123,50 +171,33 @@ def _pooled(scores, num_views, labels, name, core_view):
         return torch.where(positive, values, 0).sum(-1) / at_least_one
 
     if name == "supcon_in":
-        loss = lse - _logsumexp(scores, ~positive) + at_least_one.log()
+        loss = lse - _logsumexp(scores, ~positive, count == 0) + at_least_one.log()
     elif name == "per_positive":
-        loss = mean(torch.logaddexp(lse[:, None], scores) - scores)
+        # Without a negative 0, and NaN of an infinite score, as the log-sum-exp of both would give.
+        loss = mean(torch.where(alone[:, None], scores, torch.logaddexp(lse[:, None], scores)) - scores)
     else:
+        if name == "decoupled":
+            lse = lse.masked_fill(alone, -torch.inf)
         loss = lse - mean(scores)
     return torch.where(count > 0, loss, 0).view(num_views, batch)
 
 
-def _logsumexp(scores, left_out):
-    """Over the rows' other columns; -inf, with a gradient of zero instead of NaN, where there are none."""
-    empty = left_out.all(-1)
-    return scores.masked_fill(left_out & ~empty[:, None], -torch.inf).logsumexp(-1).masked_fill(empty, -torch.inf)
+def _logsumexp(scores, left_out, alone):
+    """Of each row's other columns. Rows that have none, ``alone``, keep all: of nothing, the gradient would be NaN."""
+    return scores.masked_fill(left_out & ~alone[:, None], -torch.inf).logsumexp(-1)
 
 
 def byol_loss(eps, reduction, stacked, num, *tensors):
     """The loss, in float32 at least, of the arguments of ``autograd.byol.BYOL``."""
-    reduction = REDUCTIONS[reduction]
-    with _no_autocast(tensors[0].device):
-        p, t = (x[0] if len(x) == 1 else torch.stack(x) for x in (tensors[:num], tensors[num:]))
-        p, t = _wide(p), _rows(t, True, eps)
-        if p.dim() == 3:
-            t = t.flip(0) if len(t) == 2 else (t.sum(0) - t) / (len(t) - 1)
-        cosines = torch.linalg.vecdot(p, t) / _norm(p, eps)
-        if reduction == "none" and p.dim() == 2:
-            cosines = cosines.unsqueeze(0)
-        loss = 2 - 2 * (cosines.mean() if reduction == "mean" else cosines)
-        return loss.sum() if reduction == "sum" else loss
-
-
-def _wide(h):
-    return h.to(torch.float64 if h.dtype == torch.float64 else torch.float32)
-
-
-def _rows(h, normalize, eps):
-    h = _wide(h)
-    return h / _norm(h, eps).unsqueeze(-1) if normalize else h
-
-
-def _norm(h, eps):
-    """At least ``eps``; summed in float64, since the squares of a long or a short row leave the range of float32."""
-    return torch.linalg.vector_norm(h, dim=-1, dtype=torch.float64).clamp_min(eps).to(h.dtype)
-
-
-def _no_autocast(device):
-    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, enabled=False)
+    reduction, num_views = REDUCTIONS[reduction], len(tensors[0]) if stacked else num
+    p, _ = _Rows.apply(True, eps, None, *tensors[:num])
+    with torch.no_grad():
+        t, _ = _Rows.apply(True, eps, None, *tensors[num:])
+        if num_views > 1:  # of the other views the mean is enough
+            t = t.view(num_views, -1, t.shape[1])
+            t = (t.flip(0) if num_views == 2 else (t.sum(0) - t) / (num_views - 1)).flatten(0, 1)
+    cosines = torch.linalg.vecdot(p, t)
+    if reduction == "mean":
+        return 2 - 2 * cosines.mean()
+    loss = 2 - 2 * cosines
+    return loss.sum() if reduction == "sum" else loss.view(num_views, -1)

@@ -321,7 +321,8 @@ def _label_tables(blocks, num_views, labels, name):
             den = torch.logaddexp(n, lsep)
         logw = -den
         if name == "per_positive":
-            ratio = _minus(n.unsqueeze(-1), flat)
+            rest = n.unsqueeze(-1)
+            ratio = torch.where(rest.isinf(), rest.to(flat.dtype) - flat, _minus(rest, flat))
             logw = of_positives(ratio.sigmoid(), 0).sum(-1).double().log() - n - safe.log()
             ratio = torch.where(flat < torch.inf, ratio, torch.nan)  # as in _log_ratio
             loss = of_positives(torch.nn.functional.softplus(ratio, threshold=80), 0).sum(-1).double() / safe

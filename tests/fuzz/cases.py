@@ -14,6 +14,8 @@ import updates
 from draw import FLOATING, Draw
 from process import CLASS
 
+from selfsup_kernels.reference import eager
+
 FUNCTIONS = {
     "info_nce_loss": (info_nce.info_nce, 55),
     "byol_loss": (byol.byol, 14),
@@ -32,6 +34,7 @@ class Place:
 
     def __init__(self, draw, device, impl, classes):
         self.device, self.impl, self.classes = device, impl, classes
+        self.by_op = impl != "reference" or draw.chance(0.5)  # or by autograd
         gpu = impl in bounds.GPU_IMPLS
         self.slow = impl == "triton" and device == "cpu"  # interpreted
         self.dtypes = FLOATING[1:] if gpu else FLOATING
@@ -39,6 +42,7 @@ class Place:
         self.says = ""
 
     def say(self, dtype, **facts):
+        facts |= {} if self.by_op else {"by": "autograd"}
         told = [f"{name}={tuple(x.shape) if isinstance(x, torch.Tensor) else x}" for name, x in facts.items()]
         self.says = " ".join([str(dtype), *told, "autocast" if self.autocast else ""]).replace("torch.", "").strip()
 
@@ -56,6 +60,9 @@ def run(seed, number, impl, device):
     place = Place(draw, device, impl, classes)
     chosen = classes or draw
     (name,) = chosen.choices(list(FUNCTIONS), [weight for _, weight in FUNCTIONS.values()])
+    takes = eager.takes_info_nce, eager.takes_byol
+    if place.by_op:
+        eager.takes_info_nce = eager.takes_byol = lambda *_: False
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # our hints, and those of Triton's interpreter, whose numpy overflows
@@ -66,4 +73,6 @@ def run(seed, number, impl, device):
     except Exception as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         message = f"{type(error).__name__}: {error} ({Path(frame.filename).name}:{frame.lineno})"
+    finally:
+        eager.takes_info_nce, eager.takes_byol = takes
     return name, place.says.partition(" ")[0] or "?", "WRONG", " ".join(f"{message} [{place.says}]".split())

@@ -126,6 +126,10 @@ def check_info_nce(draw, place, dtype, arguments, views, t, queue, upstream, los
         summed = eps * (math.sqrt(columns) + score) / t.number + of_rows / t.number
         in_rows = summed * longest * (2 * terms.norm() + terms.sum() / math.sqrt(anchors)).item()
         in_slopes = summed * score * 2 * terms.sum().item()
+        if not place.by_op and dtype != torch.float64:
+            # Autograd rounds the log-sum-exp to float32, and moves all of an anchor's probabilities by as much.
+            rounded = torch.finfo(torch.float32).eps * score * share.abs().expand(h.shape[:2]) / t.number
+            in_rows, in_slopes = in_rows + longest * rounded.norm().item(), in_slopes + score * rounded.sum().item()
         return [SPREAD * max(d) + s for d, s in zip(zip(*draws, strict=True), (0, in_rows, in_slopes), strict=True)]
 
     low = None if queue is None else queue.to(dtype)

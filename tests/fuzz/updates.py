@@ -197,18 +197,18 @@ def optimizers(draw, place):
     optimizer = getattr(sk.optim, name)(model.parameters(), ema=ema, impl=impl, **options)
     yardstick, truth = theirs(eager.parameters(), foreach=False, **options), theirs(wide.parameters(), **options)
     place.say(dtype, optimizer=name, **options)
+    largest = [r.detach().norm().item() for r in wide.parameters()]  # a step may end near zero, and keeps its rounding
     for _ in range(draw.randint(1, 3)):
         for p, q, r in zip(model.parameters(), eager.parameters(), wide.parameters(), strict=True):
             p.grad = None if draw.chance(0.1) else draw.normal(*p.shape).to(dtype).to(place.device)
             q.grad = None if p.grad is None else p.grad.clone()
             r.grad = None if p.grad is None else p.grad.double().clone()  # torch's foreach steps change gradients
         before = [t.clone() for t in ema.module.parameters()]
-        was = [r.detach().norm().item() for r in wide.parameters()]
         for o in (truth, yardstick, optimizer):
             o.step()
         for i, (p, q, r) in enumerate(zip(model.parameters(), eager.parameters(), wide.parameters(), strict=True)):
             off, own = ((x.detach().double() - r.detach()).norm().item() for x in (p, q))
-            size = max(r.detach().norm().item(), was[i])  # a large step may end near zero
+            size = largest[i] = max(largest[i], r.detach().norm().item())
             allowed = 1e-12 * (size + 1)
             if dtype != torch.float64:  # torch's own step is NaN where its eps is 0 in float16
                 allowed = 2 * (own if math.isfinite(own) else 0) + 4 * torch.finfo(dtype).eps * (size + 1e-3)
