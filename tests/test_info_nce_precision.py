@@ -156,6 +156,15 @@ def test_length_of_the_rows_does_not_matter(impl, size, dtype):
     compare_info_nce(impl, scaled)
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_gradient_of_long_rows_that_are_not_normalised(op_impl, objective):
+    """Scores of millions, whose last bit is more than 1: what the backward computes again has to be the same number."""
+    views = 100 * randn(2, 64, 64)
+    grad = run(info_nce_loss, views, 0.1, normalize=False, objective=objective, impl=op_impl)[1]
+    want = run(dense.info_nce_loss, views.double(), 0.1, normalize=False, objective=objective)[1]
+    assert_within("grad", grad, want)
+
+
 def nonfinite(x):
     """0 finite, 1 NaN, 2 +Inf, 3 -Inf."""
     return x.isnan().int() + 2 * x.isposinf().int() + 3 * x.isneginf().int()

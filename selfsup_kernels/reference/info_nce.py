@@ -184,7 +184,9 @@ def _blocks(z, zq, columns, scale, num_views, samples):
     """By blocks of ``samples``: their slice, the scores of their rows with the columns (V, n, W, B) and, or None, with
     the queue (V, n, K)."""
     batch, width = len(z) // num_views, columns.shape[-2]
-    scaled = (z * scale.to(z.dtype)).view(num_views, batch, -1)
+    # By its square root each: a score of two rows is then the same number for both, which exp() of large ones needs.
+    root = scale.sqrt().to(z.dtype)
+    scaled, columns, zq = (z * root).view(num_views, batch, -1), columns * root, zq * root
     step = max(1, _BLOCK_BYTES // (z.element_size() * num_views * (width + len(zq))))
     for start in range(samples.start, samples.stop, step):
         block = slice(start, min(start + step, samples.stop))
