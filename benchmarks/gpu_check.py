@@ -87,7 +87,7 @@ def run_step(step: Step, log, limit: float, environment: dict[str, str]) -> Outc
                 cwd=ROOT,
                 env=environment | (step.environment or {}),
                 start_new_session=True,
-                # What a shell starts in the background ignores it, and so would the step.
+                # A script's background commands ignore SIGINT, and what they start inherits that.
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
         except OSError as error:

@@ -23,7 +23,7 @@ def own_rows(impl, saved, labelled, normalize, num_views, batch, first, count):
 
 def with_all_rows(impl, saved, labelled, normalize, rows):
     """``saved`` with the tables of all samples, ``rows`` (V, B, C) as the processes gathered them."""
-    z, rnorm, logw, coef, state, order, *scores = saved
+    z, rnorm, logw, coef, state, order = saved
     if impl in ("triton", "cuda"):
         width = logw.shape[1]
         parts = rows[..., : 2 * width + len(coef)].split([width, width, len(coef)], -1)
@@ -42,7 +42,7 @@ def with_all_rows(impl, saved, labelled, normalize, rows):
     if impl == "cpu" and labelled:
         rows = rows[:, order].transpose(0, 1)
     logw, coef = (t.reshape(-1, t.shape[-1]).contiguous() for t in rows.split([width, coef.shape[1]], -1))
-    return z, rnorm, logw, coef, state, order, *scores
+    return z, rnorm, logw, coef, state, order
 
 
 def _bound(state, normalize):

@@ -35,7 +35,7 @@ def info_nce_loss(
     group=None,
     impl="auto",
 ):
-    r"""N-view InfoNCE loss, in memory linear in the rows (in pure Python above 16 MB of scores, ``cross_view`` 64 MB).
+    r"""N-view InfoNCE loss, in memory linear in the rows.
 
     With rows :math:`z = h / \max(|h|, \epsilon)` and :math:`S_{ij} = \langle z_i, z_j \rangle / \tau`, every row is an
     anchor once. Its positives are the same sample's rows in the other views (with ``labels``: every other row of its
@@ -75,7 +75,9 @@ def info_nce_loss(
             it too. Every process has to make the same calls, forward and backward, in the same order. A queue is
             each process's own. ``"local"``, or None: the batch is this process's; None warns, once, where several
             processes run.
-        impl: ``"auto"``, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``.
+        impl: ``"auto"``, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``. The reference is pure Python; it keeps
+            all scores for the backward, as a loss written by hand does, where they are few: up to 1 MB, with labels or
+            a queue 16 MB, and for ``cross_view`` 64 MB.
 
     Returns:
         The loss in the dtype of the views (float32 under autocast), computed in float32 at least. It is
@@ -108,9 +110,9 @@ def info_nce_loss(
 def _info_nce(call):
     impl, _, objective, *_ = call.constants
     if impl == "reference":
-        queue = call.tensors[2]
+        _, labels, queue, *_ = call.tensors
         sizes = len(call.matrices), 0 if queue is None else len(queue)
-        if eager.takes_info_nce(call.matrices[0], *sizes, OBJECTIVES[objective]):
+        if eager.takes_info_nce(call.matrices[0], *sizes, labels is not None, OBJECTIVES[objective]):
             return eager.info_nce_loss(*call.constants[1:], *call.tensors)
     return apply(InfoNCE, *call.constants, *call.tensors)
 

@@ -86,8 +86,8 @@ def _by_rows(z, classes):
     rows = len(z)
     right, anchors, hardest, with_negatives = (z.new_zeros((), dtype=torch.float64) for _ in range(4))
     square = (z * z).sum(-1)
-    # A product's columns may add in different orders, so that the scores of equal rows differ in their last bits: those
-    # of the largest score, or, where rows are so short that scores are subnormal, those of the smallest number.
+    # A product's columns may add in different orders, so that the scores of equal rows differ by a few roundings:
+    # relative to the largest score, and, where scores are subnormal, by less than the smallest normal number.
     slack = 8 * torch.finfo(z.dtype).eps * square.max() + torch.finfo(z.dtype).tiny
     kernels = []
     step = max(1, _CHUNK_ELEMENTS // rows)

@@ -8,6 +8,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # For `poisoned_memory`, which switches deterministic algorithms on: what cuBLAS wants for the same bits every time.
 # Before PyTorch gave it such a workspace for each stream itself, products of CUDA tensors raised without it.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+# With fused multiply-add an average has other bits than without; some are compared with PyTorch's, bit for bit.
+if os.environ.get("SELFSUP_KERNELS_CPU_CAPABILITY") == "default":
+    os.environ.setdefault("ATEN_CPU_CAPABILITY", "default")
 
 import importlib.util
 import time

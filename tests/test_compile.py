@@ -63,8 +63,8 @@ def test_byol_compiles(op_impl):
 
 
 @pytest.mark.parametrize("dtype", LOW_PRECISION)
-def test_low_precision_compiles(impl, dtype):
-    assert_compiles(lambda x: info_nce_loss(x, impl=impl), randn(2, 12, 8, dtype=dtype))
+def test_low_precision_compiles(op_impl, dtype):
+    assert_compiles(lambda x: info_nce_loss(x, impl=op_impl), randn(2, 12, 8, dtype=dtype))
 
 
 def test_inductor(impl):
@@ -148,24 +148,31 @@ def test_mixed_dtypes_under_autocast(impl):
     assert x.grad.dtype == torch.float32
 
 
-def test_backward_inside_autocast(impl):
-    x = randn(2, 12, 8).requires_grad_()
-    info_nce_loss(x, impl=impl).backward()
-    want, x.grad = x.grad, None
+@pytest.mark.parametrize("forward", [True, False], ids=["forward too", "backward alone"])
+@pytest.mark.parametrize("objective", ["supcon_out", "pairwise", "cross_view", "decoupled"])
+def test_backward_inside_autocast(impl, objective, forward):
+    def loss(x):
+        queue = randn(5, 8, seed=1)
+        return info_nce_loss(x, queue=queue, objective=objective, impl=impl) + byol_loss(x, x.flip(0), impl=impl)
+
+    x = randn(3, 12, 8)
+    (want,) = torch.autograd.grad(loss(leaf := x.clone().requires_grad_()), leaf)
+    with torch.autocast("cpu", torch.bfloat16, enabled=forward):
+        leaf = x.clone().requires_grad_()
+        value = loss(leaf)
     with torch.autocast("cpu", torch.bfloat16):
-        info_nce_loss(x, impl=impl).backward()
-    torch.testing.assert_close(x.grad, want)
+        value.backward()
+    torch.testing.assert_close(leaf.grad, want)
 
 
 def test_jit_trace(impl):
-    """TorchScript finds an op by its name and arguments alone, whatever its overload is called."""
-    x, y = randn(2, 12, 8), randn(2, 12, 8, seed=1)
+    """The traced loss is right for another batch size too."""
+    x, y = randn(2, 12, 8), randn(2, 18, 8, seed=1)
 
-    def loss(x, y):
-        return info_nce_loss(x, impl=impl) + byol_loss(x, y, impl=impl)
+    def loss(x):
+        return info_nce_loss(x, impl=impl) + byol_loss(x, x.flip(0), impl=impl)
 
-    traced = torch.jit.trace(loss, (x, y))
-    assert torch.equal(traced(y, x), loss(y, x))
+    torch.testing.assert_close(torch.jit.trace(loss, x)(y), loss(y))
 
 
 @pytest.mark.parametrize("threads", [1, 2])

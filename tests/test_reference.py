@@ -18,6 +18,7 @@ def cases(objective):
     yield X[:2], {}
     yield X, {"queue": queue}
     yield X, {"core_view": 1}
+    yield X[:, :1], {"queue": queue}
     if objective in LABEL_OBJECTIVES:
         for labels in (random_labels(5, 3), torch.arange(5), torch.zeros(5, dtype=torch.int64)):
             yield X, {"labels": labels, "queue": queue}
@@ -34,8 +35,10 @@ def test_every_branch_without_an_anomaly(objective):
         want = run(dense.info_nce_loss, x, 0.3, upstream, **arguments)
         for name, ours, truth in zip(("loss", "grad", "temperature"), got, want, strict=True):
             assert not ours.isnan().any()
-            if truth.isfinite().all():
-                assert_within(name, ours, truth, floor=1e-14)
+            finite = truth.isfinite()  # autograd's gradients of the dense loss are NaN where a row has no negative
+            assert_within(name, ours[finite], truth[finite], floor=1e-14)
+        assert torch.equal(got[0].isposinf(), want[0].isposinf())
+        assert torch.equal(got[0].isneginf(), want[0].isneginf())
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=["nan", "inf", "-inf"])
@@ -56,6 +59,15 @@ def test_nothing_finite_where_the_dense_loss_is_not(objective, num_views, normal
     assert not got[1][~finite].isfinite().all(-1).any()
 
 
+@pytest.mark.parametrize("eps", [1e-12, 1e-39, 1e-300])
+def test_row_of_zeros_above_any_floor(eps):
+    views = randn(2, 6, 4)
+    views[0, 1] = 0
+    got = info_nce_loss(views, eps=eps, temperature=torch.tensor(1e39, dtype=torch.float64), impl="reference")
+    assert_within("loss", got, torch.tensor(11.0).double().log())
+    assert info_nce_loss(views, eps=eps, impl="reference").isfinite()
+
+
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("objective", ["supcon_out", "cross_view"])
 def test_queue_that_is_filled_before_the_backward(objective, normalize):
@@ -71,25 +83,28 @@ def test_queue_that_is_filled_before_the_backward(objective, normalize):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("objective", "queue", "scores"),
+    ("objective", "queue", "labelled", "scores"),
     [
-        ("supcon_out", 0, 16 * 16),
-        ("supcon_out", 3, 16 * (16 + 3)),
-        ("cross_view", 0, 8 * 8 / 4),
-        ("cross_view", 3, (8 * 8 + 16 * 3) / 4),
+        ("supcon_out", 0, False, 16 * 16),
+        ("supcon_out", 0, True, 16 * 16 / 16),
+        ("supcon_out", 3, False, 16 * (16 + 3) / 16),
+        ("pairwise", 0, False, 16 * 16 / 16),
+        ("cross_view", 0, False, 8 * 8 / 64),
+        ("cross_view", 3, False, (8 * 8 + 16 * 3) / 64),
     ],
 )
-def test_the_op_takes_what_is_one_sample_too_large(objective, queue, scores, dtype, monkeypatch):
-    monkeypatch.setattr(eager, "_SCORE_BYTES", scores * max(dtype.itemsize, 4))
+def test_the_op_takes_what_is_one_sample_too_large(objective, queue, labelled, scores, dtype, monkeypatch):
+    monkeypatch.setattr(eager, "_MB", scores * max(dtype.itemsize, 4))
     names, op = [], backends.op
     monkeypatch.setattr(backends, "op", lambda name, impl: names.append(name) or op(name, impl))
     rows = randn(queue, 4, dtype=dtype, seed=1) if queue else None
     for samples, called in ((8, []), (9, ["info_nce_forward"])):
+        arguments = {"objective": objective, "labels": random_labels(samples, 3) if labelled else None}
         views = randn(2, samples, 4, dtype=dtype)
-        got = info_nce_loss(views, queue=rows, objective=objective, impl="reference")
+        got = info_nce_loss(views, queue=rows, impl="reference", **arguments)
         assert names == called
         wide = None if rows is None else rows.double()
-        assert_within("loss", got, dense.info_nce_loss(views.double(), queue=wide, objective=objective))
+        assert_within("loss", got, dense.info_nce_loss(views.double(), queue=wide, **arguments))
 
 
 @pytest.mark.parametrize("how", ["trace", "export", "autocast", "vmap"])

@@ -2,7 +2,7 @@
 
 This is the specification that every implementation is tested against. It materialises the M x M matrix of
 similarities, one view pair at a time, so it is for understanding and for tests. ``impl="reference"`` of the public
-functions is made to be fast in eager PyTorch: ``reference.eager`` and ``reference.info_nce``.
+functions is the fast form in eager PyTorch, in ``reference.eager`` and ``reference.info_nce``.
 """
 
 import math

@@ -1,12 +1,13 @@
 """The losses as one writes them by hand, differentiated by autograd: ``impl="reference"`` in ordinary calls.
 
 The reference's ops, ``reference.info_nce`` and ``reference.byol``, take the others: calls with many scores, calls under
-autocast (where autograd would multiply in 16 bits), calls over many processes, and calls that are traced or transformed
-(whose graph has to be right for other sizes too).
+autocast, calls over many processes, and calls in torch.compile, torch.export, torch.jit.trace and torch.func (whose
+graphs have to be right for other sizes too).
 
 Shapes: V views, B samples, M = V B rows, K rows of the queue, D features.
 """
 
+import functools
 import itertools
 
 import torch
@@ -18,21 +19,24 @@ from selfsup_kernels.autograd._transforms import active
 from selfsup_kernels.objectives import OBJECTIVES, interacts
 from selfsup_kernels.ops import REDUCTIONS, accumulation_dtype
 
-_SCORE_BYTES = 1 << 24
-"""The most bytes of scores, of which autograd keeps several copies. The op is slower than a loss written by hand up to
-here where there are labels, and for ``cross_view``, of which it computes scores twice, up to four times as much."""
-
+_MB = 1 << 20
 _BYOL_ELEMENTS = 1 << 16
 """The most elements of a view in ``byol_loss``. With more, passes over the rows take the time, and the op has fewer."""
 
 
-def takes_info_nce(view, num_views, queue_rows, name):
-    """Whether ``info_nce_loss`` below is for a call with V views like ``view`` (B, D)."""
-    batch, limit = view.shape[0], _SCORE_BYTES
+def takes_info_nce(view, num_views, queue_rows, labelled, name):
+    """Whether ``info_nce_loss`` below is for a call with V views like ``view`` (B, D).
+
+    It is up to the size from which the op is as fast as a loss written by hand. Autograd keeps up to ten times the
+    scores.
+    """
+    batch = view.shape[0]
     rows = num_views * batch
-    scores = rows * (rows + queue_rows)
-    if name == "cross_view":
-        scores, limit = rows * (rows - batch) // 2 + rows * queue_rows, 4 * _SCORE_BYTES
+    if name == "cross_view":  # the op computes each score twice: for its row, and for its column
+        scores, limit = rows * (rows - batch) // 2 + rows * queue_rows, 64 * _MB
+    else:
+        scores = rows * (rows + queue_rows)
+        limit = 16 * _MB if labelled or queue_rows or name == "pairwise" else _MB
     return _ordinary(view) and scores * accumulation_dtype(view.dtype).itemsize <= limit
 
 
@@ -43,6 +47,19 @@ def takes_byol(view):
 
 def _ordinary(view):
     return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or check.autocasts(view.device) or active())
+
+
+def _without_autocast(backward):
+    """Decorates a ``backward``: called under autocast, where the forward was not, it would multiply in 16 bits."""
+
+    @functools.wraps(backward)
+    def wrapper(ctx, *arguments):
+        if not check.autocasts(ctx.device):
+            return backward(ctx, *arguments)
+        with torch.autocast(ctx.device.type, enabled=False):
+            return backward(ctx, *arguments)
+
+    return wrapper
 
 
 class _Rows(torch.autograd.Function):
@@ -56,19 +73,22 @@ class _Rows(torch.autograd.Function):
         if normalize:
             # In float64, since the squares of a long or a short row leave the range of float32.
             norm = torch.linalg.vector_norm(z, dim=-1, keepdim=True, dtype=torch.float64)
+            eps = max(eps, torch.finfo(z.dtype).tiny)  # whose reciprocal is finite
             floored = norm < eps
             rnorm = norm.clamp_min_(eps).reciprocal_().to(z.dtype)
             z = z * rnorm
         elif len(views) == 1 and z.dtype == h.dtype:  # not the input, which may be changed before the backward
             z = z.clone()
         if temperature is not None:
-            scale = temperature.reshape(()).to(z)
-            scale = torch.where((scale > 0) & scale.isfinite(), 1 / scale, torch.nan)
+            scale = temperature.reshape(()).double()
+            scale = torch.where((scale > 0) & scale.isfinite(), 1 / scale, torch.nan).to(z)
         ctx.save_for_backward(z, rnorm, floored, scale, temperature, *views)  # the inputs: for `once`
+        ctx.device = z.device
         return z, scale
 
     @staticmethod
     @once
+    @_without_autocast
     def backward(ctx, saved, grad, grad_scale):
         z, rnorm, floored, scale, temperature, *views = saved
         if temperature is not None and ctx.needs_input_grad[2]:
@@ -88,6 +108,22 @@ class _Rows(torch.autograd.Function):
         return None, None, temperature, *grads
 
 
+class _Scores(torch.autograd.Function):
+    """``rows @ columns.mT``, also backwards in their dtype where that is called under autocast."""
+
+    @staticmethod
+    def forward(ctx, rows, columns):
+        ctx.save_for_backward(rows, columns)
+        ctx.device = rows.device
+        return rows @ columns.mT
+
+    @staticmethod
+    @_without_autocast
+    def backward(ctx, grad):
+        rows, columns = ctx.saved_tensors
+        return grad @ columns, grad.mT @ rows if ctx.needs_input_grad[1] else None
+
+
 def info_nce_loss(
     temperature, objective, core_view, normalize, eps, reduction, stacked, temperature_tensor, labels, queue, *views
 ):
@@ -102,7 +138,7 @@ def info_nce_loss(
     if (num_views > 2 and name == "pairwise") or name == "cross_view":
         loss = _by_view_pairs(scaled, z, queue, num_views, name, core_view)
     else:
-        scores = scaled @ (z if queue is None else torch.cat([z, queue])).T
+        scores = _Scores.apply(scaled, z if queue is None else torch.cat([z, queue]))
         if num_views == 2 and labels is None and name != "decoupled":  # one positive: these objectives are NT-Xent
             return _nt_xent(scores, reduction)
         loss = _pooled(scores, num_views, labels, name, core_view)
@@ -124,10 +160,10 @@ def _by_view_pairs(scaled, z, queue, num_views, name, core_view):
     batch = len(z) // num_views
     rest = None  # the log-sum-exp of what all terms of an anchor have in common
     if queue is not None:
-        rest = (scaled @ queue.T).logsumexp(-1).view(num_views, batch)
-    if name == "pairwise":
+        rest = _Scores.apply(scaled, queue).logsumexp(-1).view(num_views, batch)
+    if name == "pairwise" and batch > 1:
         itself = torch.eye(batch, dtype=torch.bool, device=z.device)
-        own = scaled.view(num_views, batch, -1) @ z.view(num_views, batch, -1).mT
+        own = _Scores.apply(scaled.view(num_views, batch, -1), z.view(num_views, batch, -1))
         own = own.masked_fill(itself, -torch.inf).logsumexp(-1)
         rest = own if rest is None else torch.logaddexp(rest, own)
     scaled, z, positive = scaled.split(batch), z.split(batch), torch.arange(batch, device=z.device)
@@ -135,7 +171,7 @@ def _by_view_pairs(scaled, z, queue, num_views, name, core_view):
     for u, v in itertools.combinations(range(num_views), 2):
         if not interacts(u, v, core_view):
             continue
-        scores = scaled[u] @ z[v].T
+        scores = _Scores.apply(scaled[u], z[v])
         for anchor, of_anchor in ((u, scores), (v, scores.T)):
             if rest is None:
                 term = F.cross_entropy(of_anchor, positive, reduction="none")
@@ -173,7 +209,7 @@ def _pooled(scores, num_views, labels, name, core_view):
     if name == "supcon_in":
         loss = lse - _logsumexp(scores, ~positive, count == 0) + at_least_one.log()
     elif name == "per_positive":
-        # Without a negative 0, and NaN of an infinite score, as the log-sum-exp of both would give.
+        # Where a row has no negative: 0, or NaN where the score is infinite, as its log-sum-exp would give.
         loss = mean(torch.where(alone[:, None], scores, torch.logaddexp(lse[:, None], scores)) - scores)
     else:
         if name == "decoupled":

@@ -184,7 +184,8 @@ def _blocks(z, zq, columns, scale, num_views, samples):
     """By blocks of ``samples``: their slice, the scores of their rows with the columns (V, n, W, B) and, or None, with
     the queue (V, n, K)."""
     batch, width = len(z) // num_views, columns.shape[-2]
-    # By its square root each: a score of two rows is then the same number for both, which exp() of large ones needs.
+    # Both factors take the square root of the scale, so that S_ij and S_ji are one number: exp() of long rows' scores
+    # turns a rounding of one of them into a wrong weight.
     root = scale.sqrt().to(z.dtype)
     scaled, columns, zq = (z * root).view(num_views, batch, -1), columns * root, zq * root
     step = max(1, _BLOCK_BYTES // (z.element_size() * num_views * (width + len(zq))))
