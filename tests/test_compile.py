@@ -1,5 +1,7 @@
 """torch.compile without graph breaks, autocast, and the modes of autograd."""
 
+import os
+
 import pytest
 import torch
 from helpers import LOW_PRECISION, assert_within, randn
@@ -67,6 +69,9 @@ def test_low_precision_compiles(op_impl, dtype):
     assert_compiles(lambda x: info_nce_loss(x, impl=op_impl), randn(2, 12, 8, dtype=dtype))
 
 
+@pytest.mark.skipif(
+    os.environ.get("ATEN_CPU_CAPABILITY") == "default", reason="what PyTorch's inductor writes does not compile there"
+)
 def test_inductor(impl):
     """A network around the losses, compiled by the default backend."""
     weight, target = randn(8, 8, seed=1), randn(2, 12, 8, seed=2)
