@@ -167,7 +167,9 @@ def test_backward_inside_autocast(impl, objective, forward):
         value = loss(leaf)
     with torch.autocast("cpu", torch.bfloat16):
         value.backward()
-    torch.testing.assert_close(leaf.grad, want)
+    # Under autocast the reference's op does what autograd does without.
+    exact = {} if impl == "reference" else {"rtol": 0, "atol": 0}
+    torch.testing.assert_close(leaf.grad, want, **exact)
 
 
 def test_jit_trace(impl):

@@ -182,6 +182,18 @@ def test_memory_is_linear_in_the_rows(op_impl, form, monkeypatch):
     assert 4 * rows * dim < peak_bytes(step) < allowed < 4 * rows * rows
 
 
+@pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_autograd_keeps_at_most_ten_times_the_scores(objective, labelled):
+    if labelled and objective not in LABEL_OBJECTIVES:
+        return
+    views = randn(2, 256, 8).requires_grad_()
+    labels = random_labels(256, 50) if labelled else None
+    most = 10 * 4 * (256 * 256 if objective == "cross_view" else 512 * 512)
+    peak = peak_bytes(lambda: info_nce_loss(views, labels=labels, objective=objective, impl="reference").backward())
+    assert most / 10 < peak < most
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("form", ["plain", "queue", "core view", "labels"])
 def test_the_reference_in_one_block_and_in_many(objective, form, monkeypatch):

@@ -18,6 +18,7 @@ from selfsup_kernels.autograd._once import once
 from selfsup_kernels.autograd._transforms import active
 from selfsup_kernels.objectives import OBJECTIVES, interacts
 from selfsup_kernels.ops import REDUCTIONS, accumulation_dtype
+from selfsup_kernels.reference import info_nce
 
 _MB = 1 << 20
 _BYOL_ELEMENTS = 1 << 16
@@ -69,20 +70,19 @@ class _Rows(torch.autograd.Function):
     def forward(ctx, normalize, eps, temperature, *views):
         h = views[0].flatten(0, -2) if len(views) == 1 else torch.cat(views)
         z = h.to(accumulation_dtype(h.dtype))
-        scale = floored = rnorm = None
+        scale = rnorm = None
         if normalize:
             # In float64, since the squares of a long or a short row leave the range of float32.
             norm = torch.linalg.vector_norm(z, dim=-1, keepdim=True, dtype=torch.float64)
             eps = max(eps, torch.finfo(z.dtype).tiny)  # whose reciprocal is finite
-            floored = norm < eps
-            rnorm = norm.clamp_min_(eps).reciprocal_().to(z.dtype)
+            rnorm = norm.clamp_min(eps).reciprocal_().to(z.dtype)
             z = z * rnorm
+            rnorm = torch.where(norm < eps, -rnorm, rnorm)
         elif len(views) == 1 and z.dtype == h.dtype:  # not the input, which may be changed before the backward
             z = z.clone()
         if temperature is not None:
-            scale = temperature.reshape(()).double()
-            scale = torch.where((scale > 0) & scale.isfinite(), 1 / scale, torch.nan).to(z)
-        ctx.save_for_backward(z, rnorm, floored, scale, temperature, *views)  # the inputs: for `once`
+            scale = info_nce.scale_of(temperature, 0.0, z.device).to(z.dtype)
+        ctx.save_for_backward(z, rnorm, scale, temperature, *views)  # the inputs: for `once`
         ctx.device = z.device
         return z, scale
 
@@ -90,19 +90,14 @@ class _Rows(torch.autograd.Function):
     @once
     @_without_autocast
     def backward(ctx, saved, grad, grad_scale):
-        z, rnorm, floored, scale, temperature, *views = saved
+        z, rnorm, scale, temperature, *views = saved
         if temperature is not None and ctx.needs_input_grad[2]:
             temperature = (-scale * scale * grad_scale).to(temperature).view(temperature.shape)
         else:
             temperature = None
-        if rnorm is not None:
-            # Below the floor the norm is a constant: no projection.
-            along = torch.linalg.vecdot(z, grad).unsqueeze(-1).masked_fill_(floored, 0)
-            grad = torch.addcmul(grad, z, along, value=-1).mul_(rnorm)
         dtype = views[0].dtype
-        if dtype == torch.float16 and rnorm is not None:  # dz / eps of a zero row is finite in float32 only
-            limit = torch.finfo(dtype).max
-            grad = torch.where(floored, grad.clamp(-limit, limit), grad)
+        if rnorm is not None:
+            grad = info_nce.through_the_norm(grad, z, rnorm, dtype)
         grad = grad.to(dtype)
         grads = [grad.view(views[0].shape)] if len(views) == 1 else grad.split(views[0].shape[0])
         return None, None, temperature, *grads

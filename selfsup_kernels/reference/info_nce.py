@@ -48,7 +48,7 @@ def forward(
     name = OBJECTIVES[objective]
     samples = range(first, batch if count < 0 else first + count)
     with torch.autocast(device.type, enabled=False):
-        scale = _scale(temperature_tensor, temperature, device)
+        scale = scale_of(temperature_tensor, temperature, device)
         z, rnorm = _rows(torch.cat([v.to(acc) for v in views]), normalize, eps)
         zq = z.new_empty((0, z.shape[1])) if queue is None else _rows(queue.to(acc).contiguous(), normalize, eps)[0]
         met = _met(num_views, name, device)
@@ -91,7 +91,7 @@ def backward(
     rows, name = num_views * batch, OBJECTIVES[objective]
     samples = range(first, batch if count < 0 else first + count)
     with torch.autocast(z.device.type, enabled=False):
-        scale = _scale(temperature_tensor, temperature, z.device)
+        scale = scale_of(temperature_tensor, temperature, z.device)
         g = grad.double() / rows if reduction == 1 else grad.double()
         g = g.expand(num_views, batch)
         logw = logw.view(num_views, batch, -1)
@@ -133,16 +133,22 @@ def backward(
             grad_temperature = -scale * scale * grad_scale
         dz = dz * scale.to(dz.dtype)
         if normalize:
-            # Below the floor the norm is a constant: no projection.
-            along = torch.where(rnorm > 0, (z * dz).sum(-1, keepdim=True), 0)
-            dz = torch.addcmul(dz, z, along, value=-1) * rnorm.abs()
-            if dtype == torch.float16:  # dz / eps of a zero row is finite in float32 only
-                limit = torch.finfo(dtype).max
-                dz = torch.where(rnorm > 0, dz, dz.clamp(-limit, limit))
+            dz = through_the_norm(dz, z, rnorm, dtype)
     return dz.to(dtype), grad_temperature
 
 
-def _scale(temperature_tensor, temperature, device):
+def through_the_norm(dz, z, rnorm, dtype):
+    """The gradient of rows in ``dtype``, from that of the unit rows z (..., D); rnorm (..., 1) as ``_rows`` has it."""
+    # Below the floor the norm is a constant: no projection.
+    along = torch.where(rnorm > 0, (z * dz).sum(-1, keepdim=True), 0)
+    dz = torch.addcmul(dz, z, along, value=-1) * rnorm.abs()
+    if dtype == torch.float16:  # dz / eps of a zero row is finite in float32 only
+        limit = torch.finfo(dtype).max
+        dz = torch.where(rnorm > 0, dz, dz.clamp(-limit, limit))
+    return dz
+
+
+def scale_of(temperature_tensor, temperature, device):
     """1 / temperature as a 0-dim float64 tensor; NaN where the temperature is not a positive number."""
     if temperature_tensor is None:
         return torch.full((), 1 / temperature, dtype=torch.float64, device=device)
