@@ -59,6 +59,20 @@ def test_nothing_finite_where_the_dense_loss_is_not(objective, num_views, normal
     assert not got[1][~finite].isfinite().all(-1).any()
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=["nan", "inf", "-inf"])
+def test_byol_of_a_row_that_is_not_finite(value):
+    p, t = randn(2, 5, 4), randn(2, 5, 4, seed=1)
+    p[0, 2, 1] = value
+    p.requires_grad_()
+    loss = byol_loss(p, t, reduction="none", impl="reference")
+    loss.sum().backward()
+    bad = torch.zeros(2, 5, dtype=torch.bool)
+    bad[0, 2] = True
+    assert torch.equal(~loss.isfinite(), bad)
+    assert torch.equal(~p.grad.isfinite().all(-1), bad)
+    assert not p.grad[0, 2].isfinite().any()
+
+
 @pytest.mark.parametrize("eps", [1e-12, 1e-39, 1e-300])
 def test_row_of_zeros_above_any_floor(eps):
     views = randn(2, 6, 4)

@@ -139,12 +139,12 @@ def backward(
 
 def through_the_norm(dz, z, rnorm, dtype):
     """The gradient of rows in ``dtype``, from that of the unit rows z (..., D); rnorm (..., 1) as ``_rows`` has it."""
-    # Below the floor the norm is a constant: no projection.
-    along = torch.where(rnorm > 0, (z * dz).sum(-1, keepdim=True), 0)
+    # Below the floor the norm is a constant: no projection. (An infinite row's rnorm is 0: it has one, which is NaN.)
+    along = torch.where(rnorm < 0, 0, (z * dz).sum(-1, keepdim=True))
     dz = torch.addcmul(dz, z, along, value=-1) * rnorm.abs()
     if dtype == torch.float16:  # dz / eps of a zero row is finite in float32 only
         limit = torch.finfo(dtype).max
-        dz = torch.where(rnorm > 0, dz, dz.clamp(-limit, limit))
+        dz = torch.where(rnorm < 0, dz.clamp(-limit, limit), dz)
     return dz
 
 
