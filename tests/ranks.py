@@ -1,6 +1,7 @@
 """Processes that form groups (gloo, on the CPU). They are started once and run many functions, since starting one takes
 longer than nearly all of what they are asked to do."""
 
+import contextlib
 import datetime
 import multiprocessing
 import os
@@ -66,8 +67,8 @@ class Ranks:
         return self._pipes[rank].recv()
 
     def close(self):
-        for pipe, process in zip(self._pipes, self._processes, strict=True):
-            if process.is_alive():
+        for pipe in self._pipes:
+            with contextlib.suppress(BrokenPipeError):  # of a process that has ended, or is about to
                 pipe.send(None)
         for process in self._processes:
             process.join(10)
