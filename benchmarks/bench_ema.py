@@ -2,8 +2,8 @@
 
 import pytest
 
-from selfsup_kernels.bench import rivals
-from selfsup_kernels.bench.workloads import case
+from selfsup_kernels.lab.bench import rivals
+from selfsup_kernels.lab.bench.workloads import case
 
 
 @pytest.mark.parametrize("name", [*rivals.EAGER_EMA, rivals.OURS])

@@ -2,8 +2,8 @@
 
 import pytest
 
-from selfsup_kernels.bench import rivals
-from selfsup_kernels.bench.workloads import PARTS, case
+from selfsup_kernels.lab.bench import rivals
+from selfsup_kernels.lab.bench.workloads import PARTS, case
 
 CASES = [case("info_nce", batch=b, dim=d) for b, d in ((256, 128), (1024, 128), (4096, 128), (2048, 512))]
 

@@ -27,8 +27,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from selfsup_kernels import _memory, compat
-from selfsup_kernels.bench import results, timing
+from selfsup_kernels import compat
+from selfsup_kernels.lab import host_memory
+from selfsup_kernels.lab.bench import results, timing
 
 BATCH, DIM = 2048, 128
 FORMULA = "formula"
@@ -261,8 +262,8 @@ def measure(case, rounds, with_memory):
 
 def peak_bytes(call):
     """The highest resident memory that ``call`` adds; None where that is not known."""
-    _memory.trim()  # freed memory that the allocator keeps would hide what is taken anew
-    return _memory.peak_growth(call)
+    host_memory.trim()  # freed memory that the allocator keeps would hide what is taken anew
+    return host_memory.peak_growth(call)
 
 
 def megabytes(size):

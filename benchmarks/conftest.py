@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from selfsup_kernels.bench import rivals
+from selfsup_kernels.lab.bench import rivals
 
 sys.path.insert(0, str(Path(__file__).parent))
 

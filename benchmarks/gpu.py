@@ -18,9 +18,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the package o
 
 import torch
 
-from selfsup_kernels.bench import results, rivals, tables
-from selfsup_kernels.bench.suite import OUT_OF_TIME, Suite
-from selfsup_kernels.bench.workloads import case
+from selfsup_kernels.lab.bench import results, rivals, tables
+from selfsup_kernels.lab.bench.suite import OUT_OF_TIME, Suite
+from selfsup_kernels.lab.bench.workloads import case
 
 CUDA = rivals.impl_name("cuda")
 """Beside what impl="auto" takes, the kernels of the CUDA library by themselves."""

@@ -255,7 +255,7 @@ def main(arguments=None) -> int:
         parser.error(str(error))
     import torch
 
-    from selfsup_kernels.bench import results
+    from selfsup_kernels.lab.bench import results
 
     if not torch.cuda.is_available():
         print(f"gpu-check: needs an NVIDIA GPU and a CUDA build of PyTorch; this is {torch.__version__} and sees none")

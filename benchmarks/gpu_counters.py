@@ -61,7 +61,7 @@ MARK = "spin_kernel"
 
 def calls(quick):
     """(name, workload, implementation): each kind of kernel, at the sizes that the first tables are about."""
-    from selfsup_kernels.bench.workloads import case
+    from selfsup_kernels.lab.bench.workloads import case
 
     rows, pairs, model = (32, 48, "tiny") if quick else (16384, 262144, "ResNet-50")
     for impl in ("triton", "cuda"):
@@ -245,7 +245,7 @@ def main(arguments=None) -> int:
         print(f"gpu-counters: no call has {' or '.join(options.only)} in its name; there are:")
         print(*(name for name, *_ in calls(quick=False)), sep="\n")
         return 2
-    from selfsup_kernels.bench import results
+    from selfsup_kernels.lab.bench import results
 
     folder = options.out or ROOT / "benchmarks" / "results" / results.folder_name(
         {"device": torch.cuda.get_device_name()}

@@ -27,7 +27,7 @@ to compare a measurement with, and only its order between configurations is mean
 import re
 from typing import NamedTuple
 
-from selfsup_kernels.triton import _compiled, _sass
+from selfsup_kernels.lab import machine_code, sass
 
 
 class Rates(NamedTuple):
@@ -80,7 +80,7 @@ class Tile(NamedTuple):
     """Passes of the loop over pieces of the rows, where there is one."""
 
 
-def tile(launch: _compiled.Launch, dim: int, item_size: int) -> Tile:
+def tile(launch: machine_code.Launch, dim: int, item_size: int) -> Tile:
     """The work of one pass of the main loop."""
     c = launch.constants
     m, n, k = c["BLOCK_M"], c["BLOCK_N"], c["BLOCK_K"]
@@ -99,15 +99,17 @@ def tile(launch: _compiled.Launch, dim: int, item_size: int) -> Tile:
     return Tile(2 * products * m * n * padded, 2 * products * m * n * dim, moved * item_size, padded // k)
 
 
-def predict(launch: _compiled.Launch, architecture: int, dim: int, item_size: int, programs: int) -> Prediction | None:
+def predict(
+    launch: machine_code.Launch, architecture: int, dim: int, item_size: int, programs: int
+) -> Prediction | None:
     """None for kernels without matrix products. ``programs``: those that the launcher puts on a multiprocessor."""
-    if launch.code is None or launch.code.loop is None or launch.kernel not in _compiled.MATRIX_KERNELS:
+    if launch.code is None or launch.code.loop is None or launch.kernel not in machine_code.MATRIX_KERNELS:
         return None
     rates, work = RATES[architecture], tile(launch, dim, item_size)
     products = 3 if launch.constants["PRECISION"] == "tf32x3" else 1
     counts, operations = _per_tile(launch, work, products)
     rate = rates.bfloat16 if item_size == 2 else rates.bfloat16 / 2
-    own = _compiled.matrix_count(launch.code, architecture)
+    own = machine_code.matrix_count(launch.code, architecture)
     matrix = operations / (rate if own else rate * LEGACY.get(architecture, 1.0))
 
     def issued(test):
@@ -115,14 +117,14 @@ def predict(launch: _compiled.Launch, architecture: int, dim: int, item_size: in
 
     exponential = issued(lambda name: name.startswith("MUFU")) * 32 / 16
     floats = issued(FLOAT.match) * 32 / rates.float_lanes
-    others = issued(lambda name: not (FLOAT.match(name) or SHARED.match(name) or _sass.is_matrix(name)))
+    others = issued(lambda name: not (FLOAT.match(name) or SHARED.match(name) or sass.is_matrix(name)))
     # Of what is left, about half goes to the integer lanes: the rest are branches, barriers and uniform instructions.
     integers = 0.5 * others * 32 / rates.integer_lanes
     shared = launch.warps * sum(n * _shared_clocks(name) for name, n in counts.items() if SHARED.match(name))
     shuffles = issued(lambda name: name.startswith("SHFL"))
     vector = max(issued(lambda name: True) / 4, floats, integers, shuffles, shared)
     memory = work.bytes / rates.l2_bytes
-    fit = max(1, _compiled.occupancy(launch.code, launch.warps, architecture))
+    fit = max(1, machine_code.occupancy(launch.code, launch.warps, architecture))
     resident = min(fit, programs) if launch.kernel == "sums_kernel" else fit
     rest = max(exponential, vector)
     busy = matrix + rest if resident == 1 else max(matrix, rest)
@@ -135,7 +137,7 @@ def predict(launch: _compiled.Launch, architecture: int, dim: int, item_size: in
         vector=vector,
         memory=memory,
         programs=resident,
-        exponentials=sum(n for name, n in counts.items() if name.startswith(_sass.EXPONENTIAL)),
+        exponentials=sum(n for name, n in counts.items() if name.startswith(sass.EXPONENTIAL)),
         shuffles=sum(n for name, n in counts.items() if name.startswith("SHFL")),
         fraction=work.useful * products / rate / total,
         bound=max(parts, key=parts.get),
@@ -148,13 +150,13 @@ def _per_tile(launch, work, products):
     once, inner = launch.code.loop
 
     def done(counts):
-        each = [(_sass.matrix_operations(name, launch.warps), n) for name, n in counts.items() if _sass.is_matrix(name)]
+        each = [(sass.matrix_operations(name, launch.warps), n) for name, n in counts.items() if sass.is_matrix(name)]
         # The size of a tcgen05 product is not in its name.
         return None if any(o is None for o, _ in each) else sum(o * n for o, n in each)
 
     needed = work.operations * products
     at_once, again = done(once), done(inner)
-    if any(_sass.is_matrix(name) for name in inner):
+    if any(sass.is_matrix(name) for name in inner):
         pieces = work.pieces
         unrolled = max(1, int(again / (needed / pieces) + 0.01)) if again else 1
         passes = pieces / unrolled

@@ -33,7 +33,8 @@ import torch
 
 import selfsup_kernels as sk
 from selfsup_kernels import ops
-from selfsup_kernels.triton import _compiled, configs
+from selfsup_kernels.lab import machine_code
+from selfsup_kernels.triton import configs
 
 ARCHITECTURES = configs.ARCHITECTURES
 LONG = 1024
@@ -142,9 +143,9 @@ def _info_nce(job, dtype):
         with_rows = case in ONCE or ((job.precision, job.dim) in ROWS and case in EVERYWHERE)
 
         def wanted(kernel, with_rows=with_rows):
-            return with_rows or kernel in _compiled.MATRIX_KERNELS
+            return with_rows or kernel in machine_code.MATRIX_KERNELS
 
-        with _compiled.recording(job.architecture, wanted) as launches:
+        with machine_code.recording(job.architecture, wanted) as launches:
             _call_info_nce(case, job.dim, dtype)
         for launch in launches:
             rows.setdefault(launch.key, row(job, case.name, launch, dtype.itemsize))
@@ -182,7 +183,7 @@ def _call_part(views, count):
 
 def _byol(job, dtype):
     views = BYOL_VIEWS[job.dim]
-    with _compiled.recording(job.architecture) as launches:
+    with machine_code.recording(job.architecture) as launches:
         p, t = (torch.zeros(views, LARGE, job.dim, dtype=dtype, requires_grad=grad) for grad in (True, False))
         sk.byol_loss(p, t, impl="triton").backward()
     name = str(dtype).removeprefix("torch.")
@@ -192,7 +193,7 @@ def _byol(job, dtype):
 def _ema(job, dtype):
     rows = {}
     for name, rounding in (("plain", False), ("stochastic rounding", True)):
-        with _compiled.recording(job.architecture) as launches:
+        with machine_code.recording(job.architecture) as launches:
             targets = [torch.zeros(64, 64, dtype=d) for d in (torch.float32, torch.bfloat16, torch.float16)]
             sources = [t.float() for t in targets]
             sk.ema_update_(targets, sources, 0.99, stochastic_rounding=rounding, impl="triton")
@@ -201,7 +202,7 @@ def _ema(job, dtype):
     return list(rows.values())
 
 
-def row(job: Job, case: str, launch: _compiled.Launch, item_size: int) -> dict:
+def row(job: Job, case: str, launch: machine_code.Launch, item_size: int) -> dict:
     """Everything known of one kernel, as plain data."""
     a, code = job.architecture, launch.code
     kernel = launch.kernel.strip("_").removesuffix("_kernel")
@@ -212,7 +213,7 @@ def row(job: Job, case: str, launch: _compiled.Launch, item_size: int) -> dict:
     if kernel == "sums":
         entry = "sums" if launch.constants["PART"] == "clean" else "masked_sums"
         programs = configs.lookup(entry, a, PRECISIONS[job.precision][0], job.dim).programs
-    limit = _compiled.RESOURCES[a].block_shared
+    limit = machine_code.RESOURCES[a].block_shared
     result = {
         "kernel": name,
         "arch": f"sm_{a}",
@@ -224,8 +225,8 @@ def row(job: Job, case: str, launch: _compiled.Launch, item_size: int) -> dict:
         "stages": launch.options.get("num_stages"),
         "descriptor": bool(launch.constants.get("DESCRIPTOR")),
         "shared_limit": limit,
-        "problems": _compiled.problems(launch, a),
-        "remarks": _compiled.remarks(launch, a, programs),
+        "problems": machine_code.problems(launch, a),
+        "remarks": machine_code.remarks(launch, a, programs),
     }
     if code is not None:
         prediction = gpu_model.predict(launch, a, job.dim, item_size, programs)
@@ -234,9 +235,9 @@ def row(job: Job, case: str, launch: _compiled.Launch, item_size: int) -> dict:
             "stack": code.stack,
             "shared": code.shared,
             "tensor_memory": code.tensor_memory,
-            "programs": _compiled.occupancy(code, launch.warps, a),
+            "programs": machine_code.occupancy(code, launch.warps, a),
             "instructions": sum(code.counts.values()),
-            "matrix": _compiled.matrix_count(code, a),
+            "matrix": machine_code.matrix_count(code, a),
             "hmma": code.count("HMMA"),
             "utmaldg": code.count("UTMALDG"),
             "local": code.count("LDL", "STL"),
@@ -353,12 +354,12 @@ def main(arguments=None) -> int:
         "--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes (default: %(default)s)"
     )
     options = parser.parse_args(arguments)
-    reason = _compiled.available()
+    reason = machine_code.available()
     if reason:
         print(f"gpu-static: {reason}")
         return 2
     began = time.perf_counter()
-    present = [op for op in options.op if (Path(_compiled.__file__).parent / f"{op}.py").exists()]
+    present = [op for op in options.op if (Path(configs.__file__).with_name(f"{op}.py")).exists()]
     rows = collect(jobs(options.arch, options.dtype, present, options.dim), options.jobs)
     failing = [r for r in rows if r["problems"]]
     shown = failing if options.brief else rows
@@ -366,7 +367,7 @@ def main(arguments=None) -> int:
         print_table(shown)
         print(LEGEND)
     if options.json:
-        versions = {"triton": _compiled.triton.__version__, "torch": torch.__version__}
+        versions = {"triton": machine_code.triton.__version__, "torch": torch.__version__}
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps({"versions": versions, "rows": rows}, indent=1) + "\n")
     if set(options.arch) == set(ARCHITECTURES) and options.dtype == list(PRECISIONS) and options.dim == DIMS:

@@ -62,7 +62,7 @@ def is_current(path, rows):
 
 
 def draw(path, rows, drawing, title):
-    from selfsup_kernels._report import figures
+    from selfsup_kernels.lab.pages import figures
 
     made, axes = figures.figure(5.6, 4.0)
     drawing(axes.flat[0], rows)
@@ -75,7 +75,7 @@ def draw(path, rows, drawing, title):
 
 def _curves(axis, rows, value):
     """A curve for each rival with at least one point: ``{name: points}``, and the batch sizes."""
-    from selfsup_kernels._report import figures
+    from selfsup_kernels.lab.pages import figures
 
     drawn = {}
     batches = sorted({row["batch"] for row in rows})
@@ -94,7 +94,7 @@ def _finish(axis, drawn, batches, unit):
     """Ticks and words; last, since every logarithmic line sets the axes' ticks anew."""
     from matplotlib.ticker import NullLocator
 
-    from selfsup_kernels._report import figures
+    from selfsup_kernels.lab.pages import figures
 
     figures.log_axis(axis.yaxis, [y for points in drawn.values() for _, y in points])
     axis.set_xticks(batches, [str(b) for b in batches])
@@ -105,7 +105,7 @@ def _finish(axis, drawn, batches, unit):
 
 
 def _out_of_memory(axis, rows):
-    from selfsup_kernels._report import figures
+    from selfsup_kernels.lab.pages import figures
 
     for row in rows:
         for name in row.get("unavailable") or {}:
@@ -119,7 +119,7 @@ def _out_of_memory(axis, rows):
 
 
 def _time(axis, rows):
-    from selfsup_kernels._report import figures
+    from selfsup_kernels.lab.pages import figures
 
     drawn, batches = _curves(axis, rows, m.median)
     _out_of_memory(axis, rows)
@@ -129,7 +129,7 @@ def _time(axis, rows):
 
 
 def _memory(axis, rows):
-    from selfsup_kernels._report import figures
+    from selfsup_kernels.lab.pages import figures
 
     drawn, batches = _curves(axis, rows, lambda row, name: (m.peak(row, name) or 0) / 1e6)
     _out_of_memory(axis, rows)

@@ -23,8 +23,9 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
 import selfsup_kernels as sk
-from selfsup_kernels import _memory, distributed
-from selfsup_kernels.bench import results, timing
+from selfsup_kernels import distributed
+from selfsup_kernels.lab import host_memory
+from selfsup_kernels.lab.bench import results, timing
 
 VIEWS = 2
 
@@ -93,11 +94,11 @@ def process(rank, processes, folder, args):
     step(torch.randn(VIEWS, 64, args.dim))  # libraries, threads and code are loaded
     own = inputs(args).tensor_split(processes, 1)[rank].clone()
     dist.barrier()
-    _memory.reset_peak()  # counts from here on
-    before = _memory.status("VmRSS")
+    host_memory.reset_peak()  # counts from here on
+    before = host_memory.status("VmRSS")
     with counted() as received:
         loss, gradient = step(own)
-    peak = _memory.status("VmHWM") - before
+    peak = host_memory.status("VmHWM") - before
     report = {"received": sum(received), "peak": peak, "loss": loss, "gradient": gradient}
     times = []
     for _ in range(args.repeats):

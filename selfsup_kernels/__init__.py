@@ -4,7 +4,9 @@ See :mod:`selfsup_kernels.functional` for the losses, :mod:`selfsup_kernels.modu
 :mod:`selfsup_kernels.methods` for whole methods, and ``python -m selfsup_kernels info`` for what this machine runs.
 """
 
-from selfsup_kernels import backends, compat, functional, methods, optim, profile
+import importlib
+
+from selfsup_kernels import backends, compat, functional, methods, optim
 from selfsup_kernels.chunked import chunked_backward
 from selfsup_kernels.ema import EMA, cosine_momentum
 from selfsup_kernels.functional import ContrastiveStats, byol_loss, contrastive_stats, ema_update_, info_nce_loss
@@ -32,3 +34,9 @@ __all__ = [
     "optim",
     "profile",
 ]
+
+
+def __getattr__(name):
+    if name == "profile":  # imported when first used: it needs more of torch than a loss does
+        return importlib.import_module("selfsup_kernels.profile")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -57,14 +57,14 @@ def main(arguments=None) -> int:
         if importlib.util.find_spec("triton") is None:
             print("tune: Triton is not installed. Run: pip install 'triton>=3.6'")
             return 2
-        from selfsup_kernels.triton import tune
+        from selfsup_kernels.lab import tune
 
         return tune.main(
             options.op, options.dtype, options.dim, options.out, options.write, options.minutes, options.json
         )
     if options.command in OWN_OPTIONS:
         return importlib.import_module(f"selfsup_kernels.{options.command}.cli").main(options)
-    from selfsup_kernels import demo
+    from selfsup_kernels.lab import demo
 
     return demo.main(out=options.out, seed=options.seed, quick=options.quick, figure=options.figure)
 

@@ -1,6 +1,7 @@
 """What this machine runs, what is missing, why, and what to type."""
 
 import importlib
+import importlib.util
 import json
 import os
 import platform
@@ -14,12 +15,13 @@ IMPLEMENTATIONS = {
     "cuda": "CUDA C++ kernels for NVIDIA GPUs",
 }
 
+_PAGE = ("numpy", "matplotlib", "jinja2")
 COMMANDS = {
-    "bench": ("selfsup_kernels.bench.cli", "NEEDS", "PAGE_NEEDS"),
-    "profile": ("selfsup_kernels.profile.cli", "NEEDS"),
-    "demo": ("selfsup_kernels.demo", "NEEDS"),
+    "bench": ("rich", "psutil", *_PAGE),
+    "profile": (*_PAGE, "rich", "psutil"),
+    "demo": ("sklearn", *_PAGE, "rich", "psutil"),
 }
-"""Commands that need more packages than the losses: where each lists them."""
+"""The packages that a command imports and the losses do not (the extras of pyproject.toml)."""
 
 
 def main(as_json=False, verbose=False) -> int:
@@ -43,7 +45,7 @@ def collect() -> dict:
         "auto": _probe(_auto),
         "extension": _probe(_extension),
         "cuda_library": _probe(_cuda_library),
-        "commands": {name: _probe(lambda name=name: _missing_packages(name)) for name in COMMANDS},
+        "commands": {name: _probe(lambda name=name: missing(name)) for name in COMMANDS},
     }
 
 
@@ -76,12 +78,19 @@ def _location():
     return {"package": str(_build.PACKAGE), "source": _build.SOURCE is not None}
 
 
-def _missing_packages(command):
-    from selfsup_kernels import _report
+def missing(command, page=True) -> list[str]:
+    """The packages that ``command`` needs and that are not installed; ``page``: whether it writes an HTML page."""
+    needed = (name for name in COMMANDS[command] if page or name not in _PAGE)
+    return [name for name in needed if not _is_installed(name)]
 
-    module, *lists = COMMANDS[command]
-    module = importlib.import_module(module)
-    return _report.missing(dict.fromkeys(name for each in lists for name in getattr(module, each)))
+
+def _is_installed(name):
+    return importlib.util.find_spec(name) is not None
+
+
+def install(names) -> str:
+    """The command that installs packages. Not an extra of ours: pip would build the kernels again."""
+    return f"pip install {' '.join('scikit-learn' if name == 'sklearn' else name for name in names)}"
 
 
 def _triton_version():
@@ -190,8 +199,6 @@ def _toolkit():
 
 def render(facts, verbose=False) -> str:
     """The report as text; ``verbose`` adds how the libraries were built, and whether a CUDA library could be."""
-    from selfsup_kernels import _report
-
     location = facts["location"]
     where = _text(location)
     if "package" in location:
@@ -229,9 +236,7 @@ def render(facts, verbose=False) -> str:
             f"  {name:<10} {'no ' if absent else 'yes'}" + (f"  needs {', '.join(absent)}" if known and absent else "")
         )
         if absent:
-            lines.append(
-                f"             run: {_report.install(absent)}" if known else f"             why: {_text(absent)}"
-            )
+            lines.append(f"             run: {install(absent)}" if known else f"             why: {_text(absent)}")
     if verbose or "error" in extension:
         lines += _render_extension(extension)
     library = facts["cuda_library"]

@@ -22,7 +22,7 @@ from helpers import EXTENSION_REQUIRED, IMPLS
 from profile_cases import CountedTime
 
 from selfsup_kernels import backends
-from selfsup_kernels.profile.recorder import CPUClock
+from selfsup_kernels.lab.profile.recorder import CPUClock
 from selfsup_kernels.reference import eager
 
 # Without deadlines, since a first call may compile, and without the check that examples are made fast enough, which a

@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from selfsup_kernels import _fresh
-from selfsup_kernels.bench import cli, results, rivals, timing, worker
-from selfsup_kernels.bench import suite as engine
-from selfsup_kernels.bench.workloads import case
+from selfsup_kernels import info
+from selfsup_kernels.lab import fresh
+from selfsup_kernels.lab.bench import cli, results, rivals, timing, worker
+from selfsup_kernels.lab.bench import suite as engine
+from selfsup_kernels.lab.bench.workloads import case
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.unpoisoned
@@ -39,11 +40,11 @@ def in_this_process():
     """What a fresh process would do is done in this one, and rates are measured on little, to be quick."""
 
     def call(target, *arguments, **options):
-        assert target == "selfsup_kernels.bench.worker:probe"
+        assert target == "selfsup_kernels.lab.bench.worker:probe"
         return worker.probe(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_fresh, "call", call)
+        patch.setattr(fresh, "call", call)
         patch.setattr(timing.Rates, "__init__", functools.partialmethod(timing.Rates.__init__, size=64, copied=2**20))
         yield
 
@@ -327,7 +328,7 @@ def test_what_would_take_too_long_is_not_even_started(here, own):
 def test_peak_memory_is_that_of_a_fresh_process():
     """Four matrices of 2048 x 2048 float32 and no less than two: what this process has freed hides none of it."""
     torch.ones(2**27).sum()
-    found = _fresh.call("selfsup_kernels.bench.worker:probe", case("info_nce", batch=1024, dim=8).facts, "eager")
+    found = fresh.call("selfsup_kernels.lab.bench.worker:probe", case("info_nce", batch=1024, dim=8).facts, "eager")
     assert 2 * 4 * 2048**2 < found["peak_bytes"] < 6 * 4 * 2048**2
     assert found["seconds"] > 0
 
@@ -423,9 +424,7 @@ def test_a_loss_that_cannot_be_imported(capsys, tmp_path, monkeypatch):
 
 
 def test_missing_packages(monkeypatch, capsys):
-    from selfsup_kernels import _report
-
-    monkeypatch.setattr(_report, "missing", lambda names: [name for name in names if name == "rich"])
+    monkeypatch.setattr(info, "_is_installed", lambda name: name != "rich")
     assert bench("--op", "ema") == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line == "bench: rich missing; run: pip install rich"
@@ -451,10 +450,10 @@ def test_names_of_rivals(capsys):
 def test_light_to_start():
     """The options need no torch; tables need no pictures."""
     code = (
-        "import sys; from selfsup_kernels.bench import cli; import argparse\n"
+        "import sys; from selfsup_kernels.lab.bench import cli; import argparse\n"
         "assert not {'rich', 'matplotlib', 'jinja2'} & set(sys.modules)\n"
         "p = argparse.ArgumentParser(); cli.add_arguments(p)\n"
-        "from selfsup_kernels.bench import timing; import functools\n"
+        "from selfsup_kernels.lab.bench import timing; import functools\n"
         "timing.Rates.__init__ = functools.partialmethod(timing.Rates.__init__, size=64, copied=2**20)\n"
         "o = p.parse_args('--op byol --batch 8 --dim 8 --vs none --rounds 3'.split())\n"
         "assert cli.main(o) == 0\n"

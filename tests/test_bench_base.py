@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from selfsup_kernels.bench import base, verdict
+from selfsup_kernels.lab.bench import base, verdict
 
 
 def launches(ratio, noise, bias=0.0, seed=0, turns=15, count=3):
@@ -94,7 +94,7 @@ def repository(folder, *versions):
 
 @pytest.fixture
 def cases():
-    from selfsup_kernels.bench import workloads
+    from selfsup_kernels.lab.bench import workloads
 
     return [workloads.case("info_nce", batch=8, dim=4)]
 

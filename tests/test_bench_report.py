@@ -6,8 +6,8 @@ import re
 import pytest
 from browser import check_layout, open_page
 
-from selfsup_kernels.bench import findings, results, tables
-from selfsup_kernels.bench.workloads import case
+from selfsup_kernels.lab.bench import findings, results, tables
+from selfsup_kernels.lab.bench.workloads import case
 
 for package in ("rich", "psutil", "jinja2", "matplotlib"):
     pytest.importorskip(package)
@@ -98,7 +98,7 @@ def test_what_is_made_up_keeps_to_the_schema(name):
 @pytest.mark.parametrize("width", [390, 1280])
 @pytest.mark.parametrize("name", PAGES)
 def test_page_in_a_browser(name, width, tmp_path):
-    from selfsup_kernels.bench import report
+    from selfsup_kernels.lab.bench import report
 
     header, rows = PAGES[name]
     path = tmp_path / "page.html"
@@ -160,7 +160,7 @@ def test_errors_beyond_rounding_are_flagged():
 
 
 def test_the_pages_table_of_errors_flags_the_worst_row():
-    from selfsup_kernels.bench import report
+    from selfsup_kernels.lab.bench import report
 
     bad, good = next(info_nce(256, 1.0, 2.0)), next(info_nce(1024, 1.0, 2.0))
     bad["errors"]["eager"]["gradient"] = 3e-2

@@ -19,11 +19,11 @@ import numpy as np
 from matplotlib import image
 
 import selfsup_kernels as sk
-from selfsup_kernels import _fresh, _memory, demo
+from selfsup_kernels import info
 from selfsup_kernels.__main__ import main
-from selfsup_kernels._report import figures, progress
-from selfsup_kernels.bench import eager
-from selfsup_kernels.demo import (
+from selfsup_kernels.lab import fresh, host_memory
+from selfsup_kernels.lab.bench import eager
+from selfsup_kernels.lab.demo import (
     agreement,
     data,
     evaluate,
@@ -34,6 +34,7 @@ from selfsup_kernels.demo import (
     sweep,
     train,
 )
+from selfsup_kernels.lab.pages import figures, progress
 from selfsup_kernels.reference import dense
 
 
@@ -208,20 +209,20 @@ def test_verdicts():
 
 def test_peak_of_a_known_allocation():
     size = 64 << 20
-    peak = _memory.peak_growth(lambda: torch.ones(size, dtype=torch.uint8))
+    peak = host_memory.peak_growth(lambda: torch.ones(size, dtype=torch.uint8))
     if peak is None:
         pytest.skip("this system does not tell a process its peak memory")
     assert 0.9 * size < peak < 1.5 * size
 
 
 def test_a_failing_worker_says_why():
-    with pytest.raises(_fresh.Failed, match=r"(?s)sweep:peak_bytes\('nothing', 8\) failed.*KeyError: 'nothing'"):
-        _fresh.call("selfsup_kernels.demo.sweep:peak_bytes", "nothing", 8)
+    with pytest.raises(fresh.Failed, match=r"(?s)sweep:peak_bytes\('nothing', 8\) failed.*KeyError: 'nothing'"):
+        fresh.call("selfsup_kernels.lab.demo.sweep:peak_bytes", "nothing", 8)
 
 
 def test_sweep_leaves_out_what_does_not_fit(monkeypatch):
-    monkeypatch.setattr(_fresh, "call", lambda *arguments: 1)
-    monkeypatch.setattr(_memory, "available", lambda: 0)
+    monkeypatch.setattr(fresh, "call", lambda *arguments: 1)
+    monkeypatch.setattr(host_memory, "available", lambda: 0)
     (row,) = sweep.run([16], budget=10**6)
     assert row["left_out"] == {"eager": "memory"}
     assert set(row["seconds"]) == set(row["peak_bytes"]) == {"ours"}
@@ -253,15 +254,15 @@ def test_findings_speak_against_us_too(quick):
 
 
 def test_missing_dependencies_are_one_line(monkeypatch, capsys):
-    monkeypatch.setattr(demo, "missing", lambda: ["sklearn", "rich"])
+    monkeypatch.setattr(info, "_is_installed", lambda name: name not in ("sklearn", "rich"))
     assert main(["demo"]) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "sklearn, rich" in error
     assert "pip install scikit-learn rich" in error
     monkeypatch.undo()
-    monkeypatch.setattr(demo, "NEEDS", ("json", "no_such_package"))
-    assert demo.missing() == ["no_such_package"]
+    monkeypatch.setitem(info.COMMANDS, "demo", ("json", "no_such_package"))
+    assert info.missing("demo") == ["no_such_package"]
 
 
 def test_progress_bar_on_a_terminal():

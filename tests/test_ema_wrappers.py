@@ -155,7 +155,7 @@ def test_a_wrapper_that_forwards_attributes_is_a_model_of_its_own():
 
 
 def test_exports_and_profiles_look_at_types_too():
-    from selfsup_kernels.profile import hooks
+    from selfsup_kernels.lab.profile import hooks
 
     model = Forwarding(compiled(nn.Linear(3, 3)))
     assert {"head.weight", "head.bias"} <= sk.methods.export_encoder(model).keys()

@@ -8,7 +8,7 @@ import types
 import pytest
 import torch
 
-from selfsup_kernels import _fresh, _memory
+from selfsup_kernels.lab import fresh, host_memory
 
 psutil = pytest.importorskip("psutil")
 
@@ -16,40 +16,40 @@ LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits 
 
 
 def test_result_and_failure():
-    assert _fresh.call("operator:add", [1], [2]) == [1, 2]
-    with pytest.raises(_fresh.Failed, match="ZeroDivisionError") as failure:
-        _fresh.call("operator:truediv", 1, 0)
-    assert not isinstance(failure.value, _fresh.OutOfMemory)
+    assert fresh.call("operator:add", [1], [2]) == [1, 2]
+    with pytest.raises(fresh.Failed, match="ZeroDivisionError") as failure:
+        fresh.call("operator:truediv", 1, 0)
+    assert not isinstance(failure.value, fresh.OutOfMemory)
     with pytest.raises(subprocess.TimeoutExpired):
-        _fresh.call("time:sleep", 60, timeout=1)
+        fresh.call("time:sleep", 60, timeout=1)
 
 
 def test_same_package_same_threads():
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        assert _fresh.call("torch:get_num_threads") == 1
+        assert fresh.call("torch:get_num_threads") == 1
     finally:
         torch.set_num_threads(before)
-    assert _fresh.call("os:getenv", "SOME_NAME", environment={"SOME_NAME": "x"}) == "x"
+    assert fresh.call("os:getenv", "SOME_NAME", environment={"SOME_NAME": "x"}) == "x"
 
 
 @LINUX
 def test_refused_memory_is_told_from_other_failures():
-    with pytest.raises(_fresh.OutOfMemory):
-        _fresh.call("torch:empty", 1 << 55)
+    with pytest.raises(fresh.OutOfMemory):
+        fresh.call("torch:empty", 1 << 55)
     limit = 8 << 30
-    with pytest.raises(_fresh.OutOfMemory):
-        _fresh.call("builtins:bytearray", 16 << 30, memory_limit=limit)
-    assert _fresh.call("operator:add", 1, 2, memory_limit=limit) == 3
+    with pytest.raises(fresh.OutOfMemory):
+        fresh.call("builtins:bytearray", 16 << 30, memory_limit=limit)
+    assert fresh.call("operator:add", 1, 2, memory_limit=limit) == 3
 
 
 @LINUX
 def test_a_killed_process_is_out_of_memory(monkeypatch):
     killed = types.SimpleNamespace(returncode=-signal.SIGKILL, stdout="", stderr="")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: killed)
-    with pytest.raises(_fresh.OutOfMemory):
-        _fresh.call("operator:add", 1, 2)
+    with pytest.raises(fresh.OutOfMemory):
+        fresh.call("operator:add", 1, 2)
 
 
 @pytest.mark.parametrize(
@@ -62,12 +62,12 @@ def test_a_killed_process_is_out_of_memory(monkeypatch):
     ],
 )
 def test_refusals(error, verdict):
-    assert _memory.refused(error) is verdict
+    assert host_memory.refused(error) is verdict
 
 
 @LINUX
 def test_available_heeds_control_groups(tmp_path, monkeypatch):
-    free = _memory.available()
+    free = host_memory.available()
     assert 0 < free <= psutil.virtual_memory().total
     groups, own = tmp_path / "cgroup", tmp_path / "own"
     (groups / "a" / "b").mkdir(parents=True)
@@ -76,23 +76,23 @@ def test_available_heeds_control_groups(tmp_path, monkeypatch):
         (group / "memory.current").write_text("2000000")
         (group / "memory.stat").write_text("anon 1\ninactive_file 1000")
     own.write_text("0::/a/b\n")
-    monkeypatch.setattr(_memory, "CGROUPS", groups)
-    monkeypatch.setattr(_memory, "OWN_GROUPS", own)
-    assert _memory.available() == 3_001_000
+    monkeypatch.setattr(host_memory, "CGROUPS", groups)
+    monkeypatch.setattr(host_memory, "OWN_GROUPS", own)
+    assert host_memory.available() == 3_001_000
     own.write_text("4:cpu:/\n3:memory:/docker/x\n")
     top = groups / "memory"
     top.mkdir()
     (top / "memory.limit_in_bytes").write_text("7000")
     (top / "memory.usage_in_bytes").write_text("3000")
     (top / "memory.stat").write_text("total_inactive_file 5")
-    assert _memory.available() == 4005
+    assert host_memory.available() == 4005
 
 
 @LINUX
 def test_growth_and_fields():
     size = 96 << 20
-    assert _memory.status("VmRSS") > 0
-    assert _memory.status("NoSuchField") is None
-    assert 0.9 * size < _memory.peak_growth(lambda: torch.ones(size, dtype=torch.uint8)) < 1.2 * size
-    _memory.trim()
-    assert _memory.resident() > 0
+    assert host_memory.status("VmRSS") > 0
+    assert host_memory.status("NoSuchField") is None
+    assert 0.9 * size < host_memory.peak_growth(lambda: torch.ones(size, dtype=torch.uint8)) < 1.2 * size
+    host_memory.trim()
+    assert host_memory.resident() > 0

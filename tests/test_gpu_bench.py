@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from selfsup_kernels.bench import accuracy, results, rivals
-from selfsup_kernels.bench.workloads import MODELS, TEMPERATURE, case
+from selfsup_kernels.lab.bench import accuracy, results, rivals
+from selfsup_kernels.lab.bench.workloads import MODELS, TEMPERATURE, case
 
 jsonschema = pytest.importorskip("jsonschema")
 SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "gpu.py"

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import selfsup_kernels as sk
-from selfsup_kernels import _build, _report, backends, info
+from selfsup_kernels import _build, backends, info
 from selfsup_kernels.__main__ import main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -130,7 +130,7 @@ def test_without_a_compiler_the_command_gets_one_first(hidden, monkeypatch):
 
 
 def test_packages_that_a_command_needs(monkeypatch, capsys):
-    monkeypatch.setattr(_report, "missing", lambda names: [n for n in names if n in ("rich", "sklearn")])
+    monkeypatch.setattr(info, "_is_installed", lambda name: name not in ("rich", "sklearn"))
     assert main(["info"]) == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "bench no needs rich run: pip install rich profile no needs rich run: pip install rich demo" in text

@@ -23,8 +23,8 @@ from profile_cases import (
 from torch import nn
 
 import selfsup_kernels as sk
-from selfsup_kernels.profile import PARTS, parts
-from selfsup_kernels.profile.summary import faster, size, summarize
+from selfsup_kernels.lab.profile import PARTS, parts
+from selfsup_kernels.lab.profile.summary import faster, size, summarize
 
 
 def test_every_part_is_told_apart_and_they_add_up(counted_time):

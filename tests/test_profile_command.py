@@ -13,11 +13,12 @@ from profile_cases import Encoder, SquareLoss, batches
 from torch import nn
 
 import selfsup_kernels as sk
-from selfsup_kernels import _fresh
+from selfsup_kernels import info
 from selfsup_kernels.__main__ import main
-from selfsup_kernels.profile import cli, findings, largest, limit, parts, plots, report, story, workload
-from selfsup_kernels.profile.cli import METHODS
-from selfsup_kernels.profile.workload import Workload
+from selfsup_kernels.lab import fresh
+from selfsup_kernels.lab.profile import cli, findings, largest, limit, parts, plots, report, story, workload
+from selfsup_kernels.lab.profile.cli import METHODS
+from selfsup_kernels.lab.profile.workload import Workload
 
 jsonschema = pytest.importorskip("jsonschema")
 
@@ -26,7 +27,7 @@ VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
 
 
 def here(target, *arguments, **options):
-    """``_fresh.call`` without another process."""
+    """``fresh.call`` without another process."""
     module, function = target.split(":")
     return json.loads(json.dumps(getattr(importlib.import_module(module), function)(*arguments)))
 
@@ -106,7 +107,7 @@ def invented(coefficients, bound):
     def call(target, work, steps=3, memory_limit=None):
         peak = largest.value(coefficients(work["batch"]), work["batch"])
         if peak > bound:
-            raise _fresh.OutOfMemory("refused")
+            raise fresh.OutOfMemory("refused")
         return {"batch": work["batch"], "peak_bytes": round(peak), "seconds": 1e-4 * work["batch"]}
 
     return call
@@ -124,7 +125,7 @@ def invented(coefficients, bound):
 @pytest.mark.parametrize("accumulate", [1, 4])
 def test_search_finds_the_largest_batch(monkeypatch, name, coefficients, accumulate):
     bound = 2_000_000_000
-    monkeypatch.setattr(_fresh, "call", invented(coefficients, bound))
+    monkeypatch.setattr(fresh, "call", invented(coefficients, bound))
     growth = largest.measure(Workload(accumulate=accumulate), bound, 256, 1e9)
     truth = max(b for b in range(accumulate, 60_000, accumulate) if largest.value(coefficients(b), b) <= bound)
     assert growth.largest % accumulate == 0
@@ -132,11 +133,11 @@ def test_search_finds_the_largest_batch(monkeypatch, name, coefficients, accumul
 
 
 def test_search_where_nothing_fits_or_time_is_short(monkeypatch):
-    monkeypatch.setattr(_fresh, "call", invented(lambda batch: (3e9, 1.0, 0.0), 2e9))
+    monkeypatch.setattr(fresh, "call", invented(lambda batch: (3e9, 1.0, 0.0), 2e9))
     growth = largest.measure(Workload(), int(2e9), 256, 1e9)
     assert growth.largest == 0
     assert growth.json()["points"] == []
-    monkeypatch.setattr(_fresh, "call", invented(lambda batch: (3e8, 4e4, 0.0), 2e12))
+    monkeypatch.setattr(fresh, "call", invented(lambda batch: (3e8, 4e4, 0.0), 2e12))
     growth = largest.measure(Workload(), int(2e12), 256, 0.0)
     assert len(growth.points) <= 2
     assert growth.largest > 100 * growth.points[-1]["batch"]
@@ -146,7 +147,7 @@ def test_search_where_nothing_fits_or_time_is_short(monkeypatch):
 
 
 def test_where_the_system_tells_no_peak_nothing_is_measured(monkeypatch):
-    monkeypatch.setattr(_fresh, "call", lambda *_, **__: pytest.fail("a process for nothing"))
+    monkeypatch.setattr(fresh, "call", lambda *_, **__: pytest.fail("a process for nothing"))
     monkeypatch.setattr(limit._memory, "status", lambda name: None)
     growth = largest.measure(Workload(), int(2e9), 256, 1e9)
     assert (growth.largest, growth.json()["batch"], growth.peak(256)) == (None, None, None)
@@ -238,9 +239,7 @@ def test_amounts_and_default_batches():
 
 
 def test_missing_packages_are_one_line(monkeypatch, capsys):
-    from selfsup_kernels import _report
-
-    monkeypatch.setattr(_report, "missing", lambda names: ["jinja2"])
+    monkeypatch.setattr(info, "_is_installed", lambda name: name != "jinja2")
     assert main(["profile"]) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1
@@ -254,13 +253,13 @@ def command(tmp_path_factory):
 
     def call(target, work, *arguments, **options):
         if target.endswith("profiled") and work["variant"] == "eager" and work["batch"] == 24:
-            raise _fresh.OutOfMemory("out of memory")
+            raise fresh.OutOfMemory("out of memory")
         if target.endswith("profiled") and work["variant"] == "eager" and work["batch"] == 12:
-            raise _fresh.Failed("first line\nValueError: last line")
+            raise fresh.Failed("first line\nValueError: last line")
         return here(target, work, *arguments, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_fresh, "call", call)
+        patch.setattr(fresh, "call", call)
         patch.setattr(story, "GROWTH", 6e-8)  # no batch is left out for lack of time, and none is looked for
         arguments = [
             "--method",

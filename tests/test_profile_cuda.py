@@ -8,9 +8,9 @@ import torch
 from profile_cases import Encoder, SquareLoss, batches, close, seconds
 
 import selfsup_kernels as sk
-from selfsup_kernels import _fresh
-from selfsup_kernels.profile import largest, memory, parts, workload
-from selfsup_kernels.profile.recorder import CPUClock
+from selfsup_kernels.lab import fresh
+from selfsup_kernels.lab.profile import largest, memory, parts, workload
+from selfsup_kernels.lab.profile.recorder import CPUClock
 
 
 class Event:
@@ -144,7 +144,7 @@ def test_the_largest_batch_is_searched_under_the_limit(monkeypatch):
     workload.claim("cpu", 10**9)
     assert told == ["cuda:1", 0.2, "0"]
     asked = []
-    monkeypatch.setattr(_fresh, "call", lambda *arguments, **options: asked.append((arguments, options)))
+    monkeypatch.setattr(fresh, "call", lambda *arguments, **options: asked.append((arguments, options)))
     work = workload.Workload(device="cuda")
     largest.survives(work, 123)
-    assert asked == [(("selfsup_kernels.profile.workload:survives", work.json(), 123), {})]
+    assert asked == [(("selfsup_kernels.lab.profile.workload:survives", work.json(), 123), {})]

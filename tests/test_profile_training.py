@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import optimizer as optimizers
 
 import selfsup_kernels as sk
-from selfsup_kernels.profile import hooks, parts
+from selfsup_kernels.lab.profile import hooks, parts
 
 
 @pytest.mark.parametrize("name", METHODS)

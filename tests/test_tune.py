@@ -14,7 +14,8 @@ import torch
 pytest.importorskip("triton")
 
 from selfsup_kernels import __main__ as command
-from selfsup_kernels.triton import _compiled, configs, tune
+from selfsup_kernels.lab import machine_code, tune
+from selfsup_kernels.triton import configs
 
 TABLE = json.loads(configs.TABLE.read_text())
 SMALL = tune.Task("sums", "half", 64)
@@ -53,7 +54,7 @@ def test_entries_that_the_table_lacks_are_no_tasks():
     assert tune.tasks(TABLE, 86) == tune.tasks(TABLE, 80)
 
 
-@pytest.mark.skipif(_compiled.available() is not None, reason="needs Triton's compiler, not its interpreter")
+@pytest.mark.skipif(machine_code.available() is not None, reason="needs Triton's compiler, not its interpreter")
 @pytest.mark.parametrize("processes", [None, 1])
 def test_what_spills_or_does_not_fit_is_not_measured(processes):
     good = shipped(SMALL, 80)

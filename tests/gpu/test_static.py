@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from selfsup_kernels.triton import _sass
+from selfsup_kernels.lab import sass
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -20,7 +20,8 @@ KERNELS = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
 import torch, triton, triton.language as tl
-from selfsup_kernels.triton import _compiled, _launch
+from selfsup_kernels.triton import _launch
+from selfsup_kernels.lab import machine_code
 
 @triton.jit
 def sums_kernel(x, y, out, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DOT: tl.constexpr,
@@ -41,11 +42,11 @@ def sums_kernel(x, y, out, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K
 x = torch.zeros(1, dtype=torch.bfloat16)
 def problems(m, n, k, dot=True, descriptor=False, order="relaxed", **options):
     options = {"num_warps": 4, "num_stages": 2, **options}
-    with _compiled.recording(90) as launches:
+    with machine_code.recording(90) as launches:
         _launch.launch(sums_kernel, (1,), x, x, x.float(), BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, DOT=dot,
                        DESCRIPTOR=descriptor, PRECISION="ieee", ORDER=order, **options)
     loop = launches[0].code and launches[0].code.loop
-    return {"problems": _compiled.problems(launches[0], 90), "ex2": loop and sum(
+    return {"problems": machine_code.problems(launches[0], 90), "ex2": loop and sum(
         count for part in loop for name, count in part.items() if name.startswith("MUFU.EX2"))}
 
 print(json.dumps({
@@ -134,7 +135,8 @@ import json, sys
 sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests/gpu"]
 import tiles, torch
 import selfsup_kernels as sk
-from selfsup_kernels.triton import _compiled, _launch, configs
+from selfsup_kernels.triton import _launch, configs
+from selfsup_kernels.lab import machine_code
 
 torch.set_num_threads(1)
 found, kernels = [], 0
@@ -143,12 +145,12 @@ for way in ("clean+masked", "all"):
     _launch.MANY_TILES = 0 if way == "clean+masked" else 16
     for dtype in (torch.float32, torch.bfloat16):
         for dim in (64, 256):
-            with _compiled.recording(89, lambda kernel: kernel == "gradient_kernel") as launches:
+            with machine_code.recording(89, lambda kernel: kernel == "gradient_kernel") as launches:
                 views = torch.zeros(2, 200, dim, dtype=dtype, requires_grad=True)
                 sk.info_nce_loss(views, impl="triton").backward()
             kernels += len(launches)
             for launch in launches:
-                if launch.code is None or launch.code.shared > _compiled.RESOURCES[89].block_shared:
+                if launch.code is None or launch.code.shared > machine_code.RESOURCES[89].block_shared:
                     found.append((way, str(dtype), dim, launch.error or launch.code.shared))
 print(json.dumps({"found": found, "kernels": kernels}))
 """
@@ -184,7 +186,7 @@ LISTING = """
 
 def test_the_main_loop_is_what_runs_every_time():
     """Without the branch that is skipped, and without the wait that lies behind the end."""
-    loop = _sass.main_loop(_sass.instructions(LISTING))
+    loop = sass.main_loop(sass.instructions(LISTING))
     assert loop.inner == {}
     assert Counter(loop.once) == {"HGMMA.64x128x16.F32.BF16": 1, "BRA.U": 1, "MUFU.EX2": 1, "BRA": 2}
-    assert _sass.matrix_operations("HGMMA.64x128x16.F32.BF16", 8) == 2 * 128 * 128 * 16
+    assert sass.matrix_operations("HGMMA.64x128x16.F32.BF16", 8) == 2 * 128 * 128 * 16

@@ -20,7 +20,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver as runtime
 
 from selfsup_kernels import backends
-from selfsup_kernels.triton import _compiled, _launch
+from selfsup_kernels.lab import machine_code
+from selfsup_kernels.triton import _launch
 
 SOURCE = Path(__file__).with_name("driver.c")
 INCLUDE = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
@@ -127,7 +128,7 @@ class Stub:
     def _set_attribute(self, kernel, attribute, value):
         cubin = self.cubins[kernel]
         if attribute == DYNAMIC_SHARED:
-            if value + cubin.static > _compiled.RESOURCES[90].block_shared:
+            if value + cubin.static > machine_code.RESOURCES[90].block_shared:
                 return self._refuse(f"{cubin.name}: {value} bytes of dynamic shared memory")
             cubin.opted = value
         return 0
@@ -247,7 +248,7 @@ def install(folder: Path) -> Stub:
 
     runtime.set_active(Driver())
     _launch.arch_of = lambda tensor: 90
-    _launch.processors_of = lambda tensor: _compiled.RESOURCES[90].processors
+    _launch.processors_of = lambda tensor: machine_code.RESOURCES[90].processors
     backends.select = lambda impl, *_, **__: "triton"
     return stub
 

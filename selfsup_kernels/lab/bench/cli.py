@@ -1,0 +1,227 @@
+"""The options of ``python -m selfsup_kernels bench``, and what they ask for."""
+
+import sys
+from pathlib import Path
+
+from selfsup_kernels.lab.options import Wrong, device, writable_file
+
+OPS = ("info_nce", "byol", "ema")
+IMPLS = ("auto", "reference", "cpu", "triton", "cuda")
+BATCHES = {"info_nce": (256, 1024, 4096), "byol": (4096, 32768)}
+DIMS = {"info_nce": (128,), "byol": (256,)}
+VS = ("eager", "compile")
+WIDTH = 150
+"""Of tables that do not go to a terminal."""
+
+
+def add_arguments(parser):
+    add = parser.add_argument
+    add("--op", default="all", help="info_nce, byol, ema, several of them with commas, or all (default)")
+    add("--impl", default="auto", help="ours: auto (default), reference, cpu, triton, cuda")
+    add(
+        "--vs",
+        help="what to compare with: eager, compile, chunked, lightly, pytorch-metric-learning, timm and so on; all, "
+        "none, or your own MODULE:CALLABLE, which takes the views (V, B, D) and returns the loss (default: eager and "
+        "compile; of ema: eager)",
+    )
+    add("--batch", help="numbers of samples (default: 256,1024,4096; byol: 4096,32768)")
+    add("--views", default="2", help="numbers of views of a sample (default: 2)")
+    add("--dim", help="width of an embedding (default: 128; byol: 256)")
+    add("--model", default="ResNet-50", help="of ema: ResNet-50 (default), ViT-B")
+    add("--dtype", default="float32", help="float32 (default), float64, bf16, fp16; of ema: of the source")
+    add("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    add("--seconds", default="3", help="about how long the turns of one case take (default: 3)")
+    add("--rounds", help="turns of every part, in place of --seconds; on a CPU")
+    add("--json", metavar="FILE", help="write all results there")
+    add("--csv", metavar="FILE", help="the same, one line for each case, part and rival")
+    add("--html", metavar="FILE", help="a page with plots, which needs no network")
+    add("--results", metavar="DIR", help="write DIR/DEVICE/OP.json, as benchmarks/results has them")
+    add("--base", metavar="REF", help="compare with another commit of this checkout instead")
+
+
+def main(options) -> int:
+    from selfsup_kernels import info
+
+    absent = info.missing("bench", page=bool(options.html))
+    if absent:
+        print(f"bench: {', '.join(absent)} missing; run: {info.install(absent)}", file=sys.stderr)
+        return 1
+    try:
+        plan = Plan(options)
+    except Wrong as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
+    if options.base:
+        from selfsup_kernels.lab.bench import base
+
+        cases = [case for case, _ in plan.cases]
+        return base.main(cases, plan.device, options.base, seconds=plan.seconds, json_path=options.json)
+    return run(plan, options)
+
+
+def run(plan, options) -> int:
+    from selfsup_kernels.lab.bench import results, terminal
+    from selfsup_kernels.lab.bench.suite import Suite
+    from selfsup_kernels.lab.pages import console
+    from selfsup_kernels.lab.pages.progress import Progress
+
+    with Progress(sys.stderr) as bar:
+        bar.stage("rates", 1)
+        suite = Suite(
+            plan.device,
+            dtypes=plan.product_dtypes,
+            seconds=plan.seconds,
+            rounds=plan.rounds,
+            advance=lambda text: bar.advance(text),
+            ops=plan.ops,
+        )
+        bar.advance()
+        bar.stage("measure", sum(suite.steps(names) for _, names in plan.cases))
+        for case, names in plan.cases:
+            suite.measure(case, names)
+    suite.rate()
+    out = console()
+    if not out.is_terminal:
+        out.width = WIDTH
+    terminal.show(out, suite.header, suite.rows)
+    if options.json:
+        results.write_json(options.json, suite.header, suite.rows)
+    if options.csv:
+        results.write_csv(options.csv, suite.rows)
+    if options.results:
+        folder = Path(options.results) / results.folder_name(suite.header)
+        for op in plan.ops:
+            results.write(folder, op, suite.header, [row for row in suite.rows if row["op"] == op])
+        print(f"wrote {folder}", file=sys.stderr)
+    if options.html:
+        from selfsup_kernels.lab.bench import report
+
+        report.write(options.html, suite.header, suite.rows)
+        print(f"wrote {options.html}", file=sys.stderr)
+    return 0
+
+
+class Plan:
+    """What the options ask for: ``cases`` is a list of (case, names of the columns). Raises :class:`Wrong`."""
+
+    def __init__(self, options):
+        self.ops = OPS if options.op == "all" else of_choices("op", options.op, OPS)
+        self.impls = of_choices("impl", options.impl, IMPLS)
+        self.seconds = number("seconds", options.seconds, float, 0.01)
+        self.rounds = None if options.rounds is None else number("rounds", options.rounds, int, 1)
+        for name in ("json", "csv", "html"):
+            if getattr(options, name):
+                writable_file(name, Path(getattr(options, name)))
+        if options.results:
+            writable_file("results", Path(options.results) / "results.json")
+        batches = options.batch and whole("batch", options.batch, 2)
+        views = whole("views", options.views, 2)
+        dims = options.dim and whole("dim", options.dim, 1)
+        # torch is imported from here on: what is wrong above is said at once.
+        from selfsup_kernels.lab.bench import workloads
+
+        dtypes = lookup("dtype", options.dtype, workloads.DTYPES)
+        models = lookup("model", options.model, {name: name for name in workloads.MODELS})
+        self.device = device("device", options.device)
+        columns = self.columns(options.vs)
+        self.cases = []
+        for op in self.ops:
+            if op == "ema":
+                made = [workloads.case(op, model=m, dtype=d) for m in models for d in dtypes]
+            else:
+                made = [
+                    workloads.case(op, views=v, batch=b, dim=w, dtype=d)
+                    for d in dtypes
+                    for v in views
+                    for w in dims or DIMS[op]
+                    for b in sorted(batches or BATCHES[op])
+                ]
+            self.cases += [(case, columns[op]) for case in made]
+        used = {case.dtype for case, _ in self.cases if case.op == "info_nce"}
+        self.product_dtypes = [d for d in dtypes if d in used] or ["float32"]
+
+    def columns(self, vs):
+        """``{op: names}``: our implementations, then the rivals."""
+        from selfsup_kernels.lab.bench import rivals
+
+        ours = [rivals.impl_name(impl) for impl in self.impls]
+        asked = list(VS) if vs is None else [] if vs == "none" else words(vs)
+        known = {op: list(rivals.RIVALS[op]) for op in self.ops}
+        found = {op: [] for op in self.ops}
+        for word in asked:
+            some = False
+            for op in self.ops:
+                if word == "all":
+                    names = known[op]
+                elif ":" in word:
+                    names = [word]
+                elif word == "eager" and op == "ema":
+                    names = list(rivals.EAGER_EMA)
+                elif vs is None and op == "ema":
+                    names = []  # compiled, it takes minutes to compile
+                else:
+                    plain = word.lower()
+                    names = [n for n in known[op] if n.lower() == plain or n.lower().startswith(plain + " ")]
+                found[op] += [name for name in names if name not in found[op]]
+                some = some or bool(names)
+            if not some and not (vs is None and set(self.ops) == {"ema"}):
+                every = sorted({name for names in known.values() for name in names}, key=str.lower)
+                raise Wrong("vs", f"some of {', '.join(['all', 'none', *every])} or MODULE:CALLABLE", word)
+            if ":" in word:
+                importable("vs", word)
+        return {op: ours + names for op, names in found.items()}
+
+
+# ---------------------------------------------------------------- one argument
+
+
+def words(text):
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def of_choices(argument, text, choices):
+    chosen = words(text)
+    for word in chosen or [text]:
+        if word not in choices:
+            raise Wrong(argument, f"some of {', '.join(choices)}", word)
+    return tuple(dict.fromkeys(chosen))
+
+
+def lookup(argument, text, table):
+    known = {name.lower(): value for name, value in table.items()}
+    found = []
+    for word in words(text) or [text]:
+        if word.lower() not in known:
+            raise Wrong(argument, f"some of {', '.join(table)}", word)
+        found.append(known[word.lower()])
+    return list(dict.fromkeys(found))
+
+
+def number(argument, text, kind, least):
+    try:
+        value = kind(text)
+        if least <= value < float("inf"):
+            return value
+    except ValueError:
+        pass
+    raise Wrong(argument, f"a{' whole' if kind is int else ''} number of at least {least}", text)
+
+
+def whole(argument, text, least):
+    values = [word for word in words(text) if word.isascii() and word.isdigit() and int(word) >= least]
+    if not values or len(values) != len(text.split(",")):
+        raise Wrong(argument, f"whole numbers of at least {least}, separated by commas", text)
+    return list(dict.fromkeys(map(int, values)))
+
+
+def importable(argument, word):
+    import importlib
+
+    module, _, name = word.partition(":")
+    try:
+        if callable(getattr(importlib.import_module(module), name)):
+            return
+        problem = "it is not callable"
+    except Exception as error:  # whatever somebody's module does when it is imported
+        problem = f"{type(error).__name__}: {error}"
+    raise Wrong(argument, f"MODULE:CALLABLE that can be imported ({problem})", word)

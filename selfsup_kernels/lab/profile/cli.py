@@ -1,0 +1,148 @@
+"""The options of ``python -m selfsup_kernels profile``, and what they ask for."""
+
+import re
+import sys
+from pathlib import Path
+
+from selfsup_kernels.lab.options import Wrong, device, writable_folder
+
+BATCHES = {"cpu": (256, 1024, 4096), "cuda": (512, 2048, 8192)}
+UNITS = {"": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+METHODS = ("simclr", "cmc", "moco", "byol", "fusion")
+
+
+def add_arguments(parser):
+    add = parser.add_argument
+    add("--method", default="simclr", help="simclr (default), cmc, moco, byol, or fusion: BYOL and contrast together")
+    add(
+        "--encoder",
+        default="convnet",
+        help="convnet: a small one of the package (default); MODULE:CALLABLE, which returns a module that makes (B, "
+        "features) of (B, 3, S, S); or, with timm, the name of one of its models",
+    )
+    add("--batch", help="samples of a step, several with commas (default: 256,1024,4096; on a GPU 512,2048,8192)")
+    add("--views", default="2", help="views of a sample (default: 2)")
+    add("--image-size", default="16", metavar="S", help="of the synthetic images, S x S (default: 16)")
+    add("--dim", default="128", help="width of an embedding (default: 128)")
+    add("--accumulate", default="1", metavar="N", help="parts of a batch whose gradients are added up (default: 1)")
+    add("--amp", help="autocast: bf16, or fp16 with a gradient scaler")
+    add("--compile", action="store_true", help="torch.compile of encoder and heads")
+    add("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    add("--steps", default="8", help="steps with marks, and as many without (default: 8)")
+    add("--memory", metavar="BYTES", help="limit for the largest batch, such as 8GB (default: what is free)")
+    add("--seconds", default="120", help="about how long all of it may take (default: 120)")
+    add("--out", default="out/profile", metavar="DIR", help="report, data and traces (default: %(default)s)")
+
+
+def main(options) -> int:
+    from selfsup_kernels import info
+    from selfsup_kernels.lab import pages
+
+    absent = info.missing("profile")
+    if absent:
+        print(f"profile: {', '.join(absent)} missing; run: {info.install(absent)}", file=sys.stderr)
+        return 1
+    try:
+        plan = Plan(options)
+    except ValueError as error:
+        print(f"profile: {error}", file=sys.stderr)
+        return 2
+    from selfsup_kernels.lab.profile import report, story
+
+    results = story.run(plan)
+    report.write(results, plan.out, console=pages.console())
+    return 0 if any(case["status"] == "measured" for case in results["cases"]) else 1
+
+
+class Plan:
+    """The options, checked.
+
+    Raises:
+        ValueError: one of them cannot be used; the message is one line.
+    """
+
+    def __init__(self, options):
+        self.device = device("device", options.device)
+        kind = self.device.partition(":")[0]
+        self.accumulate = whole("accumulate", options.accumulate, 1)
+        self.batches = batches(options.batch, self.accumulate, BATCHES[kind])
+        self.steps = whole("steps", options.steps, 2)
+        self.seconds = number("seconds", options.seconds)
+        self.memory = None if options.memory is None else amount("memory", options.memory)
+        self.out = options.out
+        if options.method not in METHODS:
+            raise Wrong("method", f"one of {', '.join(METHODS)}", options.method)
+        if options.amp not in (None, "bf16", "fp16"):
+            raise Wrong("amp", "bf16 or fp16", options.amp)
+
+        from selfsup_kernels.lab.profile.workload import Workload
+
+        self.work = Workload(
+            method=options.method,
+            encoder=options.encoder,
+            batch=self.batches[0],
+            views=whole("views", options.views, 2),
+            image_size=whole("image-size", options.image_size, 4),
+            dim=whole("dim", options.dim, 2),
+            accumulate=self.accumulate,
+            amp=options.amp,
+            compile=options.compile,
+            device=self.device,
+        )
+        self._try_encoder()
+        writable_folder("out", Path(self.out))
+
+    def _try_encoder(self):
+        from selfsup_kernels.lab.profile import workload
+
+        try:
+            workload.width(workload.make_encoder(self.work.encoder), self.work.image_size)
+        except ValueError as error:
+            raise ValueError(
+                f"--{str(error).splitlines()[0]}" if str(error).startswith("encoder:") else error
+            ) from None
+        except Exception as error:  # whatever somebody's network says of such images
+            size = self.work.image_size
+            raise Wrong(
+                "encoder",
+                f"a network that takes (2, 3, {size}, {size})",
+                f"{self.work.encoder}, which says {type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
+            ) from None
+
+
+def whole(name, text, least) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = None
+    if value is None or value < least:
+        raise Wrong(name, f"a whole number >= {least}", text)
+    return value
+
+
+def number(name, text) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = None
+    if value is None or not 0 < value < float("inf"):
+        raise Wrong(name, "a number > 0", text)
+    return value
+
+
+def amount(name, text) -> int:
+    """Bytes, with a unit or without: ``8GB``, ``500 MiB``."""
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*", text)
+    if not found or found[2].lower() not in UNITS or float(found[1]) == 0:
+        raise Wrong(name, "an amount of memory such as 8GB or 500MiB", text)
+    return int(float(found[1]) * UNITS[found[2].lower()])
+
+
+def batches(text, accumulate, default) -> list[int]:
+    if text is None:
+        return [batch // accumulate * accumulate for batch in default if batch >= 2 * accumulate] or [2 * accumulate]
+    found = [whole("batch", part, 2) for part in text.split(",")]
+    for batch in found:
+        if batch % accumulate or batch < 2 * accumulate:
+            raise Wrong("batch", f"multiples of --accumulate {accumulate} with at least 2 samples in a part", text)
+    return sorted(set(found))

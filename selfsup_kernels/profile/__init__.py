@@ -1,6 +1,0 @@
-"""Where the time and the memory of training steps go: :func:`steps`, and ``python -m selfsup_kernels profile``."""
-
-from selfsup_kernels.profile.parts import PARTS
-from selfsup_kernels.profile.steps import Run, steps
-
-__all__ = ["PARTS", "Run", "steps"]
