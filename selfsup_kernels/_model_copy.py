@@ -7,8 +7,9 @@ import types
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from selfsup_kernels._lazy import is_fake
 
 _ATOMIC = (type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType, str, bytes, int, float, complex)
 
@@ -33,7 +34,7 @@ def copy_of(model: nn.Module) -> nn.Module:
         elif isinstance(value, torch.Tensor):
             if not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
-            elif isinstance(value, FakeTensor):  # its own __deepcopy__ looks for memory
+            elif is_fake(value):  # its own __deepcopy__ looks for memory
                 copied = value.detach().clone()
                 is_parameter = isinstance(value, nn.Parameter)
                 memo[id(value)] = nn.Parameter(copied, value.requires_grad) if is_parameter else copied

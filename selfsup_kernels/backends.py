@@ -10,6 +10,7 @@ import torch
 
 from selfsup_kernels import _validate as check
 from selfsup_kernels import ops
+from selfsup_kernels._lazy import constant
 
 CHOICES = ("auto", "reference", "cpu", "triton", "cuda")
 
@@ -129,7 +130,7 @@ def emulated(impl: str) -> bool:
     return triton_is_interpreted() if impl == "triton" else EMULATOR is not None
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _gpu_refuses(impl: str, device_type: str, index: int | None, dtype: torch.dtype, any_dtype: bool) -> str | None:
     """None where the GPU kernels of ``impl`` take such tensors, else why not. Constant while torch.compile traces."""
     if not any_dtype and dtype not in GPU_DTYPES:

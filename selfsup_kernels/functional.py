@@ -103,6 +103,8 @@ def info_nce_loss(
             check.samples(call.matrices[0].shape[0])
         loss = _info_nce(call)
     else:
+        if torch.compiler.is_compiling():  # says why before _disable_dynamo says that
+            torch._dynamo.graph_break(msg="selfsup_kernels: a loss over many processes reads their sizes on the host")
         loss, call = _group_info_nce(group, arguments)
     return loss if call.autocast else loss.to(call.matrices[0].dtype)
 
@@ -171,7 +173,7 @@ def _check_info_nce(views, temperature, objective, labels, queue, core_view, nor
     )
 
 
-@torch.compiler.disable(reason="selfsup_kernels: a loss over many processes reads their sizes on the host")
+@torch._disable_dynamo  # torch.compiler.disable would import torch._dynamo, which takes as long as torch
 def _group_info_nce(group, arguments):
     """(loss, checked call) of this process's share. Not traced: the sizes of the others are read on the host."""
     if active():

@@ -11,11 +11,11 @@ and the launches of the second pass.
 from collections.abc import Iterable
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 
 from selfsup_kernels import _overlap, backends
 from selfsup_kernels import _tensor_lists as lists
 from selfsup_kernels import _validate as check
+from selfsup_kernels._lazy import is_fake
 from selfsup_kernels.ema import EMA
 from selfsup_kernels.functional import ema_update_pairs_
 
@@ -125,7 +125,7 @@ class _FusedStep:
         params = [p for p in group["params"] if p.grad is not None]
         for p in params:
             for what, x in (("tensors", p), ("gradients", p.grad)):
-                if not (lists.is_plain(type(x)) or isinstance(x, FakeTensor)):
+                if not (lists.is_plain(type(x)) or is_fake(x)):
                     raise TypeError(
                         f"params: expected plain {what}, got a {type(x).__name__} (FSDP2's are DTensors); use"
                         " torch.optim's own class, and call ema.update() after its step"

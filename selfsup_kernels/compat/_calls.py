@@ -5,7 +5,7 @@ import warnings
 from collections import Counter
 from typing import NamedTuple
 
-import torch
+from selfsup_kernels._lazy import constant
 
 _MOST_REASONS = 16
 """Of one class or function that are told apart: a report does not grow for ever, nor do its warnings."""
@@ -50,7 +50,7 @@ def report() -> Report:
         return Report({name: calls._replace(reasons=dict(calls.reasons)) for name, calls in _calls.items()})
 
 
-@torch.compiler.assume_constant_result
+@constant
 def record(name: str, reason: str | None) -> None:
     """Count a call; a reason why the original computed it is warned of the first time."""
     with _lock:

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 from selfsup_kernels import _validate as check
+from selfsup_kernels._lazy import constant
 from selfsup_kernels.functional import info_nce_loss
 
 
@@ -108,7 +109,7 @@ def altered(module, part, library: str) -> list[str]:
     return found
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _methods(kind, library):
     """name -> function of a class's methods but nn.Module's; None in place of one that is not the library's."""
     methods = {}
