@@ -22,7 +22,7 @@ from selfsup_kernels.lab.profile.workload import Workload
 
 jsonschema = pytest.importorskip("jsonschema")
 
-SCHEMA = json.loads((Path(sk.__file__).parent / "profile" / "profile.schema.json").read_text())
+SCHEMA = json.loads((Path(sk.__file__).parent / "lab" / "profile" / "profile.schema.json").read_text())
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
 
 
