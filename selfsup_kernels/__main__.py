@@ -25,7 +25,7 @@ def parser() -> argparse.ArgumentParser:
 
     for name, description in OWN_OPTIONS.items():
         command = commands.add_parser(name, help=description, description=description[0].upper() + description[1:])
-        importlib.import_module(f"selfsup_kernels.{name}.cli").add_arguments(command)
+        importlib.import_module(f"selfsup_kernels.lab.{name}.cli").add_arguments(command)
 
     demo = commands.add_parser("demo", help="train on handwritten digits with the eager losses and with ours; report")
     demo.add_argument("--out", default="out/demo", metavar="DIR", help="where the report goes (default: %(default)s)")
@@ -63,7 +63,7 @@ def main(arguments=None) -> int:
             options.op, options.dtype, options.dim, options.out, options.write, options.minutes, options.json
         )
     if options.command in OWN_OPTIONS:
-        return importlib.import_module(f"selfsup_kernels.{options.command}.cli").main(options)
+        return importlib.import_module(f"selfsup_kernels.lab.{options.command}.cli").main(options)
     from selfsup_kernels.lab import demo
 
     return demo.main(out=options.out, seed=options.seed, quick=options.quick, figure=options.figure)

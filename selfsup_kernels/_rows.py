@@ -1,5 +1,4 @@
-"""Where the rows of an InfoNCE call lie in memory on a GPU, for Triton's and CUDA's kernels alike
-(`csrc/cuda/info_nce.cu` has the same numbers), and what both launchers prepare with PyTorch's own operators."""
+"""Where the rows of an InfoNCE call lie in a GPU's memory, and what the launchers prepare with PyTorch's operators."""
 
 from typing import NamedTuple
 

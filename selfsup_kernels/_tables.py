@@ -9,7 +9,7 @@ from selfsup_kernels._rows import PADDING, STATE_NORM, STATE_SCALE, STATE_SLOW
 def own_rows(impl, saved, labelled, normalize, num_views, batch, first, count):
     """``(V, count, C)``: all that the other processes need of the tables of samples first .. first + count."""
     logw, coef, state, order = saved[2:6]
-    if impl in ("triton", "cuda"):
+    if impl == "triton":
         columns = [_gpu_by_sample(t, order, labelled, num_views, batch) for t in (*logw, coef)]
         # What concerns all rows of a process goes along with each: no exchange of its own.
         whole = torch.stack([state[STATE_SLOW], _bound(state, normalize), state[STATE_SCALE]])
@@ -24,7 +24,7 @@ def own_rows(impl, saved, labelled, normalize, num_views, batch, first, count):
 def with_all_rows(impl, saved, labelled, normalize, rows):
     """``saved`` with the tables of all samples, ``rows`` (V, B, C) as the processes gathered them."""
     z, rnorm, logw, coef, state, order = saved
-    if impl in ("triton", "cuda"):
+    if impl == "triton":
         width = logw.shape[1]
         parts = rows[..., : 2 * width + len(coef)].split([width, width, len(coef)], -1)
         fast, slow, coef = (_gpu_by_row(t, order, labelled) for t in parts)

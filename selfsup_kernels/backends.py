@@ -12,17 +12,7 @@ from selfsup_kernels import _validate as check
 from selfsup_kernels import ops
 from selfsup_kernels._lazy import constant
 
-CHOICES = ("auto", "reference", "cpu", "triton", "cuda")
-
-AUTO_ON_CUDA = {
-    "info_nce": ("triton", "cuda"),
-    "byol": ("triton", "cuda"),
-    "ema_update_": ("triton", "cuda"),
-    "fused_sgd_": ("cuda",),
-    "fused_adamw_": ("cuda",),
-}
-"""What ``impl="auto"`` stands for on CUDA tensors: the first that can be used, else ``reference``. On an H100 Triton's
-InfoNCE is the faster one from 16,384 rows on. BYOL and EMA take the GPU equally long, CUDA's less of the host."""
+CHOICES = ("auto", *ops.IMPLS)
 
 NO_CUDA = (
     f"this PyTorch ({torch.__version__}) was built without CUDA. Install a CUDA build of PyTorch, or use impl='auto'."
@@ -179,10 +169,9 @@ def select(impl: str, tensor: torch.Tensor, op: str = "info_nce", any_dtype: boo
                 why = "CPU tensors go through eager PyTorch (impl='reference'), not through the kernels:"
                 check.warn_once("fallback", f"{why} {unavailable('cpu')}", RuntimeWarning)
         if device.type == "cuda":
-            for choice in AUTO_ON_CUDA[op]:
-                refused = unavailable(choice) or _gpu_refuses(choice, "cuda", device.index, tensor.dtype, any_dtype)
-                if refused is None:
-                    return choice
+            *_, choice = ops.impls_of(op)
+            if not (unavailable(choice) or _gpu_refuses(choice, "cuda", device.index, tensor.dtype, any_dtype)):
+                return choice
         return "reference"
     require(impl, op)
     if impl == "cpu" and device.type != "cpu":
@@ -192,6 +181,11 @@ def select(impl: str, tensor: torch.Tensor, op: str = "info_nce", any_dtype: boo
         if refusal is not None:
             raise RuntimeError(f"impl={impl!r} {refusal}; use impl='auto'")
     return impl
+
+
+def or_auto(impl: str, op: str) -> str:
+    """``impl`` where ``op`` has it, else ``"auto"``: for a method that runs several ops under one ``impl``."""
+    return impl if impl in ops.impls_of(op) else "auto"
 
 
 def op(name: str, impl: str):

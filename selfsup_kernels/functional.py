@@ -75,7 +75,7 @@ def info_nce_loss(
             it too. Every process has to make the same calls, forward and backward, in the same order. A queue is
             each process's own. ``"local"``, or None: the batch is this process's; None warns, once, where several
             processes run.
-        impl: ``"auto"``, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``. The reference is pure Python; it keeps
+        impl: ``"auto"``, ``"reference"``, ``"cpu"`` or, for GPUs, ``"triton"``. The reference is pure Python; it keeps
             all scores for the backward, as a loss written by hand does, where they are few: up to 1 MB, with labels or
             a queue 16 MB, and for ``cross_view`` 64 MB.
 
@@ -208,7 +208,7 @@ def _group_info_nce(group, arguments):
             queue_rows=0 if queue is None else len(queue),
         ),
     )
-    if impl in ("triton", "cuda"):  # here, where all processes come to the same answer
+    if impl == "triton":  # here, where all processes come to the same answer
         layout = Layout(len(call.matrices), shares.batch, features, longest_queue, labels is not None)
         check_size(impl, layout)
     return GroupInfoNCE.apply(shares, *call.constants, *call.tensors), call
@@ -226,7 +226,7 @@ def byol_loss(predictions, targets, *, eps=1e-12, reduction="mean", impl="auto")
         targets: the same shape; never receives a gradient.
         eps: the floor of each norm (``1e-12`` as in ``F.normalize``; ``cosine_similarity`` has ``1e-8``).
         reduction: ``"mean"``, ``"sum"``, or ``"none"`` for ``(B,)`` or ``(V, B)``.
-        impl: ``"auto"``, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``.
+        impl: ``"auto"``, ``"reference"``, ``"cpu"`` or, for GPUs, ``"cuda"``.
 
     Returns:
         The loss in the dtype of the predictions (float32 under autocast). It is differentiable once.
@@ -312,7 +312,7 @@ def ema_update_(targets, sources, momentum, *, stochastic_rounding=False, genera
             schedules want one there too, because every new number compiles again.
         stochastic_rounding: round bfloat16 and float16 targets up or down at random so that the expectation is exact.
         generator: where its random numbers come from; None for the default one of the device.
-        impl: ``"auto"``, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``.
+        impl: ``"auto"``, ``"reference"``, ``"cpu"`` or, for GPUs, ``"cuda"``.
 
     Tensors without elements are skipped, an empty list is a no-op, and so is a source that is its destination.
     Sources may share memory with each other.

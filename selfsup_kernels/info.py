@@ -11,8 +11,8 @@ import warnings
 IMPLEMENTATIONS = {
     "reference": "eager PyTorch, every device",
     "cpu": "C++ kernels for the CPU",
-    "triton": "Triton kernels for GPUs",
-    "cuda": "CUDA C++ kernels for NVIDIA GPUs",
+    "triton": "InfoNCE on GPUs, Triton kernels",
+    "cuda": "BYOL, EMA and optimizers on NVIDIA GPUs, CUDA C++ kernels",
 }
 
 _PAGE = ("numpy", "matplotlib", "jinja2")
@@ -226,6 +226,8 @@ def render(facts, verbose=False) -> str:
         lines.append(f"  {name:<10} {'yes' if available else 'no ':<4} {IMPLEMENTATIONS[name]}{runs}")
         if not available:
             lines.append(f"             why: {state.get('reason') or _text(state)}")
+        if not available and cuda and name in ("triton", "cuda"):
+            lines.append("             so:  on GPU tensors these run as PyTorch's own operators (impl='reference')")
         if state.get("command"):
             lines.append(f"             run: {state['command']}")
 

@@ -16,8 +16,6 @@ from selfsup_kernels.objectives import OBJECTIVES
 
 NAMESPACE = "selfsup_kernels"
 IMPLS = ("reference", "cpu", "triton", "cuda")
-"""Implementations that have ops."""
-
 SCHEMAS = {
     # loss is () or (V, B) by `reduction`. The other outputs are what the backward needs: z, the (normalised) rows in
     # the accumulation dtype; rnorm, 1/max(|h|, eps) (negative where the floor eps was taken); logw and coef, the
@@ -61,40 +59,19 @@ SCHEMAS = {
     ),
 }
 
-# What the CUDA library does of an InfoNCE call: all but what `selfsup_kernels/cuda/info_nce.py` has from PyTorch
-# (sorted labels, global settings, the reduction of the loss). Private: no fakes, one implementation.
-CUDA_STAGES = {
-    "info_nce_forward_stages": (
-        "(Tensor[] views, Tensor? queue, Tensor order, Tensor? class_begin, Tensor? class_end,"
-        " Tensor? temperature_tensor, float temperature, int objective, int core_view, bool normalize, float eps,"
-        " int first, int count, bool deterministic, bool exact) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-    ),
-    "info_nce_backward_stages": (
-        "(Tensor grad, Tensor? upstream, Tensor rows, Tensor rnorm, Tensor weights, Tensor coef, Tensor state,"
-        " Tensor order, Tensor? class_begin, Tensor? class_end, float constant, int num_views, int batch, int dim,"
-        " int queue, int first, int count, int objective, int core_view, bool normalize, bool need_temperature,"
-        " float factor, bool exact)"
-        " -> (Tensor, Tensor)"
-    ),
-}
-
 REDUCTIONS = ("none", "mean", "sum")
 """The position of a reduction in this tuple is its number in the ops."""
 
-_WITHOUT_TRITON = ("fused_sgd_", "fused_adamw_")
-
 
 def impls_of(name: str) -> tuple[str, ...]:
-    """The implementations that the op ``name`` has."""
-    return tuple(impl for impl in IMPLS if impl != "triton" or name not in _WITHOUT_TRITON)
+    """The implementations that an op has: on GPUs, InfoNCE is written in Triton and the others in CUDA C++."""
+    return ("reference", "cpu", "triton" if name.startswith("info_nce") else "cuda")
 
 
 _library = torch.library.Library(NAMESPACE, "DEF")
 for _name, _schema in SCHEMAS.items():
     for _impl in impls_of(_name):
         _library.define(f"{_name}.{_impl}{_schema}")
-for _name, _schema in CUDA_STAGES.items():
-    _library.define(f"{_name}.cuda{_schema}")
 
 
 def get(name: str, impl: str):
@@ -226,13 +203,9 @@ _FAKES = {
     "fused_sgd_": _in_place_fake,
     "fused_adamw_": _in_place_fake,
 }
-_FAKES_OF = {
-    "triton": {"info_nce_forward": _info_nce_forward_fake_gpu},
-    "cuda": {"info_nce_forward": _info_nce_forward_fake_gpu},
-}
 for _name, _fake in _FAKES.items():
     for _impl in impls_of(_name):
-        fake = _FAKES_OF.get(_impl, {}).get(_name, _fake)
+        fake = _info_nce_forward_fake_gpu if (_name, _impl) == ("info_nce_forward", "triton") else _fake
         torch.library.register_fake(f"{NAMESPACE}::{_name}.{_impl}", fake, lib=_library)
 
 
@@ -282,30 +255,22 @@ def register_reference() -> None:
         _library.impl(f"{name}.reference", function, "CompositeExplicitAutograd")
 
 
-def register_gpu() -> None:
-    """Register the launchers of the GPU kernels that are written in Python. Their modules, and Triton itself, are
-    imported by the first call of each. (The CUDA library brings the other ops' implementations itself.)"""
+def register_triton() -> None:
+    """Register the launchers of the Triton kernels. The first call of each imports its module, and Triton. (The C++
+    libraries register their implementations themselves.)"""
 
-    def launcher(module, function):
+    def launcher(function):
         def call(*args):
-            return getattr(importlib.import_module(f"selfsup_kernels.{module}"), function)(*args)
+            return getattr(importlib.import_module("selfsup_kernels.triton.info_nce"), function)(*args)
 
         return call
 
-    for op, (module, function) in {
-        "info_nce_forward.triton": ("triton.info_nce", "forward"),
-        "info_nce_backward.triton": ("triton.info_nce", "backward"),
-        "byol_forward.triton": ("triton.byol", "forward"),
-        "byol_backward.triton": ("triton.byol", "backward"),
-        "ema_update_.triton": ("triton.ema", "update_"),
-        "info_nce_forward.cuda": ("cuda.info_nce", "forward"),
-        "info_nce_backward.cuda": ("cuda.info_nce", "backward"),
-    }.items():
-        # For CPU tensors too: those of the tests' interpreter and emulator. `backends.select` lets no others through.
-        _library.impl(op, launcher(module, function), "CompositeExplicitAutograd")
+    for way in ("forward", "backward"):
+        # For CPU tensors too: those of Triton's interpreter in the tests. `backends.select` lets no others through.
+        _library.impl(f"info_nce_{way}.triton", launcher(way), "CompositeExplicitAutograd")
 
 
 register_reference()
-register_gpu()
+register_triton()
 
 assert len(OBJECTIVES) == 6  # the numbers of the objectives are part of the ops' contract with the C++ sources

@@ -289,7 +289,7 @@ class SGD(_FusedStep, torch.optim.SGD):
         foreach, fused: None or a bool; without effect, since the step is one pass whatever they say.
         differentiable: only False.
         ema: the moving average whose target follows. Call no ``ema.update()`` then.
-        impl: ``"auto"``, ``"reference"``, ``"cpu"`` or ``"cuda"``.
+        impl: ``"auto"``, ``"reference"``, ``"cpu"`` or, for GPUs, ``"cuda"``.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message says which and why.

@@ -1,12 +1,13 @@
 """What bad input to the losses gets: an exception that names the argument, and says what was expected and what came."""
 
 import math
+import re
 
 import pytest
 import torch
 from helpers import randn
 
-from selfsup_kernels import backends, byol_loss, info_nce_loss
+from selfsup_kernels import backends, byol_loss, ema_update_, info_nce_loss
 from selfsup_kernels.objectives import OBJECTIVES
 
 VIEWS = randn(2, 4, 8)
@@ -165,8 +166,21 @@ def test_impl_cpu_refuses_tensors_elsewhere():
     if backends.unavailable("cpu") is None:
         with pytest.raises(RuntimeError, match=r"impl='cpu'.*meta"):
             info_nce_loss(VIEWS.to(META), impl="cpu")
-    with pytest.raises(RuntimeError, match="impl='cuda'"):
-        info_nce_loss(VIEWS.to(META), impl="cuda")
+
+
+@pytest.mark.parametrize(
+    ("impl", "op", "call"),
+    [
+        ("cuda", "info_nce", lambda impl: info_nce_loss(VIEWS, impl=impl)),
+        ("triton", "byol", lambda impl: byol_loss(VIEWS, VIEWS, impl=impl)),
+        ("triton", "ema_update_", lambda impl: ema_update_([VIEWS.clone()], [VIEWS], 0.5, impl=impl)),
+    ],
+)
+def test_impl_that_the_op_lacks(impl, op, call):
+    other = "triton" if impl == "cuda" else "cuda"
+    message = f"impl='{impl}' has no {op}, which reference, cpu, {other} have; use impl='auto'"
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        call(impl)
 
 
 @pytest.mark.parametrize("what", [w for w in BAD_VIEWS if w not in ("one matrix",)])

@@ -152,6 +152,15 @@ def test_without_a_gpu_nothing_is_to_be_installed_for_one(monkeypatch):
     assert state == {"available": False, "reason": "no NVIDIA GPU was found.", "command": None}
 
 
+def test_what_runs_on_a_gpu_without_the_cuda_library():
+    facts = info.collect()
+    facts["cuda"] = [{"name": "NVIDIA H100", "capability": "9.0", "memory_gib": 79.6}]
+    facts["implementations"]["triton"] = {"available": True, "reason": None, "command": None}
+    facts["implementations"]["cuda"] = {"available": False, "reason": "not built.", "command": None}
+    text = " ".join(info.render(facts).split())
+    assert "why: not built. so: on GPU tensors these run as PyTorch's own operators (impl='reference')" in text
+
+
 def test_version(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["--version"])

@@ -4,7 +4,7 @@
 #include <cstring>
 
 #include "cuda/launch.h"
-#include "cuda/ptx.h"
+#include "cuda/numbers.h"
 
 namespace selfsup_kernels::cuda {
 

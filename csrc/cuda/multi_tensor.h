@@ -4,9 +4,6 @@
 // a captured graph or another stream, and nothing is copied ahead of a launch.
 #pragma once
 
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
 #include <algorithm>
 #include <cstring>
 #include <optional>
@@ -19,8 +16,6 @@
 
 namespace selfsup_kernels::cuda {
 
-using c10::BFloat16;
-using c10::Half;
 using torch::headeronly::ScalarType;
 
 // With 64 registers a thread, 4 blocks share a multiprocessor and have 4 * 256 * 4 * 32 bytes = 128 KB of reads of two

@@ -1,12 +1,16 @@
 // A number that may lie on the device: read by the kernel, so that nothing waits for it.
 #pragma once
 
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
 #include "common/macros.h"
 #include "cuda/launch.h"
-#include "cuda/ptx.h"
 
 namespace selfsup_kernels::cuda {
 
+using c10::BFloat16;
+using c10::Half;
 using torch::headeronly::ScalarType;
 
 // Whether both are on the device that these kernels run on, and on the same one.

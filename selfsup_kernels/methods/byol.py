@@ -5,6 +5,7 @@ from collections import OrderedDict
 import torch
 from torch import nn
 
+from selfsup_kernels import backends
 from selfsup_kernels.ema import EMA
 from selfsup_kernels.methods._views import collect_views, require_modules
 from selfsup_kernels.modules import BYOLLoss
@@ -67,7 +68,13 @@ class BYOL(nn.Module):
         require_modules(encoder=encoder, projector=projector, predictor=predictor)
         self.online = nn.Sequential(OrderedDict(encoder=encoder, projector=projector))
         self.predictor = predictor
-        self.target = EMA(self.online, momentum, buffers=buffers, stochastic_rounding=stochastic_rounding, impl=impl)
+        self.target = EMA(
+            self.online,
+            momentum,
+            buffers=buffers,
+            stochastic_rounding=stochastic_rounding,
+            impl=backends.or_auto(impl, "ema_update_"),
+        )
         self.loss = BYOLLoss(eps=eps, impl=impl)
 
     @property

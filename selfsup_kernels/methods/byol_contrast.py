@@ -5,6 +5,7 @@ import math
 import torch
 
 from selfsup_kernels import _validate as check
+from selfsup_kernels import backends
 from selfsup_kernels.distributed import global_mean, resolve
 from selfsup_kernels.functional import byol_loss
 from selfsup_kernels.methods._views import collect_views
@@ -38,7 +39,8 @@ class BYOLContrast(BYOL):
         objective, core_view, learnable_temperature, max_scale, group: of the contrast, as in
             :class:`selfsup_kernels.InfoNCELoss`. With ``group`` the negatives are those of all its processes, and both
             losses are means over all their samples.
-        buffers, stochastic_rounding, eps, impl: as in :class:`BYOL`.
+        buffers, stochastic_rounding, eps: as in :class:`BYOL`.
+        impl: as in :func:`selfsup_kernels.info_nce_loss`; a loss, or the average, that lacks it takes ``"auto"``.
 
     Attributes:
         parts: after a forward, ``{"byol": ..., "contrast": ...}``: both losses without weights, detached, for logs.
@@ -77,7 +79,7 @@ class BYOLContrast(BYOL):
             buffers=buffers,
             stochastic_rounding=stochastic_rounding,
             eps=eps,
-            impl=impl,
+            impl=backends.or_auto(impl, "byol"),
         )
         self.contrast = InfoNCELoss(
             temperature,
@@ -87,7 +89,7 @@ class BYOLContrast(BYOL):
             core_view=core_view,
             eps=eps,
             group=group,
-            impl=impl,
+            impl=backends.or_auto(impl, "info_nce"),
         )
         self.byol_weight = _weight("byol_weight", byol_weight)
         self.contrast_weight = _weight("contrast_weight", contrast_weight)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from selfsup_kernels import _validate as check
+from selfsup_kernels import backends
 from selfsup_kernels._queue import queue_log_sums
 from selfsup_kernels.distributed import SharesGroup, check_kind, gather_rows, global_mean, resolve, shown
 from selfsup_kernels.ema import EMA
@@ -58,7 +59,7 @@ class MoCo(SharesGroup, nn.Module):
         eps: the floor of the norms.
         group: a process group or ``"world"``: keys of all its processes enter the queue of each (batches may differ in
             size), and the loss is the mean over all their samples; ``"local"`` or None: this process's alone.
-        impl: as in :func:`selfsup_kernels.info_nce_loss`.
+        impl: of the loss, as in :func:`selfsup_kernels.info_nce_loss`; the average takes ``"auto"`` where it lacks it.
 
     Attributes:
         online: encoder and projector.
@@ -95,7 +96,13 @@ class MoCo(SharesGroup, nn.Module):
         check_kind(group)
         self.online = nn.Sequential(OrderedDict(encoder=encoder, projector=projector))
         self.predictor = predictor
-        self.target = EMA(self.online, momentum, buffers=buffers, stochastic_rounding=stochastic_rounding, impl=impl)
+        self.target = EMA(
+            self.online,
+            momentum,
+            buffers=buffers,
+            stochastic_rounding=stochastic_rounding,
+            impl=backends.or_auto(impl, "ema_update_"),
+        )
         self.temperature = check.positive_number("temperature", temperature)
         self.eps = check.positive_number("eps", eps)
         self.symmetric = bool(symmetric)

@@ -9,9 +9,11 @@ import torch
 
 
 def update_(targets, sources, momentum_tensor, momentum, seed):
+    pairs = list(zip(targets, sources, strict=True))
+    done = _together(pairs, momentum) if momentum_tensor is None else ()
     weight = 1 - (momentum if momentum_tensor is None else momentum_tensor.detach().double())
-    for i, (target, source) in enumerate(zip(targets, sources, strict=True)):
-        if target.numel() == 0 or _same(target, source):
+    for i, (target, source) in enumerate(pairs):
+        if i in done or target.numel() == 0 or _same(target, source):
             continue
         if not target.is_floating_point():
             target.copy_(source)
@@ -22,6 +24,24 @@ def update_(targets, sources, momentum_tensor, momentum, seed):
         if seed is not None and target.dtype in _BITS:
             value = _round_stochastically(value, target.dtype, seed, i)
         target.copy_(value)
+
+
+def _together(pairs, momentum):
+    """Update the pairs of one wide dtype by one ``torch._foreach_lerp``; returns the numbers of those that it took:
+    none where an average is not finite (:func:`average` says what that takes), or the host may not wait to see it."""
+    done = set()
+    if any(t.is_cuda for t, _ in pairs) and torch.cuda.is_current_stream_capturing():
+        return done
+    for dtype in (torch.float32, torch.float64):
+        mine = [i for i, (t, s) in enumerate(pairs) if t.dtype == s.dtype == dtype and t.numel() and not _same(t, s)]
+        if len(mine) < 2 or len({pairs[i][0].device for i in mine}) > 1:
+            continue
+        ours = [pairs[i][0].detach() for i in mine]
+        averages = torch._foreach_lerp(ours, [pairs[i][1].detach() for i in mine], 1 - momentum)
+        if torch.stack(torch._foreach_norm(averages)).isfinite().all():
+            torch._foreach_copy_(ours, averages)
+            done.update(mine)
+    return done
 
 
 def average(t, s, weight):

@@ -37,7 +37,7 @@ def main() -> Path:
         f"-DTORCH_TARGET_VERSION={build.TORCH_TARGET_VERSION}",
     ]
     flags += build.SANITIZER_FLAGS if sanitize else ["-O2"]
-    # The emulator's cuda/launch.h and cuda/ptx.h come before the package's.
+    # The emulator's cuda/launch.h comes before the package's.
     flags += [f"-I{p}" for p in (HERE / "include", HERE, ROOT / "csrc", *include_paths())]
     sources = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), HERE / "emulator.cpp", HERE / "selftest.cu"]
     library = folder / "libselfsup_kernels_emulated.so"

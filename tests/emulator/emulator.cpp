@@ -7,7 +7,6 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
-#include <deque>
 #include <map>
 #include <memory>
 #include <random>
@@ -32,13 +31,6 @@ namespace {
 constexpr size_t stack_size = 256 << 10;
 constexpr int warp_size = 32;
 
-struct Copy {
-  void* to;
-  const void* from;
-  size_t bytes;
-  bool valid;
-};
-
 enum class State { Ready, Barrier, Warp, Done };
 
 struct Fiber {
@@ -49,8 +41,6 @@ struct Fiber {
   void* fake_stack = nullptr;  // the sanitizer's
   State state = State::Done;
   unsigned thread = 0;
-  std::vector<Copy> open;
-  std::deque<std::vector<Copy>> groups;
 
   ~Fiber() {
     if (stack) munmap(stack, stack_size);
@@ -79,7 +69,7 @@ Fiber* current = nullptr;
 const std::function<void()>* body = nullptr;
 std::mt19937_64 randomness(0);
 uint64_t launches = 0;
-// Every barrier and wait that was met, by its place, and the one to be left out.
+// Every barrier that was met, by its place, and the one to be left out.
 std::map<std::string, uint64_t> sites;
 std::string skipped;
 
@@ -106,9 +96,6 @@ void start() {
   Fiber* self = current;
   self->state = State::Done;
   --live;
-  bool left = !self->open.empty();
-  for (const auto& group : self->groups) left |= !group.empty();
-  if (left) failure = "a thread ended with copies that nobody waited for";
   to_scheduler(true);
 }
 
@@ -189,8 +176,6 @@ void run_block(unsigned threads, size_t shared) {
   for (unsigned k = 0; k < threads; ++k) {
     Fiber& fiber = *fibers[k];
     fiber.thread = k;
-    fiber.open.clear();
-    fiber.groups.clear();
     fiber.fake_stack = nullptr;
     fiber.started = false;
     getcontext(&fiber.context);
@@ -282,28 +267,6 @@ void warp_meet(Finish finish, void* mine, const char* what) {
   }
 }
 
-void async_copy(void* to, const void* from, size_t bytes, bool valid) {
-  if (reinterpret_cast<uintptr_t>(to) % bytes || reinterpret_cast<uintptr_t>(from) % bytes)
-    fail("a misaligned asynchronous copy");
-  std::memset(to, 0xff, bytes);
-  current->open.push_back({to, from, bytes, valid});
-}
-
-void async_commit() {
-  current->groups.push_back(std::move(current->open));
-  current->open.clear();
-}
-
-void async_wait(int pending, const char* file, int line) {
-  const bool left_out = skip(file, line);
-  while (current->groups.size() > static_cast<size_t>(pending)) {
-    if (!left_out)
-      for (const Copy& c : current->groups.front())
-        c.valid ? std::memcpy(c.to, c.from, c.bytes) : std::memset(c.to, 0, c.bytes);
-    current->groups.pop_front();
-  }
-}
-
 }  // namespace sk_emulator
 
 extern "C" {
@@ -311,9 +274,9 @@ extern "C" {
 void sk_emulator_seed(uint64_t seed) { sk_emulator::randomness.seed(seed); }
 void sk_emulator_processors(int count) { sk_emulator::processors = count; }
 uint64_t sk_emulator_launches() { return sk_emulator::launches; }
-// Leaves out the barrier or the wait at "file:line"; "" none.
+// Leaves out the barrier at "file:line"; "" none.
 void sk_emulator_skip(const char* site) { sk_emulator::skipped = site; }
-// The barriers and waits that were met so far, one a line.
+// The barriers that were met so far, one a line.
 const char* sk_emulator_sites() {
   static std::string text;
   text.clear();

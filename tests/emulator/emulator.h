@@ -1,10 +1,10 @@
 // Runs CUDA kernels on the CPU, to test them: the threads of a block are fibers, blocks run one after the other.
 //
 // A fiber runs until it meets a barrier or an instruction of the whole warp; which one is next is drawn at random from
-// a seed, as is the order of the blocks. Shared memory starts as NaN in every block, and what `cp.async` fetches is NaN
-// until it has been waited for. So a barrier or a wait that is missing shows as a wrong number, in some order.
-// Why not a library: those that run such kernels on a CPU (HIP-CPU, hipCPU, chipStar) know HIP, neither `cp.async` nor
-// the fragments of `mma`, and run threads in one order.
+// a seed, as is the order of the blocks. Shared memory starts as NaN in every block. So a barrier that is missing shows
+// as a wrong number, in some order.
+// Why not a library: those that run such kernels on a CPU (HIP-CPU, hipCPU, chipStar) know HIP, and run threads in one
+// order.
 //
 // What is not modelled: races on global memory (one thread runs at a time), time, several blocks at once, warps of
 // which only some threads take part in an instruction.
@@ -44,10 +44,5 @@ void sync_threads(const char* file, int line);
 // Waits for the 32 threads of the warp; the last one calls `finish` with what each brought, in the order of lanes.
 using Finish = void (*)(void* const* lanes);
 void warp_meet(Finish finish, void* mine, const char* what);
-
-// cp.async: `to` is NaN until the wait.
-void async_copy(void* to, const void* from, size_t bytes, bool valid);
-void async_commit();
-void async_wait(int pending, const char* file, int line);
 
 }  // namespace sk_emulator

@@ -189,12 +189,11 @@ def optimizers(draw, place):
     dtype = draw.choice(FLOATING)
     model = Model(draw, dtype).to(place.device)
     eager, wide = copy.deepcopy(model), copy.deepcopy(model).double()
-    impl = "auto" if place.impl == "triton" else place.impl
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         ema = sk.EMA(model, draw.random(), dtype=draw.choice([None, torch.float32]), impl=place.impl)
     theirs = getattr(torch.optim, name)
-    optimizer = getattr(sk.optim, name)(model.parameters(), ema=ema, impl=impl, **options)
+    optimizer = getattr(sk.optim, name)(model.parameters(), ema=ema, impl=place.impl, **options)
     yardstick, truth = theirs(eager.parameters(), foreach=False, **options), theirs(wide.parameters(), **options)
     place.say(dtype, optimizer=name, **options)
     largest = [r.detach().norm().item() for r in wide.parameters()]  # a step may end near zero, and keeps its rounding

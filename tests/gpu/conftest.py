@@ -1,5 +1,6 @@
-"""Tests of the GPU kernels, Triton's and CUDA's. On a machine with a GPU they run there. Without one, Triton's run in
-its interpreter (TRITON_INTERPRET=1) and CUDA's in the emulator (SELFSUP_KERNELS_CUDA_EMULATOR=LIBRARY), on CPU tensors.
+"""Tests of the GPU kernels: Triton's of InfoNCE, CUDA's of the rest. On a machine with a GPU they run there. Without
+one, Triton's run in its interpreter (TRITON_INTERPRET=1) and CUDA's in the emulator
+(SELFSUP_KERNELS_CUDA_EMULATOR=LIBRARY), on CPU tensors.
 
 Both are slow: such runs are small. Triton's interpreter, which interpreter16.py makes right for bfloat16, has a part of
 InfoNCE's cases in 16 bits, so chosen that a test meets each dtype and most of its ways (the fixture `path`). With
@@ -7,8 +8,6 @@ SELFSUP_KERNELS_EVERY_CASE=1 it has all that a GPU has, the long tests too. What
 """
 
 import collections
-import contextlib
-import ctypes
 import os
 import sys
 import tempfile
@@ -21,7 +20,6 @@ import torch
 from helpers import EVERY_CASE, LOW_PRECISION
 
 from selfsup_kernels import backends
-from selfsup_kernels.cuda import info_nce as cuda_launcher
 from selfsup_kernels.triton import _launch, configs
 
 SIMULATED = any(backends.emulated(impl) for impl in ("triton", "cuda"))
@@ -73,7 +71,7 @@ def in_turn(items):
     tests = collections.defaultdict(lambda: collections.defaultdict(list))
     for item in items:
         given = dict(item.callspec.params) if hasattr(item, "callspec") else {}
-        if given.get("impl") == "triton" and given.get("dtype") in LOW_PRECISION and "path" in given:
+        if given.get("dtype") in LOW_PRECISION and "path" in given:
             form = tiles.WAYS.index(given.pop("path")), LOW_PRECISION.index(given.pop("dtype"))
             tests[item.path, item.originalname][str(given)].append((form, item))
     for cases in tests.values():
@@ -92,12 +90,13 @@ def device():
     return torch.device("cpu" if SIMULATED else "cuda")
 
 
-@pytest.fixture(params=["triton", "cuda"])
+@pytest.fixture
 def impl(request, device):
-    reason = cannot_run(request.param)
+    """The implementation whose tests a module has: its ``IMPL``."""
+    reason = cannot_run(request.module.IMPL)
     if reason is not None:
         pytest.skip(reason)
-    return request.param
+    return request.module.IMPL
 
 
 @pytest.fixture(autouse=True)
@@ -130,22 +129,6 @@ def alone():
         torch.cuda.empty_cache()
 
 
-@pytest.fixture
-def triton_runs(device):
-    """For tests of the Triton kernels alone."""
-    reason = cannot_run("triton")
-    if reason is not None:
-        pytest.skip(reason)
-
-
-@pytest.fixture
-def cuda_runs(device):
-    """For tests of the CUDA kernels alone."""
-    reason = cannot_run("cuda")
-    if reason is not None:
-        pytest.skip(reason)
-
-
 @pytest.fixture(params=[torch.float32, torch.bfloat16, torch.float16], ids=str)
 def dtype(request):
     return request.param
@@ -155,31 +138,11 @@ def dtype(request):
 def path(request, impl, monkeypatch):
     """The ways of InfoNCE: small tiles, so that a few rows are many, and each way that the launchers choose by size.
 
-    Triton: tiles with masks have kernels of their own, or all have the same. No configuration for the gradient's
-    accumulator sends it through the workspace. CUDA: large tiles; small ones; columns split over more blocks than there
-    are. One of them with the sums of deterministic mode.
+    Tiles with masks have kernels of their own, or all have the same (with the sums of deterministic mode). No
+    configuration for the gradient's accumulator sends it through the workspace.
     """
-    if impl == "cuda":
-        monkeypatch.setenv("SELFSUP_KERNELS_CUDA_TILES", "large" if request.param == "clean+masked" else "small")
-        monkeypatch.setattr(cuda_launcher, "_deterministic", lambda: request.param == "all")
-        with processors(64 if request.param == "waves" else 1):
-            yield request.param
-        return
-
     monkeypatch.setattr(configs, "_lookup", tiles.small(request.param))
     monkeypatch.setattr(_launch, "processors_of", lambda tensor: 1000 if request.param == "all" else 1)
     monkeypatch.setattr(_launch, "MANY_TILES", 0 if request.param == "clean+masked" else 16)
     monkeypatch.setattr(_launch, "deterministic", lambda: request.param == "all")
-    yield request.param
-
-
-@contextlib.contextmanager
-def processors(count):
-    """How many multiprocessors the emulator says it has; a GPU has its own."""
-    if backends.EMULATOR is None:
-        yield
-        return
-    library = ctypes.CDLL(str(backends.EMULATOR))
-    library.sk_emulator_processors(count)
-    yield
-    library.sk_emulator_processors(3)
+    return request.param

@@ -8,7 +8,7 @@ import selfsup_kernels as sk
 FLOATING = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 INTEGERS = [torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64]
 LOW = [torch.bfloat16, torch.float16]
-CHUNK = 4096  # elements of a Triton program, and of a CUDA block for float32 and mixed pairs
+CHUNK = 4096  # elements of a block for float32 and mixed pairs
 
 
 def truth(target, source, momentum):

@@ -13,6 +13,8 @@ import selfsup_kernels as sk
 from selfsup_kernels import backends
 from selfsup_kernels.reference import dense
 
+IMPL = "triton"
+
 
 @pytest.fixture
 def group(tmp_path):
@@ -22,9 +24,9 @@ def group(tmp_path):
 
 
 def test_two_emulated_processes():
-    """The whole road over a group, by the kernels for GPUs: CUDA's, in the emulator, which takes CPU tensors."""
-    if not backends.emulated("cuda"):
-        pytest.skip("needs SELFSUP_KERNELS_CUDA_EMULATOR; NCCL with several GPUs is not tested")
+    """The whole road over a group by the GPU kernels, in Triton's interpreter, which takes CPU tensors."""
+    if not backends.emulated("triton"):
+        pytest.skip("needs TRITON_INTERPRET=1; NCCL with several GPUs is not tested")
     processes = Ranks(2)
     views = randn(2, 13, 20)
     for labels in (None, random_labels(13, 3)):
@@ -41,7 +43,7 @@ def of_two(group, views, labels, queue):
     """Rank 0 has 9 samples, rank 1 has 4."""
     mine = slice(0, 9) if dist.get_rank(group) == 0 else slice(9, 13)
     labels = None if labels is None else labels[mine]
-    return run(sk.info_nce_loss, views[:, mine], 0.2, labels=labels, queue=queue, group=group, impl="cuda")
+    return run(sk.info_nce_loss, views[:, mine], 0.2, labels=labels, queue=queue, group=group, impl="triton")
 
 
 @pytest.mark.cuda

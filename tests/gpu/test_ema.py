@@ -1,7 +1,6 @@
-"""The GPU kernels of the moving average, Triton's and CUDA's: values, layouts, rounding at random.
+"""The GPU kernels of the moving average: values, layouts, rounding at random.
 
-Triton's table and its cache are tested in test_ema_triton.py; what needs a GPU (streams, graphs, large tensors) in
-test_ema_cuda.py.
+What needs a GPU (streams, graphs, large tensors) is in test_ema_cuda.py.
 """
 
 import ctypes
@@ -20,35 +19,14 @@ from selfsup_kernels import backends
 
 SIZES = [1, CHUNK - 1, 0, CHUNK, CHUNK + 1, 3 * CHUNK + 5, 7]
 
-# Where the kernel is interpreted, operations on infinities and halves that overflow warn.
-pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
-
-
-@pytest.fixture(autouse=True)
-def no_tables(monkeypatch):
-    """Triton's, from earlier tests."""
-    if backends.unavailable("triton") is None:
-        from selfsup_kernels.triton import ema
-
-        monkeypatch.setattr(ema, "_tables", {})
+IMPL = "cuda"
 
 
 @pytest.fixture
-def assert_launches(impl, monkeypatch):
-    """A function: that so many kernels were launched since it was called last. On a GPU CUDA's are not counted."""
+def assert_launches(impl):
+    """A function: that so many kernels were launched since it was called last. On a GPU they are not counted."""
     seen, count = [0], None
-    if impl == "triton":
-        from selfsup_kernels.triton import _launch
-
-        numbers, launch = [0], _launch.launch
-
-        def record(*args, **options):
-            numbers[0] += 1
-            launch(*args, **options)
-
-        monkeypatch.setattr(_launch, "launch", record)
-        count = lambda: numbers[0]  # noqa: E731
-    elif backends.emulated("cuda"):
+    if backends.emulated("cuda"):
         count = ctypes.CDLL(str(backends.EMULATOR)).sk_emulator_launches
         count.restype = ctypes.c_uint64
         seen[0] = count()
@@ -264,11 +242,11 @@ def test_random_cases(impl, device):
 
 @pytest.mark.parametrize("count", [118, 119, 200, 1100])
 def test_lists_of_many_tensors(impl, count, device, assert_launches):
-    """CUDA's table lies in the arguments: a hundred tensors in 4 KB, a thousand in 32 KB, then one more launch."""
+    """The table lies in the arguments: a hundred tensors in 4 KB, a thousand in 32 KB, then one more launch."""
     targets, sources = ([randn(1 + i % 7, seed=i + s).to(device) for i in range(count)] for s in (0, 1))
     targets[-1], sources[-1] = (randn(2 * CHUNK + 1, seed=s).to(device) for s in (0, 1))
     check(impl, targets, sources, 0.75)
-    assert_launches(2 if impl == "cuda" and count == 1100 else 1)
+    assert_launches(2 if count == 1100 else 1)
 
 
 @pytest.mark.parametrize(
@@ -294,9 +272,6 @@ def test_what_is_refused(impl, target, source, error, message, device, assert_la
     assert (target == 0).all()
 
 
-# ---------------------------------------------------------------- CUDA's alone
-
-
 @pytest.mark.parametrize(
     ("lists", "message"),
     [
@@ -305,17 +280,17 @@ def test_what_is_refused(impl, target, source, error, message, device, assert_la
     ],
     ids=["length", "shape"],
 )
-def test_the_op_of_cuda_refuses(lists, message, cuda_runs, device):
+def test_the_op_refuses(lists, message, impl, device):
     """What the public function has checked before; the op alone must not write anywhere else either."""
     targets, sources = lists(lambda n: torch.zeros(n, device=device))
     with pytest.raises(RuntimeError, match=message):
-        op("cuda", targets, sources, None, 0.5, None)
+        op(impl, targets, sources, None, 0.5, None)
 
 
 @pytest.mark.skipif(backends.unavailable("cpu") is not None, reason="needs the C++ extension")
 @pytest.mark.parametrize("source_dtype", FLOATING, ids=str)
 @pytest.mark.parametrize("target_dtype", FLOATING, ids=str)
-def test_cuda_is_the_cpu_op(target_dtype, source_dtype, cuda_runs, device):
+def test_it_is_the_cpu_op(target_dtype, source_dtype, impl, device):
     """Up to rounding; with one seed, and where the arithmetic is exact, bit for bit: the same neighbours are drawn."""
     sizes = [5, 0, 2 * CHUNK + 3, 40, 3 * CHUNK]
     # Exponents over the whole range of the target: float16's subnormal numbers, and what is too large for it.
@@ -330,7 +305,7 @@ def test_cuda_is_the_cpu_op(target_dtype, source_dtype, cuda_runs, device):
         for momentum in (0.0, 0.5, 0.996):
             exact = momentum in (0, 0.5)  # from zero
             both = []
-            for name, place in (("cpu", "cpu"), ("cuda", device)):
+            for name, place in (("cpu", "cpu"), (impl, device)):
                 own = [t.to(place, copy=True) for t in targets]
                 key = None if seed is None else torch.tensor(seed, device=place)
                 op(name, own, [s.to(place) for s in sources], None, momentum, key)

@@ -1,6 +1,5 @@
 """InfoNCE on the GPU kernels: every kernel and path against the dense loss in float64, at sizes that fit no tile."""
 
-import ctypes
 import math
 import random
 
@@ -9,13 +8,13 @@ import torch
 from guard import guarded
 from helpers import EVERY_CASE, assert_within, compare_info_nce, randn, random_labels, run
 
-from selfsup_kernels import backends, info_nce_loss, ops
-from selfsup_kernels.cuda import info_nce as cuda_launcher
+from selfsup_kernels import info_nce_loss, ops
 from selfsup_kernels.objectives import LABEL_OBJECTIVES, OBJECTIVES
 from selfsup_kernels.reference import dense
 from selfsup_kernels.triton import _launch, configs
 from selfsup_kernels.triton import info_nce_gradient as triton_gradient
 
+IMPL = "triton"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -136,12 +135,6 @@ def test_masked_and_clean_tiles_share_the_pairs(impl, device, monkeypatch, batch
         "one class": {"labels": place * 0, "queue": randn(70, 16, seed=1).to(device)},
         "core": {"core_view": 1, "objective": "cross_view", "queue": randn(70, 16, seed=1).to(device)},
     }[form]
-    if impl == "cuda":
-        monkeypatch.setattr(cuda_launcher, "_deterministic", lambda: False)
-        for tiles in ("small", "large"):
-            monkeypatch.setenv("SELFSUP_KERNELS_CUDA_TILES", tiles)
-            compare_info_nce("cuda", randn(2, batch, 16).to(device), **arguments)
-        return
     monkeypatch.setattr(_launch, "MANY_TILES", 0)
     monkeypatch.setattr(_launch, "deterministic", lambda: False)
     for clean, masked in (((64, 64), (32, 32)), ((32, 64), (16, 64)), ((64, 128), (64, 32))):
@@ -153,13 +146,13 @@ def test_masked_and_clean_tiles_share_the_pairs(impl, device, monkeypatch, batch
             return configs.Config(block_m=m, block_n=n, block_k=32, num_warps=4, num_stages=2)
 
         monkeypatch.setattr(configs, "_lookup", chosen)
-        compare_info_nce("triton", randn(2, batch, 16).to(device), **arguments)
+        compare_info_nce(impl, randn(2, batch, 16).to(device), **arguments)
 
 
 @pytest.mark.parametrize("form", ["plain", "labels", "queue"])
 def test_sums_over_many_columns_are_made_by_several_launches(impl, path, device, monkeypatch, restored_precision, form):
     """And are the same but for what rounding does."""
-    if impl != "triton" or path != "clean+masked":
+    if path != "clean+masked":
         pytest.skip("a limit of the kernel that keeps its sums in registers, where few programs share the columns")
     torch.backends.cuda.matmul.fp32_precision = "tf32"  # float32's exact products need no limit
     views = randn(2, 150, 20).to(device)
@@ -195,8 +188,6 @@ def test_shipped_tiles_with_masks_divide_those_without():
 
 @pytest.mark.parametrize("descriptor", [False, True])
 def test_descriptors_and_pointers_load_the_same(impl, path, device, monkeypatch, descriptor):
-    if impl != "triton":
-        pytest.skip("only Triton's kernels load either way")
     inner = configs._lookup
 
     def chosen(*key):
@@ -280,7 +271,7 @@ def test_tf32_where_pytorch_allows_it(impl, device, restored_precision, setting)
     near, far = ((grad - want[1]).norm() / want[1].norm() for grad in (exact[1], fast[1]))
     assert near < 1e-5
     assert far < 1e-2
-    if backends.EMULATOR is not None and impl == "cuda":  # the interpreter's products are float32's either way
+    if device.type == "cuda":  # the interpreter's products are float32's either way
         assert far > 10 * near
 
 
@@ -288,7 +279,7 @@ def test_tf32_where_pytorch_allows_it(impl, device, restored_precision, setting)
 def test_exact_products_stay_exact_over_many_rows(impl, device, batch):
     """Rows that share a direction: sums of one sign, which tensor cores cut off where they add up. The mean gradient's
     error must not grow with the rows."""
-    if impl == "triton" and device.type == "cpu" and batch > 256 and not EVERY_CASE:
+    if device.type == "cpu" and batch > 256 and not EVERY_CASE:
         pytest.skip("too slow in Triton's interpreter, whose products are float32's")
     views = (randn(2, batch, 16) + 3).to(device)
     got = run(info_nce_loss, views, 0.1, impl=impl)
@@ -337,7 +328,7 @@ def test_lists_strides_and_a_view_that_is_another(impl, path, device, labelled):
 @pytest.mark.parametrize("labelled", [False, True])
 @pytest.mark.parametrize("size", [(2, 33, 20), (3, 2, 1), (2, 64, 32)], ids=str)
 def test_nothing_is_read_or_written_past_an_end(impl, path, device, monkeypatch, size, labelled):
-    """Every input ends where memory ends; Triton's outputs too, and begin as NaN. (CUDA's are the sanitizers' work.)"""
+    """Every input ends where memory ends; outputs too, and begin as NaN."""
     if device.type != "cpu":
         pytest.skip("pages that cannot be touched are the CPU's")
 
@@ -377,7 +368,7 @@ def test_opcheck(impl, device, labelled):
 @pytest.mark.parametrize("seed", range(30))
 def test_random_cases(impl, path, device, seed):
     """Sizes, objectives, dtypes and options that no other test has together."""
-    if impl == "triton" and device.type == "cpu" and seed >= 8 and not EVERY_CASE:
+    if device.type == "cpu" and seed >= 8 and not EVERY_CASE:
         pytest.skip("too slow in Triton's interpreter without SELFSUP_KERNELS_EVERY_CASE=1")
     chosen = random.Random(seed)
     dtype = chosen.choice(DTYPES)
@@ -402,22 +393,8 @@ def test_random_cases(impl, path, device, seed):
     rows = num_views * batch if arguments["reduction"] == "sum" else 1
     nearest = views.double().abs().min().item() if dim == 1 else 1.0
     floor = 64 * torch.finfo(dtype if dim == 1 else torch.float32).eps * rows / temperature / nearest
-    cancels = normalize and dtype != torch.float32  # the temperature's gradient, see test_info_nce_cuda.py
+    cancels = normalize and dtype != torch.float32  # the temperature's gradient
     compare_info_nce(impl, views, temperature, floor=floor, cancels=cancels, **arguments)
-
-
-def test_deterministic_mode_does_not_depend_on_the_order_of_blocks(cuda_runs, device, monkeypatch):
-    """The emulator draws the order of blocks and threads from a seed; a GPU has a new one every time."""
-    monkeypatch.setattr(cuda_launcher, "_deterministic", lambda: True)
-    monkeypatch.setenv("SELFSUP_KERNELS_CUDA_TILES", "small")
-    views = randn(2, 150, 40).to(device)
-    results = []
-    for seed in range(4):
-        if backends.EMULATOR is not None:
-            ctypes.CDLL(str(backends.EMULATOR)).sk_emulator_seed(ctypes.c_uint64(seed))
-        results.append(run(info_nce_loss, views, 0.1, impl="cuda"))
-    for result in results[1:]:
-        assert all(torch.equal(got, want) for got, want in zip(result, results[0], strict=True))
 
 
 def test_compiles_to_one_graph(impl, device):

@@ -11,6 +11,8 @@ from parts import compare_parts
 from selfsup_kernels.objectives import LABEL_OBJECTIVES, OBJECTIVES
 from selfsup_kernels.triton import _launch
 
+IMPL = "triton"
+
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_objectives(impl, path, device, dtype, objective):

@@ -13,7 +13,8 @@ from triton.runtime.errors import InterpreterError
 
 from selfsup_kernels import backends
 
-pytestmark = pytest.mark.usefixtures("triton_runs")
+IMPL = "triton"
+pytestmark = pytest.mark.usefixtures("impl")
 
 
 @triton.jit

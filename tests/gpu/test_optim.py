@@ -1,4 +1,4 @@
-"""The fused optimizer steps of the CUDA library, on a GPU or in the emulator; test_optim.py beside has the rest."""
+"""The fused optimizer steps of the CUDA library, on a GPU or in the emulator."""
 
 import copy
 import ctypes
@@ -14,7 +14,8 @@ from torch import nn
 import selfsup_kernels as sk
 from selfsup_kernels import backends
 
-pytestmark = pytest.mark.usefixtures("cuda_runs")
+IMPL = "cuda"
+pytestmark = pytest.mark.usefixtures("impl")
 
 FLOATING = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 PAIRS = [(sk.optim.SGD, torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}), (sk.optim.AdamW, torch.optim.AdamW, {})]

@@ -12,7 +12,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import selfsup_kernels as sk
-from selfsup_kernels.triton import byol, ema, info_nce_gradient, info_nce_rows, info_nce_tables, info_nce_waves
+from selfsup_kernels.triton import info_nce_gradient, info_nce_rows, info_nce_tables, info_nce_waves
 
 torch.set_num_threads(1)
 torch.manual_seed(0)
@@ -51,7 +51,7 @@ def one_of_three(place):
 
 found, fresh = {}, {}  # what was seen; forms compiled anew
 
-# Numbers: float64 by annotation, negative and 64-bit integers, strides of zero, None.
+# Numbers: float64 by annotation, negative integers, None.
 some = launched(lambda: info_nce(100, temperature=1 / 3, eps=1e-300))
 found["load"] = {name: some["load_rows_kernel"].values.get(name) for name in ("temperature", "eps", "order")}
 found["core"] = some["sums_kernel"].values["CORE"]
@@ -59,15 +59,6 @@ found["map"] = some["sums_kernel"].values["source_x"]
 queue = torch.randn(70, 64, dtype=torch.bfloat16)
 some = launched(lambda: info_nce(100, core_view=1, queue=queue))
 found["other core"] = some["sums_kernel"].values["CORE"]
-views = [torch.randn(33, 256, requires_grad=True) for _ in range(2)]
-some = launched(lambda: sk.byol_loss(views, views, eps=0.1, impl="triton").backward())
-found["byol"] = {name: some["backward_kernel"].values[name] for name in ("grad_view_stride", "p_strides.1", "factor")}
-dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.int64)
-targets, sources = ([torch.ones(5000 + i).to(d) for d in dtypes] for i in (0, 0))
-found["ema"] = launched(lambda: sk.ema_update_(targets, sources, 0.996, impl="triton"))["_ema_kernel"].values[
-    "momentum"
-]
-
 # No step of a user's waits for a compiler because its sizes, or where a number lies, are other ones.
 gradient = [info_nce_gradient.gradient_kernel]
 waves = [info_nce_waves.wave_kernel, info_nce_waves.product_kernel]
@@ -76,16 +67,12 @@ load, finish, tables = (
     info_nce_rows.finish_rows_kernel,
     info_nce_tables.view_tables_kernel,
 )
-both = [byol.forward_kernel, byol.backward_kernel]
 places = torch.linspace(0.1, 0.2, 3)
-ones = torch.ones(1000, 64, requires_grad=True)
 fresh["batch"] = variants([*gradient, load, finish, tables], info_nce, 64, 1000, 257, 2)
 fresh["labels"] = variants(gradient, lambda n: info_nce(n, labels=torch.arange(n) % 3), 64, 65, 66, 67)
 fresh["waves"] = variants(waves, lambda n: info_nce(n, 512), 100, 300, 1000)
 fresh["upstream"] = variants([finish], lambda i: info_nce(64, dtype=torch.float32, upstream=one_of_three(i)), 0, 1, 2)
 fresh["temperature"] = variants([load], lambda i: info_nce(64, temperature=places[i]), 0, 1, 2)
-fresh["momentum"] = variants([ema._ema_kernel], lambda m: sk.ema_update_(targets, sources, m, impl="triton"), 0.9, 1, 0)
-fresh["byol"] = variants(both, lambda n: sk.byol_loss(ones[:n], ones[:n], impl="triton").backward(), 64, 1, 2, 100, 999)
 
 # Many rows: kernels with the shipped tiles, up to 200 KB of shared memory.
 large = launched(lambda: info_nce(4096, 256))

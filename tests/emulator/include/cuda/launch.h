@@ -21,8 +21,6 @@
 #define __global__
 #define __device__
 #define __host__
-#define __forceinline__ inline
-#define __restrict__ __restrict
 
 #define threadIdx sk_emulator::here.thread
 #define blockIdx sk_emulator::here.block
@@ -36,40 +34,13 @@ struct alignas(8) uint2 {
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
-struct alignas(8) float2 {
-  float x, y;
-};
-struct alignas(16) float4 {
-  float x, y, z, w;
-};
-inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
-inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
-inline float2 make_float2(float x, float y) { return {x, y}; }
-
-using std::isfinite;
-using std::isinf;
-using std::isnan;
 using std::max;
 using std::min;
 
-inline float __uint_as_float(uint32_t x) {
-  float y;
-  std::memcpy(&y, &x, 4);
-  return y;
-}
-inline uint32_t __float_as_uint(float x) {
-  uint32_t y;
-  std::memcpy(&y, &x, 4);
-  return y;
-}
-inline int __float_as_int(float x) { return static_cast<int>(__float_as_uint(x)); }
-inline float __int_as_float(int x) { return __uint_as_float(static_cast<uint32_t>(x)); }
 template <typename T>
 inline T __ldg(const T* p) {
   return *p;
 }
-inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
-inline double rsqrt(double x) { return 1 / std::sqrt(x); }
 inline void __threadfence() {}
 
 // Atomics: one thread runs at a time.
@@ -77,12 +48,6 @@ template <typename T, typename U>
 inline T atomicAdd(T* p, U x) {
   T old = *p;
   *p = old + static_cast<T>(x);
-  return old;
-}
-template <typename T, typename U>
-inline T atomicMax(T* p, U x) {
-  T old = *p;
-  if (static_cast<T>(x) > old) *p = static_cast<T>(x);
   return old;
 }
 template <typename T, typename U>
@@ -129,20 +94,6 @@ template <typename T>
 inline T __shfl_xor_sync(unsigned mask, T value, int lanes) {
   return sk_emulator::exchange(mask, value, sk_emulator::lane() ^ lanes, "shfl.xor");
 }
-template <typename T>
-inline T __shfl_down_sync(unsigned mask, T value, int by) {
-  return sk_emulator::exchange(mask, value, sk_emulator::lane() + by, "shfl.down");
-}
-template <typename T>
-inline T __shfl_sync(unsigned mask, T value, int from) {
-  return sk_emulator::exchange(mask, value, from & 31, "shfl");
-}
-inline unsigned __ballot_sync(unsigned mask, bool value) {
-  unsigned bits = 0;
-  for (int k = 0; k < 32; ++k) bits |= static_cast<unsigned>(sk_emulator::exchange(mask, value, k, "ballot")) << k;
-  return bits;
-}
-inline bool __any_sync(unsigned mask, bool value) { return __ballot_sync(mask, value) != 0; }
 inline void __syncwarp(unsigned = 0xffffffffu) {
   sk_emulator::warp_meet([](void* const*) {}, nullptr, "syncwarp");
 }
