@@ -20,11 +20,11 @@ endif
 
 # Written by setup.py at the end of a build.
 BUILT := selfsup_kernels/_build_info.json
-SOURCES := setup.py selfsup_kernels/_build.py selfsup_kernels/version.py $(wildcard csrc/common/* csrc/cpu/*)
+SOURCES := setup.py selfsup_kernels/core/build.py selfsup_kernels/version.py $(wildcard csrc/common/* csrc/cpu/*)
 # The CUDA library is part of a build beside a CUDA build of torch, as $(PYTHON) of the command line may have; beside the
 # CPU-only torch of .venv it is a target of its own.
 CUDA_LIBRARY := selfsup_kernels/_CUDA.so
-CUDA_SOURCES := selfsup_kernels/_build_cuda.py $(wildcard csrc/cuda/*)
+CUDA_SOURCES := selfsup_kernels/core/build_cuda.py $(wildcard csrc/cuda/*)
 ifeq ($(DEPENDENCIES),)
 SOURCES += $(CUDA_SOURCES)
 endif

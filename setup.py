@@ -25,14 +25,14 @@ PACKAGE = Path(__file__).resolve().parent / "selfsup_kernels"
 
 def _module(name):
     """A module of the package, without importing the package (which would need torch)."""
-    spec = importlib.util.spec_from_file_location(name, PACKAGE / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(Path(name).name, PACKAGE / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-build = _module("_build")
-build_cuda = _module("_build_cuda")
+build = _module("core/build")
+build_cuda = _module("core/build_cuda")
 version = _module("version").__version__
 
 

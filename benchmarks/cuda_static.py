@@ -223,7 +223,7 @@ def without_kernel() -> list[str]:
     """The ops that CUDA tensors have no kernel for, neither of the library nor of Python's."""
     import torch
 
-    from selfsup_kernels import ops
+    from selfsup_kernels.core import ops
 
     has = torch._C._dispatch_has_computed_kernel_for_dispatch_key
     return [name for name in (*ops.SCHEMAS, *ops.CUDA_STAGES) if not has(f"{ops.NAMESPACE}::{name}.cuda", "CUDA")]

@@ -32,9 +32,9 @@ import gpu_model
 import torch
 
 import selfsup_kernels as sk
-from selfsup_kernels import ops
+from selfsup_kernels.core import ops
 from selfsup_kernels.lab import machine_code
-from selfsup_kernels.triton import configs
+from selfsup_kernels.tiles import configs
 
 ARCHITECTURES = configs.ARCHITECTURES
 LONG = 1024

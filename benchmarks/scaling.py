@@ -23,7 +23,7 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
 import selfsup_kernels as sk
-from selfsup_kernels import distributed
+from selfsup_kernels.core import processes as groups
 from selfsup_kernels.lab import host_memory
 from selfsup_kernels.lab.bench import results, timing
 
@@ -116,7 +116,7 @@ def process(rank, processes, folder, args):
 def counted():
     """A list that fills with the bytes that this process is sent by each collective."""
     received = []
-    gather, reduce = distributed._all_gather, dist.all_reduce
+    gather, reduce = groups.all_gather, dist.all_reduce
 
     def all_gather(out, own, group):
         received.append(out.nbytes - own.nbytes)
@@ -126,11 +126,11 @@ def counted():
         received.append((dist.get_world_size(group) - 1) * x.nbytes)
         return reduce(x, group=group)
 
-    distributed._all_gather, dist.all_reduce = all_gather, all_reduce
+    groups.all_gather, dist.all_reduce = all_gather, all_reduce
     try:
         yield received
     finally:
-        distributed._all_gather, dist.all_reduce = gather, reduce
+        groups.all_gather, dist.all_reduce = gather, reduce
 
 
 def show(rows):

@@ -10,8 +10,8 @@ from selfsup_kernels import backends, compat, functional, methods, optim
 from selfsup_kernels.chunked import chunked_backward
 from selfsup_kernels.ema import EMA, cosine_momentum
 from selfsup_kernels.functional import ContrastiveStats, byol_loss, contrastive_stats, ema_update_, info_nce_loss
+from selfsup_kernels.info_nce.objectives import OBJECTIVES
 from selfsup_kernels.modules import BYOLLoss, InfoNCELoss
-from selfsup_kernels.objectives import OBJECTIVES
 from selfsup_kernels.version import __version__
 
 __all__ = [

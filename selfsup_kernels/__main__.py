@@ -50,7 +50,7 @@ def main(arguments=None) -> int:
     options = parser().parse_args(arguments)
     # The commands are imported late: `info` must work where the packages of the demo are missing.
     if options.command == "info":
-        from selfsup_kernels import info
+        from selfsup_kernels.core import info
 
         return info.main(as_json=options.json, verbose=options.verbose)
     if options.command == "tune":

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
-from selfsup_kernels import _validate as check
+from selfsup_kernels.core import validate as check
 
 Tensor = torch.Tensor
 

@@ -21,9 +21,9 @@ import torch
 from helpers import EXTENSION_REQUIRED, IMPLS
 from profile_cases import CountedTime
 
-from selfsup_kernels import backends
+from selfsup_kernels import byol, info_nce
+from selfsup_kernels.core import backends
 from selfsup_kernels.lab.profile.recorder import CPUClock
-from selfsup_kernels.reference import eager
 
 # Without deadlines, since a first call may compile, and without the check that examples are made fast enough, which a
 # busy machine fails; derandomized, so that a failure is a failure on every run.
@@ -99,8 +99,8 @@ def each_impl(request, monkeypatch):
 
 
 def _without_autograd(monkeypatch):
-    for name in ("takes_info_nce", "takes_byol"):
-        monkeypatch.setattr(eager, name, lambda *_: False)
+    for loss in (byol, info_nce):
+        monkeypatch.setattr(loss.eager, "takes", lambda *_: False)
 
 
 @pytest.fixture(autouse=True)

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
-from selfsup_kernels import _build, backends, info_nce_loss
-from selfsup_kernels.objectives import LABEL_OBJECTIVES, OBJECTIVES
-from selfsup_kernels.reference import dense
+from selfsup_kernels import info_nce_loss, spec
+from selfsup_kernels.core import backends, build
+from selfsup_kernels.info_nce.objectives import LABEL_OBJECTIVES, OBJECTIVES
 
-EXTENSION_REQUIRED = not _build.environment_flag("SELFSUP_KERNELS_SKIP_BUILD")
+EXTENSION_REQUIRED = not build.environment_flag("SELFSUP_KERNELS_SKIP_BUILD")
 """Without the variable, no test of the C++ kernels is left out unseen."""
 EVERY_CASE = os.environ.get("SELFSUP_KERNELS_EVERY_CASE", "0") not in ("", "0")
 """Triton's interpreter is slow: without this it leaves out some of the cases that a GPU has."""
@@ -77,8 +77,8 @@ def compare_info_nce(impl, views, temperature=0.1, floor=0.0, cancels=False, tf3
 
     ours = low(info_nce_loss, impl=impl)
     wide_queue = None if queue is None else queue.double()
-    truth = run(dense.info_nce_loss, views.double(), temperature.double(), queue=wide_queue, **arguments)
-    eager = ours if dtype == torch.float64 else low(dense.info_nce_loss)
+    truth = run(spec.info_nce_loss, views.double(), temperature.double(), queue=wide_queue, **arguments)
+    eager = ours if dtype == torch.float64 else low(spec.info_nce_loss)
     eps, floors = torch.finfo(dtype).eps, [floor] * 3
     if tf32 and dtype == torch.float32:
         eps, floors = TF32_EPS, [max(floor, TF32_EPS * want.norm().item()) for want in truth]
@@ -101,7 +101,7 @@ def temperature_rounding(views, temperature, eps=None, normalize=True, reduction
     assert normalize, "rows of any length are not rounded, and their products have no bound"
     eps, t = eps or torch.finfo(views.dtype).eps, temperature.double().requires_grad_()
     rows = torch.nn.functional.normalize(views.double(), dim=-1).requires_grad_()
-    loss = dense.info_nce_loss(rows, temperature=t, normalize=False, reduction=reduction, **arguments)
+    loss = spec.info_nce_loss(rows, temperature=t, normalize=False, reduction=reduction, **arguments)
     (grad_temperature,) = torch.autograd.grad(loss, t, create_graph=True)
     (slope,) = torch.autograd.grad(grad_temperature, rows)
     anchors = views.shape[0] * views.shape[1] if reduction == "sum" else 1

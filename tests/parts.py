@@ -3,9 +3,10 @@
 import torch
 from helpers import assert_within, randn, run, temperature_rounding
 
-from selfsup_kernels import _tables, ops
-from selfsup_kernels.objectives import OBJECTIVES
-from selfsup_kernels.reference import dense
+from selfsup_kernels import spec
+from selfsup_kernels.core import ops
+from selfsup_kernels.info_nce import exchange
+from selfsup_kernels.info_nce.objectives import OBJECTIVES
 
 
 def in_parts(impl, views, sizes, temperature, upstream, objective, labels=None, queue=None, core=-1, normalize=True):
@@ -21,7 +22,7 @@ def in_parts(impl, views, sizes, temperature, upstream, objective, labels=None, 
     known = (impl, labels is not None, normalize)
     rows = torch.cat(
         [
-            _tables.own_rows(known[0], saved, *known[1:], num_views, batch, *part)
+            exchange.own_rows(known[0], saved, *known[1:], num_views, batch, *part)
             for (_, *saved), part in zip(results, parts, strict=True)
         ],
         1,
@@ -30,7 +31,7 @@ def in_parts(impl, views, sizes, temperature, upstream, objective, labels=None, 
     gradients = [
         backward(
             upstream,
-            *_tables.with_all_rows(known[0], saved, *known[1:], rows),
+            *exchange.with_all_rows(known[0], saved, *known[1:], rows),
             labels,
             None,
             temperature,
@@ -65,7 +66,7 @@ def compare_parts(impl, views, sizes, objective, temperature=0.1, labels=None, q
     ours = in_parts(impl, views, sizes, number, upstream, objective, labels, queue, core, normalize)
 
     def oracle(x, t, q):
-        return run(dense.info_nce_loss, x, t, upstream, queue=q, reduction="none", **known)
+        return run(spec.info_nce_loss, x, t, upstream, queue=q, reduction="none", **known)
 
     truth = oracle(views.double(), number, None if queue is None else queue.double())
     eager = None if dtype == torch.float64 else oracle(views, number, queue)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from selfsup_kernels.triton.info_nce_gradient import MOST_COLUMNS
+from selfsup_kernels.tiles.gradient import MOST_COLUMNS
 
 DEPTH, BITS, DIM = 16, 25, 32  # products of 16 bits an instruction adds up; bits kept; features, each a sum of its own
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from helpers import randn
 
-from selfsup_kernels import backends, byol_loss, ema_update_, info_nce_loss
-from selfsup_kernels.objectives import OBJECTIVES
+from selfsup_kernels import byol_loss, ema_update_, info_nce_loss
+from selfsup_kernels.core import backends
+from selfsup_kernels.info_nce.objectives import OBJECTIVES
 
 VIEWS = randn(2, 4, 8)
 LABELS = torch.zeros(4, dtype=torch.int64)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from selfsup_kernels import info
+from selfsup_kernels.core import info
 from selfsup_kernels.lab import fresh
 from selfsup_kernels.lab.bench import cli, results, rivals, timing, worker
 from selfsup_kernels.lab.bench import suite as engine

@@ -16,7 +16,7 @@ import torch
 from helpers import EXTENSION_REQUIRED
 
 import selfsup_kernels
-from selfsup_kernels import _build, _validate, backends
+from selfsup_kernels.core import backends, build, validate
 
 ROOT = Path(__file__).resolve().parent.parent
 USE = """
@@ -69,16 +69,16 @@ def test_the_extension_is_here_where_it_is_required():
 
 
 def test_the_record_says_what_was_built():
-    facts = _build.record()
+    facts = build.record()
     if backends.unavailable("cpu") is not None:
         assert facts.get("failure", True)
         return
     assert facts["version"] == selfsup_kernels.__version__
     assert facts["platform"] == f"{sys.platform} {platform.machine()}"
-    assert facts["torch_target"] == _build.TORCH_TARGET_VERSION
+    assert facts["torch_target"] == build.TORCH_TARGET_VERSION
     assert {"torch", "python", "flags", "sanitized"} <= set(facts)
     module, _ = backends.load_extension()
-    assert module.build_info()["torch_target"] == _build.TORCH_TARGET_VERSION
+    assert module.build_info()["torch_target"] == build.TORCH_TARGET_VERSION
     assert module.cpu_capability() in ("default", "avx2", "avx512")
 
 
@@ -105,10 +105,10 @@ def test_without_a_compiler(tree, tmp_path):
 
 
 def test_without_headers_of_python(monkeypatch, tmp_path):
-    monkeypatch.setattr(_build.sysconfig, "get_path", lambda name: str(tmp_path))
-    monkeypatch.setattr(_build, "compiler", lambda: "/usr/bin/g++")
-    monkeypatch.setattr(_build.shutil, "which", lambda name: "/usr/bin/dnf" if name == "dnf" else None)
-    why, first = _build.cannot_compile()
+    monkeypatch.setattr(build.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(build, "compiler", lambda: "/usr/bin/g++")
+    monkeypatch.setattr(build.shutil, "which", lambda name: "/usr/bin/dnf" if name == "dnf" else None)
+    why, first = build.cannot_compile()
     assert f"{tmp_path}/Python.h" in why
     assert first == "dnf install -y python3-devel && "
 
@@ -174,7 +174,7 @@ def test_wheel_of_the_pure_python_package(tree):
     files = {str(p.relative_to(tree)) for p in (tree / "selfsup_kernels").rglob("*") if p.is_file()}
     needed = {name for name in files if "__pycache__" not in name and not name.endswith("_build_info.json")}
     assert needed <= names
-    assert {"selfsup_kernels/py.typed", "selfsup_kernels/triton/configs.json"} <= names
+    assert {"selfsup_kernels/py.typed", "selfsup_kernels/tiles/configs.json"} <= names
     assert not any(name.startswith(("tests", "csrc", "benchmarks")) for name in names)
     reason = "SELFSUP_KERNELS_SKIP_BUILD was set"
     assert reason in recorded(unpacked)["failure"]
@@ -192,7 +192,7 @@ def test_wheel_of_the_pure_python_package(tree):
 
 def test_a_fallback_warns_once_and_not_while_compile_traces(monkeypatch):
     monkeypatch.setattr(backends, "_reasons", backends._reasons | {"cpu": backends.Unavailable("No kernels.", "make")})
-    monkeypatch.setattr(_validate, "_warned", set())
+    monkeypatch.setattr(validate, "_warned", set())
     views = torch.ones(2, 2, 2)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -219,21 +219,21 @@ def test_a_fallback_warns_once_and_not_while_compile_traces(monkeypatch):
 )
 def test_a_library_that_does_not_fit_is_refused(monkeypatch, tmp_path, change, message):
     fits = {"version": selfsup_kernels.__version__, "torch": torch.__version__}
-    monkeypatch.setattr(_build, "RECORD", tmp_path / "_build_info.json")
-    _build.write_record(tmp_path, **fits)
-    assert _build.mismatch() is None
-    facts = fits | _build.machine() | (change or {})
+    monkeypatch.setattr(build, "RECORD", tmp_path / "_build_info.json")
+    build.write_record(tmp_path, **fits)
+    assert build.mismatch() is None
+    facts = fits | build.machine() | (change or {})
     (tmp_path / "_build_info.json").write_text(json.dumps(facts) if change else "not JSON")
     with pytest.raises(RuntimeError, match=message):
-        raise RuntimeError(_build.mismatch())
+        raise RuntimeError(build.mismatch())
 
 
 def test_a_torch_that_is_too_old_is_refused(monkeypatch, tmp_path):
-    monkeypatch.setattr(_build, "RECORD", tmp_path / "_build_info.json")
-    _build.write_record(tmp_path, version=selfsup_kernels.__version__, torch="2.13.0")
+    monkeypatch.setattr(build, "RECORD", tmp_path / "_build_info.json")
+    build.write_record(tmp_path, version=selfsup_kernels.__version__, torch="2.13.0")
     for version, fits in [("2.10.1", False), ("1.13.0+cu117", False), ("2.11.0a0+git1", True), ("3.0.0", True)]:
         monkeypatch.setattr(torch, "__version__", version)
-        assert (_build.mismatch() is None) == fits
+        assert (build.mismatch() is None) == fits
         if not fits:
-            assert "2.11 or later is needed. Built for torch 2.13.0" in _build.mismatch()
-            assert f"you have torch {version}" in _build.mismatch()
+            assert "2.11 or later is needed. Built for torch 2.13.0" in build.mismatch()
+            assert f"you have torch {version}" in build.mismatch()

@@ -9,17 +9,17 @@ import pytest
 import torch
 from test_build import recorded, run, tree  # noqa: F401
 
-from selfsup_kernels import _build, _build_cuda, backends
+from selfsup_kernels.core import backends, build, build_cuda
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import cuda_static  # noqa: E402
 
 try:
-    NVCC = _build_cuda.find_nvcc()
-except _build_cuda.Unavailable:
+    NVCC = build_cuda.find_nvcc()
+except build_cuda.Unavailable:
     NVCC = None
-LIBRARY = ROOT / "selfsup_kernels" / _build_cuda.LIBRARY
+LIBRARY = ROOT / "selfsup_kernels" / build_cuda.LIBRARY
 
 FAKE_NVCC = """#!/bin/sh
 case "$*" in
@@ -112,16 +112,16 @@ def test_another_build_takes_an_old_library_away(tree, toolkit):  # noqa: F811
 
 
 def prepare(cuda, force=False):
-    return _build_cuda.prepare("2.13.0", cuda, force)
+    return build_cuda.prepare("2.13.0", cuda, force)
 
 
 def test_when_it_is_tried(toolkit):
     toolkit("13.1")
     assert prepare("13.0").version == (13, 1)  # the major version counts
     assert prepare(None, force=True).version == prepare("12.8", force=True).version == (13, 1)
-    with pytest.raises(_build_cuda.Unavailable, match=r"built without CUDA.*FORCE_CUDA=1"):
+    with pytest.raises(build_cuda.Unavailable, match=r"built without CUDA.*FORCE_CUDA=1"):
         prepare(None)
-    with pytest.raises(_build_cuda.Unavailable, match=r"is of CUDA 13\.1, PyTorch .* of CUDA 12\.8"):
+    with pytest.raises(build_cuda.Unavailable, match=r"is of CUDA 13\.1, PyTorch .* of CUDA 12\.8"):
         prepare("12.8")
 
 
@@ -141,7 +141,7 @@ def setup_cuda(monkeypatch, tmp_path, cuda, **environment):
 def test_a_failure_is_recorded_and_fails_only_what_asks(toolkit, monkeypatch, tmp_path):
     (tmp_path / "out").mkdir()
     arguments = (monkeypatch, tmp_path)
-    monkeypatch.setattr(_build_cuda, "ROOT", tmp_path)
+    monkeypatch.setattr(build_cuda, "ROOT", tmp_path)
     assert "built without CUDA" in setup_cuda(*arguments, None)["cuda_failure"]
     with pytest.raises(SystemExit, match="too old"):
         setup_cuda(*arguments, None, FORCE_CUDA="1", CUDA_HOME=toolkit("12.5"))
@@ -161,22 +161,22 @@ def test_a_failure_is_recorded_and_fails_only_what_asks(toolkit, monkeypatch, tm
 
 def test_architectures(toolkit):
     toolkit()
-    kit = _build_cuda.toolkit()
-    assert _build_cuda.architectures(kit, "") == ("8.0+PTX", "9.0a", "10.0", "12.0")
-    assert _build_cuda.architectures(kit, "Hopper; 8.0") == ("9.0+PTX", "8.0")
+    kit = build_cuda.toolkit()
+    assert build_cuda.architectures(kit, "") == ("8.0+PTX", "9.0a", "10.0", "12.0")
+    assert build_cuda.architectures(kit, "Hopper; 8.0") == ("9.0+PTX", "8.0")
     toolkit("12.6", more="")
-    older = _build_cuda.toolkit()
-    assert _build_cuda.architectures(older, "") == ("8.0+PTX", "9.0a")
+    older = build_cuda.toolkit()
+    assert build_cuda.architectures(older, "") == ("8.0+PTX", "9.0a")
     for listed, said in [("7.5", "8.0 .Ampere. or later"), ("12.0", "does not know"), ("sm_90", "expected something")]:
-        with pytest.raises(_build_cuda.Unavailable, match=said):
-            _build_cuda.architectures(older, listed)
+        with pytest.raises(build_cuda.Unavailable, match=said):
+            build_cuda.architectures(older, listed)
 
 
 # ---------------------------------------------------------------- what was built
 
 
 def test_what_the_record_says_is_what_is_there():
-    facts = _build.record()
+    facts = build.record()
     if not LIBRARY.exists():
         assert "cuda_architectures" not in facts
         pytest.skip("the CUDA library is not built")

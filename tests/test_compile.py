@@ -113,7 +113,7 @@ def test_autocast_inside_compile(impl):
 @pytest.mark.parametrize("dtype", [torch.float32, *LOW_PRECISION])
 def test_autocast_gives_float32_without_upcasting(impl, dtype, monkeypatch):
     """The embeddings reach the op as they are; the loss is what the loss of the upcast embeddings is."""
-    from selfsup_kernels import backends
+    from selfsup_kernels.core import backends
 
     seen, original = [], backends.op
 

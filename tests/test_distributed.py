@@ -12,8 +12,8 @@ from ranks import Ranks
 from torch import nn
 
 import selfsup_kernels as sk
-from selfsup_kernels.objectives import LABEL_OBJECTIVES, OBJECTIVES
-from selfsup_kernels.reference import dense
+from selfsup_kernels import spec
+from selfsup_kernels.info_nce.objectives import LABEL_OBJECTIVES, OBJECTIVES
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -59,7 +59,7 @@ def check(ranks, world, views, temperature, upstream, **arguments):
         want = _each_with_its_queue(world, views, temperature, upstream, arguments)
     else:
         wide = {**arguments, "queue": None if queue is None else queue.double()}
-        want = run(dense.info_nce_loss, views.double(), temperature, upstream.double(), **wide)
+        want = run(spec.info_nce_loss, views.double(), temperature, upstream.double(), **wide)
     cases = [(impl, temperature, upstream, arguments) for impl in IMPLS]
     averaged = world if arguments.get("reduction", "mean") != "none" else 1
     for results in zip(*ranks.run(world, shares, views, cases), strict=True):
@@ -82,7 +82,7 @@ def _each_with_its_queue(world, views, temperature, upstream, arguments):
     rank = torch.repeat_interleave(torch.tensor(SIZES[world]))
     for r, queue in enumerate(arguments.pop("queue").double()):
         weight = upstream.double() * (rank == r)
-        loss, *grads = run(dense.info_nce_loss, views.double(), temperature, weight, queue=queue, **arguments)
+        loss, *grads = run(spec.info_nce_loss, views.double(), temperature, weight, queue=queue, **arguments)
         results.append((loss * (rank == r), *grads))
     return [sum(parts) for parts in zip(*results, strict=True)]
 
@@ -145,7 +145,7 @@ def test_ranks_that_weigh_the_loss_differently(ranks):
     """The gradient is that of the sum over the ranks, whatever each makes of its result."""
     views = randn(2, sum(SIZES[3]), 7, dtype=torch.float64)
     weights = (0.5, 2.0, -3.0)
-    _, want, _ = run(dense.info_nce_loss, views, 0.1, ONE * sum(weights))
+    _, want, _ = run(spec.info_nce_loss, views, 0.1, ONE * sum(weights))
     assert_within("grad", torch.cat(ranks.run(3, weighted, views, weights), 1), want)
 
 
@@ -189,7 +189,7 @@ def test_distributed_data_parallel_trains_as_one_process(ranks, world):
     for _ in range(4):
         optimizer.zero_grad()
         z = torch.stack([alone.network(x) for x in views])
-        loss = dense.info_nce_loss(z, temperature=alone.loss.temperature.double(), objective="cross_view")
+        loss = spec.info_nce_loss(z, temperature=alone.loss.temperature.double(), objective="cross_view")
         loss.backward()
         optimizer.step()
         expected.append(loss.item())
@@ -297,7 +297,7 @@ def modes(group, views):
 
 def test_autograd_and_autocast(ranks):
     views = randn(2, sum(SIZES[3]), 7).half().double()
-    loss, want, _ = run(dense.info_nce_loss, views, 0.1)
+    loss, want, _ = run(spec.info_nce_loss, views, 0.1)
     results = ranks.run(3, modes, views)
     for found in results:
         assert_within("no_grad", found["no_grad"], loss)
@@ -329,7 +329,7 @@ def compiled(group, views):
 
 def test_a_compiled_caller(ranks):
     views = randn(2, sum(SIZES[2]), 7, dtype=torch.float64)
-    loss, want, _ = run(dense.info_nce_loss, views, 0.1)
+    loss, want, _ = run(spec.info_nce_loss, views, 0.1)
     results = ranks.run(2, compiled, views)
     assert_within("grad", torch.cat([grad for _, grad in results], 1) / 2, want)
     assert_within("loss", results[0][0], loss + 1)

@@ -11,7 +11,8 @@ from helpers import randn
 from torch import nn
 
 import selfsup_kernels as sk
-from selfsup_kernels import _overlap, backends, ops
+from selfsup_kernels.core import backends, ops
+from selfsup_kernels.ema import overlap
 
 FLOATING = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 LOW = [torch.bfloat16, torch.float16]
@@ -340,9 +341,9 @@ def _addresses(tensor):
 def test_overlaps_are_exact(a, b):
     """Against the sets of addresses."""
     bytes_of = [{x + k for x in _addresses(t) for k in range(t.element_size())} for t in (a, b)]
-    assert _overlap.shares_memory(a, b) == bool(bytes_of[0] & bytes_of[1])
-    assert _overlap.overlaps_itself(a) == (len(set(_addresses(a))) < a.numel())
-    low, high = _overlap.bounds(a)
+    assert overlap.shares_memory(a, b) == bool(bytes_of[0] & bytes_of[1])
+    assert overlap.overlaps_itself(a) == (len(set(_addresses(a))) < a.numel())
+    low, high = overlap.bounds(a)
     assert (low, high) == (min(bytes_of[0]), max(bytes_of[0]) + 1)
 
 

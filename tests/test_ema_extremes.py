@@ -12,7 +12,7 @@ from helpers import randn
 from torch import nn
 
 import selfsup_kernels as sk
-from selfsup_kernels.reference import dense
+from selfsup_kernels import spec
 
 FLOATING = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 LOW = [torch.bfloat16, torch.float16]
@@ -38,7 +38,7 @@ def test_the_dense_equation(dtype):
     for momentum in extremes.MOMENTA:
         target, source = extremes.pairs(dtype, dtype)
         want = [extremes.mean(*x, momentum) for x in zip(target.tolist(), source.tolist(), strict=True)]
-        dense.ema_update_([target], [source], momentum)
+        spec.ema_update_([target], [source], momentum)
         torch.testing.assert_close(target, torch.tensor(want, dtype=torch.float64).to(dtype), equal_nan=True)
 
 

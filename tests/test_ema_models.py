@@ -12,9 +12,9 @@ from torch.optim.swa_utils import AveragedModel
 from torch.optim.swa_utils import get_ema_multi_avg_fn as torch_ema_multi_avg_fn
 
 import selfsup_kernels as sk
-from selfsup_kernels._named_tensors import named_tensors
 from selfsup_kernels.compat.swa_utils import get_ema_multi_avg_fn
 from selfsup_kernels.compat.timm import ModelEmaV3
+from selfsup_kernels.ema.named_tensors import named_tensors
 
 DECAY = 0.97
 

@@ -12,10 +12,10 @@ from torch.optim.swa_utils import AveragedModel
 from torch.testing._internal.two_tensor import TwoTensor
 
 import selfsup_kernels as sk
-from selfsup_kernels import _tensor_lists as lists
 from selfsup_kernels.compat.lightly import update_momentum
 from selfsup_kernels.compat.swa_utils import get_ema_multi_avg_fn
 from selfsup_kernels.compat.timm import ModelEmaV3
+from selfsup_kernels.ema import checks as lists
 
 
 def two(value, *shape):

@@ -15,9 +15,9 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 )
 
 import selfsup_kernels as sk
-from selfsup_kernels._named_tensors import named_tensors
 from selfsup_kernels.compat.lightly import update_momentum
 from selfsup_kernels.compat.timm import ModelEmaV3
+from selfsup_kernels.ema.named_tensors import named_tensors
 
 compiled = functools.partial(torch.compile, backend="eager")
 WRAPPERS = {"compiled": compiled, "checkpointed": checkpoint_wrapper, "parallel": nn.DataParallel}

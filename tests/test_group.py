@@ -12,7 +12,7 @@ from ranks import Ranks
 from torch import nn
 
 import selfsup_kernels as sk
-from selfsup_kernels import _validate
+from selfsup_kernels import spec
 from selfsup_kernels.compat import (
     lightly,
     open_clip,
@@ -22,7 +22,7 @@ from selfsup_kernels.compat import (
     solo,
     supcontrast,
 )
-from selfsup_kernels.reference import dense
+from selfsup_kernels.core import validate
 
 VIEWS = randn(2, 10, 5, dtype=torch.float64)
 SIZES = (7, 3)
@@ -94,8 +94,8 @@ def functional(group):
 
 
 def test_world_in_functions(ranks):
-    want = dense.info_nce_loss(VIEWS, temperature=0.1).item()
-    one_way = dense.info_nce_loss(VIEWS, temperature=0.05, objective="cross_view", reduction="none")[0]
+    want = spec.info_nce_loss(VIEWS, temperature=0.1).item()
+    one_way = spec.info_nce_loss(VIEWS, temperature=0.05, objective="cross_view", reduction="none")[0]
     for (loss, drop_in), part in zip(ranks.run(2, functional), one_way.split(SIZES), strict=True):
         assert loss == pytest.approx(want, rel=1e-12)
         assert drop_in == pytest.approx(part.mean().item(), rel=1e-9)
@@ -110,7 +110,7 @@ def test_one_process_is_the_world(group):
 
 def caught(call, times=2):
     """The warnings of several calls in a process that has not warned yet."""
-    _validate._warned.clear()
+    validate._warned.clear()
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         for _ in range(times):
@@ -141,7 +141,7 @@ def local_values(group):
 
 def test_local_is_of_the_own_samples(ranks):
     for values, part in zip(ranks.run(2, local_values), VIEWS.split(SIZES, 1), strict=True):
-        assert values == pytest.approx([dense.info_nce_loss(part, temperature=0.1).item()] * 2, rel=1e-12)
+        assert values == pytest.approx([spec.info_nce_loss(part, temperature=0.1).item()] * 2, rel=1e-12)
 
 
 LABELS = torch.tensor([0, 1, 0, 2, 1, 2, 2, 0, 1, 0])
@@ -176,7 +176,7 @@ def transformed(group):
 
 def test_torch_func(ranks):
     for got, part in zip(ranks.run(2, transformed), VIEWS.split(SIZES, 1), strict=True):
-        assert_within("gradient", got, torch.func.grad(dense.info_nce_loss)(part))
+        assert_within("gradient", got, torch.func.grad(spec.info_nce_loss)(part))
 
 
 def compiled(group, name):
@@ -190,7 +190,7 @@ def compiled(group, name):
 def test_a_compiled_caller(ranks, name):
     whole = VIEWS.clone().requires_grad_()
     parts = [whole] if name == "world" else whole.split(SIZES, 1)
-    losses = [dense.info_nce_loss(part, temperature=0.1) for part in parts]
+    losses = [spec.info_nce_loss(part, temperature=0.1) for part in parts]
     (grad,) = torch.autograd.grad(sum(losses), whole)
     results = ranks.run(2, compiled, name)
     for (loss, _), want in zip(results, losses * (3 - len(losses)), strict=True):

@@ -8,7 +8,7 @@ from helpers import randn
 from torch import nn
 
 import selfsup_kernels as sk
-from selfsup_kernels import _validate
+from selfsup_kernels.core import validate
 
 Z0, Z1 = randn(6, 5), randn(6, 5, seed=1)
 LABELS = torch.tensor([0, 1, 0, 2, 1, 2])
@@ -90,7 +90,7 @@ def test_objective_that_is_none(name):
 @pytest.fixture
 def said(monkeypatch):
     """The warnings of the test, in a process that has not warned yet."""
-    monkeypatch.setattr(_validate, "_warned", set())
+    monkeypatch.setattr(validate, "_warned", set())
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         yield found
@@ -144,7 +144,7 @@ def test_no_warning_while_compiling(said):
 
 
 def test_a_hint_points_at_the_users_line(monkeypatch):
-    monkeypatch.setattr(_validate, "_warned", set())
+    monkeypatch.setattr(validate, "_warned", set())
     criterion = sk.InfoNCELoss(3.0)
     with pytest.warns(UserWarning, match="logit scale") as caught:
         criterion(torch.ones(2, 3, 4))

@@ -1,20 +1,23 @@
 """Who imports whom, and what ``import selfsup_kernels`` loads."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
 
 import selfsup_kernels
 
+LAB = "selfsup_kernels.lab."
 PACKAGE = Path(selfsup_kernels.__file__).parent
 ENTRANCES = ("__main__.py", "profile.py")
 """Files that hand a user over to the lab."""
 
 
-def imported(path):
-    """The modules of the package that a file names in an import, anywhere in it."""
-    for node in ast.walk(ast.parse(path.read_text())):
+def imported(path, anywhere=True):
+    """The modules that a file names in an import: anywhere in it, or at its top level, when it is imported itself."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree) if anywhere else tree.body:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -32,7 +35,37 @@ def test_nothing_outside_the_lab_imports_it():
     assert any(f"{name}.".startswith(LAB) for name in imported(PACKAGE / "profile.py"))  # this test can fail
 
 
-LAB = "selfsup_kernels.lab."
+LAYERS = (
+    "core",
+    "spec info_nce byol ema tiles",
+    "methods chunked functional modules optim backends",
+    "compat",
+    "lab",
+)
+"""What a part imports stands in its own layer or in one before it."""
+
+
+def layer(part):
+    return next((i for i, parts in enumerate(LAYERS) if part in parts.split()), None)
+
+
+def test_imports_run_downwards():
+    files = {path.relative_to(PACKAGE): path for path in PACKAGE.rglob("*.py")}
+    upwards, between = set(), {}
+    for relative, path in files.items():
+        part = relative.with_suffix("").parts[0]
+        name = ".".join(("selfsup_kernels", *relative.with_suffix("").parts)).removesuffix(".__init__")
+        top = {x for x in imported(path, anywhere=False) if x.startswith("selfsup_kernels.")}
+        between[name] = top
+        if layer(part) is None or relative.name in ENTRANCES:
+            continue
+        for other in top:
+            reached = layer(other.split(".")[1])
+            if reached is not None and reached > layer(part):
+                upwards.add((name, other))
+    assert not upwards
+    order = graphlib.TopologicalSorter({name: top & set(between) for name, top in between.items()})
+    order.prepare()  # raises where modules import each other in a circle
 
 
 def modules_of(code):

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import selfsup_kernels as sk
-from selfsup_kernels import _build, backends, info
 from selfsup_kernels.__main__ import main
+from selfsup_kernels.core import backends, build, info
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -24,9 +24,9 @@ def _forget():
 def hidden(monkeypatch):
     """A pure-Python install, in a folder of its own."""
     monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(_build, "record", lambda: {"failure": "it was not asked for."})
-    monkeypatch.setattr(_build, "SOURCE", None)
-    monkeypatch.setattr(_build, "cannot_compile", lambda: None)
+    monkeypatch.setattr(build, "record", lambda: {"failure": "it was not asked for."})
+    monkeypatch.setattr(build, "SOURCE", None)
+    monkeypatch.setattr(build, "cannot_compile", lambda: None)
     _forget()
     yield
     monkeypatch.undo()
@@ -68,7 +68,7 @@ def cpu_state():
 
 
 def test_without_the_extension(hidden, capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(_build, "_installed_from", lambda: str(tmp_path / "a folder"))
+    monkeypatch.setattr(build, "_installed_from", lambda: str(tmp_path / "a folder"))
     monkeypatch.delenv("SELFSUP_KERNELS_SKIP_BUILD", raising=False)
     command = f"pip install --force-reinstall --no-deps '{tmp_path}/a folder'"
     assert main(["info"]) == 0
@@ -94,20 +94,20 @@ def test_the_folder_that_pip_installed_from(monkeypatch, tmp_path):
             assert name == "direct_url.json"
             return self.text
 
-    monkeypatch.setattr(_build.importlib.metadata, "distribution", lambda name: Installed())
-    assert _build._installed_from() == "."
+    monkeypatch.setattr(build.importlib.metadata, "distribution", lambda name: Installed())
+    assert build._installed_from() == "."
     source = tmp_path / "a folder"
     Installed.text = json.dumps({"url": source.as_uri(), "dir_info": {}})
-    assert _build._installed_from() == "."  # it is gone
+    assert build._installed_from() == "."  # it is gone
     source.mkdir()
     (source / "setup.py").touch()
-    assert _build._installed_from() == str(source)
+    assert build._installed_from() == str(source)
 
 
 def test_a_source_folder_that_is_not_built(hidden, monkeypatch, tmp_path):
     """`python -m selfsup_kernels` in a checkout imports the checkout, whatever is installed."""
-    monkeypatch.setattr(_build, "SOURCE", tmp_path)
-    monkeypatch.setattr(_build, "record", dict)
+    monkeypatch.setattr(build, "SOURCE", tmp_path)
+    monkeypatch.setattr(build, "record", dict)
     monkeypatch.setattr(sys, "path", ["", str(tmp_path / "site")])
     state = cpu_state()
     assert f"not built in the source folder {tmp_path}" in state["reason"]
@@ -123,7 +123,7 @@ def test_a_source_folder_that_is_not_built(hidden, monkeypatch, tmp_path):
 
 
 def test_without_a_compiler_the_command_gets_one_first(hidden, monkeypatch):
-    monkeypatch.setattr(_build, "cannot_compile", lambda: ("no C++ compiler: g++ is not on PATH.", "apk add g++ && "))
+    monkeypatch.setattr(build, "cannot_compile", lambda: ("no C++ compiler: g++ is not on PATH.", "apk add g++ && "))
     state = cpu_state()
     assert state["command"].startswith("apk add g++ && pip install ")
     assert "no C++ compiler" in state["reason"]

@@ -4,9 +4,8 @@ import pytest
 import torch
 from helpers import PAIRED_OBJECTIVES, assert_within, brute_force, compare_info_nce, randn, random_labels, run
 
-from selfsup_kernels import info_nce_loss
-from selfsup_kernels.objectives import LABEL_OBJECTIVES, OBJECTIVES
-from selfsup_kernels.reference import dense
+from selfsup_kernels import info_nce_loss, spec
+from selfsup_kernels.info_nce.objectives import LABEL_OBJECTIVES, OBJECTIVES
 
 
 @pytest.fixture
@@ -76,7 +75,7 @@ def check_against_loops(impl, views, temperature, **arguments):
     """Per-anchor values, gradients under an upstream gradient per anchor, and the dense loss as well as ours."""
     upstream = randn(*views.shape[:2], dtype=torch.float64, seed=9)
     truth = run(brute_force, views, temperature, upstream, **arguments)
-    for function in (dense.info_nce_loss, info_nce_loss):
+    for function in (spec.info_nce_loss, info_nce_loss):
         extra = {"impl": impl} if function is info_nce_loss else {}
         got = run(function, views, temperature, upstream, reduction="none", **arguments, **extra)
         for name, ours, want in zip(("loss", "grad", "temperature"), got, truth, strict=True):
@@ -168,7 +167,7 @@ def test_reductions(impl, objective, reduction, dtype):
     upstream = randn(3, 20, dtype=dtype, seed=1) if reduction == "none" else torch.tensor(-1.75)
     got = run(info_nce_loss, views, 0.1, upstream, objective=objective, reduction=reduction, impl=impl)
     arguments = {"objective": objective, "reduction": reduction}
-    truth = run(dense.info_nce_loss, views.double(), torch.tensor(0.1, dtype=dtype).double(), upstream, **arguments)
+    truth = run(spec.info_nce_loss, views.double(), torch.tensor(0.1, dtype=dtype).double(), upstream, **arguments)
     for name, ours, want in zip(("loss", "grad", "temperature"), got, truth, strict=True):
         assert_within(name, ours, want)
 
@@ -185,7 +184,7 @@ def test_upstream_gradient_may_be_expanded_zero_or_partial(impl):
         mask.T.contiguous().T,
     ):
         got = run(info_nce_loss, views, 0.1, upstream, reduction="none", impl=impl)
-        want = run(dense.info_nce_loss, views, 0.1, upstream, reduction="none")
+        want = run(spec.info_nce_loss, views, 0.1, upstream, reduction="none")
         assert_within("grad", got[1], want[1])
         assert_within("temperature", got[2], want[2])
 

@@ -5,7 +5,7 @@ import torch
 from helpers import randn, random_labels
 from parts import compare_parts
 
-from selfsup_kernels.objectives import LABEL_OBJECTIVES, OBJECTIVES
+from selfsup_kernels.info_nce.objectives import LABEL_OBJECTIVES, OBJECTIVES
 
 pytestmark = pytest.mark.sanitize
 

@@ -6,9 +6,8 @@ import pytest
 import torch
 from helpers import LOW_PRECISION, assert_within, compare_info_nce, randn, random_labels, run
 
-from selfsup_kernels import info_nce_loss
-from selfsup_kernels.objectives import LABEL_OBJECTIVES, OBJECTIVES
-from selfsup_kernels.reference import dense
+from selfsup_kernels import info_nce_loss, spec
+from selfsup_kernels.info_nce.objectives import LABEL_OBJECTIVES, OBJECTIVES
 
 
 @pytest.fixture
@@ -52,7 +51,7 @@ def test_large_losses_with_labels(impl, objective):
     loss, grad, _ = run(info_nce_loss, views, temperature, objective=objective, labels=labels, queue=queue, impl=impl)
     assert loss > 80 or objective == "supcon_in"
     exact = torch.tensor(temperature).double()
-    want = run(dense.info_nce_loss, views.double(), exact, objective=objective, labels=labels, queue=queue.double())
+    want = run(spec.info_nce_loss, views.double(), exact, objective=objective, labels=labels, queue=queue.double())
     floor = 16 * torch.finfo(torch.float32).eps / temperature**2
     assert_within("loss", loss, want[0], floor=floor * temperature)
     assert_within("grad", grad, want[1], floor=floor)
@@ -69,7 +68,7 @@ def test_near_zero_loss(op_impl, objective, temperature):
     views = torch.stack([direction, -direction]).expand(2, 2, 32) + 0.05 * randn(2, 2, 32, seed=4)
     got = run(info_nce_loss, views, temperature, objective=objective, impl=op_impl)
     exact = torch.tensor(temperature).double()
-    want = run(dense.info_nce_loss, views.double(), exact, objective=objective)
+    want = run(spec.info_nce_loss, views.double(), exact, objective=objective)
     if objective != "decoupled":
         assert want[0] < 0.03
     assert_within("grad", got[1], want[1])
@@ -161,7 +160,7 @@ def test_gradient_of_long_rows_that_are_not_normalised(op_impl, objective):
     """Scores of millions, whose last bit is more than 1: what the backward computes again has to be the same number."""
     views = 100 * randn(2, 64, 64)
     grad = run(info_nce_loss, views, 0.1, normalize=False, objective=objective, impl=op_impl)[1]
-    want = run(dense.info_nce_loss, views.double(), 0.1, normalize=False, objective=objective)[1]
+    want = run(spec.info_nce_loss, views.double(), 0.1, normalize=False, objective=objective)[1]
     assert_within("grad", grad, want)
 
 
@@ -194,7 +193,7 @@ def test_nan_and_inf_reach_what_they_reach_in_the_dense_loss(op_impl, objective,
         arguments["labels"] = random_labels(70, 12)
     upstream = torch.ones(3, 70)
     got = run(info_nce_loss, views, 0.1, upstream, reduction="none", impl=op_impl, **arguments)
-    want = run(dense.info_nce_loss, views, 0.1, upstream, reduction="none", **arguments)
+    want = run(spec.info_nce_loss, views, 0.1, upstream, reduction="none", **arguments)
     assert not want[0].isfinite().all()
     assert torch.equal(nonfinite(got[0]), nonfinite(want[0]))
     if "unnormalised" in form:
@@ -214,8 +213,8 @@ def test_similar_rows_under_a_small_upstream_gradient(impl, upstream):
     """Near collapse at a low temperature the negatives' weights are tiny; a loss weight must not push them to zero."""
     views = randn(1, 1, 32) + 0.02 * randn(2, 300, 32, seed=1)
     _, grad, _ = run(info_nce_loss, views, 0.01, torch.tensor(upstream), impl=impl)
-    _, want, _ = run(dense.info_nce_loss, views.double(), 0.01, torch.tensor(upstream))
-    _, eager, _ = run(dense.info_nce_loss, views, 0.01, torch.tensor(upstream))
+    _, want, _ = run(spec.info_nce_loss, views.double(), 0.01, torch.tensor(upstream))
+    _, eager, _ = run(spec.info_nce_loss, views, 0.01, torch.tensor(upstream))
     assert_within("grad", grad, want, eager)
 
 
@@ -225,5 +224,5 @@ def test_rows_whose_squares_overflow(impl):
     views[1, :, 0] = torch.tensor([1.0, -1.0, -2.0])
     views[0, 1:, 1] = 1
     got = info_nce_loss(views, normalize=False, reduction="none", impl=impl)
-    want = dense.info_nce_loss(views.double(), normalize=False, reduction="none")
+    want = spec.info_nce_loss(views.double(), normalize=False, reduction="none")
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)

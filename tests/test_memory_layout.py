@@ -6,9 +6,9 @@ from helpers import randn, random_labels, run
 from torch.profiler import ProfilerActivity, profile
 
 from selfsup_kernels import byol_loss, info_nce_loss
-from selfsup_kernels.objectives import LABEL_OBJECTIVES, OBJECTIVES
-from selfsup_kernels.reference import eager
-from selfsup_kernels.reference import info_nce as reference
+from selfsup_kernels.info_nce import eager
+from selfsup_kernels.info_nce import reference as reference
+from selfsup_kernels.info_nce.objectives import LABEL_OBJECTIVES, OBJECTIVES
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 

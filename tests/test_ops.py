@@ -4,8 +4,9 @@ import pytest
 import torch
 from helpers import LOW_PRECISION, randn
 
-from selfsup_kernels import backends, byol_loss, info_nce_loss, ops
-from selfsup_kernels.objectives import LABEL_OBJECTIVES, OBJECTIVES
+from selfsup_kernels import byol_loss, info_nce_loss
+from selfsup_kernels.core import backends, ops
+from selfsup_kernels.info_nce.objectives import LABEL_OBJECTIVES, OBJECTIVES
 
 pytestmark = pytest.mark.sanitize
 

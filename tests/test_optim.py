@@ -11,7 +11,7 @@ from optim_cases import CASE_IDS, CASES, Weights, average_of, compare, distance,
 from torch import nn
 
 import selfsup_kernels as sk
-from selfsup_kernels import backends
+from selfsup_kernels.core import backends
 
 PAIRS = [(sk.optim.SGD, torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}), (sk.optim.AdamW, torch.optim.AdamW, {})]
 PAIRS_IDS = ["SGD", "AdamW"]

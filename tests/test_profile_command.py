@@ -13,8 +13,8 @@ from profile_cases import Encoder, SquareLoss, batches
 from torch import nn
 
 import selfsup_kernels as sk
-from selfsup_kernels import info
 from selfsup_kernels.__main__ import main
+from selfsup_kernels.core import info
 from selfsup_kernels.lab import fresh
 from selfsup_kernels.lab.profile import cli, findings, largest, limit, parts, plots, report, story, workload
 from selfsup_kernels.lab.profile.cli import METHODS

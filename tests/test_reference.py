@@ -4,9 +4,10 @@ import pytest
 import torch
 from helpers import assert_within, randn, random_labels, run
 
-from selfsup_kernels import backends, byol_loss, info_nce_loss
-from selfsup_kernels.objectives import LABEL_OBJECTIVES, OBJECTIVES
-from selfsup_kernels.reference import dense, eager
+from selfsup_kernels import byol_loss, info_nce_loss, spec
+from selfsup_kernels.core import backends
+from selfsup_kernels.info_nce import eager
+from selfsup_kernels.info_nce.objectives import LABEL_OBJECTIVES, OBJECTIVES
 
 X = randn(3, 5, 4, dtype=torch.float64)
 
@@ -32,7 +33,7 @@ def test_every_branch_without_an_anomaly(objective):
         upstream = randn(*x.shape[:2], seed=3)
         with torch.autograd.set_detect_anomaly(True):  # an error where a step of the backward makes NaN
             got = run(info_nce_loss, x, 0.3, upstream, impl="reference", **arguments)
-        want = run(dense.info_nce_loss, x, 0.3, upstream, **arguments)
+        want = run(spec.info_nce_loss, x, 0.3, upstream, **arguments)
         for name, ours, truth in zip(("loss", "grad", "temperature"), got, want, strict=True):
             assert not ours.isnan().any()
             finite = truth.isfinite()  # autograd's gradients of the dense loss are NaN where a row has no negative
@@ -51,7 +52,7 @@ def test_nothing_finite_where_the_dense_loss_is_not(objective, num_views, normal
     upstream = torch.ones(num_views, 20)
     arguments = {"objective": objective, "normalize": normalize, "reduction": "none"}
     got = run(info_nce_loss, views, 0.1, upstream, impl="reference", **arguments)
-    want = run(dense.info_nce_loss, views, 0.1, upstream, **arguments)
+    want = run(spec.info_nce_loss, views, 0.1, upstream, **arguments)
     finite = want[0].isfinite()
     assert not finite.all()
     assert torch.equal(got[0].isfinite(), finite)
@@ -118,7 +119,7 @@ def test_the_op_takes_what_is_one_sample_too_large(objective, queue, labelled, s
         got = info_nce_loss(views, queue=rows, impl="reference", **arguments)
         assert names == called
         wide = None if rows is None else rows.double()
-        assert_within("loss", got, dense.info_nce_loss(views.double(), queue=wide, **arguments))
+        assert_within("loss", got, spec.info_nce_loss(views.double(), queue=wide, **arguments))
 
 
 @pytest.mark.parametrize("how", ["trace", "export", "autocast", "vmap"])

@@ -12,8 +12,8 @@ from ranks import Ranks
 from torch import nn
 
 import selfsup_kernels as sk
+from selfsup_kernels import spec
 from selfsup_kernels.compat import open_clip
-from selfsup_kernels.reference import dense
 
 VIEWS = randn(2, 8, 5, dtype=torch.float64)
 
@@ -32,7 +32,7 @@ def test_temperature_of_one_element(impl, shape):
         t = torch.full(shape, 0.3, dtype=torch.float64, requires_grad=True)
         loss = sk.info_nce_loss(VIEWS, temperature=t, objective=objective, impl=impl)
         (grad,) = torch.autograd.grad(loss, t)
-        want, _, want_grad = run(dense.info_nce_loss, VIEWS, 0.3, objective=objective)
+        want, _, want_grad = run(spec.info_nce_loss, VIEWS, 0.3, objective=objective)
         assert loss.shape == ()
         assert grad.shape == shape
         assert_within("loss", loss, want)
@@ -156,7 +156,7 @@ def spread(group, views, replicated):
 
 @pytest.mark.parametrize("replicated", [True, False])
 def test_temperature_that_is_a_dtensor(ranks, replicated):
-    want = [run(dense.info_nce_loss, part, 0.3) for part in VIEWS.chunk(2, 1)]
+    want = [run(spec.info_nce_loss, part, 0.3) for part in VIEWS.chunk(2, 1)]
     results = ranks.run(2, spread, VIEWS, replicated)
     for (loss, grad), (want_loss, _, _) in zip(results, want, strict=True):
         assert loss == pytest.approx(want_loss.item(), rel=1e-12)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from helpers import randn, random_labels
 
 import selfsup_kernels as sk
-from selfsup_kernels import stats as stats_module
+from selfsup_kernels.info_nce import stats as stats_module
 
 
 def by_loops(views, labels=None, normalize=True):

@@ -6,8 +6,7 @@ from helpers import assert_within, randn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
 
-from selfsup_kernels import InfoNCELoss, byol_loss, info_nce_loss
-from selfsup_kernels.reference import dense
+from selfsup_kernels import InfoNCELoss, byol_loss, info_nce_loss, spec
 
 X, T = randn(2, 6, 5, dtype=torch.float64), torch.tensor(0.3, dtype=torch.float64)
 XS, TS = randn(3, 2, 6, 5, dtype=torch.float64, seed=1), torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)
@@ -74,7 +73,7 @@ def test_info_nce(impl, transform, stacked):
     def loss(x, **arguments):
         return info_nce_loss(x if stacked else list(x.unbind(0)), impl=impl, **arguments)
 
-    compare(INFO_NCE[transform], loss, dense.info_nce_loss)
+    compare(INFO_NCE[transform], loss, spec.info_nce_loss)
 
 
 @pytest.mark.parametrize("stacked", [True, False])
@@ -84,7 +83,7 @@ def test_byol(impl, transform, stacked):
         inputs = (p, t) if stacked or p.dim() == 2 else (list(p.unbind(0)), list(t.unbind(0)))
         return byol_loss(*inputs, impl=impl, **arguments)
 
-    compare(BYOL[transform], loss, dense.byol_loss)
+    compare(BYOL[transform], loss, spec.byol_loss)
 
 
 def test_parameters_of_a_module(impl):
@@ -99,7 +98,7 @@ def test_parameters_of_a_module(impl):
         return functional_call(criterion, {"logit_scale": logit_scale}, (z,))
 
     def truth(weight, logit_scale):
-        return dense.info_nce_loss(X @ weight.T + network.bias.detach(), temperature=(-logit_scale[0]).exp())
+        return spec.info_nce_loss(X @ weight.T + network.bias.detach(), temperature=(-logit_scale[0]).exp())
 
     scale = criterion.logit_scale.detach().clone()
     for apply in (

@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 
 from selfsup_kernels import __main__ as command
 from selfsup_kernels.lab import machine_code, tune
-from selfsup_kernels.triton import configs
+from selfsup_kernels.tiles import configs
 
 TABLE = json.loads(configs.TABLE.read_text())
 SMALL = tune.Task("sums", "half", 64)

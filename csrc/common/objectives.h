@@ -3,7 +3,7 @@
 //
 //   logw[v]: d loss / d S_ij = exp(logw[v] + S_ij) for every negative j of view v;   coef[v]: d loss / d P_v.
 //
-// Views are numbered 0..V-1; column V of N and logw, where there is one, is the queue. `selfsup_kernels/objectives.py`
+// Views are numbered 0..V-1; column V of N and logw, where there is one, is the queue. `selfsup_kernels/info_nce/objectives.py`
 // has the same numbers and the same rule for which views meet; `reference/info_nce.py` the same equations.
 #pragma once
 

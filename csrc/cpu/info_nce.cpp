@@ -1,4 +1,4 @@
-// The ops info_nce_forward.cpu and info_nce_backward.cpu. `selfsup_kernels/ops.py` states what goes in and out.
+// The ops info_nce_forward.cpu and info_nce_backward.cpu. `selfsup_kernels/core/ops.py` states what goes in and out.
 #include "cpu/info_nce_labels.h"
 #include "cpu/info_nce_pairs.h"
 #include "cpu/rows.h"

@@ -5,7 +5,7 @@ import warnings
 from collections import Counter
 from typing import NamedTuple
 
-from selfsup_kernels._lazy import constant
+from selfsup_kernels.core.lazy import constant
 
 _MOST_REASONS = 16
 """Of one class or function that are told apart: a report does not grow for ever, nor do its warnings."""

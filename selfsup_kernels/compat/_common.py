@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-from selfsup_kernels import _validate as check
-from selfsup_kernels._lazy import constant
-from selfsup_kernels.functional import info_nce_loss
+from selfsup_kernels.core import validate as check
+from selfsup_kernels.core.lazy import constant
+from selfsup_kernels.info_nce.api import info_nce_loss
 
 
 class Unsupported(RuntimeError):

@@ -3,8 +3,8 @@
 import torch
 import torch.nn.functional as F
 
-from selfsup_kernels._queue import queue_log_sums
 from selfsup_kernels.compat._common import narrow
+from selfsup_kernels.info_nce.queue import queue_log_sums
 
 
 def queue_contrast_loss(anchors, positives, queue, temperature):

@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import torch
 
-from selfsup_kernels import _validate as check
 from selfsup_kernels.compat._common import DropIn, altered, is_from, narrow, unsupported, wide_loss
+from selfsup_kernels.core import validate as check
 
 __all__ = ["NTXentLoss", "SupConLoss"]
 

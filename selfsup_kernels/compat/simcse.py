@@ -2,10 +2,10 @@
 
 import torch
 
-from selfsup_kernels import _validate as check
 from selfsup_kernels.compat._common import narrow, pair, unsupported
 from selfsup_kernels.compat._one_way import OneWay
-from selfsup_kernels.distributed import resolve
+from selfsup_kernels.core import validate as check
+from selfsup_kernels.core.processes import resolve
 
 __all__ = ["supervised_loss", "unsupervised_loss"]
 

@@ -2,8 +2,8 @@
 
 import torch
 
-from selfsup_kernels import _validate as check
-from selfsup_kernels.functional import ema_update_pairs_
+from selfsup_kernels.core import validate as check
+from selfsup_kernels.ema.api import ema_update_pairs_
 
 __all__ = ["get_ema_multi_avg_fn"]
 

@@ -4,12 +4,12 @@ import itertools
 
 import torch
 
-from selfsup_kernels import _tensor_lists as lists
-from selfsup_kernels import _wrappers
-from selfsup_kernels._model_copy import copy_of
-from selfsup_kernels._named_tensors import match, named_tensors, optional_names
 from selfsup_kernels.compat._common import DropIn, unsupported
-from selfsup_kernels.functional import ema_update_pairs_
+from selfsup_kernels.core import wrappers
+from selfsup_kernels.ema import checks as lists
+from selfsup_kernels.ema.api import ema_update_pairs_
+from selfsup_kernels.ema.model_copy import copy_of
+from selfsup_kernels.ema.named_tensors import match, named_tensors, optional_names
 
 __all__ = ["ModelEmaV3"]
 
@@ -141,7 +141,7 @@ class ModelEmaV3(DropIn):
 
         Without ``tied``, tied weights are refused.
         """
-        own, theirs = named_tensors(_wrappers.inner(self.module)), named_tensors(_wrappers.inner(model))
+        own, theirs = named_tensors(wrappers.inner(self.module)), named_tensors(wrappers.inner(model))
         if own.tied and not tied:
             raise unsupported(ModelEmaV3.original, "tied weights, which timm moves once per name")
         optional = frozenset() if persistent else optional_names(own, theirs)

@@ -23,9 +23,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.cache import get_cache_manager
 
-from selfsup_kernels import backends
+from selfsup_kernels.core import backends
 from selfsup_kernels.lab import sass
-from selfsup_kernels.triton import _launch
+from selfsup_kernels.tiles import launcher
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 READER = 3
@@ -100,7 +100,7 @@ class Launch(NamedTuple):
 
 def available() -> str | None:
     """None where kernels can be compiled and read, else the reason."""
-    if _launch.INTERPRETED:
+    if launcher.INTERPRETED:
         return "TRITON_INTERPRET is set: kernels are interpreted, not compiled"
     if not (TOOLS / "cuobjdump").exists():
         return f"this Triton ({triton.__version__}) comes without cuobjdump"
@@ -141,9 +141,9 @@ def recording(architecture: int, wanted: Callable[[str], bool] = lambda kernel: 
             launches.append(launch)
 
     replaced = {
-        (_launch, "launch"): record,
-        (_launch, "arch_of"): lambda tensor: architecture,
-        (_launch, "processors_of"): lambda tensor: RESOURCES[architecture].processors,
+        (launcher, "launch"): record,
+        (launcher, "arch_of"): lambda tensor: architecture,
+        (launcher, "processors_of"): lambda tensor: RESOURCES[architecture].processors,
         (backends, "select"): lambda impl, *_, **__: "triton",
     }
     before = {(owner, name): getattr(owner, name) for owner, name in replaced}

@@ -24,7 +24,7 @@ import triton
 
 import selfsup_kernels as sk
 from selfsup_kernels.lab import machine_code
-from selfsup_kernels.triton import _launch, configs
+from selfsup_kernels.tiles import configs, launcher
 
 OPS = ("sums", "masked_sums", "gradient", "masked_gradient", "wave", "masked_wave", "product")
 """Masked ones are the tiles on the diagonal, and all tiles of small batches (of waves: those with labels)."""
@@ -225,19 +225,19 @@ def _kind_of(problem):
 def measure(task: Task, config: configs.Config, rows: int) -> float:
     """The median of the kernel's own time, all its launches of one call together, on the current CUDA device."""
     launches = []
-    launch = _launch.launch
+    launch = launcher.launch
 
     def keep(kernel, grid, *args, **options):
         launch(kernel, grid, *args, **options)
         if task.launches(kernel.__name__, options):
             launches.append((kernel, grid, args, options))
 
-    _launch.launch = keep
+    launcher.launch = keep
     try:
         with overriding(task, config):
             run_op(task, rows, "cuda")
     finally:
-        _launch.launch = launch
+        launcher.launch = launch
 
     if not launches:
         raise RuntimeError(UNUSED)
@@ -424,7 +424,7 @@ def main(kernels=None, kinds=None, dims=None, out=None, write_table=False, minut
     if reason:
         print(f"tune: {reason}")
         return 2
-    architecture = _launch.architecture(torch.cuda.current_device())
+    architecture = launcher.architecture(torch.cuda.current_device())
     if write_table and architecture not in configs.ARCHITECTURES:
         print(f"tune: --write is for {configs.ARCHITECTURES}, this is {architecture}; use --out FILE")
         return 2

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from selfsup_kernels._wrappers import inner as inner_module
-from selfsup_kernels.ema import EMA
+from selfsup_kernels.core.wrappers import inner as inner_module
+from selfsup_kernels.ema.module import EMA
 
 NETWORKS = ("online", "target")
 HEADS = ("fc", "classifier", "head", "heads", "head_dist", "last_linear")

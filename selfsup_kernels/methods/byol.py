@@ -5,10 +5,10 @@ from collections import OrderedDict
 import torch
 from torch import nn
 
-from selfsup_kernels import backends
-from selfsup_kernels.ema import EMA
+from selfsup_kernels.byol.module import BYOLLoss
+from selfsup_kernels.core import backends
+from selfsup_kernels.ema.module import EMA
 from selfsup_kernels.methods._views import collect_views, require_modules
-from selfsup_kernels.modules import BYOLLoss
 
 
 class BYOL(nn.Module):

@@ -4,13 +4,13 @@ import math
 
 import torch
 
-from selfsup_kernels import _validate as check
-from selfsup_kernels import backends
-from selfsup_kernels.distributed import global_mean, resolve
-from selfsup_kernels.functional import byol_loss
+from selfsup_kernels.byol.api import byol_loss
+from selfsup_kernels.core import backends
+from selfsup_kernels.core import validate as check
+from selfsup_kernels.core.processes import global_mean, resolve
+from selfsup_kernels.info_nce.module import InfoNCELoss
 from selfsup_kernels.methods._views import collect_views
 from selfsup_kernels.methods.byol import BYOL
-from selfsup_kernels.modules import InfoNCELoss
 
 
 class BYOLContrast(BYOL):

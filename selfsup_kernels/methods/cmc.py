@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from selfsup_kernels.info_nce.module import InfoNCELoss
 from selfsup_kernels.methods._views import collect_views
-from selfsup_kernels.modules import InfoNCELoss
 
 
 class CMC(nn.Module):

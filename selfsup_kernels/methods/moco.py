@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from selfsup_kernels import _validate as check
-from selfsup_kernels import backends
-from selfsup_kernels._queue import queue_log_sums
-from selfsup_kernels.distributed import SharesGroup, check_kind, gather_rows, global_mean, resolve, shown
-from selfsup_kernels.ema import EMA
+from selfsup_kernels.core import backends
+from selfsup_kernels.core import validate as check
+from selfsup_kernels.core.processes import SharesGroup, check_kind, gather_rows, global_mean, resolve, shown
+from selfsup_kernels.ema.module import EMA
+from selfsup_kernels.info_nce.queue import queue_log_sums
 from selfsup_kernels.methods._views import collect_views, require_modules
 
 

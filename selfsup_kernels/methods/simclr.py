@@ -2,8 +2,8 @@
 
 from torch import nn
 
+from selfsup_kernels.info_nce.module import InfoNCELoss
 from selfsup_kernels.methods._views import collect_views, require_modules
-from selfsup_kernels.modules import InfoNCELoss
 
 
 class SimCLR(nn.Module):

@@ -14,7 +14,7 @@ ROOT = HERE.parents[1]
 
 def _description():
     """The package's own description of its build, without importing the package."""
-    spec = importlib.util.spec_from_file_location("_build", ROOT / "selfsup_kernels" / "_build.py")
+    spec = importlib.util.spec_from_file_location("build", ROOT / "selfsup_kernels" / "core" / "build.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -6,7 +6,7 @@ from draw import size
 from views import EPS, REDUCTIONS, Rows, gradients, spoil, upstream_of
 
 import selfsup_kernels as sk
-from selfsup_kernels.reference import dense
+from selfsup_kernels import spec
 
 
 def byol(draw, place):
@@ -56,7 +56,7 @@ def byol(draw, place):
 def check_byol(place, dtype, p, q, reduction, eps, upstream, loss, grad, spoiled):
     def dense_byol(kind):
         h = (p.h[0] if len(p.h) == 1 else p.h).to(kind).requires_grad_()
-        value = dense.byol_loss(h, (q.h[0] if len(p.h) == 1 else q.h).to(kind), eps=eps, reduction=reduction)
+        value = spec.byol_loss(h, (q.h[0] if len(p.h) == 1 else q.h).to(kind), eps=eps, reduction=reduction)
         (g,) = torch.autograd.grad(value, h, upstream.to(value.dtype))
         return value.detach(), g.reshape(p.h.shape)
 

@@ -14,8 +14,9 @@ import updates
 from draw import FLOATING, Draw
 from process import CLASS
 
-from selfsup_kernels import ops
-from selfsup_kernels.reference import eager
+from selfsup_kernels.byol import eager as of_byol
+from selfsup_kernels.core import ops
+from selfsup_kernels.info_nce import eager as of_info_nce
 
 FUNCTIONS = {
     "info_nce_loss": (info_nce.info_nce, 55, "info_nce"),
@@ -63,9 +64,9 @@ def run(seed, number, impl, device):
     chosen = classes or draw
     mine = {name: weight for name, (_, weight, op) in FUNCTIONS.items() if impl in ops.impls_of(op)}
     (name,) = chosen.choices(list(mine), list(mine.values()))
-    takes = eager.takes_info_nce, eager.takes_byol
+    takes = of_info_nce.takes, of_byol.takes
     if place.by_op:
-        eager.takes_info_nce = eager.takes_byol = lambda *_: False
+        of_info_nce.takes = of_byol.takes = lambda *_: False
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # our hints, and those of Triton's interpreter, whose numpy overflows
@@ -77,5 +78,5 @@ def run(seed, number, impl, device):
         frame = traceback.extract_tb(error.__traceback__)[-1]
         message = f"{type(error).__name__}: {error} ({Path(frame.filename).name}:{frame.lineno})"
     finally:
-        eager.takes_info_nce, eager.takes_byol = takes
+        of_info_nce.takes, of_byol.takes = takes
     return name, place.says.partition(" ")[0] or "?", "WRONG", " ".join(f"{message} [{place.says}]".split())

@@ -9,7 +9,7 @@ from info_nce_bounds import check_info_nce, dense_run
 from views import EPS, REDUCTIONS, Rows, gradients, spoil, upstream_of
 
 import selfsup_kernels as sk
-from selfsup_kernels.objectives import LABEL_OBJECTIVES, OBJECTIVES
+from selfsup_kernels.info_nce.objectives import LABEL_OBJECTIVES, OBJECTIVES
 
 
 def info_nce_case(draw, place):

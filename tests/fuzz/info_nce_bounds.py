@@ -8,7 +8,7 @@ from bounds import DRAWS, GPU_IMPLS, SPREAD, Eager, Wrong, outcome, relative, ro
 from torch.func import jvp
 from torch.nn import functional as F
 
-from selfsup_kernels.reference import dense
+from selfsup_kernels import spec
 
 FLOAT32_BOUND = 2e-4
 OWN = 2.0**-51
@@ -20,7 +20,7 @@ def dense_run(views, temperature, queue, upstream, arguments):
     """(loss, gradient of the rows, of the temperature) of the dense loss."""
     h = views.detach().requires_grad_()
     t = torch.as_tensor(temperature, dtype=h.dtype).requires_grad_()
-    loss = dense.info_nce_loss(h, temperature=t, queue=queue, **arguments)
+    loss = spec.info_nce_loss(h, temperature=t, queue=queue, **arguments)
     return loss.detach(), *torch.autograd.grad(loss, (h, t), upstream.to(loss.dtype))
 
 
@@ -28,9 +28,7 @@ def slopes(h, temperature, queue, arguments):
     """The derivative of each anchor's loss in the temperature, (V, B)."""
     arguments = arguments | {"reduction": "none"}
     t = torch.tensor(temperature, dtype=torch.float64)
-    return jvp(lambda t: dense.info_nce_loss(h, temperature=t, queue=queue, **arguments), (t,), (torch.ones_like(t),))[
-        1
-    ]
+    return jvp(lambda t: spec.info_nce_loss(h, temperature=t, queue=queue, **arguments), (t,), (torch.ones_like(t),))[1]
 
 
 def mass(h, temperature, queue, arguments):
@@ -51,7 +49,7 @@ def mass(h, temperature, queue, arguments):
     def losses(marks):
         rows = [F.normalize(x, dim=-1, eps=floor) if normalize else x for x in (h, *([] if queue is None else [queue]))]
         more = None if queue is None else F.pad(rows[1], (0, marks.shape[-1]))
-        return dense.info_nce_loss(torch.cat([rows[0], marks], -1), temperature=temperature, queue=more, **rest)
+        return spec.info_nce_loss(torch.cat([rows[0], marks], -1), temperature=temperature, queue=more, **rest)
 
     several = arguments["objective"] in ("supcon_out", "supcon_in") and (len(h) > 2 or labels is not None)
     return 10 * (losses(0 * marks) - losses(marks)).clamp_min(0) + several

@@ -19,8 +19,8 @@ import tiles
 import torch
 from helpers import EVERY_CASE, LOW_PRECISION
 
-from selfsup_kernels import backends
-from selfsup_kernels.triton import _launch, configs
+from selfsup_kernels.core import backends
+from selfsup_kernels.tiles import configs, launcher
 
 SIMULATED = any(backends.emulated(impl) for impl in ("triton", "cuda"))
 
@@ -142,7 +142,7 @@ def path(request, impl, monkeypatch):
     configuration for the gradient's accumulator sends it through the workspace.
     """
     monkeypatch.setattr(configs, "_lookup", tiles.small(request.param))
-    monkeypatch.setattr(_launch, "processors_of", lambda tensor: 1000 if request.param == "all" else 1)
-    monkeypatch.setattr(_launch, "MANY_TILES", 0 if request.param == "clean+masked" else 16)
-    monkeypatch.setattr(_launch, "deterministic", lambda: request.param == "all")
+    monkeypatch.setattr(launcher, "processors_of", lambda tensor: 1000 if request.param == "all" else 1)
+    monkeypatch.setattr(launcher, "MANY_TILES", 0 if request.param == "clean+masked" else 16)
+    monkeypatch.setattr(launcher, "deterministic", lambda: request.param == "all")
     return request.param

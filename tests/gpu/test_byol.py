@@ -10,8 +10,8 @@ import torch
 from guard import guarded
 from helpers import assert_within, randn
 
-from selfsup_kernels import backends, byol_loss, ops
-from selfsup_kernels.reference import dense
+from selfsup_kernels import byol_loss, spec
+from selfsup_kernels.core import backends, ops
 
 IMPL = "cuda"
 SIZES = [(1, 1), (5, 33), (10, 130), (300, 8), (3, 1000), (2, 2049)]
@@ -38,8 +38,8 @@ def compare(predictions, targets, upstream=None, floor=0.0, *, impl, **arguments
     stacked = torch.stack(predictions) if isinstance(predictions, list) else predictions
     stacked_targets = torch.stack(targets) if isinstance(targets, list) else targets
     got = run(byol_loss, predictions, targets, upstream, impl=impl, **arguments)
-    want = run(dense.byol_loss, stacked.double(), stacked_targets.double(), upstream, **arguments)
-    eager = run(dense.byol_loss, stacked.contiguous(), stacked_targets.contiguous(), upstream, **arguments)
+    want = run(spec.byol_loss, stacked.double(), stacked_targets.double(), upstream, **arguments)
+    eager = run(spec.byol_loss, stacked.contiguous(), stacked_targets.contiguous(), upstream, **arguments)
     for name, ours, truth, yardstick in zip(("loss", "grad"), got, want, eager, strict=True):
         assert ours.dtype == stacked.dtype
         assert_within(name, ours, truth, yardstick, floor)
@@ -128,7 +128,7 @@ def test_floor_of_the_norm(num_views, eps, impl, device):
     p[..., 4, :] *= eps / p[..., 4, :].norm(dim=-1, keepdim=True) * 0.99
     p[..., 5, :] *= eps / p[..., 5, :].norm(dim=-1, keepdim=True) * 1.01
     loss, grad = run(byol_loss, p, t, reduction="none", eps=eps, impl=impl)
-    want = run(dense.byol_loss, p.double(), t.double(), reduction="none", eps=eps)
+    want = run(spec.byol_loss, p.double(), t.double(), reduction="none", eps=eps)
     torch.testing.assert_close(loss.double(), want[0], rtol=0, atol=2e-6)
     for row in range(9):  # each by itself: their gradients differ by 1 / eps
         assert_within(f"row {row}", grad[..., row, :], want[1][..., row, :])
@@ -149,7 +149,7 @@ def test_long_and_short_rows(num_views, size, impl, device):
     """Squares leave the range of float32; cosines do not."""
     p, t = (x * size for x in inputs(num_views, 6, 40, torch.float32, device))
     loss = byol_loss(p, t, eps=2e-38, reduction="none", impl=impl)
-    want = dense.byol_loss(p.double(), t.double(), eps=2e-38, reduction="none")
+    want = spec.byol_loss(p.double(), t.double(), eps=2e-38, reduction="none")
     torch.testing.assert_close(loss.double(), want, rtol=1e-6, atol=2e-6)
 
 
@@ -161,8 +161,8 @@ def test_nan_and_inf_as_in_the_reference(num_views, where, value, dtype, impl, d
     (p if where == "predictions" else t).view(num_views, 20, 40)[-1, 4, 37] = value
     got = run(byol_loss, p, t, reduction="none", impl=impl)
     want = run(byol_loss, p, t, reduction="none", impl="reference")
-    eager = run(dense.byol_loss, p, t, reduction="none")
-    specification = run(dense.byol_loss, p.double(), t.double(), reduction="none")
+    eager = run(spec.byol_loss, p, t, reduction="none")
+    specification = run(spec.byol_loss, p.double(), t.double(), reduction="none")
     for ours, theirs, truth, yardstick in zip(got, want, specification, eager, strict=True):
         assert not truth.isfinite().all()
         assert not (ours.isfinite() & ~truth.isfinite()).any()
@@ -328,7 +328,7 @@ def test_more_than_2_31_elements(impl, device, alone):
     assert p.numel() > 2**31
     loss, grad = run(byol_loss, p, t, reduction="none", impl=impl)
     for rows in (slice(0, 5), slice(batch - 5, batch)):
-        want = run(dense.byol_loss, p[:, rows].double(), t[:, rows].double(), reduction="none")
+        want = run(spec.byol_loss, p[:, rows].double(), t[:, rows].double(), reduction="none")
         assert_within("loss", loss[:, rows], want[0])
         assert_within("gradient", grad[:, rows], want[1])
 

@@ -10,8 +10,8 @@ from helpers import assert_within, randn, random_labels, run
 from ranks import Ranks
 
 import selfsup_kernels as sk
-from selfsup_kernels import backends
-from selfsup_kernels.reference import dense
+from selfsup_kernels import spec
+from selfsup_kernels.core import backends
 
 IMPL = "triton"
 
@@ -31,7 +31,7 @@ def test_two_emulated_processes():
     views = randn(2, 13, 20)
     for labels in (None, random_labels(13, 3)):
         queue = randn(5, 20, seed=1)
-        want = run(dense.info_nce_loss, views.double(), 0.2, labels=labels, queue=queue.double())
+        want = run(spec.info_nce_loss, views.double(), 0.2, labels=labels, queue=queue.double())
         results = processes.run(2, of_two, views, labels, queue)
         assert_within("loss", results[1][0], want[0])
         assert_within("grad", torch.cat([grad for _, grad, _ in results], 1) / 2, want[1])
@@ -55,8 +55,8 @@ def test_a_group_of_one(group, impl, device, dtype, reduction, labelled):
     upstream = randn(2, 300, seed=5).to(device) if reduction == "none" else torch.tensor(1.0, device=device)
     temperature = torch.tensor(0.2, dtype=dtype).item()
     known = {"reduction": reduction, "labels": labels}
-    want = run(dense.info_nce_loss, views.double(), temperature, upstream.double(), **known)
-    eager = run(dense.info_nce_loss, views, temperature, upstream, **known)
+    want = run(spec.info_nce_loss, views.double(), temperature, upstream.double(), **known)
+    eager = run(spec.info_nce_loss, views, temperature, upstream, **known)
     got = run(sk.info_nce_loss, views, temperature, upstream, group=group, impl=impl, **known)
     for name, ours, exact, yardstick in zip(("loss", "grad"), got, want, eager, strict=False):
         assert_within(name, ours, exact, yardstick)

@@ -15,7 +15,7 @@ from guard import guarded
 from helpers import randn
 
 import selfsup_kernels as sk
-from selfsup_kernels import backends
+from selfsup_kernels.core import backends
 
 SIZES = [1, CHUNK - 1, 0, CHUNK, CHUNK + 1, 3 * CHUNK + 5, 7]
 

@@ -12,7 +12,7 @@ from ema_cases import CHUNK
 from helpers import randn
 
 import selfsup_kernels as sk
-from selfsup_kernels import backends
+from selfsup_kernels.core import backends
 
 IMPL = "cuda"
 pytestmark = pytest.mark.cuda

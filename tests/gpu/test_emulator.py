@@ -8,7 +8,7 @@ import torch
 from helpers import randn
 
 import selfsup_kernels as sk
-from selfsup_kernels import backends
+from selfsup_kernels.core import backends
 
 SELFTEST = Path(__file__).parents[1] / "emulator" / "selftest.cu"
 

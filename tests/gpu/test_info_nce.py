@@ -8,11 +8,11 @@ import torch
 from guard import guarded
 from helpers import EVERY_CASE, assert_within, compare_info_nce, randn, random_labels, run
 
-from selfsup_kernels import info_nce_loss, ops
-from selfsup_kernels.objectives import LABEL_OBJECTIVES, OBJECTIVES
-from selfsup_kernels.reference import dense
-from selfsup_kernels.triton import _launch, configs
-from selfsup_kernels.triton import info_nce_gradient as triton_gradient
+from selfsup_kernels import info_nce_loss, spec
+from selfsup_kernels.core import ops
+from selfsup_kernels.info_nce.objectives import LABEL_OBJECTIVES, OBJECTIVES
+from selfsup_kernels.tiles import configs, launcher
+from selfsup_kernels.tiles import gradient as triton_gradient
 
 IMPL = "triton"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -79,7 +79,7 @@ def test_unnormalised(impl, path, device, objective, size, temperature):
     views = size * randn(3, 33, 12, seed=7).to(device)
     # Tensor cores cut off what they add up, in each of a score's few steps; a pair's gradient is exp(score).
     score = views.double().square().sum(-1).max() / temperature
-    _, grad, slope = run(dense.info_nce_loss, views.double(), temperature, objective=objective, normalize=False)
+    _, grad, slope = run(spec.info_nce_loss, views.double(), temperature, objective=objective, normalize=False)
     floor = (4 * torch.finfo(torch.float32).eps * score * max(grad.norm(), slope.abs())).item()
     compare_info_nce(impl, views, temperature, objective=objective, normalize=False, floor=floor)
 
@@ -120,7 +120,7 @@ def test_gradient_at_scores_of_tens_of_thousands(impl, path, device):
     """What the README says of long rows, no more: eager is much nearer here."""
     views = 30 * randn(2, 40, 48).to(device)
     got = run(info_nce_loss, views, 1.0, normalize=False, impl=impl)[1]
-    want = run(dense.info_nce_loss, views.double(), 1.0, normalize=False)[1]
+    want = run(spec.info_nce_loss, views.double(), 1.0, normalize=False)[1]
     assert (got - want).norm() <= 1e-2 * want.norm()  # 1e-3 where products are rounded, not cut off
 
 
@@ -135,8 +135,8 @@ def test_masked_and_clean_tiles_share_the_pairs(impl, device, monkeypatch, batch
         "one class": {"labels": place * 0, "queue": randn(70, 16, seed=1).to(device)},
         "core": {"core_view": 1, "objective": "cross_view", "queue": randn(70, 16, seed=1).to(device)},
     }[form]
-    monkeypatch.setattr(_launch, "MANY_TILES", 0)
-    monkeypatch.setattr(_launch, "deterministic", lambda: False)
+    monkeypatch.setattr(launcher, "MANY_TILES", 0)
+    monkeypatch.setattr(launcher, "deterministic", lambda: False)
     for clean, masked in (((64, 64), (32, 32)), ((32, 64), (16, 64)), ((64, 128), (64, 32))):
         shapes = {"sums": clean, "masked_sums": masked, "gradient": clean[::-1], "masked_gradient": masked[::-1]}
         shapes["masked_gradient"] = (min(masked[1], clean[1]), min(masked[0], clean[0]))
@@ -161,9 +161,9 @@ def test_sums_over_many_columns_are_made_by_several_launches(impl, path, device,
         "labels": {"labels": random_labels(150, 3).to(device)},
         "queue": {"queue": randn(200, 20, seed=1).to(device)},
     }[form]
-    launches, launch = [], _launch.launch
+    launches, launch = [], launcher.launch
     monkeypatch.setattr(
-        _launch, "launch", lambda kernel, *a, **o: (launches.append(o.get("AGAIN")), launch(kernel, *a, **o))
+        launcher, "launch", lambda kernel, *a, **o: (launches.append(o.get("AGAIN")), launch(kernel, *a, **o))
     )
     want = run(info_nce_loss, views, 0.1, impl=impl, **arguments)
     assert True not in launches
@@ -210,8 +210,8 @@ def test_reductions(impl, path, device, dtype, reduction, labelled):
         run(function, x, torch.tensor(0.1, dtype=dtype).to(x.dtype), upstream, **arguments, **extra)
         for function, x, extra in (
             (info_nce_loss, views, {"impl": impl}),
-            (dense.info_nce_loss, views, {}),
-            (dense.info_nce_loss, views.double(), {}),
+            (spec.info_nce_loss, views, {}),
+            (spec.info_nce_loss, views.double(), {}),
         )
     )
     for name, ours, theirs, truth in zip(("loss", "grad", "temperature"), got, eager, want, strict=True):
@@ -224,7 +224,7 @@ def test_upstream_gradient_may_be_expanded_zero_or_partial(impl, path, device):
     mask[1, 3] = 1e-30
     for upstream in (torch.tensor(0.5, device=device).expand(2, 33), mask, mask * 0, mask.T.contiguous().T):
         got = run(info_nce_loss, views, 0.1, upstream, reduction="none", impl=impl)
-        want = run(dense.info_nce_loss, views.double(), 0.1, upstream.double(), reduction="none")
+        want = run(spec.info_nce_loss, views.double(), 0.1, upstream.double(), reduction="none")
         assert_within("grad", got[1], want[1])
         assert_within("temperature", got[2].cpu(), want[2].cpu())
 
@@ -237,7 +237,7 @@ def test_nan_and_inf_give_what_the_dense_loss_gives(impl, path, device, objectiv
     views[1, 5, 2] = value
     arguments = {"reduction": "none", "objective": objective, "normalize": normalize}
     got = run(info_nce_loss, views, 0.1, impl=impl, **arguments)
-    want = run(dense.info_nce_loss, views, 0.1, **arguments)
+    want = run(spec.info_nce_loss, views, 0.1, **arguments)
     assert torch.equal(got[0].isnan(), want[0].isnan())
     assert torch.equal(got[0].isinf(), want[0].isinf())
     assert not got[0].isfinite().all()
@@ -267,7 +267,7 @@ def test_tf32_where_pytorch_allows_it(impl, device, restored_precision, setting)
     else:
         torch.set_float32_matmul_precision("high")
     fast = run(info_nce_loss, views, 0.1, impl=impl)
-    want = run(dense.info_nce_loss, views.double(), 0.1)
+    want = run(spec.info_nce_loss, views.double(), 0.1)
     near, far = ((grad - want[1]).norm() / want[1].norm() for grad in (exact[1], fast[1]))
     assert near < 1e-5
     assert far < 1e-2
@@ -283,14 +283,14 @@ def test_exact_products_stay_exact_over_many_rows(impl, device, batch):
         pytest.skip("too slow in Triton's interpreter, whose products are float32's")
     views = (randn(2, batch, 16) + 3).to(device)
     got = run(info_nce_loss, views, 0.1, impl=impl)
-    want = run(dense.info_nce_loss, views.double(), 0.1)
+    want = run(spec.info_nce_loss, views.double(), 0.1)
     assert (got[1] - want[1]).norm() <= 1e-6 * want[1].norm()
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 0.0, -1.0])
 def test_a_temperature_tensor_that_is_no_temperature_gives_nan(impl, path, device, monkeypatch, value):
     temperature = torch.tensor(value, device=device)
-    monkeypatch.setattr("selfsup_kernels._validate.temperature", lambda t: (t, 1.0))  # as where it may not be read
+    monkeypatch.setattr("selfsup_kernels.core.validate.temperature", lambda t: (t, 1.0))  # as where it may not be read
     assert info_nce_loss(randn(2, 9, 4).to(device), temperature=temperature, impl=impl).isnan()
 
 
@@ -301,8 +301,8 @@ def test_zero_rows_and_the_norm_floor(impl, path, device, dtype):
     views = views.to(device)
     for eps in (1e-12, 1e-2):
         got = run(info_nce_loss, views, 0.1, eps=eps, impl=impl)
-        eager = run(dense.info_nce_loss, views, torch.tensor(0.1, dtype=dtype), eps=eps)
-        want = run(dense.info_nce_loss, views.double(), torch.tensor(0.1, dtype=dtype).double(), eps=eps)
+        eager = run(spec.info_nce_loss, views, torch.tensor(0.1, dtype=dtype), eps=eps)
+        want = run(spec.info_nce_loss, views.double(), torch.tensor(0.1, dtype=dtype).double(), eps=eps)
         assert got[1].isfinite().all()
         some = torch.ones(2, 20, dtype=torch.bool)
         some[0, 3] = False  # 1 / eps times a sum: of another order of magnitude than the rest
@@ -335,7 +335,7 @@ def test_nothing_is_read_or_written_past_an_end(impl, path, device, monkeypatch,
     def fenced(shape, dtype, device):
         return guarded(torch.full(shape if isinstance(shape, tuple) else (shape,), math.nan).to(dtype))
 
-    monkeypatch.setattr(_launch, "empty", fenced)
+    monkeypatch.setattr(launcher, "empty", fenced)
     views = [guarded(v).requires_grad_() for v in randn(*size)]
     labels = guarded(random_labels(size[1], 5)) if labelled else None
     temperature = guarded(torch.tensor([0.1]))[0].requires_grad_()

@@ -8,11 +8,11 @@ import pytest
 import torch
 from helpers import random_labels
 
-from selfsup_kernels import ops
-from selfsup_kernels._rows import PADDING, Layout
-from selfsup_kernels.objectives import OBJECTIVES
-from selfsup_kernels.triton import _launch, configs, info_nce_waves
-from selfsup_kernels.triton.info_nce_gradient import MOST_COLUMNS
+from selfsup_kernels.core import ops
+from selfsup_kernels.info_nce.objectives import OBJECTIVES
+from selfsup_kernels.tiles import configs, launcher, waves
+from selfsup_kernels.tiles.gradient import MOST_COLUMNS
+from selfsup_kernels.tiles.layout import PADDING, Layout
 
 H200 = 132
 IMPL = "triton"
@@ -33,10 +33,10 @@ class Launch:
 @pytest.fixture
 def record(monkeypatch):
     launches = []
-    monkeypatch.setattr(_launch, "launch", lambda kernel, grid, *a, **o: launches.append(Launch(kernel, grid, a, o)))
-    monkeypatch.setattr(_launch, "processors_of", lambda tensor: H200)
-    monkeypatch.setattr(_launch, "arch_of", lambda tensor: 90)
-    monkeypatch.setattr(_launch, "deterministic", lambda: False)
+    monkeypatch.setattr(launcher, "launch", lambda kernel, grid, *a, **o: launches.append(Launch(kernel, grid, a, o)))
+    monkeypatch.setattr(launcher, "processors_of", lambda tensor: H200)
+    monkeypatch.setattr(launcher, "arch_of", lambda tensor: 90)
+    monkeypatch.setattr(launcher, "deterministic", lambda: False)
     return launches
 
 
@@ -101,7 +101,7 @@ def test_a_launch_adds_up_as_many_columns_as_tensor_cores_may(record):
 
 
 def test_deterministic_mode_gives_a_program_all_columns_of_its_rows(record, monkeypatch):
-    monkeypatch.setattr(_launch, "deterministic", lambda: True)
+    monkeypatch.setattr(launcher, "deterministic", lambda: True)
     forward, _ = call(record, (2, 8192, 128), queue=300)
     (sums,) = [k for k in forward if k.name == "sums"]
     blocks = 8192 // sums["BLOCK_N"]
@@ -115,7 +115,7 @@ def test_deterministic_mode_gives_a_program_all_columns_of_its_rows(record, monk
 @pytest.mark.parametrize(("batch", "many"), [(300, 16), (300, 0), (512, 0), (700, 0), (700, 16)])
 def test_items_cover_every_pair_once(record, monkeypatch, objective, core, batch, many):
     """Decoded as the kernel does it: each row meets each column once, whichever of the launches sees to it."""
-    monkeypatch.setattr(_launch, "MANY_TILES", many)
+    monkeypatch.setattr(launcher, "MANY_TILES", many)
     num_views, queue = 3, 400
     forward, _ = call(record, (num_views, batch, 64), objective=objective, core=core, queue=queue)
     launches = [k for k in forward if k.name == "sums"]
@@ -179,7 +179,7 @@ def visits(item, batch, queue, num_views, core, sums):
 @pytest.mark.parametrize("core", [-1, 1])
 @pytest.mark.parametrize("many", [0, 10**6])
 def test_items_of_a_part_cover_its_pairs_once(record, monkeypatch, many, core):
-    monkeypatch.setattr(_launch, "MANY_TILES", many)
+    monkeypatch.setattr(launcher, "MANY_TILES", many)
     num_views, batch, queue, (first, count) = 3, 2000, 400, (500, 300)
     forward, backward = call(record, (num_views, batch, 64), core=core, queue=queue, part=(first, count))
     launches = [k for k in forward if k.name == "sums"]
@@ -223,7 +223,7 @@ def test_items_of_a_part_cover_its_pairs_once(record, monkeypatch, many, core):
 
 @pytest.mark.parametrize(("batch", "queue", "labelled"), [(1000, 0, False), (1000, 300, False), (700, 300, True)])
 def test_waves_visit_every_pair_of_rows(record, monkeypatch, batch, queue, labelled):
-    monkeypatch.setattr("selfsup_kernels.triton.info_nce_waves.WORKSPACE_BYTES", 1 << 17)  # several waves
+    monkeypatch.setattr("selfsup_kernels.tiles.waves.WORKSPACE_BYTES", 1 << 17)  # several waves
     labels = random_labels(batch, 9) if labelled else None
     _, backward = call(record, (2, batch, 512), queue=queue, labels=labels)
     assert names(backward) == ["wave", "product"] * (len(backward) // 2) + ["finish_rows"]
@@ -256,7 +256,7 @@ def test_a_wave_fills_the_machine(record, dtype, dim):
     tiles = [k.grid[0] * k.grid[1] for k in products]
     assert all(n > 0.9 * H200 * math.ceil(n / H200) for n in tiles)
     height, width = products[0]["source_g"].shape
-    assert height * width * dtype.itemsize <= info_nce_waves.WORKSPACE_BYTES
+    assert height * width * dtype.itemsize <= waves.WORKSPACE_BYTES
     assert min(height, width) >= 512
 
 

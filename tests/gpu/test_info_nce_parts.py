@@ -8,8 +8,8 @@ from guard import guarded
 from helpers import randn, random_labels
 from parts import compare_parts
 
-from selfsup_kernels.objectives import LABEL_OBJECTIVES, OBJECTIVES
-from selfsup_kernels.triton import _launch
+from selfsup_kernels.info_nce.objectives import LABEL_OBJECTIVES, OBJECTIVES
+from selfsup_kernels.tiles import launcher
 
 IMPL = "triton"
 
@@ -54,7 +54,7 @@ def test_nothing_past_an_end_is_read_where_sums_are_done_again(impl, path, devic
     def fenced(shape, dtype, device):
         return guarded(torch.full(shape if isinstance(shape, tuple) else (shape,), math.nan).to(dtype))
 
-    monkeypatch.setattr(_launch, "empty", fenced)
+    monkeypatch.setattr(launcher, "empty", fenced)
     views = torch.nn.functional.normalize(randn(2, 256, 16), dim=-1)
     views[:, :128], views[:, 128:250] = views[:1, :1], -views[:1, :1]
     compare_parts(impl, views, (250, 6), "supcon_out", temperature=0.003)

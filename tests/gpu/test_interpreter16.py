@@ -11,7 +11,7 @@ import triton.language as tl
 from helpers import LOW_PRECISION, randn
 from triton.runtime.errors import InterpreterError
 
-from selfsup_kernels import backends
+from selfsup_kernels.core import backends
 
 IMPL = "triton"
 pytestmark = pytest.mark.usefixtures("impl")

@@ -12,7 +12,7 @@ from optim_cases import CASE_IDS, CASES, Weights, average_of, compare, distance,
 from torch import nn
 
 import selfsup_kernels as sk
-from selfsup_kernels import backends
+from selfsup_kernels.core import backends
 
 IMPL = "cuda"
 pytestmark = pytest.mark.usefixtures("impl")

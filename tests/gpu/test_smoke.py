@@ -7,9 +7,9 @@ import torch
 from helpers import benchmarks_script
 
 pytest.importorskip("triton")
-from selfsup_kernels.triton import _launch
+from selfsup_kernels.tiles import launcher
 
-pytestmark = pytest.mark.skipif(not _launch.INTERPRETED, reason="needs TRITON_INTERPRET=1")
+pytestmark = pytest.mark.skipif(not launcher.INTERPRETED, reason="needs TRITON_INTERPRET=1")
 
 gpu_smoke = benchmarks_script("gpu_smoke")
 
@@ -19,7 +19,7 @@ def unwritten(monkeypatch):
     """The kernels that have read what nobody wrote."""
     from triton.runtime.interpreter import InterpreterBuilder
 
-    found, launch, running = set(), _launch.launch, []
+    found, launch, running = set(), launcher.launch, []
 
     def record(kernel, grid, *args, **options):
         running[:] = [kernel.__name__]
@@ -44,10 +44,10 @@ def unwritten(monkeypatch):
 
     for name in ("create_masked_load", "create_atomic_rmw", "create_atomic_cas"):
         watched(name)
-    monkeypatch.setattr(_launch, "launch", record)
+    monkeypatch.setattr(launcher, "launch", record)
     # The calls switch it on and off; memory has to be poisoned all the time.
     monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda mode, warn_only=False: None)
-    monkeypatch.setattr(_launch, "deterministic", lambda: False)
+    monkeypatch.setattr(launcher, "deterministic", lambda: False)
     return found
 
 

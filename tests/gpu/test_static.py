@@ -20,7 +20,7 @@ KERNELS = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
 import torch, triton, triton.language as tl
-from selfsup_kernels.triton import _launch
+from selfsup_kernels.tiles import launcher
 from selfsup_kernels.lab import machine_code
 
 @triton.jit
@@ -43,7 +43,7 @@ x = torch.zeros(1, dtype=torch.bfloat16)
 def problems(m, n, k, dot=True, descriptor=False, order="relaxed", **options):
     options = {"num_warps": 4, "num_stages": 2, **options}
     with machine_code.recording(90) as launches:
-        _launch.launch(sums_kernel, (1,), x, x, x.float(), BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, DOT=dot,
+        launcher.launch(sums_kernel, (1,), x, x, x.float(), BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, DOT=dot,
                        DESCRIPTOR=descriptor, PRECISION="ieee", ORDER=order, **options)
     loop = launches[0].code and launches[0].code.loop
     return {"problems": machine_code.problems(launches[0], 90), "ex2": loop and sum(
@@ -101,7 +101,7 @@ def test_a_good_kernel_is_not_reported(verdicts):
 
 
 def test_the_command_names_the_configuration_that_fails(tmp_path):
-    table = json.loads((ROOT / "selfsup_kernels/triton/configs.json").read_text())
+    table = json.loads((ROOT / "selfsup_kernels/tiles/configs.json").read_text())
     wrong = table["sm_80"]["sums"]["half"]["64"]
     wrong |= {"block_m": 128, "block_n": 128, "num_stages": 12}
     (tmp_path / "configs.json").write_text(json.dumps(table))
@@ -135,14 +135,14 @@ import json, sys
 sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests/gpu"]
 import tiles, torch
 import selfsup_kernels as sk
-from selfsup_kernels.triton import _launch, configs
+from selfsup_kernels.tiles import launcher, configs
 from selfsup_kernels.lab import machine_code
 
 torch.set_num_threads(1)
 found, kernels = [], 0
 for way in ("clean+masked", "all"):
     configs._lookup = tiles.small(way)
-    _launch.MANY_TILES = 0 if way == "clean+masked" else 16
+    launcher.MANY_TILES = 0 if way == "clean+masked" else 16
     for dtype in (torch.float32, torch.bfloat16):
         for dim in (64, 256):
             with machine_code.recording(89, lambda kernel: kernel == "gradient_kernel") as launches:

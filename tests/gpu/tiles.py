@@ -1,6 +1,6 @@
 """Tiles so small that a few rows are many of them: what the tests put in the place of the table of configurations."""
 
-from selfsup_kernels.triton.configs import Config
+from selfsup_kernels.tiles.configs import Config
 
 WAYS = ("clean+masked", "all", "waves")
 """The ways that the launchers of InfoNCE choose by size; the fixture ``path`` says what they are."""

@@ -94,7 +94,7 @@ def tree_of(sha, device, say) -> Path:
 
 def extension_loaded() -> bool:
     """What this version runs with is what the other one is built with."""
-    from selfsup_kernels import backends
+    from selfsup_kernels.core import backends
 
     return backends.load_extension()[0] is not None
 

@@ -40,7 +40,7 @@ def add_arguments(parser):
 
 
 def main(options) -> int:
-    from selfsup_kernels import info
+    from selfsup_kernels.core import info
 
     absent = info.missing("bench", page=bool(options.html))
     if absent:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import selfsup_kernels as sk
-from selfsup_kernels import backends
+from selfsup_kernels.core import backends
 from selfsup_kernels.lab.bench import rivals
 
 SCHEMA = Path(__file__).with_name("results.schema.json")

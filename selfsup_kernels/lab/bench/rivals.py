@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from selfsup_kernels import backends
+from selfsup_kernels.core import backends
 from selfsup_kernels.lab import host_memory
 from selfsup_kernels.lab.bench import eager
 from selfsup_kernels.lab.bench.workloads import MOMENTUM, TEMPERATURE

@@ -3,7 +3,7 @@
 import sys
 import warnings
 
-from selfsup_kernels import info
+from selfsup_kernels.core import info
 
 
 def main(out="out/demo", seed=0, quick=False, figure=None) -> int:

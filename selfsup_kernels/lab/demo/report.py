@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from selfsup_kernels import info
+from selfsup_kernels.core import info
 from selfsup_kernels.lab import pages
 from selfsup_kernels.lab.demo import agreement, evaluate, plots, story, train
 from selfsup_kernels.lab.demo.findings import CASE_TITLES, case_title, findings, mib, small

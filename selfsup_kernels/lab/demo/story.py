@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from threadpoolctl import threadpool_limits
 
-from selfsup_kernels import info
+from selfsup_kernels.core import info
 from selfsup_kernels.lab import fresh
 from selfsup_kernels.lab.demo import agreement, data, evaluate, networks, sweep, train
 from selfsup_kernels.lab.pages.progress import Progress

@@ -35,7 +35,7 @@ def add_arguments(parser):
 
 
 def main(options) -> int:
-    from selfsup_kernels import info
+    from selfsup_kernels.core import info
     from selfsup_kernels.lab import pages
 
     absent = info.missing("profile")

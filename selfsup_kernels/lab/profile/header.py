@@ -4,7 +4,7 @@ import datetime
 
 import torch
 
-from selfsup_kernels import info
+from selfsup_kernels.core import info
 
 
 def collect(device) -> dict:

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from torch.optim import optimizer as optimizers
 
-from selfsup_kernels import _wrappers
-from selfsup_kernels.ema import EMA
+from selfsup_kernels.core import wrappers
+from selfsup_kernels.ema.module import EMA
 from selfsup_kernels.lab.profile import graph, parts
 from selfsup_kernels.methods import BYOLContrast, MoCo
 
@@ -20,7 +20,7 @@ LOSS_METHODS = {MoCo: "contrast", BYOLContrast: "_byol"}
 
 def is_loss(module) -> bool:
     """PyTorch's losses, and modules whose class is called ...Loss, compiled ones too."""
-    module = _wrappers.inner(module) if _wrappers.is_compiled(module) else module
+    module = wrappers.inner(module) if wrappers.is_compiled(module) else module
     return isinstance(module, nn.modules.loss._Loss) or type(module).__name__.endswith("Loss")
 
 
@@ -103,7 +103,7 @@ def _encoders(models, losses):
 
 
 def _compiled(module) -> bool:
-    return _wrappers.is_compiled(module) or module._compiled_call_impl is not None
+    return wrappers.is_compiled(module) or module._compiled_call_impl is not None
 
 
 def _hook_module(stack, recorder, module, part):

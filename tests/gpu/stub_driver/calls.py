@@ -12,7 +12,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import selfsup_kernels as sk
-from selfsup_kernels.triton import info_nce_gradient, info_nce_rows, info_nce_tables, info_nce_waves
+from selfsup_kernels.tiles import gradient, rows, tables, waves
 
 torch.set_num_threads(1)
 torch.manual_seed(0)
@@ -60,12 +60,12 @@ queue = torch.randn(70, 64, dtype=torch.bfloat16)
 some = launched(lambda: info_nce(100, core_view=1, queue=queue))
 found["other core"] = some["sums_kernel"].values["CORE"]
 # No step of a user's waits for a compiler because its sizes, or where a number lies, are other ones.
-gradient = [info_nce_gradient.gradient_kernel]
-waves = [info_nce_waves.wave_kernel, info_nce_waves.product_kernel]
+gradient = [gradient.gradient_kernel]
+waves = [waves.wave_kernel, waves.product_kernel]
 load, finish, tables = (
-    info_nce_rows.load_rows_kernel,
-    info_nce_rows.finish_rows_kernel,
-    info_nce_tables.view_tables_kernel,
+    rows.load_rows_kernel,
+    rows.finish_rows_kernel,
+    tables.view_tables_kernel,
 )
 places = torch.linspace(0.1, 0.2, 3)
 fresh["batch"] = variants([*gradient, load, finish, tables], info_nce, 64, 1000, 257, 2)

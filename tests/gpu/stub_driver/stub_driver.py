@@ -19,9 +19,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver as runtime
 
-from selfsup_kernels import backends
+from selfsup_kernels.core import backends
 from selfsup_kernels.lab import machine_code
-from selfsup_kernels.triton import _launch
+from selfsup_kernels.tiles import launcher
 
 SOURCE = Path(__file__).with_name("driver.c")
 INCLUDE = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
@@ -247,8 +247,8 @@ def install(folder: Path) -> Stub:
             return 0
 
     runtime.set_active(Driver())
-    _launch.arch_of = lambda tensor: 90
-    _launch.processors_of = lambda tensor: machine_code.RESOURCES[90].processors
+    launcher.arch_of = lambda tensor: 90
+    launcher.processors_of = lambda tensor: machine_code.RESOURCES[90].processors
     backends.select = lambda impl, *_, **__: "triton"
     return stub
 

@@ -1,0 +1,1 @@
+"""BYOL's regression loss."""

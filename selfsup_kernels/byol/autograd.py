@@ -1,0 +1,47 @@
+"""The autograd Function of the BYOL loss."""
+
+import torch
+
+from selfsup_kernels.byol import ops  # noqa: F401  defines the ops
+from selfsup_kernels.core import backends
+from selfsup_kernels.core.once import once
+
+
+class BYOL(torch.autograd.Function):
+    """Differentiable, once, in the predictions; the targets receive no gradient. Called by ``_transforms.apply``."""
+
+    @staticmethod
+    def run(impl: str, eps: float, reduction: int, stacked: bool, num: int, *tensors: torch.Tensor):
+        """The loss, then the statistics of the rows that the backward needs."""
+        predictions, targets = _split(tensors, stacked, num)
+        return backends.op("byol_forward", impl)(predictions, targets, eps, reduction)
+
+    @staticmethod
+    def save(ctx, inputs, outputs):
+        impl, _, reduction, stacked, num, *tensors = inputs
+        ctx.save_for_backward(outputs[1], *tensors)
+        ctx.arguments = (impl, reduction, stacked, num)
+
+    @staticmethod
+    def forward(ctx, *args):
+        outputs = BYOL.run(*args)
+        BYOL.save(ctx, args, outputs)
+        return outputs[0]
+
+    @staticmethod
+    @once
+    def backward(ctx, saved, grad):
+        stats, *tensors = saved
+        impl, reduction, stacked, num = ctx.arguments
+        predictions, targets = _split(tensors, stacked, num)
+        grad_predictions = backends.op("byol_backward", impl)(grad, predictions, targets, stats, reduction)
+        grads = (grad_predictions,) if stacked else grad_predictions.unbind(0)
+        return (*[None] * 5, *grads, *[None] * (len(tensors) - num))
+
+
+def _split(tensors, stacked, num):
+    """The predictions, then the targets, each as a list of (B, D) matrices."""
+    predictions, targets = tensors[:num], tensors[num:]
+    if stacked:
+        return list(predictions[0].unbind(0)), list(targets[0].unbind(0))
+    return list(predictions), list(targets)

@@ -1,0 +1,34 @@
+"""``byol_loss`` as a module: it holds the arguments."""
+
+from torch import nn
+
+from selfsup_kernels.byol.api import byol_loss
+from selfsup_kernels.core import backends, ops
+from selfsup_kernels.core import validate as check
+
+
+class BYOLLoss(nn.Module):
+    """BYOL's regression loss as a module; see :func:`selfsup_kernels.byol_loss`.
+
+    Args:
+        eps, reduction, impl: as there.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message says which and why.
+    """
+
+    def __init__(self, *, eps=1e-12, reduction="mean", impl="auto"):
+        super().__init__()
+        check.choice("reduction", reduction, ops.REDUCTIONS)
+        check.choice("impl", impl, backends.CHOICES)
+        self.eps = check.positive_number("eps", eps)
+        self.reduction = reduction
+        self.impl = impl
+
+    def forward(self, predictions, targets):
+        return byol_loss(predictions, targets, eps=self.eps, reduction=self.reduction, impl=self.impl)
+
+    def extra_repr(self):
+        return f"eps={self.eps:g}, reduction={self.reduction!r}" + (
+            f", impl={self.impl!r}" if self.impl != "auto" else ""
+        )

@@ -1,0 +1,193 @@
+"""What this machine can run, and the one place that chooses an implementation."""
+
+import functools
+import importlib
+import importlib.util
+import os
+from typing import NamedTuple
+
+import torch
+
+from selfsup_kernels.core import ops
+from selfsup_kernels.core import validate as check
+from selfsup_kernels.core.lazy import constant
+
+CHOICES = ("auto", *ops.IMPLS)
+
+NO_CUDA = (
+    f"this PyTorch ({torch.__version__}) was built without CUDA. Install a CUDA build of PyTorch, or use impl='auto'."
+)
+
+EMULATOR = os.environ.get("SELFSUP_KERNELS_CUDA_EMULATOR") or None
+"""For tests: a library with the CUDA kernels compiled for an emulator, which takes CPU tensors."""
+
+
+@functools.cache
+def load_extension():
+    """Load the C++ extension. Returns ``(module, None)`` or ``(None, why it cannot be used)``; never raises."""
+    from selfsup_kernels.core import build
+
+    if importlib.util.find_spec("selfsup_kernels._C") is None:
+        return None, build.not_built()
+    reason = build.mismatch()
+    if reason is not None:
+        return None, reason
+    try:
+        return importlib.import_module("selfsup_kernels._C"), None
+    except (ImportError, OSError) as error:
+        return None, f"the C++ extension does not load ({error}). {build.built_for()}"
+
+
+class Unavailable(NamedTuple):
+    """Why an implementation cannot be used, and the command that changes it, where there is one."""
+
+    why: str
+    command: str | None = None
+
+    def __str__(self):
+        return f"{self.why} Run: {self.command}" if self.command else self.why
+
+
+_reasons: dict[str, Unavailable | None] = {}
+
+
+def unavailable(impl: str) -> Unavailable | None:
+    """None where ``impl`` can run on this machine, else the reason and what to do about it."""
+    if impl not in _reasons:
+        _reasons[impl] = _find_reason(impl)
+    return _reasons[impl]
+
+
+def _find_reason(impl):
+    from selfsup_kernels.core import build
+
+    if impl == "cpu":
+        _, why = load_extension()
+        return None if why is None else Unavailable(why, build.rebuild())
+    if impl == "triton":
+        return _no_triton()
+    if impl == "cuda":
+        _, why = load_cuda()
+        buildable = EMULATOR is None and torch.version.cuda is not None
+        return None if why is None else Unavailable(why, f"FORCE_CUDA=1 {build.rebuild()}" if buildable else None)
+    return None
+
+
+@functools.cache
+def load_cuda():
+    """Load the CUDA library. Returns ``(path, None)`` or ``(None, why it cannot be used)``; never raises."""
+    from selfsup_kernels.core import build
+
+    path = EMULATOR
+    if path is None:
+        if torch.version.cuda is None:
+            return None, NO_CUDA
+        path, reason = build.cuda_library()
+        reason = reason or build.mismatch()
+        if reason is not None:
+            return None, reason
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return None, f"the CUDA library does not load ({error}). {build.built_for()}"
+    return path, None
+
+
+GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MINIMUM_CAPABILITY = (8, 0)
+
+
+def _no_triton():
+    if importlib.util.find_spec("triton") is None:
+        return Unavailable("Triton is not installed.", "pip install 'triton>=3.6'")
+    if torch.version.cuda is None and not triton_is_interpreted():
+        return Unavailable(NO_CUDA)
+    return None
+
+
+def triton_is_interpreted() -> bool:
+    """Whether Triton kernels run on the CPU, in Triton's interpreter (a tool for tests). Triton reads it at import."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+@functools.cache
+def _capability(index):
+    return torch.cuda.get_device_capability(index)
+
+
+def emulated(impl: str) -> bool:
+    """Whether the kernels of ``impl`` take CPU tensors, which only tests do."""
+    return triton_is_interpreted() if impl == "triton" else EMULATOR is not None
+
+
+@constant
+def _gpu_refuses(impl: str, device_type: str, index: int | None, dtype: torch.dtype, any_dtype: bool) -> str | None:
+    """None where the GPU kernels of ``impl`` take such tensors, else why not. Constant while torch.compile traces."""
+    if not any_dtype and dtype not in GPU_DTYPES:
+        return f"takes float32, bfloat16 or float16, got {str(dtype).removeprefix('torch.')}"
+    if emulated(impl):
+        tool = "interpreted (TRITON_INTERPRET)" if impl == "triton" else "emulated (SELFSUP_KERNELS_CUDA_EMULATOR)"
+        return None if device_type == "cpu" else f"was set to be {tool}, which needs CPU tensors"
+    if device_type != "cuda":
+        return f"takes CUDA tensors, got a tensor on {device_type}"
+    if _capability(index) < MINIMUM_CAPABILITY:
+        return "needs a GPU of compute capability 8.0 (Ampere) or later, this one has {}.{}".format(*_capability(index))
+    return None
+
+
+# Asked once here, so that torch.compile, which cannot follow the loading of a library, only ever finds the answers.
+for _impl in CHOICES[1:]:
+    unavailable(_impl)
+
+
+def require(impl: str, op: str) -> None:
+    """Raise as :func:`select` does for an ``impl`` other than ``"auto"`` that no tensor could make usable here."""
+    if impl not in CHOICES:
+        raise ValueError(f"impl: expected one of {', '.join(CHOICES)}, got {impl!r}")
+    if impl not in ops.impls_of(op):
+        raise RuntimeError(f"impl={impl!r} has no {op}, which {', '.join(ops.impls_of(op))} have; use impl='auto'")
+    reason = unavailable(impl)
+    if reason is not None:
+        raise RuntimeError(f"impl={impl!r} cannot be used here: {reason}")
+
+
+def select(impl: str, tensor: torch.Tensor, op: str = "info_nce", any_dtype: bool = False) -> str:
+    """The implementation of ``op`` that ``impl`` stands for on ``tensor``'s device, for its dtype.
+
+    ``any_dtype`` says that the op takes every floating dtype in every implementation.
+
+    Raises:
+        ValueError: ``impl`` is not one of :data:`CHOICES`.
+        RuntimeError: this machine, or the tensor's device, cannot use it.
+    """
+    device = tensor.device
+    if impl == "auto":
+        if device.type == "cpu":
+            if unavailable("cpu") is None:
+                return "cpu"
+            if not torch.compiler.is_compiling():
+                why = "CPU tensors go through eager PyTorch (impl='reference'), not through the kernels:"
+                check.warn_once("fallback", f"{why} {unavailable('cpu')}", RuntimeWarning)
+        if device.type == "cuda":
+            *_, choice = ops.impls_of(op)
+            if not (unavailable(choice) or _gpu_refuses(choice, "cuda", device.index, tensor.dtype, any_dtype)):
+                return choice
+        return "reference"
+    require(impl, op)
+    if impl == "cpu" and device.type != "cpu":
+        raise RuntimeError(f"impl='cpu' takes CPU tensors, got a tensor on {device}; use impl='auto'")
+    if impl in ("triton", "cuda"):
+        refusal = _gpu_refuses(impl, device.type, device.index, tensor.dtype, any_dtype)
+        if refusal is not None:
+            raise RuntimeError(f"impl={impl!r} {refusal}; use impl='auto'")
+    return impl
+
+
+def or_auto(impl: str, op: str) -> str:
+    """``impl`` where ``op`` has it, else ``"auto"``: for a method that runs several ops under one ``impl``."""
+    return impl if impl in ops.impls_of(op) else "auto"
+
+
+def op(name: str, impl: str):
+    """The dispatcher op ``name`` of an implementation that :func:`select` returned."""
+    return ops.get(name, impl)

@@ -1,0 +1,228 @@
+"""The one description of the C++ extension: sources, flags, and the record of how it was built.
+
+Read by ``setup.py``, by the loader (``backends``), by ``python -m selfsup_kernels info`` and by the sanitizer build.
+Importing it needs neither torch nor a compiler.
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import shutil
+import sys
+import sysconfig
+import urllib.parse
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parents[1]
+RECORD = PACKAGE / "_build_info.json"
+"""What the last build was made of, or why it failed. Written by ``setup.py``."""
+
+MIN_TORCH = (2, 11)
+TORCH_TARGET_VERSION = "0x020b000000000000"
+"""The oldest torch whose stable ABI the extension uses: one library serves that version and later ones."""
+
+PREPARE = "pip install 'torch>=2.11' pybind11 ninja 'setuptools>=77' wheel"
+INSTALL = "pip install --no-build-isolation ."
+"""What a build needs, and the build itself, as commands; run from a checkout."""
+
+SOURCES = (
+    "csrc/cpu/module.cpp",
+    "csrc/cpu/dispatch.cpp",
+    "csrc/cpu/kernels_default.cpp",
+    "csrc/cpu/kernels_avx2.cpp",
+    "csrc/cpu/kernels_avx512.cpp",
+    "csrc/cpu/info_nce.cpp",
+    "csrc/cpu/info_nce_labels.cpp",
+    "csrc/cpu/info_nce_layout.cpp",
+    "csrc/cpu/byol.cpp",
+    "csrc/cpu/ema.cpp",
+    "csrc/cpu/optim.cpp",
+)
+HEADERS = ("csrc/common", "csrc/cpu")
+
+# No -march=native and no -ffast-math: the vector kernels choose their instruction set at run time, and NaN and Inf
+# must come through. Contraction into fused multiply-adds is asked for explicitly, -std=c++20 switches it off.
+COMPILE_FLAGS = (
+    "-O3",
+    "-std=c++20",
+    "-fvisibility=hidden",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-Wall",
+    "-Wno-psabi",
+    f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
+)
+# The library names libtorch among its needs, so that its symbols are found however it is loaded.
+LIBRARIES = ("torch", "torch_cpu", "c10")
+SANITIZER_FLAGS = (
+    "-O1",
+    "-g",
+    "-fno-omit-frame-pointer",
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=undefined",
+)
+
+
+def extension(setuptools_extension, include_dirs, library_dirs, sanitize=False):
+    """The ``Extension`` for setuptools."""
+    extra = SANITIZER_FLAGS if sanitize else ()
+    return setuptools_extension(
+        "selfsup_kernels._C",
+        sources=list(SOURCES),
+        include_dirs=[str(PACKAGE.parent / "csrc"), *include_dirs],
+        library_dirs=list(library_dirs),
+        libraries=list(LIBRARIES),
+        extra_compile_args=[*COMPILE_FLAGS, *extra],
+        extra_link_args=["-fsanitize=address,undefined"] if sanitize else [],
+        language="c++",
+        depends=[str(h) for folder in HEADERS for h in sorted(Path(folder).glob("*.h"))],
+    )
+
+
+def write_record(folder, **facts) -> None:
+    """Write the record, with this machine's facts, into ``folder``, where the library lies."""
+    (Path(folder) / RECORD.name).write_text(json.dumps(facts | machine(), indent=2, sort_keys=True) + "\n")
+
+
+def record() -> dict:
+    """What ``setup.py`` wrote; empty where nothing was built from this tree."""
+    try:
+        return json.loads(RECORD.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+SOURCE = PACKAGE.parent if (PACKAGE.parent / "setup.py").is_file() else None
+"""The folder of the sources where the package is used from there, as in a checkout; None where it is installed."""
+
+
+def not_built() -> str:
+    """Why there is no extension in the package's folder."""
+    if "failure" in record():
+        return f"the C++ extension was not built: {record()['failure']}"
+    if SOURCE is None:
+        return f"the C++ extension is not in {PACKAGE}."
+    installed = _installed_elsewhere()
+    if installed is None:
+        return f"the C++ extension was not built in the source folder {SOURCE}, from where the package is imported."
+    return (
+        f"the package is imported from its source folder {SOURCE}, where the C++ extension was not built. The one"
+        f" installed in {installed} has it: start Python in another folder to use that one, or build here."
+    )
+
+
+def _installed_elsewhere() -> Path | None:
+    """Another copy of the package on ``sys.path``, which has an extension."""
+    for entry in sys.path:
+        folder = Path(entry).resolve() / PACKAGE.name
+        if folder != PACKAGE and next(folder.glob("_C.*"), None):
+            return folder
+    return None
+
+
+def rebuild() -> str:
+    """The command that builds the package again where it is imported from."""
+    own = "SELFSUP_KERNELS_SKIP_BUILD=0 " if environment_flag("SELFSUP_KERNELS_SKIP_BUILD") else ""
+    if SOURCE is not None:
+        return f"{own}pip install -e {shlex.quote(str(SOURCE))}"
+    return f"{own}pip install --force-reinstall --no-deps {shlex.quote(_installed_from())}"
+
+
+def _installed_from() -> str:
+    """The folder that pip installed the package from (PEP 610); "." where that is not known or is gone."""
+    try:
+        url = json.loads(importlib.metadata.distribution("selfsup-kernels").read_text("direct_url.json") or "{}")["url"]
+        folder = Path(urllib.parse.unquote(urllib.parse.urlsplit(url).path))
+    except (importlib.metadata.PackageNotFoundError, KeyError, ValueError):
+        return "."
+    return str(folder) if url.startswith("file:") and (folder / "setup.py").is_file() else "."
+
+
+def machine() -> dict:
+    return {
+        "python": platform.python_version(),
+        "platform": f"{sys.platform} {platform.machine()}",
+    }
+
+
+def built_for() -> str:
+    """One sentence: built for X, you have Y."""
+    import torch
+
+    facts = record()
+    built = f"torch {facts.get('torch', '?')}, Python {facts.get('python', '?')}, {facts.get('platform', '?')}"
+    have = machine()
+    return f"Built for {built}; you have torch {torch.__version__}, Python {have['python']}, {have['platform']}."
+
+
+def too_old(torch_version: str) -> bool:
+    return tuple(int(part) for part in torch_version.split("+")[0].split(".")[:2]) < MIN_TORCH
+
+
+def mismatch() -> str | None:
+    """Why the built library must not be loaded here, or None."""
+    import torch
+
+    from selfsup_kernels.version import __version__
+
+    facts = record()
+    if not facts or "failure" in facts:
+        return not_built() if facts else "the C++ extension has no build record."
+    if too_old(torch.__version__):
+        return f"torch {'.'.join(map(str, MIN_TORCH))} or later is needed. {built_for()}"
+    if facts.get("version") != __version__:
+        return f"the C++ extension is of version {facts.get('version')}, the package of {__version__}."
+    if facts.get("platform") != machine()["platform"]:
+        return built_for()
+    return None
+
+
+def cuda_library() -> tuple[Path | None, str | None]:
+    """(the CUDA library that was built, None) or (None, why there is none)."""
+    found = [p for pattern in ("_CUDA*.so", "_CUDA*.pyd") for p in sorted(PACKAGE.glob(pattern))]
+    if found:
+        return found[0], None
+    return None, f"the CUDA library was not built: {record().get('cuda_failure') or not_built()}"
+
+
+_PACKAGES = {
+    "apt-get": ("apt-get install -y", "g++", "python3-dev"),
+    "dnf": ("dnf install -y", "gcc-c++", "python3-devel"),
+    "apk": ("apk add", "g++", "python3-dev"),
+}
+"""By package manager: its command, a C++ compiler, Python's headers."""
+
+
+def compiler() -> str | None:
+    """The C++ compiler that a build would use; None where it is not here."""
+    return shutil.which((os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++").split()[0])
+
+
+def cannot_compile() -> tuple[str, str] | None:
+    """(what is missing, the beginning of the command that a build then needs) or None."""
+    without_compiler = compiler() is None
+    if without_compiler:
+        wanted = os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++"
+        why = f"no C++ compiler: {wanted} is not on PATH."
+        others = [name for name in ("g++", "clang++", "c++") if shutil.which(name)]
+        if others:
+            return why, f"CXX={others[0]} "
+    elif not (headers := Path(sysconfig.get_path("include")) / "Python.h").is_file():
+        why = f"Python's headers are missing: there is no {headers}."
+    else:
+        return None
+    if shutil.which("xcode-select"):
+        return why, "xcode-select --install && "
+    manager = next(filter(shutil.which, _PACKAGES), None)
+    if manager is None:
+        return why, f"install {'g++ or clang++' if without_compiler else 'them'}, then "
+    command, package, headers = _PACKAGES[manager]
+    sudo = "sudo " if os.geteuid() and shutil.which("sudo") else ""
+    update = f"{sudo}apt-get update && " if manager == "apt-get" else ""
+    return why, f"{update}{sudo}{command} {package if without_compiler else headers} && "
+
+
+def environment_flag(name: str) -> bool:
+    return os.environ.get(name, "0") not in ("", "0")

@@ -1,0 +1,236 @@
+"""Checks of what the user passed. Every message names the argument, what was expected and what came.
+
+Nothing here reads a tensor's values on an accelerator: that would stall the stream.
+"""
+
+import math
+import numbers
+import sys
+import warnings
+from collections.abc import Sequence
+
+import torch
+
+from selfsup_kernels.core import shards
+
+
+def views(name: str, value, minimum: int) -> list[torch.Tensor]:
+    """A ``(V, B, D)`` tensor or a sequence of V ``(B, D)`` tensors, as a list of V matrices."""
+    if isinstance(value, torch.Tensor):
+        if value.dim() != 3:
+            hint = ""
+            if name == "views" and value.dim() == 2:
+                two = "; as two views: views.chunk(2)" if len(value) % 2 == 0 else ""
+                hint = "; as one view: [views]" if minimum == 1 else two
+            raise ValueError(
+                f"{name}: expected a (V, B, D) tensor or a sequence of (B, D) tensors,"
+                f" got a tensor of shape {tuple(value.shape)}{hint}"
+            )
+        matrices = list(value.unbind(0))
+        if not matrices:
+            raise ValueError(f"{name}: expected at least {minimum} views, got 0")
+    else:
+        matrices = sequence(name, value)
+    if len(matrices) < minimum:
+        raise ValueError(f"{name}: expected at least {minimum} views, got {len(matrices)}")
+    first = matrices[0]
+    for i, matrix in enumerate(matrices):
+        if matrix.dim() != 2:
+            labels = "; labels are passed by name, labels=" if matrix.dim() == 1 and matrix.dtype in LABELS else ""
+            raise ValueError(f"{name}[{i}]: expected a (B, D) tensor, got shape {tuple(matrix.shape)}{labels}")
+        if matrix.shape != first.shape:
+            raise ValueError(
+                f"{name}[{i}]: expected the shape of {name}[0], {tuple(first.shape)}, got {tuple(matrix.shape)}"
+            )
+        if type(matrix) is not torch.Tensor:
+            own(f"{name}[{i}]", matrix)
+        floating(f"{name}[{i}]", matrix)
+    if first.shape[0] == 0:
+        raise ValueError(f"{name}: expected a non-empty batch, got shape {tuple(first.shape)}")
+    if first.shape[1] == 0:
+        raise ValueError(f"{name}: expected at least one feature, got shape {tuple(first.shape)}")
+    return matrices
+
+
+def sequence(name: str, value) -> list[torch.Tensor]:
+    """A list of the tensors in ``value``."""
+    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
+        raise TypeError(f"{name}: expected tensors, got {type(value).__name__}")
+    for i, item in enumerate(value):
+        if not isinstance(item, torch.Tensor):
+            raise TypeError(f"{name}[{i}]: expected a tensor, got {type(item).__name__}")
+    return list(value)
+
+
+LABELS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def floating(name: str, tensor: torch.Tensor) -> None:
+    if tensor.dtype not in FLOATING:
+        raise TypeError(
+            f"{name}: expected float64, float32, bfloat16 or float16, got {str(tensor.dtype).removeprefix('torch.')}"
+        )
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got layout {tensor.layout}")
+
+
+def own(name: str, tensor: torch.Tensor) -> None:
+    """Raise for a DTensor: the losses put the samples of several processes together by ``group=``."""
+    if shards.is_dtensor(tensor):
+        raise TypeError(
+            f"{name}: expected a plain tensor, got a DTensor; pass its to_local(), with group=mesh.get_group() where"
+            " the samples of all processes are negatives, or its full_tensor()"
+        )
+
+
+def same_dtype_and_device(named: dict[str, torch.Tensor], check_dtype: bool = True) -> None:
+    """All of ``named`` on one device and, unless autocast will see to it, of one dtype."""
+    (first_name, first), *rest = named.items()
+    for name, tensor in rest:
+        if tensor.device != first.device:
+            raise ValueError(f"{name}: expected the device of {first_name}, {first.device}, got {tensor.device}")
+        if check_dtype and tensor.dtype != first.dtype:
+            raise TypeError(f"{name}: expected the dtype of {first_name}, {first.dtype}, got {tensor.dtype}")
+
+
+def autocasts(device: torch.device) -> bool:
+    # The meta device has no autocast, and asking for it is an error.
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
+def samples(batch: int, where: str = "") -> None:
+    """Raise unless there are two: without a queue one sample has nothing to be told from."""
+    if batch < 2:
+        raise ValueError(
+            f"views: expected at least 2 samples{where} (one sample has no negatives), got {batch};"
+            " a DataLoader with drop_last=True leaves out such a last batch"
+        )
+
+
+def choice(name: str, value, allowed: Sequence[str], hint: str = "") -> int:
+    """The position of ``value`` in ``allowed``; ``hint`` ends the message of one that is not."""
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}{hint}")
+    return allowed.index(value)
+
+
+def warn_once(kind: str, message: str, category: type[Warning] = UserWarning) -> None:
+    """A warning, once a process for each ``kind``, that points at the user's line.
+
+    None while ``torch.compile`` traces, which cannot follow one.
+    """
+    if torch.compiler.is_compiling() or kind in _warned:
+        return
+    _warned.add(kind)
+    caller, level = sys._getframe(1), 2
+    while caller.f_back and caller.f_globals.get("__name__", "").startswith(("selfsup_kernels.", "torch.nn.modules.")):
+        caller, level = caller.f_back, level + 1
+    warnings.warn(f"selfsup_kernels: {message}", category, stacklevel=level)
+
+
+_warned: set[str] = set()
+
+
+def integer(name: str, value, least: int, end: int | None = None, expected: str = "an integer") -> int:
+    """An integer of Python's or NumPy's in ``[least, end)``."""
+    whole = isinstance(value, (int, numbers.Integral)) and not isinstance(value, bool)
+    if not whole or value < least or (end is not None and value >= end):
+        bounds = f">= {least}" if end is None else f"in [{least}, {end})"
+        raise ValueError(f"{name}: expected {expected} {bounds}, got {value!r}")
+    return int(value)
+
+
+def positive_number(name: str, value) -> float:
+    if type(value) is not float:
+        value = real(name, value)
+    if not 0 < value < math.inf:  # comparisons, since torch.compile can follow them where the number is symbolic
+        raise ValueError(f"{name}: expected a finite number > 0, got {value}")
+    return value
+
+
+def temperature(value) -> tuple[torch.Tensor | None, float]:
+    """``(tensor of one element or None, number)``; the number is 0 for a tensor that is not read."""
+    if not isinstance(value, torch.Tensor):
+        return None, positive_number("temperature", value)
+    value = scalar("temperature", value)
+    return value, positive_number("temperature", value.item()) if readable(value) else 0.0
+
+
+def real(name: str, value, expected: str = "a number") -> float:
+    """A number of Python's or NumPy's."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
+        raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
+    if isinstance(value, int) and abs(value) > 2**1000:
+        raise ValueError(f"{name}: expected a number that float64 holds, got one of {value.bit_length()} bits")
+    return float(value)
+
+
+def momentum(value) -> tuple[torch.Tensor | None, float]:
+    """``(0-dim tensor, 0)`` for a tensor of one element, ``(None, number)`` for a number in [0, 1]."""
+    if isinstance(value, torch.Tensor):
+        value = scalar("momentum", value).reshape(())
+        number = value.item() if readable(value) else 0.0
+    else:
+        number = real("momentum", value, "a number or a tensor of one element")
+    if not 0 <= number <= 1:
+        raise ValueError(f"momentum: expected a number in [0, 1], got {number}")
+    return (value, 0.0) if isinstance(value, torch.Tensor) else (None, number)
+
+
+def scalar(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, which has one element and any number of dimensions; the whole of a DTensor."""
+    if tensor.numel() != 1:
+        raise ValueError(f"{name}: expected a number or a tensor of one element, got shape {tuple(tensor.shape)}")
+    floating(name, tensor)
+    return shards.gathered(tensor)
+
+
+def readable(tensor: torch.Tensor) -> bool:
+    """Whether there is a value, and reading it costs nothing: on the host, not while a graph is being traced, not
+    under a transform of ``torch.func``, and not of a fake tensor or another subclass."""
+    return (
+        not torch.compiler.is_compiling()
+        and tensor.device.type == "cpu"
+        and type(tensor) in (torch.Tensor, torch.nn.Parameter)
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    )
+
+
+def labels(value, matrices: list[torch.Tensor]) -> None:
+    """Check the labels of views."""
+    batch, device = len(matrices[0]), matrices[0].device
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"labels: expected an integer tensor, got {type(value).__name__}")
+    own("labels", value)
+    if value.layout != torch.strided:
+        raise TypeError(f"labels: expected a dense tensor, got layout {value.layout}")
+    if value.dtype not in LABELS:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in LABELS)
+        raise TypeError(f"labels: expected a tensor of {names}, got {str(value.dtype).removeprefix('torch.')}")
+    if tuple(value.shape) != (batch,):
+        turned = f"; views are (V, B, D), here {len(matrices)} of {batch} samples"
+        raise ValueError(
+            f"labels: expected shape ({batch},), one per sample, got {tuple(value.shape)}"
+            + (turned if tuple(value.shape) == (len(matrices),) else "")
+        )
+    if value.device != device:
+        raise ValueError(f"labels: expected the device of views, {device}, got {value.device}")
+
+
+def queue(value, dim: int) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"queue: expected a (K, D) tensor, got {type(value).__name__}")
+    own("queue", value)
+    floating("queue", value)
+    if value.dim() != 2 or value.shape[0] == 0 or value.shape[1] != dim:
+        raise ValueError(f"queue: expected shape (K, {dim}) with K >= 1, got {tuple(value.shape)}")
+
+
+def one_dtype(matrices, queue):
+    """Under autocast, operands of different dtypes meet in float32 (in float64 if one is), as PyTorch's losses do."""
+    dtypes = {m.dtype for m in matrices} | ({queue.dtype} if queue is not None else set())
+    if len(dtypes) == 1:
+        return matrices, queue
+    wide = torch.float64 if torch.float64 in dtypes else torch.float32
+    return [m.to(wide) for m in matrices], None if queue is None else queue.to(wide)

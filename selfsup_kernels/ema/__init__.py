@@ -1,0 +1,5 @@
+"""Moving averages of many tensors, and the optimizers that move one in the same pass."""
+
+from selfsup_kernels.ema.module import EMA, cosine_momentum
+
+__all__ = ["EMA", "cosine_momentum"]

@@ -1,0 +1,270 @@
+"""A moving-average copy of a model, and the schedule of its momentum."""
+
+import math
+import warnings
+from collections import OrderedDict
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from selfsup_kernels.core import backends, shards, wrappers
+from selfsup_kernels.core import validate as check
+from selfsup_kernels.ema import checks as lists
+from selfsup_kernels.ema.api import ema_update_pairs_
+from selfsup_kernels.ema.model_copy import copy_of, unchanged_on_error
+from selfsup_kernels.ema.named_tensors import match, named_tensors, optional_names
+
+BUFFERS = ("copy", "average", "ignore")
+
+
+class EMA(nn.Module):
+    r"""The exponential moving average of a model: ``module``, a copy that :meth:`update` moves towards the model.
+
+    :math:`t \leftarrow m\, t + (1 - m)\, s` for every parameter (arXiv:2006.07733, eq. 1). The copy is a submodule, so
+    it moves with ``.to()``, is part of the ``state_dict`` and follows ``train()`` and ``eval()`` of a module that owns
+    this one; it starts in the mode of the model. Its parameters do not require grad: an optimizer that is given them
+    leaves them alone. The model itself is held without being registered, so that it is neither saved nor counted here.
+
+    The model is read anew on every update: parameters that were moved, replaced or resized since are noticed, and a
+    model whose names no longer match is refused. What has come into the model's memory since (``load_state_dict`` of
+    ``module`` with ``assign=True``) gets memory of its own. A model that is compiled (``torch.compile``) or wrapped in
+    DataParallel or DistributedDataParallel stands for the module inside, and what these wrappers, activation
+    checkpointing and FSDP1 put into names later does not count. Tied weights are updated once. Tensors without memory
+    of their own (quantised, float8 or low-rank weights of a tensor subclass) are averaged by their own operators.
+
+    The copy shares process groups, device meshes and streams with the model, and has what is left of a computation (the
+    weights of ``nn.utils.weight_norm``, a kept output) without its history. For a model that cannot be copied at all,
+    make a second one and give it as ``module``.
+
+    With FSDP2 every process updates its own shards; nothing is sent. Its modules cannot be copied, so the EMA comes
+    first, and the copy is sharded like the model (or both are made and sharded first, and ``module`` is the second)::
+
+        ema = sk.EMA(model)
+        for network in (model, ema.module):
+            for layer in network.layers:
+                fully_shard(layer, mesh=mesh)
+            fully_shard(network, mesh=mesh)
+
+    Args:
+        model: what to average.
+        momentum: :math:`m` of updates that do not give their own; a number in [0, 1].
+        buffers: what an update does with buffers (BatchNorm's running statistics). ``"copy"`` takes the model's,
+            ``"average"`` averages floating and complex ones as parameters and copies the others, ``"ignore"`` leaves
+            them to ``module``, which keeps its own statistics where it runs in training mode. Buffers that are not
+            saved (``persistent=False``) and that only one of the two has, or that differ in shape, are left alone: a
+            forward has made them.
+        dtype: the floating dtype of the copy; None keeps the model's. A bfloat16 or float16 model wants a float32
+            copy: in its own dtype the steps of a momentum near 1 round to nothing.
+        stochastic_rounding: the other way out; see :func:`selfsup_kernels.ema_update_`.
+        impl: as in :func:`selfsup_kernels.ema_update_`.
+        module: the copy, where you made it yourself: the names and shapes of the model, and memory of its own. It
+            starts with the values and in the mode that it has; its parameters no longer require grad, and ``dtype``
+            converts it. None for a copy made here.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message says which and why.
+        RuntimeError: a model that cannot be copied, and no ``module``.
+    """
+
+    def __init__(
+        self,
+        model,
+        momentum=0.996,
+        *,
+        buffers="copy",
+        dtype=None,
+        stochastic_rounding=False,
+        impl="auto",
+        module=None,
+    ):
+        super().__init__()
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+        check.choice("buffers", buffers, BUFFERS)
+        check.choice("impl", impl, backends.CHOICES)
+        if dtype is not None and dtype not in check.FLOATING:
+            raise TypeError(f"dtype: expected None, float64, float32, bfloat16 or float16, got {dtype!r}")
+        tensor, number = check.momentum(momentum)
+        if tensor is not None:
+            raise TypeError("momentum: expected a number here; update() takes a tensor")
+        self.momentum = number
+        self.buffer_policy = buffers
+        self.stochastic_rounding = stochastic_rounding
+        self.impl = impl
+
+        model = wrappers.inner(model)
+        object.__setattr__(self, "_model", model)  # past nn.Module's own, which would register it
+        if module is None:
+            self.module = _copy(model)
+        else:
+            if not isinstance(module, nn.Module):
+                raise TypeError(f"module: expected an nn.Module or None, got {type(module).__name__}")
+            self.module = wrappers.inner(module)
+            self._check_module()
+        for p in self.module.parameters():  # scripted modules have no requires_grad_() of their own
+            p.requires_grad_(False)
+        if dtype is not None:
+            self.module._apply(lambda x: x.to(dtype) if x.is_floating_point() else x)
+        low = {p.dtype for p in self.module.parameters()} & {torch.bfloat16, torch.float16}
+        if low and not stochastic_rounding:
+            warnings.warn(
+                f"EMA: the copy is {low.pop()}, in which the steps of a momentum near 1 round to nothing; use"
+                " dtype=torch.float32 or stochastic_rounding=True",
+                stacklevel=2,
+            )
+
+    @torch.no_grad()
+    def update(self, momentum=None):
+        """One step towards the model.
+
+        Args:
+            momentum: a number in [0, 1], or a tensor of one element (as in :func:`selfsup_kernels.ema_update_`); None
+                for the one given at construction.
+
+        Raises:
+            ValueError: the model's names, shapes or device no longer fit the copy's. Nothing has changed then.
+        """
+        pairs, copies = self._pairs()
+        ema_update_pairs_(
+            *pairs,
+            self.momentum if momentum is None else momentum,
+            self.stochastic_rounding,
+            impl=self.impl,
+            own_memory=True,
+        )
+        lists.copy_(copies)
+
+    def _pairs(self, own_memory=True):
+        """What an update does, all names and the copies checked: ``((targets, sources, names), copies)``."""
+        own, theirs = named_tensors(self.module), named_tensors(self._model)
+        optional = optional_names(own, theirs)
+        if self.buffer_policy == "average":
+            return match(own.parameters | own.buffers, theirs.parameters | theirs.buffers, optional), _NOTHING
+        copies = _NOTHING
+        if self.buffer_policy == "copy":
+            copies = lists.check_update(
+                *match(own.buffers, theirs.buffers, optional), averaged=False, own_memory=own_memory
+            )
+        return match(own.parameters, theirs.parameters), copies
+
+    def _check_module(self):
+        """Whether ``module`` is a copy of the model, in memory of its own."""
+        try:
+            pairs, _ = self._pairs(own_memory=False)
+            lists.check_update(*pairs)
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise type(error)(f"module: expected a copy of the model; {error}") from None
+        memory = self._model_memory()
+        own = named_tensors(self.module)
+        for name, tensor in (own.parameters | own.buffers).items():
+            if _memory(tensor) in memory:
+                raise ValueError(f"module: expected memory of its own, but its {name} is in the model's")
+
+    def _model_memory(self) -> set[int]:
+        theirs = named_tensors(self._model)
+        return set(map(_memory, (theirs.parameters | theirs.buffers).values())) - {None}
+
+    def forward(self, *args, **kwargs):
+        """``module(*args, **kwargs)``."""
+        return self.module(*args, **kwargs)
+
+    def load_state_dict(self, state_dict, strict=True, assign=False):
+        """As ``nn.Module.load_state_dict``, but a refused load has changed nothing.
+
+        With ``assign``, tensors in the model's memory are copied: an average needs memory of its own. Loaded as part of
+        a larger module, this one is subject to that module's ``load_state_dict``.
+
+        Raises:
+            RuntimeError: names (with ``strict``) or shapes differ; the message names all of them.
+        """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict: expected a dictionary, got {type(state_dict).__name__}")
+        own = self.state_dict()
+        if any(f"module.{name}" in own for name in state_dict) and not any(name in own for name in state_dict):
+            raise RuntimeError(
+                "state_dict: expected that of an EMA, whose names start with 'module.', got that of a model;"
+                " use ema.module.load_state_dict"
+            )
+        if assign:
+            state_dict = self._outside_the_model(state_dict)
+        with unchanged_on_error(self, values=not assign):
+            return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def _outside_the_model(self, state_dict):
+        """The same with copies of the tensors that are in the model's memory."""
+        memory = self._model_memory()
+        found = {
+            name: value.detach().clone()
+            for name, value in state_dict.items()
+            if isinstance(value, torch.Tensor) and _memory(value) in memory
+        }
+        if not found:
+            return state_dict
+        copied = OrderedDict(state_dict)
+        copied.update(found)
+        if hasattr(state_dict, "_metadata"):  # the versions that modules saved
+            copied._metadata = state_dict._metadata
+        return copied
+
+    def extra_repr(self):
+        rounding = ", stochastic_rounding=True" if self.stochastic_rounding else ""
+        return f"momentum={self.momentum:g}, buffers={self.buffer_policy!r}{rounding}"
+
+
+_NOTHING = lists.Lanes([], [], [])
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    if shards.is_fsdp(model):
+        raise RuntimeError(
+            "model: FSDP2's modules cannot be copied; make the EMA before fully_shard, then call fully_shard on"
+            " ema.module and its parts exactly as on the model and its parts"
+        )
+    try:
+        return copy_of(model)
+    except Exception as error:
+        raise RuntimeError(
+            f"model: copy.deepcopy cannot copy this {type(model).__name__} ({type(error).__name__}: {error});"
+            " make a second one and give it as module="
+        ) from error
+
+
+def _memory(tensor):
+    """What two tensors have in common that share memory; None for one without elements."""
+    if not lists.is_plain(type(tensor)):
+        return id(tensor)
+    if tensor.layout != torch.strided or tensor.is_meta:
+        return id(tensor)
+    return tensor.untyped_storage().data_ptr() or None
+
+
+def cosine_momentum(step, max_steps, base=0.996, final=1.0):
+    r"""BYOL's momentum schedule (arXiv:2006.07733, section 3.3): a half cosine from ``base`` to ``final``.
+
+    :math:`m_k = m_K - (m_K - m_0) (\cos(\pi k / K) + 1) / 2` at step :math:`k` of :math:`K`; with ``final = 1`` this is
+    the paper's :math:`1 - (1 - m_0)(\cos(\pi k / K) + 1) / 2`. Past the last step it stays at ``final``.
+
+    Args:
+        step: a number >= 0, or a tensor of one element: then the result is a 0-dim tensor on its device, and the value
+            is not read.
+        max_steps: a number > 0.
+        base, final: numbers in [0, 1].
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message says which and why.
+    """
+    max_steps = check.positive_number("max_steps", max_steps)
+    base, final = check.real("base", base), check.real("final", final)
+    for name, value in (("base", base), ("final", final)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name}: expected a number in [0, 1], got {value}")
+    if isinstance(step, torch.Tensor):
+        if step.numel() != 1:
+            raise ValueError(f"step: expected a number or a tensor of one element, got shape {tuple(step.shape)}")
+        progress = (step.reshape(()).float() / max_steps).clamp(0, 1)
+        return final - (final - base) * ((math.pi * progress).cos() + 1) / 2
+    step = check.real("step", step, "a number or a tensor of one element")
+    if not step >= 0:
+        raise ValueError(f"step: expected a number >= 0, got {step}")
+    return final - (final - base) * (math.cos(math.pi * min(step / max_steps, 1)) + 1) / 2

@@ -1,0 +1,118 @@
+"""The tensors of a module by name, and the pairs that two modules make of them."""
+
+from typing import NamedTuple
+
+import torch
+
+from selfsup_kernels.core import shards, wrappers
+from selfsup_kernels.ema.checks import kind
+
+Tensor = torch.Tensor
+
+
+class Named(NamedTuple):
+    """The tensors of a module by name, each tensor once."""
+
+    parameters: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    scratch: set[str]
+    """The names of buffers that are not saved (``persistent=False``)."""
+    tied: bool
+    """Whether a tensor, or a part that holds something, has more names than one."""
+
+
+def named_tensors(module: torch.nn.Module) -> Named:
+    """As ``named_parameters`` and ``named_buffers``, in one pass over the modules, which every update makes twice.
+
+    Names lack what PyTorch's wrappers put into them (:func:`selfsup_kernels.core.wrappers.is_transparent`): a wrapped
+    module has the parameters of the module inside.
+
+    Where FSDP2 has left gathered parameters (the root's after a forward without backward), the shards come back first:
+    what is written into gathered ones would be lost.
+    """
+    parameters: dict[str, Tensor] = {}
+    buffers: dict[str, Tensor] = {}
+    scratch: set[str] = set()
+    seen, visited, tied = set(), set(), False
+    fsdp, wrapped = shards.fsdp_module_type(), wrappers.CHILDREN
+    ahead = [("", module)]  # a stack: ``named_modules`` has a generator for every module instead
+    while ahead:
+        prefix, owner = ahead.pop()
+        if owner in visited:
+            tied = tied or bool(owner._parameters or owner._buffers or owner._modules)
+            continue
+        visited.add(owner)
+        if fsdp is not None and isinstance(owner, fsdp):
+            owner.reshard()  # before its parts are visited, whose parameters it may hold too
+        parts = owner._modules
+        for found, own in ((parameters, owner._parameters), (buffers, owner._buffers)):
+            for key, tensor in own.items():
+                if tensor is None:
+                    continue
+                if id(tensor) in seen:
+                    tied = True
+                else:
+                    seen.add(id(tensor))
+                    found[prefix + key] = tensor
+        if owner._non_persistent_buffers_set:
+            scratch.update([prefix + key for key in owner._non_persistent_buffers_set])
+        if parts:
+            for key, part in reversed(parts.items()):  # so that the first one is taken first
+                if part is not None:
+                    transparent = key in wrapped and wrappers.is_transparent(owner, key)
+                    ahead.append((prefix if transparent else f"{prefix}{key}.", part))
+    return Named(parameters, buffers, scratch, tied)
+
+
+def match(
+    targets: dict[str, Tensor], sources: dict[str, Tensor], optional=frozenset()
+) -> tuple[list[Tensor], list[Tensor], list[str]]:
+    """(targets, sources, names): the tensors of two modules, paired by name.
+
+    Those with ``optional`` names are paired where both have one and it fits, and left alone elsewhere.
+
+    Raises:
+        ValueError: one has a name that the other lacks.
+    """
+    if optional:
+        left = {name for name in optional if not _fits(targets.get(name), sources.get(name))}
+        targets, sources = ({k: x for k, x in named.items() if k not in left} for named in (targets, sources))
+    if targets.keys() != sources.keys():
+        only_target = [name for name in targets if name not in sources]
+        only_source = [name for name in sources if name not in targets]
+        raise ValueError(
+            "targets, sources: expected modules with the same names of parameters and buffers;"
+            f" only in the target: {_some(only_target)}; only in the source: {_some(only_source)}"
+        )
+    return list(targets.values()), [sources[name] for name in targets], list(targets)
+
+
+def optional_names(targets: Named, sources: Named) -> set[str]:
+    """The names of buffers that neither module saves: a forward may have made or grown them in one of the two."""
+    if not targets.scratch and not sources.scratch:
+        return set()
+    saved = (targets.buffers.keys() - targets.scratch) | (sources.buffers.keys() - sources.scratch)
+    return (targets.scratch | sources.scratch) - saved
+
+
+def _fits(target: Tensor | None, source: Tensor | None) -> bool:
+    return (
+        target is not None
+        and source is not None
+        and target.shape == source.shape
+        and target.device == source.device
+        and kind(target.dtype) == kind(source.dtype)
+    )
+
+
+def match_modules(targets, sources) -> tuple[list[Tensor], list[Tensor], list[str]]:
+    """As :func:`match`, for all parameters and buffers of two modules."""
+    for name, module in (("targets", targets), ("sources", sources)):
+        if not isinstance(module, torch.nn.Module):
+            raise TypeError(f"{name}: expected an nn.Module like the other argument, got {type(module).__name__}")
+    own, theirs = named_tensors(targets), named_tensors(sources)
+    return match(own.parameters | own.buffers, theirs.parameters | theirs.buffers, optional_names(own, theirs))
+
+
+def _some(names: list[str]) -> str:
+    return (", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")) or "none"

@@ -1,0 +1,38 @@
+"""The ops ``ema_update_``, ``fused_sgd_`` and ``fused_adamw_``."""
+
+from selfsup_kernels.core.ops import define
+from selfsup_kernels.ema import optim_reference, reference
+
+
+def _in_place(*args):
+    return None
+
+
+# seed: a 0-dim int64 tensor turns stochastic rounding on (for bfloat16 and float16 targets).
+define(
+    "ema_update_",
+    "(Tensor(a!)[] targets, Tensor[] sources, Tensor? momentum_tensor, float momentum, Tensor? seed) -> ()",
+    gpu="cuda",
+    reference=reference.update_,
+    fake=_in_place,
+)
+# The step of an optimizer, then ema_update_ of targets from params; a target without elements stands for none.
+# momentum_buffers may be an empty list. scales: float64, one for each parameter, of its decayed gradient (LARS).
+define(
+    "fused_sgd_",
+    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor(c!)[] targets, Tensor? lr_tensor,"
+    " float lr, Tensor? ema_tensor, float ema, Tensor? seed, Tensor? scales, float weight_decay, float momentum,"
+    " float dampening, bool nesterov, bool maximize, bool first) -> ()",
+    gpu="cuda",
+    reference=optim_reference.sgd_,
+    fake=_in_place,
+)
+define(
+    "fused_adamw_",
+    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] targets,"
+    " Tensor? lr_tensor, float lr, Tensor? ema_tensor, float ema, Tensor? seed, float step, float beta1,"
+    " float beta2, float eps, float weight_decay, bool maximize) -> ()",
+    gpu="cuda",
+    reference=optim_reference.adamw_,
+    fake=_in_place,
+)

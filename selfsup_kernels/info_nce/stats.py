@@ -1,0 +1,128 @@
+"""How good embeddings are, without a gradient and without the matrix of similarities."""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from selfsup_kernels.core import validate as check
+
+_CHUNK_ELEMENTS = 1 << 22
+"""Similarities held at a time: 16 MB in float32."""
+
+
+class ContrastiveStats(NamedTuple):
+    """What :func:`contrastive_stats` returns: 0-dim float32 tensors on the device of the views."""
+
+    top1: torch.Tensor
+    positive_similarity: torch.Tensor
+    hardest_negative_similarity: torch.Tensor
+    alignment: torch.Tensor
+    uniformity: torch.Tensor
+
+
+@torch.no_grad()
+def contrastive_stats(views, *, labels=None, normalize=True, eps=1e-12) -> ContrastiveStats:
+    r"""Retrieval accuracy, similarities, alignment and uniformity of a batch of embeddings.
+
+    The :math:`M = V B` rows are :math:`z = h / \max(|h|, \epsilon)`. Positives of a row are the same sample's rows in
+    the other views (with ``labels``: every other row of its class), negatives the rows of all other samples (classes).
+
+    - ``top1``: the share of rows whose most similar other row is one of their positives. A negative that is as similar
+      as the best positive, up to rounding, counts against the row, so that collapsed embeddings score 0. Chance is
+      :math:`(V - 1) / (M - 1)` without labels.
+    - ``positive_similarity``: the mean of :math:`\langle z_i, z_j \rangle` over the ordered positive pairs.
+    - ``hardest_negative_similarity``: the mean over rows of their largest similarity with a negative.
+    - ``alignment``: the mean of :math:`|z_i - z_j|^2` over the positive pairs (arXiv:2005.10242, section 4.1,
+      with :math:`\alpha = 2`). Lower is better.
+    - ``uniformity``: :math:`\log \operatorname{mean}_{i \ne j} \exp(-2 |z_i - z_j|^2)` over all pairs of rows
+      (arXiv:2005.10242, section 4.1, with :math:`t = 2`; there over the rows of one view, here of all). Lower is
+      better.
+
+    Rows without a positive (one row in its class) are left out of what concerns positives, rows without a negative
+    out of ``hardest_negative_similarity``. What is left with nothing to average is NaN, and a row that holds NaN or
+    infinity makes everything NaN.
+
+    Takes :math:`2 M^2 D` operations and memory linear in the rows. Computed in float32, or in float64 for float64 and
+    for rows that are not normalised (distances of long rows cancel).
+
+    Args:
+        views: a ``(V, B, D)`` tensor or a sequence of V ``(B, D)`` tensors; V >= 2, or V >= 1 with ``labels``; B >= 2.
+        labels: ``(B,)`` integers.
+        normalize: divide the rows by their norm. With ``False`` similarities are plain inner products.
+        eps: the floor of the norm.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message says which and why.
+    """
+    matrices = check.views("views", views, 1 if labels is not None else 2)
+    check.same_dtype_and_device({f"views[{i}]": m for i, m in enumerate(matrices)})
+    batch = len(matrices[0])
+    check.samples(batch)
+    device = matrices[0].device
+    eps = check.positive_number("eps", eps)
+    if labels is None:
+        classes = torch.arange(batch, device=device)
+    else:
+        check.labels(labels, matrices)
+        classes = torch.unique(labels, return_inverse=True)[1]
+
+    with torch.autocast(device.type, enabled=False):
+        acc = torch.float64 if matrices[0].dtype == torch.float64 or not normalize else torch.float32
+        z = torch.cat([m.to(acc) for m in matrices])
+        if normalize:
+            norm = torch.linalg.vector_norm(z, dim=-1, keepdim=True, dtype=torch.float64)
+            z = (z / norm.clamp_min(eps)).to(acc)
+        classes = classes.repeat(len(matrices))
+        top1, hardest, uniformity = _by_rows(z, classes)
+        similarity, alignment = _by_classes(z, classes, batch)
+        stats = (top1, similarity, hardest, alignment, uniformity)
+        finite = z.isfinite().all()  # a comparison with NaN is false: it would pass for a wrong retrieval
+        return ContrastiveStats(*(torch.where(finite, value, torch.nan).float() for value in stats))
+
+
+def _by_rows(z, classes):
+    """(top1, hardest negative similarity, uniformity), from the similarities of some rows at a time."""
+    rows = len(z)
+    right, anchors, hardest, with_negatives = (z.new_zeros((), dtype=torch.float64) for _ in range(4))
+    square = (z * z).sum(-1)
+    # A product's columns may add in different orders, so that the scores of equal rows differ by a few roundings:
+    # relative to the largest score, and, where scores are subnormal, by less than the smallest normal number.
+    slack = 8 * torch.finfo(z.dtype).eps * square.max() + torch.finfo(z.dtype).tiny
+    kernels = []
+    step = max(1, _CHUNK_ELEMENTS // rows)
+    for start in range(0, rows, step):
+        own = torch.arange(start, min(start + step, rows), device=z.device)
+        scores = z[own] @ z.T
+        same = classes[own, None] == classes
+        negative = scores.masked_fill(same, -torch.inf).amax(-1)
+        same[own - start, own] = False
+        positive = scores.masked_fill(~same, -torch.inf).amax(-1)
+        is_anchor = same.any(-1)
+        has_negative = negative > -torch.inf
+        right += ((positive - negative > slack) & is_anchor).sum()
+        anchors += is_anchor.sum()
+        hardest += negative.where(has_negative, 0).sum(dtype=torch.float64)
+        with_negatives += has_negative.sum()
+        distance = (square[own, None] + square - 2 * scores).clamp_min_(0)
+        distance[own - start, own] = torch.inf
+        kernels.append((-2 * distance).logsumexp(-1).double())
+    uniformity = torch.cat(kernels).logsumexp(0) - math.log(rows * (rows - 1))
+    return right / anchors, hardest / with_negatives, uniformity
+
+
+def _by_classes(z, classes, count):
+    """(mean similarity, mean squared distance) of the positive pairs, from the sums of the classes.
+
+    Over the ordered pairs of a class of n rows with sum ``s``: ``sum <z_i, z_j> = |s|^2 - sum |z_i|^2`` and
+    ``sum |z_i - z_j|^2 = 2 (n sum |z_i|^2 - |s|^2)``. In float64, for the differences.
+    """
+    z = z.double()
+    sums = z.new_zeros(count, z.shape[1]).index_add_(0, classes, z)
+    squares = z.new_zeros(count).index_add_(0, classes, (z * z).sum(-1))
+    sizes = z.new_zeros(count).index_add_(0, classes, z.new_ones(len(z)))
+    pairs = (sizes * (sizes - 1)).sum()
+    of_sums = (sums * sums).sum(-1)
+    similarity = (of_sums - squares).sum() / pairs
+    alignment = (2 * (sizes * squares - of_sums)).sum().clamp_min(0) / pairs
+    return similarity, alignment

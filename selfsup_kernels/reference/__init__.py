@@ -1,1 +1,0 @@
-"""Eager PyTorch: the specification of every op (dense, differentiable by autograd) and its portable implementation."""

@@ -1,0 +1,141 @@
+"""Device code that several InfoNCE kernels share: loading a tile of rows, the score reference, masked log-sum-exp."""
+
+import triton
+import triton.language as tl
+
+from selfsup_kernels.tiles import layout
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+HEADROOM = tl.constexpr(70.0)
+"""Scores are exponentiated relative to ``max(bound - HEADROOM, 0)``: ``exp(70)``, summed 1e8 times, is a float32."""
+
+STATE_SCALE = tl.constexpr(layout.STATE_SCALE)
+STATE_NORM = tl.constexpr(layout.STATE_NORM)
+STATE_SLOW = tl.constexpr(layout.STATE_SLOW)
+STATE_SIZE = 4
+
+
+@triton.jit
+def load_tile(
+    source, row, column, STRIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DESCRIPTOR: tl.constexpr
+):
+    """(ROWS, COLUMNS) of the stored rows from (row, column) on; columns past STRIDE are zero.
+
+    ``source`` is a tensor descriptor (TMA) or a pointer. Rows need no mask: storage is padded with rows of zeros.
+    """
+    if DESCRIPTOR:
+        tile = source.load([row, column])
+    else:
+        rows = (row + tl.arange(0, ROWS)).to(tl.int64)
+        columns = column + tl.arange(0, COLUMNS)
+        at = source + rows[:, None] * STRIDE + columns[None, :]
+        if STRIDE % COLUMNS == 0:
+            tile = tl.load(at)
+        else:
+            tile = tl.load(at, mask=(columns < STRIDE)[None, :], other=0.0)
+    return tile
+
+
+@triton.jit
+def tile_scores(
+    source_x,
+    source_y,
+    x,
+    y,
+    x_row,
+    y_row,
+    STRIDE: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+    BLOCK_Y: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    RESIDENT: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Inner products (BLOCK_X, BLOCK_Y) of two blocks of rows, in float32: of x and y where they are resident, that is
+    as wide as the rows, else streamed in pieces of BLOCK_K."""
+    if RESIDENT:
+        products = tl.dot(x, tl.trans(y), input_precision=PRECISION)
+    else:
+        products = tl.zeros((BLOCK_X, BLOCK_Y), tl.float32)
+        for k in range(0, STRIDE, BLOCK_K):
+            xk = load_tile(source_x, x_row, k, STRIDE, BLOCK_X, BLOCK_K, DESCRIPTOR)
+            yk = load_tile(source_y, y_row, k, STRIDE, BLOCK_Y, BLOCK_K, DESCRIPTOR)
+            products = tl.dot(xk, tl.trans(yk), products, input_precision=PRECISION)
+    return products
+
+
+@triton.jit
+def score_reference(state, NORMALIZE: tl.constexpr):
+    """(scale, r): every score is at most r + HEADROOM, whatever the rows are.
+
+    The bound is ``scale`` for unit rows (1 % more, since rows of few bits are not exactly of unit length), else
+    ``scale`` times the largest squared norm. With ``r = 0`` for all but small temperatures nothing underflows either.
+    """
+    scale = tl.load(state + STATE_SCALE)
+    if NORMALIZE:
+        bound = scale * 1.01
+    else:
+        bound = scale * tl.load(state + STATE_NORM)
+    return scale, tl.where(bound > HEADROOM, bound - HEADROOM, 0.0)
+
+
+@triton.jit
+def relative_exponential(s, scale, reference, NORMALIZE: tl.constexpr):
+    """exp(s * scale - reference) of a tile of inner products.
+
+    One rounding of ``scale * log2(e)`` moves all scores by 6e-8 of themselves: nothing for unit rows, whose scores are
+    at most a few hundred, but much for rows of any length.
+    """
+    if NORMALIZE:
+        exponent = s * (scale * LOG2E) - reference * LOG2E
+    else:
+        exponent = (s * scale - reference) * LOG2E
+    return tl.exp2(exponent)
+
+
+@triton.jit
+def finite_or_zero(x):
+    """0 for an infinite maximum: -inf is that of no terms, and inf - inf would be NaN where the sum is inf."""
+    return tl.where(tl.abs(x) < float("inf"), x, 0.0)
+
+
+@triton.jit
+def log_sum_exp(x, mask):
+    """Over the last axis, of the elements in ``mask``; -inf where there are none. NaN stays: the maximum may drop it,
+    the sum does not."""
+    top = finite_or_zero(tl.max(tl.where(mask, x, float("-inf")), 1))
+    return tl.log(tl.sum(tl.where(mask, tl.exp(x - top[:, None]), 0.0), 1)) + top
+
+
+@triton.jit
+def log1p(x):
+    """Kahan's: exact where 1 + x rounds."""
+    y = 1.0 + x
+    return tl.where(y == 1.0, x, tl.log(y) * (x / tl.where(y == 1.0, 1.0, y - 1.0)))
+
+
+@triton.jit
+def log_add(a, b):
+    high, low = tl.where(a < b, b, a), tl.where(a < b, a, b)
+    value = high + log1p(tl.exp(low - finite_or_zero(high)))
+    value = tl.where(tl.abs(high) < float("inf"), value, high)  # both -inf, or one inf
+    return tl.where((a != a) | (b != b), a + b, value)
+
+
+@triton.jit
+def softplus(x):
+    return tl.where(x > 0, x, 0.0) + log1p(tl.exp(-tl.abs(x)))  # NaN comes through the second term
+
+
+@triton.jit
+def log_ratio(rest, positive):
+    """log(exp(rest) + exp(positive)) - positive; NaN, as that is, where the positive's score is infinite."""
+    return tl.where(positive == float("inf"), float("nan"), softplus(rest - positive))
+
+
+@triton.jit
+def sigmoid(x):
+    y = tl.exp(-tl.abs(x))
+    return tl.where(x > 0, 1.0, y) / (1.0 + y)
