@@ -20,7 +20,8 @@ endif
 
 # Written by setup.py at the end of a build.
 BUILT := selfsup_kernels/_build_info.json
-SOURCES := setup.py selfsup_kernels/core/build.py selfsup_kernels/version.py $(wildcard csrc/common/* csrc/cpu/*)
+SOURCES := setup.py selfsup_kernels/core/build.py selfsup_kernels/version.py $(wildcard csrc/common/* csrc/cpu/*) \
+  selfsup_kernels/info_nce/call.py selfsup_kernels/info_nce/objectives.py
 # The CUDA library is part of a build beside a CUDA build of torch, as $(PYTHON) of the command line may have; beside the
 # CPU-only torch of .venv it is a target of its own.
 CUDA_LIBRARY := selfsup_kernels/_CUDA.so

@@ -10,7 +10,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from selfsup_kernels.info_nce.objectives import negative_views, positive_views
+from selfsup_kernels.info_nce.objectives import TABLE, negative_views, positive_views
 
 
 def info_nce_loss(
@@ -55,7 +55,7 @@ def info_nce_loss(
     for u in range(num_views):
         # Row a of `negatives[v]` and `positives[v]` holds anchor (u, a)'s scores with view v, -inf where not one.
         negatives, positives, is_positive = {}, {}, {}
-        for v in negative_views(u, num_views, core, objective):
+        for v in negative_views(u, num_views, core, TABLE[objective].columns):
             negatives[v] = scores[u, :, v].masked_fill(same, -torch.inf)
         for v in positive_views(u, num_views, core) if labels is None else range(num_views):
             own = (sample[:, None] == sample[None, :]) if v == u else torch.zeros_like(same)

@@ -9,7 +9,9 @@ import torch
 
 from selfsup_kernels import info_nce_loss, spec
 from selfsup_kernels.core import backends, build
-from selfsup_kernels.info_nce.objectives import LABEL_OBJECTIVES, OBJECTIVES
+from selfsup_kernels.core.ops import REDUCTIONS
+from selfsup_kernels.info_nce.call import Call
+from selfsup_kernels.info_nce.objectives import LABEL_OBJECTIVES, OBJECTIVES, TABLE
 
 EXTENSION_REQUIRED = not build.environment_flag("SELFSUP_KERNELS_SKIP_BUILD")
 """Without the variable, no test of the C++ kernels is left out unseen."""
@@ -206,3 +208,22 @@ def brute_force(views, *, temperature, objective, labels=None, queue=None, core_
         return mean(terms)
 
     return torch.stack([torch.stack([anchor(u, a) for a in range(batch)]) for u in range(num_views)])
+
+
+def info_nce_call(
+    views, labels=None, queue=None, objective="supcon_out", core_view=-1, normalize=True, reduction="none", **others
+):
+    """The record of a call on views (V, B, D), or a list of them."""
+    facts = {"first": 0, "count": -1, "eps": 1e-12, "temperature": 0.1} | others
+    return Call(
+        num_views=len(views),
+        batch=views[0].shape[0],
+        dim=views[0].shape[1],
+        queue_rows=0 if queue is None else len(queue),
+        labelled=labels is not None,
+        core_view=core_view,
+        **TABLE[objective]._asdict(),
+        normalize=normalize,
+        reduction=REDUCTIONS.index(reduction),
+        **facts,
+    )

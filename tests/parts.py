@@ -1,52 +1,26 @@
 """What the processes of a group do for one loss, one after the other in this process."""
 
 import torch
-from helpers import assert_within, randn, run, temperature_rounding
+from helpers import assert_within, info_nce_call, randn, run, temperature_rounding
 
 from selfsup_kernels import spec
 from selfsup_kernels.core import ops
 from selfsup_kernels.info_nce import exchange
-from selfsup_kernels.info_nce.objectives import OBJECTIVES
+from selfsup_kernels.info_nce.call import Saved
 
 
 def in_parts(impl, views, sizes, temperature, upstream, objective, labels=None, queue=None, core=-1, normalize=True):
     """(losses (V, B), gradient of the views, of the temperature) of a batch of which process r has ``sizes[r]``."""
-    number = OBJECTIVES.index(objective)
-    num_views, batch, dim = views.shape
-    parts = [(sum(sizes[:r]), size) for r, size in enumerate(sizes)]
+    call = info_nce_call(views, labels, queue, objective, core, normalize, temperature=temperature)
+    calls = [call._replace(first=sum(sizes[:r]), count=size) for r, size in enumerate(sizes)]
     forward, backward = (ops.get(f"info_nce_{way}", impl) for way in ("forward", "backward"))
-    results = [
-        forward(list(views.unbind(0)), labels, queue, None, temperature, number, core, normalize, 1e-12, 0, *part)
-        for part in parts
-    ]
-    known = (impl, labels is not None, normalize)
-    rows = torch.cat(
-        [
-            exchange.own_rows(known[0], saved, *known[1:], num_views, batch, *part)
-            for (_, *saved), part in zip(results, parts, strict=True)
-        ],
-        1,
-    )
+    results = [forward(list(views.unbind(0)), labels, queue, None, *call) for call in calls]
+    saved = [Saved(*tables) for _, *tables in results]
+    rows = torch.cat([exchange.own_rows(*pair) for pair in zip(saved, calls, strict=True)], 1)
     assert rows.isfinite().logical_or(rows.isinf()).all(), "an owned row has no table"
     gradients = [
-        backward(
-            upstream,
-            *exchange.with_all_rows(known[0], saved, *known[1:], rows),
-            labels,
-            None,
-            temperature,
-            num_views,
-            batch,
-            dim,
-            number,
-            core,
-            normalize,
-            0,
-            True,
-            views.dtype,
-            *part,
-        )
-        for (_, *saved), part in zip(results, parts, strict=True)
+        backward(upstream, *exchange.with_all_rows(tables, call, rows), labels, *call, True, views.dtype)
+        for tables, call in zip(saved, calls, strict=True)
     ]
     return (
         torch.cat([loss for loss, *_ in results], 1).to(views.dtype),

@@ -357,8 +357,8 @@ def sent(group, views, labels):
 def test_what_is_sent_is_what_the_documents_say(ranks, labelled):
     """Also of shares that differ, which are all sent as long as the longest."""
     labels = random_labels(sum(SIZES[3]), 4) if labelled else None
-    # logw, coef and the upstream gradient of each row, in float64.
-    columns = 1 + 4 + 1 if labelled else 3 + 3 + 1
+    # log_weights, positives and the upstream gradient of each row, in float64.
+    columns = 1 + 3 + 1 if labelled else 3 + 3 + 1
     model = scaling_benchmark().scaling_model.received_bytes(3, 3 * max(SIZES[3]), 5, 3, 4, 8, columns, labelled)
     assert ranks.run(3, sent, randn(3, sum(SIZES[3]), 5), labels) == [model] * 3
 

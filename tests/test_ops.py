@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import LOW_PRECISION, randn
+from helpers import LOW_PRECISION, info_nce_call, randn
 
 from selfsup_kernels import byol_loss, info_nce_loss
 from selfsup_kernels.core import backends, ops
@@ -23,28 +23,22 @@ DTYPES = [torch.float64, torch.float32, *LOW_PRECISION]
 
 # name: (labels, queue, temperature as a tensor, objective, core view, normalize, reduction)
 FORMS = {
-    "plain": (False, False, False, "supcon_out", -1, True, 1),
-    "per anchor": (False, False, True, "pairwise", -1, True, 0),
-    "labels": (True, False, False, "supcon_in", -1, True, 2),
-    "queue": (False, True, True, "cross_view", 1, False, 1),
-    "labels and queue": (True, True, False, "decoupled", -1, True, 0),
+    "plain": (False, False, False, "supcon_out", -1, True, "mean"),
+    "per anchor": (False, False, True, "pairwise", -1, True, "none"),
+    "labels": (True, False, False, "supcon_in", -1, True, "sum"),
+    "queue": (False, True, True, "cross_view", 1, False, "mean"),
+    "labels and queue": (True, True, False, "decoupled", -1, True, "none"),
 }
 
 
 def info_nce_arguments(form, dtype):
-    labels, queue, tensor, objective, core, normalize, reduction = FORMS[form]
-    return (
-        list(randn(3, 5, 4, dtype=dtype).unbind(0)),
-        torch.tensor([1, 2, 1, 0, 2]) if labels else None,
-        randn(6, 4, dtype=dtype, seed=1) if queue else None,
-        torch.tensor(0.2) if tensor else None,
-        0.0 if tensor else 0.2,
-        OBJECTIVES.index(objective),
-        core,
-        normalize,
-        1e-12,
-        reduction,
-    )
+    labelled, queued, tensor, objective, core, normalize, reduction = FORMS[form]
+    views = list(randn(3, 5, 4, dtype=dtype).unbind(0))
+    labels = torch.tensor([1, 2, 1, 0, 2]) if labelled else None
+    queue = randn(6, 4, dtype=dtype, seed=1) if queued else None
+    temperature = 0.0 if tensor else 0.2
+    call = info_nce_call(views, labels, queue, objective, core, normalize, reduction, temperature=temperature)
+    return views, labels, queue, torch.tensor(0.2) if tensor else None, *call
 
 
 def test_every_op_is_tested_here():
@@ -62,10 +56,9 @@ def test_opcheck_info_nce(impl, form, dtype):
     forward = backends.op("info_nce_forward", impl)
     torch.library.opcheck(forward, arguments, test_utils=UTILS)
 
-    views, labels, _, tensor, temperature, objective, core, normalize, _, reduction = arguments
+    _, labels, _, _, *call = arguments
     loss, *saved = forward(*arguments)
-    backward = (torch.ones_like(loss), *saved, labels, tensor, temperature)
-    backward = (*backward, len(views), *views[0].shape, objective, core, normalize, reduction, True, dtype)
+    backward = (torch.ones_like(loss), *saved, labels, *call, True, dtype)
     torch.library.opcheck(backends.op("info_nce_backward", impl), backward, test_utils=UTILS)
 
 

@@ -15,21 +15,6 @@ double scale_of(const std::optional<Tensor>& tensor, double temperature, ScalarT
   return dtype == ScalarType::Double ? scale : static_cast<float>(scale);
 }
 
-LabelObjective label_objective(int64_t objective) {
-  switch (static_cast<Objective>(objective)) {
-    case Objective::SupconOut:
-      return LabelObjective::SupconOut;
-    case Objective::SupconIn:
-      return LabelObjective::SupconIn;
-    case Objective::PerPositive:
-      return LabelObjective::PerPositive;
-    case Objective::Decoupled:
-      return LabelObjective::Decoupled;
-    default:
-      STD_TORCH_CHECK(false, "this objective takes no labels");
-  }
-}
-
 // Where the row of (view, sample number in row order) lies, and which sample that is.
 struct RowMap {
   const int64_t* order;  // null without labels
@@ -83,8 +68,7 @@ void load_rows(const RowReader<T>& reader, RowMap map, int64_t rows, bool normal
   });
 }
 
-// The losses and tables of the objectives that tell views apart, for the owned samples. loss is by row, like logw and
-// coef.
+// The losses and tables of the objectives that tell views apart, for the owned samples, by row.
 template <typename T>
 void view_tables(
     const Layout& layout,
@@ -93,22 +77,23 @@ void view_tables(
     double scale,
     const std::vector<double>& n,
     double* loss,
-    double* logw,
-    double* coef) {
+    double* log_weights,
+    double* positives) {
   const int64_t batch = layout.batch, rows = layout.rows;
   const int views = layout.rule.views, columns = layout.rule.columns();
   torch::stable::parallel_for(layout.first, layout.first + layout.count, 64, [&](int64_t begin, int64_t end) {
-    std::vector<double> negatives(columns), positives(static_cast<size_t>(views) * views);
+    std::vector<double> negatives(columns), weights(columns), p(static_cast<size_t>(views) * views), by_view(views);
     for (int64_t a = begin; a < end; ++a) {
       for (int u = 0; u < views; ++u)
         for (int v = 0; v < u; ++v)
-          positives[u * views + v] = positives[v * views + u] =
+          p[u * views + v] = p[v * views + u] =
               scale * kernels<T>().dot(z + (u * batch + a) * dim, z + (v * batch + a) * dim, dim);
       for (int u = 0; u < views; ++u) {
         int64_t i = u * batch + a;
         for (int c = 0; c < columns; ++c) negatives[c] = n[c * rows + i];
-        loss[i] =
-            anchor_loss(layout.rule, u, negatives.data(), &positives[u * views], logw + i * columns, coef + i * views);
+        loss[i] = anchor_loss(layout.rule, u, negatives.data(), &p[u * views], weights.data(), by_view.data());
+        for (int c = 0; c < columns; ++c) log_weights[c * rows + i] = weights[c];
+        for (int v = 0; v < views; ++v) positives[v * rows + i] = by_view[v];
       }
     }
   });
@@ -117,8 +102,8 @@ void view_tables(
 // dz += the positives' part: every row meets its sample's rows in the other views, as anchor and as positive.
 template <typename T>
 void view_positives(
-    const Layout& layout, const T* z, int64_t dim, const double* coef, const std::vector<double>& g, T* dz) {
-  const int64_t batch = layout.batch;
+    const Layout& layout, const T* z, int64_t dim, const double* positives, const std::vector<double>& g, T* dz) {
+  const int64_t batch = layout.batch, rows = layout.rows;
   const int views = layout.rule.views;
   parallel(layout.count, std::max<int64_t>(1, 4096 / dim), [&](int64_t k) {
     const int64_t a = layout.first + k;
@@ -126,110 +111,84 @@ void view_positives(
       for (int v = 0; v < views; ++v) {
         int64_t i = u * batch + a, j = v * batch + a;
         if (i == j) continue;
-        double c = g[i] * coef[i * views + v] + g[j] * coef[j * views + u];
+        double c = g[i] * positives[v * rows + i] + g[j] * positives[u * rows + j];
         kernels<T>().add_scaled(dz + i * dim, z + j * dim, static_cast<T>(c), dim);
       }
     }
   });
 }
 
-struct Tables {
-  Tensor loss, z, rnorm, logw, coef, zq, order;
+// What the forward leaves for the backward: the fields of `Saved` in selfsup_kernels/info_nce/call.py, in their order.
+struct Saved {
+  Tensor rows, inverse_norms, log_weights, weights, positives, scalars, order, classes;
 };
 
 template <typename T>
-Tables forward(
+std::pair<Tensor, Saved> forward(
+    const Call& call,
     const std::vector<Tensor>& views,
     const std::optional<Tensor>& labels,
     const std::optional<Tensor>& queue,
-    double scale,
-    int64_t objective,
-    int64_t core,
-    bool normalize,
-    double eps,
-    int64_t reduction,
-    int64_t first,
-    int64_t owned) {
-  const int64_t count = views.size(), batch = views[0].size(0), dim = views[0].size(1), rows = count * batch;
-  const int64_t queued = queue ? queue->size(0) : 0;
+    double scale) {
+  const int64_t count = call.num_views, batch = call.batch, dim = call.dim, rows = count * batch;
+  const int64_t queued = call.queue_rows;
   const ScalarType f64 = ScalarType::Double;
 
   Tensor order = cpu_empty({labels ? batch : 0}, ScalarType::Long);
-  const Layout layout = labels
-                            ? label_layout(*labels, count, queue.has_value(), data<int64_t>(order), true, first, owned)
-                            : view_layout(count, batch, objective, core, queue.has_value(), first, owned);
+  const Layout layout = labels ? label_layout(call, *labels, data<int64_t>(order), true) : view_layout(call);
   const RowMap map{labels ? data<int64_t>(order) : nullptr, count, batch};
-  const int64_t columns = layout.rule.columns();
 
-  Tables out{
-      reduction == 0 ? cpu_empty({count, layout.count}, scalar_type<T>) : cpu_empty({}, scalar_type<T>),
-      cpu_empty({rows, dim}, scalar_type<T>),
-      cpu_empty({rows}, scalar_type<T>),
-      cpu_empty({rows, columns}, f64),
-      cpu_empty({rows, labels ? 4 : count}, f64),
-      cpu_empty({queued, dim}, scalar_type<T>),
-      order};
-  T *z = data<T>(out.z), *zq = data<T>(out.zq);
-  load_rows<T>(RowReader<T>(views), map, rows, normalize, eps, z, data<T>(out.rnorm));
-  if (queue) load_rows<T>(RowReader<T>({*queue}), RowMap{nullptr, 1, queued}, queued, normalize, eps, zq, nullptr);
+  Saved out{
+      cpu_empty({rows + queued, dim}, scalar_type<T>),
+      cpu_empty({rows + queued}, scalar_type<T>),
+      cpu_empty({layout.rule.columns(), rows}, f64),
+      cpu_empty({0, rows}, f64),
+      cpu_empty({labels ? 3 : count, rows}, f64),
+      cpu_empty({4}, f64),
+      order,
+      cpu_empty({2, 0}, ScalarType::Int)};
+  std::fill_n(data<double>(out.scalars), 4, 0.0);
+  data<double>(out.scalars)[0] = scale;
+  T *z = data<T>(out.rows), *zq = z + rows * dim, *norms = data<T>(out.inverse_norms);
+  load_rows<T>(RowReader<T>(views), map, rows, call.normalize, call.eps, z, norms);
+  if (queue)
+    load_rows<T>(
+        RowReader<T>({*queue}), RowMap{nullptr, 1, queued}, queued, call.normalize, call.eps, zq, norms + rows);
 
-  const double bound = score_bound(z, rows, zq, queued, dim, scale, normalize);
+  const double bound = score_bound(z, rows, zq, queued, dim, scale, call.normalize);
   std::vector<double> n = Pairs<T>(layout, z, dim, zq, queued, scale, bound).log_sums();
 
   std::vector<double> loss(rows);
+  double *log_weights = data<double>(out.log_weights), *positives = data<double>(out.positives);
   if (labels)
-    label_tables<T>(
-        layout,
-        z,
-        dim,
-        scale,
-        label_objective(objective),
-        n,
-        loss.data(),
-        data<double>(out.logw),
-        data<double>(out.coef));
+    label_tables<T>(call, layout, z, scale, n, loss.data(), log_weights, positives);
   else
-    view_tables<T>(layout, z, dim, scale, n, loss.data(), data<double>(out.logw), data<double>(out.coef));
+    view_tables<T>(layout, z, dim, scale, n, loss.data(), log_weights, positives);
 
-  T* result = data<T>(out.loss);
+  const bool each = call.reduction == 0;
+  Tensor result = each ? cpu_empty({count, layout.count}, scalar_type<T>) : cpu_empty({}, scalar_type<T>);
   double total = 0;
   for (int64_t i = 0; i < rows; ++i) {
     if (!layout.owns(i)) continue;
     total += loss[i];
-    if (reduction == 0) result[map.owned_place(layout, i)] = static_cast<T>(loss[i]);
+    if (each) data<T>(result)[map.owned_place(layout, i)] = static_cast<T>(loss[i]);
   }
-  if (reduction != 0) *result = static_cast<T>(reduction == 1 ? total / layout.owned_rows() : total);
-  return out;
+  if (!each) *data<T>(result) = static_cast<T>(call.reduction == 1 ? total / layout.owned_rows() : total);
+  return {result, out};
 }
 
 template <typename T>
 std::tuple<Tensor, Tensor> backward(
-    const Tensor& grad,
-    const Tensor& z_tensor,
-    const Tensor& rnorm,
-    const Tensor& logw,
-    const Tensor& coef,
-    const Tensor& zq_tensor,
-    const Tensor& order,
-    const std::optional<Tensor>& labels,
-    double scale,
-    int64_t count,
-    int64_t objective,
-    int64_t core,
-    bool normalize,
-    int64_t reduction,
-    ScalarType dtype,
-    int64_t first,
-    int64_t owned) {
-  const int64_t rows = z_tensor.size(0), dim = z_tensor.size(1), batch = rows / count, queued = zq_tensor.size(0);
-  T *z = data<T>(z_tensor), *zq = data<T>(zq_tensor);
-  const bool queue = queued > 0;
-  const Layout layout = labels ? label_layout(*labels, count, queue, data<int64_t>(order), false, first, owned)
-                               : view_layout(count, batch, objective, core, queue, first, owned);
-  const RowMap map{labels ? data<int64_t>(order) : nullptr, count, batch};
+    const Call& call, const Tensor& grad, const Saved& saved, const std::optional<Tensor>& labels, ScalarType dtype) {
+  const int64_t count = call.num_views, batch = call.batch, dim = call.dim, rows = count * batch;
+  const int64_t queued = call.queue_rows;
+  const double scale = data<double>(saved.scalars)[0];
+  T *z = data<T>(saved.rows), *zq = z + rows * dim;
+  const Layout layout = labels ? label_layout(call, *labels, data<int64_t>(saved.order), false) : view_layout(call);
+  const RowMap map{labels ? data<int64_t>(saved.order) : nullptr, count, batch};
 
   std::vector<double> g(rows);
-  const Upstream upstream(grad, reduction, count, batch);
+  const Upstream upstream(grad, call.reduction, count, batch);
   double largest = 0;
   for (int64_t i = 0; i < rows; ++i) {
     g[i] = upstream.at(map.view(i), map.sample(i));
@@ -245,13 +204,13 @@ std::tuple<Tensor, Tensor> backward(
   T* dz = data<T>(dz_tensor);
   parallel(rows, std::max<int64_t>(1, 16384 / dim), [&](int64_t i) { std::fill_n(dz + i * dim, dim, T(0)); });
 
-  const double bound = score_bound(z, rows, zq, queued, dim, scale, normalize);
-  const double from_queue =
-      1 / boost * Pairs<T>(layout, z, dim, zq, queued, scale, bound).gradient(data<double>(logw), g, dz);
+  const double bound = score_bound(z, rows, zq, queued, dim, scale, call.normalize);
+  const double from_queue = 1 / boost * Pairs<T>(layout, z, dim, zq, queued, scale, bound)
+                                            .gradient(data<double>(saved.log_weights), g, dz);
   if (labels)
-    label_gradient<T>(layout, z, dim, scale, label_objective(objective), data<double>(coef), g, dz);
+    label_gradient<T>(call, layout, z, scale, data<double>(saved.positives), g, dz);
   else
-    view_positives<T>(layout, z, dim, data<double>(coef), g, dz);
+    view_positives<T>(layout, z, dim, data<double>(saved.positives), g, dz);
 
   const Storage storage = storage_of(dtype);
   const bool in_place = !labels && layout.whole() && dtype == scalar_type<T>;
@@ -260,7 +219,7 @@ std::tuple<Tensor, Tensor> backward(
   std::vector<double> along(rows, 0.0);
   parallel(rows, std::max<int64_t>(1, 16384 / dim), [&](int64_t i) {
     if (!layout.owns(i)) return;
-    T r = normalize ? data<T>(rnorm)[i] : T(0);
+    T r = call.normalize ? data<T>(saved.inverse_norms)[i] : T(0);
     along[i] = kernels<T>().finish_row(z + i * dim, dz + i * dim, dim, static_cast<T>(scale / boost), r);
     if (in_place) return;
     const int64_t place = map.owned_place(layout, i) * dim;
@@ -268,7 +227,7 @@ std::tuple<Tensor, Tensor> backward(
   });
 
   // d loss / d scale = sum <z_i, dz_i> / scale, a pair of the batch counted for both of its rows, one with the queue
-  // once.
+  // once. It falls out of products that are needed anyway.
   double total = 0;
   for (double a : along) total += a;
   double grad_scale = 0.5 * (total / scale - from_queue) + from_queue;
@@ -277,87 +236,56 @@ std::tuple<Tensor, Tensor> backward(
   return {result, grad_temperature};
 }
 
+using torch::stable::detail::from;
+using torch::stable::detail::to;
+
+// (views, labels, queue, temperature_tensor, the fields of Call) -> (loss, the fields of Saved)
+void forward_op(StableIValue* stack, uint64_t, uint64_t) {
+  auto views = to<std::vector<Tensor>>(stack[0]);
+  auto labels = to<std::optional<Tensor>>(stack[1]), queue = to<std::optional<Tensor>>(stack[2]);
+  auto temperature = to<std::optional<Tensor>>(stack[3]);
+  const Call call(stack + 4);
+  STD_TORCH_CHECK(
+      static_cast<int64_t>(views.size()) == call.num_views && views[0].dim() == 2 && views[0].size(0) == call.batch &&
+          views[0].size(1) == call.dim && (queue ? queue->size(0) : 0) == call.queue_rows,
+      "info_nce_forward: expected tensors of the sizes of the call");
+  const ScalarType dtype = views[0].scalar_type();
+  auto run = dtype == ScalarType::Double ? forward<double> : forward<float>;
+  auto [loss, saved] = run(call, views, labels, queue, scale_of(temperature, call.temperature, dtype));
+  StableIValue* out = stack;
+  for (const Tensor& t :
+       {loss,
+        saved.rows,
+        saved.inverse_norms,
+        saved.log_weights,
+        saved.weights,
+        saved.positives,
+        saved.scalars,
+        saved.order,
+        saved.classes})
+    *out++ = from(t);
+}
+
+// (grad, the fields of Saved, labels, the fields of Call, need_temperature, dtype) -> (grad_views, grad_temperature)
+void backward_op(StableIValue* stack, uint64_t, uint64_t) {
+  auto grad = to<Tensor>(stack[0]);
+  Tensor t[saved_fields];
+  for (int i = 0; i < saved_fields; ++i) t[i] = to<Tensor>(stack[1 + i]);
+  const Saved saved{t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7]};
+  auto labels = to<std::optional<Tensor>>(stack[1 + saved_fields]);
+  const Call call(stack + 2 + saved_fields);
+  auto dtype = to<ScalarType>(stack[3 + saved_fields + Call::fields]);
+  auto run = saved.rows.scalar_type() == ScalarType::Double ? backward<double> : backward<float>;
+  auto [grad_views, grad_temperature] = run(call, grad, saved, labels, dtype);
+  stack[0] = from(grad_views);
+  stack[1] = from(grad_temperature);
+}
+
 }  // namespace
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_nce_forward(
-    std::vector<Tensor> views,
-    std::optional<Tensor> labels,
-    std::optional<Tensor> queue,
-    std::optional<Tensor> temperature_tensor,
-    double temperature,
-    int64_t objective,
-    int64_t core_view,
-    bool normalize,
-    double eps,
-    int64_t reduction,
-    int64_t first,
-    int64_t count) {
-  STD_TORCH_CHECK(!views.empty() && views[0].dim() == 2, "info_nce_forward: expected a list of matrices");
-  auto run = views[0].scalar_type() == ScalarType::Double ? forward<double> : forward<float>;
-  Tables t =
-      run(views,
-          labels,
-          queue,
-          scale_of(temperature_tensor, temperature, views[0].scalar_type()),
-          objective,
-          core_view,
-          normalize,
-          eps,
-          reduction,
-          first,
-          count);
-  return {t.loss, t.z, t.rnorm, t.logw, t.coef, t.zq, t.order};
-}
-
-std::tuple<Tensor, Tensor> info_nce_backward(
-    Tensor grad,
-    Tensor z,
-    Tensor rnorm,
-    Tensor logw,
-    Tensor coef,
-    Tensor zq,
-    Tensor order,
-    std::optional<Tensor> labels,
-    std::optional<Tensor> temperature_tensor,
-    double temperature,
-    int64_t num_views,
-    int64_t batch,
-    int64_t dim,
-    int64_t objective,
-    int64_t core_view,
-    bool normalize,
-    int64_t reduction,
-    bool need_temperature,
-    ScalarType dtype,
-    int64_t first,
-    int64_t count) {
-  (void)batch;  // z has these two sizes here
-  (void)dim;
-  (void)need_temperature;  // it falls out of products that are needed anyway
-  auto run = z.scalar_type() == ScalarType::Double ? backward<double> : backward<float>;
-  return run(
-      grad,
-      z,
-      rnorm,
-      logw,
-      coef,
-      zq,
-      order,
-      labels,
-      scale_of(temperature_tensor, temperature, z.scalar_type()),
-      num_views,
-      objective,
-      core_view,
-      normalize,
-      reduction,
-      dtype,
-      first,
-      count);
-}
 
 }  // namespace selfsup_kernels
 
 STABLE_TORCH_LIBRARY_IMPL(selfsup_kernels, CPU, m) {
-  m.impl("info_nce_forward.cpu", TORCH_BOX(&selfsup_kernels::info_nce_forward));
-  m.impl("info_nce_backward.cpu", TORCH_BOX(&selfsup_kernels::info_nce_backward));
+  m.impl("info_nce_forward.cpu", &selfsup_kernels::forward_op);
+  m.impl("info_nce_backward.cpu", &selfsup_kernels::backward_op);
 }

@@ -66,33 +66,26 @@ void but_itself(int64_t row, int64_t from, int64_t cols, const Part& part) {
   if (own + 1 < cols) part(own + 1, cols - own - 1);
 }
 
-Objective by_name(LabelObjective objective) {
-  switch (objective) {
-    case LabelObjective::SupconIn:
-      return Objective::SupconIn;
-    case LabelObjective::PerPositive:
-      return Objective::PerPositive;
-    case LabelObjective::Decoupled:
-      return Objective::Decoupled;
-    default:
-      return Objective::SupconOut;
-  }
+LabelForm form_of(const Call& call) {
+  if (call.numerator == static_cast<int64_t>(Numerator::LOG_SUM)) return LabelForm::Exponential;
+  if (call.inside == static_cast<int64_t>(Positives::ALL)) return LabelForm::Difference;
+  return call.inside == static_cast<int64_t>(Positives::ITSELF) ? LabelForm::Sigmoid : LabelForm::Constant;
 }
 
 }  // namespace
 
 template <typename T>
 void label_tables(
+    const Call& call,
     const Layout& layout,
     T* z,
-    int64_t dim,
     double scale,
-    LabelObjective objective,
     const std::vector<double>& n,
     double* loss,
-    double* logw,
-    double* coef) {
-  const int64_t rows = layout.rows, columns = layout.rule.columns();
+    double* log_weights,
+    double* positives) {
+  const int64_t rows = layout.rows, dim = call.dim, columns = layout.rule.columns();
+  const bool softplus = form_of(call) == LabelForm::Sigmoid;
   const Kernels<T>& kernel = kernels<T>();
   const T s = static_cast<T>(scale);
   std::vector<ClassSums> sums(rows);
@@ -107,7 +100,7 @@ void label_tables(
       T rest = static_cast<T>(negatives(begin + r));
       but_itself(begin + r, from, tile.cols, [&](int64_t first, int64_t length) {
         const T* row = tile.values + r * tile.cols + first;
-        if (objective == LabelObjective::PerPositive) {
+        if (softplus) {
           double part[2] = {0, 0};
           kernel.label_softplus(row, length, s, rest, part);
           sum.linear += part[0];
@@ -130,43 +123,37 @@ void label_tables(
 
   parallel(layout.owned_rows(), 1024, [&](int64_t i) {
     const double count = static_cast<double>(layout.class_of[i].size() - 1);
-    const double rest = negatives(i);
-    const ClassAnchor anchor = class_anchor(by_name(objective), rest, sums[i], count);
+    const ClassAnchor anchor = class_anchor(call, negatives(i), sums[i], count);
     loss[i] = anchor.loss;
-    for (int64_t c = 0; c < columns; ++c) logw[i * columns + c] = anchor.logw;
-    coef[4 * i] = anchor.den;
-    coef[4 * i + 1] = anchor.inside;
-    coef[4 * i + 2] = anchor.share;
-    coef[4 * i + 3] = rest;
+    for (int64_t c = 0; c < columns; ++c) log_weights[c * rows + i] = anchor.log_weight;
+    positives[i] = anchor.pivot;
+    positives[rows + i] = anchor.share;
+    positives[2 * rows + i] = anchor.factor;
   });
 }
 
 template <typename T>
 void label_gradient(
+    const Call& call,
     const Layout& layout,
     T* z,
-    int64_t dim,
     double scale,
-    LabelObjective objective,
-    const double* coef,
+    const double* positives,
     const std::vector<double>& g,
     T* dz) {
-  const int64_t rows = layout.rows;
+  const int64_t rows = layout.rows, dim = call.dim;
+  const LabelForm form = form_of(call);
   const Kernels<T>& kernel = kernels<T>();
   std::vector<T> weight(rows), share(rows), ref(rows);
   for (int64_t i = 0; i < rows; ++i) {
-    const double den = coef[4 * i], inside = coef[4 * i + 1], rest = coef[4 * i + 3];
-    share[i] = static_cast<T>(g[i] * coef[4 * i + 2]);
-    if (objective == LabelObjective::SupconIn)  // exp(x - den) - exp(x - inside), without the cancellation
-      std::tie(ref[i], weight[i]) = split_reference<T>(inside, g[i] * sigmoid(rest - inside));
-    else
-      std::tie(ref[i], weight[i]) = split_reference<T>(objective == LabelObjective::PerPositive ? rest : den, g[i]);
+    share[i] = static_cast<T>(g[i] * positives[rows + i]);
+    std::tie(ref[i], weight[i]) = split_reference<T>(positives[i], g[i] * positives[2 * rows + i]);
   }
   auto at = [&](int64_t i) { return LabelRow<T>{&weight[i], &share[i], &ref[i]}; };
   class_tiles<T>(layout, z, dim, [&](int64_t begin, int64_t from, const Tile<T>& tile) {
     const int64_t count = tile.rows, cols = tile.cols;
     T* values = tile.values;
-    kernel.label_gradient(values, cols, count, cols, static_cast<T>(scale), objective, at(begin), at(from));
+    kernel.label_gradient(values, cols, count, cols, static_cast<T>(scale), form, at(begin), at(from));
     for (int64_t i = std::max(begin, from); i < std::min(begin + count, from + cols); ++i)
       values[(i - begin) * cols + (i - from)] = 0;
     T *out = dz + begin * dim, *p = z + from * dim;
@@ -186,11 +173,11 @@ void label_gradient(
   });
 }
 
-#define SK_INSTANTIATE(T)                                                                                         \
-  template void label_tables<T>(                                                                                  \
-      const Layout&, T*, int64_t, double, LabelObjective, const std::vector<double>&, double*, double*, double*); \
-  template void label_gradient<T>(                                                                                \
-      const Layout&, T*, int64_t, double, LabelObjective, const double*, const std::vector<double>&, T*);
+#define SK_INSTANTIATE(T)                                                                                          \
+  template void label_tables<T>(                                                                                   \
+      const Call&, const Layout&, T*, double, const std::vector<double>&, double*, double*, double*);              \
+  template void label_gradient<T>(                                                                                 \
+      const Call&, const Layout&, T*, double, const double*, const std::vector<double>&, T*);
 SK_INSTANTIATE(float)
 SK_INSTANTIATE(double)
 

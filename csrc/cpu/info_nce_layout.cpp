@@ -23,33 +23,38 @@ int64_t read_label(const Tensor& labels, int64_t i) {
   }
 }
 
-Layout layout_of(int64_t views, int64_t batch, int64_t first, int64_t count) {
+Layout layout_of(const Call& call) {
   Layout layout;
-  layout.views = views;
-  layout.batch = batch;
-  layout.rows = views * batch;
-  layout.first = count < 0 ? 0 : first;
-  layout.count = count < 0 ? batch : count;
+  layout.views = call.num_views;
+  layout.batch = call.batch;
+  layout.rows = call.num_views * call.batch;
+  layout.first = call.count < 0 ? 0 : call.first;
+  layout.count = call.count < 0 ? call.batch : call.count;
   STD_TORCH_CHECK(
-      layout.first >= 0 && layout.first + layout.count <= batch, "first, count: expected a part of the batch");
+      layout.first >= 0 && layout.first + layout.count <= call.batch, "first, count: expected a part of the batch");
+  layout.rule = {
+      static_cast<Columns>(call.columns),
+      static_cast<Positives>(call.inside),
+      static_cast<Numerator>(call.numerator),
+      static_cast<int>(call.num_views),
+      static_cast<int>(call.core_view),
+      call.queue_rows > 0 ? 1 : 0};
   return layout;
 }
 
 }  // namespace
 
-Layout view_layout(
-    int64_t views, int64_t batch, int64_t objective, int64_t core, bool queue, int64_t first, int64_t count) {
-  Layout layout = layout_of(views, batch, first, count);
-  layout.rule = {static_cast<Objective>(objective), static_cast<int>(views), static_cast<int>(core), queue ? 1 : 0};
+Layout view_layout(const Call& call) {
+  Layout layout = layout_of(call);
   layout.cut_blocks();
   return layout;
 }
 
-Layout label_layout(
-    const Tensor& labels, int64_t views, bool queue, int64_t* order, bool sort, int64_t first, int64_t count) {
-  const int64_t batch = labels.size(0);
-  Layout layout = layout_of(views, batch, first, count);
-  layout.rule = {Objective::SupconOut, 1, -1, queue ? 1 : 0};
+Layout label_layout(const Call& call, const Tensor& labels, int64_t* order, bool sort) {
+  const int64_t batch = call.batch, views = call.num_views;
+  STD_TORCH_CHECK(labels.size(0) == batch, "labels: expected one for each sample");
+  Layout layout = layout_of(call);
+  layout.rule.views = 1;
   layout.labels = true;
   std::vector<int64_t> label(batch);
   for (int64_t i = 0; i < batch; ++i) label[i] = read_label(labels, i);

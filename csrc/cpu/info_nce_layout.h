@@ -6,7 +6,7 @@
 #include <limits>
 #include <tuple>
 
-#include "common/objectives.h"
+#include "cpu/objectives.h"
 #include "cpu/tiles.h"
 
 namespace selfsup_kernels {
@@ -121,14 +121,11 @@ struct Layout {
   }
 };
 
-// `count` negative: all samples.
-Layout view_layout(
-    int64_t views, int64_t batch, int64_t objective, int64_t core, bool queue, int64_t first, int64_t count);
+Layout view_layout(const Call& call);
 
 // The samples by label (`order`, filled where `sort`), and the rows in that order: row = place in `order` * views +
 // view.
-Layout label_layout(
-    const Tensor& labels, int64_t views, bool queue, int64_t* order, bool sort, int64_t first, int64_t count);
+Layout label_layout(const Call& call, const Tensor& labels, int64_t* order, bool sort);
 
 // weight * exp(x - ref) as weight' * exp(x - ref') with ref' a T: what rounding takes from the reference point, which
 // may be large at low temperatures, goes into the weight.

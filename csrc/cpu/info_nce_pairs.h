@@ -18,13 +18,13 @@ template <>
 struct Limits<float> {
   static constexpr double headroom = 70;         // exp(70) times 1e8 terms is below float's limit
   static constexpr double smallest_sum = 1e-30;  // terms below float's range are then below 1e-8 of the sum
-  static constexpr double largest_logw = 69.1;   // -log(smallest_sum)
+  static constexpr double largest_log_weight = 69.1;   // -log(smallest_sum)
 };
 template <>
 struct Limits<double> {
   static constexpr double headroom = 600;
   static constexpr double smallest_sum = 1e-250;
-  static constexpr double largest_logw = 575.7;
+  static constexpr double largest_log_weight = 575.7;
 };
 
 template <typename T>
@@ -100,18 +100,18 @@ class Pairs {
     return n;
   }
 
-  // dz_i += sum_j G_ij z_j over the negatives of the owned rows i, G_ij = e^S (g_i w_ij + g_j w_ji) with w = exp(logw).
-  // logw is rows x columns, g the upstream gradient of each row. Returns sum <z_i, the queue's part of dz_i>.
-  double gradient(const double* logw, const std::vector<double>& g, T* dz) {
-    double from_queue = queue_ > 0 ? queue_gradient(logw, g, dz) : 0;
+  // dz_i += sum_j G_ij z_j over the negatives of the owned rows i, G_ij = e^S (g_i w_ij + g_j w_ji) with w = exp(log_weights).
+  // log_weights is columns x rows, g the upstream gradient of each row. Returns sum <z_i, the queue's part of dz_i>.
+  double gradient(const double* log_weights, const std::vector<double>& g, T* dz) {
+    double from_queue = queue_ > 0 ? queue_gradient(log_weights, g, dz) : 0;
 
-    const int64_t rows = layout_.rows, columns = layout_.rule.columns(), views = layout_.rule.views;
+    const int64_t rows = layout_.rows, views = layout_.rule.views;
     std::vector<T> weight(views * rows);
     std::vector<char> apart(rows, 0);
     parallel(rows, 1024, [&](int64_t i) {
-      for (int64_t c = 0; c < views; ++c) apart[i] |= logw[i * columns + c] + ref_ > Limits<T>::largest_logw;
+      for (int64_t c = 0; c < views; ++c) apart[i] |= log_weights[c * rows + i] + ref_ > Limits<T>::largest_log_weight;
       for (int64_t c = 0; c < views; ++c)
-        weight[c * rows + i] = apart[i] ? T(0) : static_cast<T>(g[i] * std::exp(logw[i * columns + c] + ref_));
+        weight[c * rows + i] = apart[i] ? T(0) : static_cast<T>(g[i] * std::exp(log_weights[c * rows + i] + ref_));
     });
 
     BlockMatrix<T> out(dz, dim_, blocks_);
@@ -150,7 +150,7 @@ class Pairs {
     std::vector<int64_t> again;
     for (int64_t i = 0; i < rows; ++i)
       if (apart[i]) again.push_back(i);
-    exact_gradient(again, logw, g, dz);
+    exact_gradient(again, log_weights, g, dz);
     return from_queue;
   }
 
@@ -249,15 +249,14 @@ class Pairs {
   }
 
   // As `gradient`, for the given rows as anchors: their own part, then what they add to every other owned row. Each
-  // exponent is S + logw <= 0, so nothing overflows.
-  void exact_gradient(const std::vector<int64_t>& which, const double* logw, const std::vector<double>& g, T* dz) {
+  // exponent is S + log_weights <= 0, so nothing overflows.
+  void exact_gradient(const std::vector<int64_t>& which, const double* log_weights, const std::vector<double>& g, T* dz) {
     if (which.empty()) return;
-    const int64_t columns = layout_.rule.columns();
     auto weigh = [&](Tile<T>& tile, const std::vector<int64_t>& rows, int64_t j) {
       exclude(tile, segments_[j], [&](int64_t r) { return rows[r]; });
       for (size_t r = 0; r < rows.size(); ++r) {
         for (const auto& b : segments_[j]) {
-          auto [ref, weight] = split_reference<T>(-logw[rows[r] * columns + b.column], g[rows[r]]);
+          auto [ref, weight] = split_reference<T>(-log_weights[b.column * layout_.rows + rows[r]], g[rows[r]]);
           T* s = tile.values + r * tile.cols + (b.begin - blocks_.begin[j]);
           kernel_.exp_rows(s, tile.cols, 1, b.end - b.begin, scale_, &ref, &weight);
         }
@@ -301,8 +300,7 @@ class Pairs {
 
   // dz <- the queue's part. The queue takes no gradient, so each row needs only its own weight, and has its own
   // reference.
-  double queue_gradient(const double* logw, const std::vector<double>& g, T* dz) {
-    const int64_t columns = layout_.rule.columns();
+  double queue_gradient(const double* log_weights, const std::vector<double>& g, T* dz) {
     BlockMatrix<T> out(dz, dim_, blocks_);
     std::vector<double> along(blocks_.count(), 0.0);
     parallel_products(blocks_.count(), [&](int64_t i) {
@@ -311,7 +309,7 @@ class Pairs {
       std::vector<T> ref(rows), weight(rows);
       for (int64_t r = 0; r < rows; ++r) {
         std::tie(ref[r], weight[r]) =
-            split_reference<T>(-logw[(first + r) * columns + layout_.queue_column()], g[first + r]);
+            split_reference<T>(-log_weights[layout_.queue_column() * layout_.rows + first + r], g[first + r]);
       }
       for (int64_t q = 0; q < queue_blocks_.count(); ++q) {
         Tile<T>& tile = tiles_.get(thread_index(), rows, queue_blocks_.rows(q));

@@ -10,11 +10,11 @@ namespace selfsup_kernels {
 // The storage types, in the order of the EMA kernels' table.
 enum class Storage : int { Float = 0, Double = 1, BFloat16 = 2, Float16 = 3 };
 
-enum class LabelObjective : int { SupconOut = 0, SupconIn = 1, PerPositive = 2, Decoupled = 3 };
-
 // What an anchor with labels contributes to the gradient of a pair of one class; x is the pair's score.
-//   supcon_out: weight * exp(x - ref) - share    supcon_in: -weight * exp(x - ref)
-//   per_positive: -share * sigmoid(ref - x)      decoupled: -share
+//   Difference: weight * exp(x - ref) - share    Exponential: -weight * exp(x - ref)
+//   Sigmoid: -share * sigmoid(ref - x)           Constant: -share
+enum class LabelForm : int { Difference = 0, Exponential = 1, Sigmoid = 2, Constant = 3 };
+
 template <typename T>
 struct LabelRow {
   const T *weight, *share, *ref;
@@ -59,7 +59,7 @@ struct Kernels {
       int64_t rows,
       int64_t cols,
       T scale,
-      LabelObjective objective,
+      LabelForm form,
       LabelRow<T> row,
       LabelRow<T> col);
 

@@ -164,15 +164,15 @@ void label_softplus(const T* row, int64_t n, T scale, T negatives, double* sums)
   sums[1] += sum<T>(share);
 }
 
-template <typename T, LabelObjective O>
+template <typename T, LabelForm O>
 inline Vec<T> label_coefficient(Vec<T> x, Vec<T> weight, Vec<T> share, Vec<T> ref) {
-  if constexpr (O == LabelObjective::SupconOut) return weight * exp(x - ref) - share;
-  if constexpr (O == LabelObjective::SupconIn) return -weight * exp(x - ref);
-  if constexpr (O == LabelObjective::PerPositive) return -share * sigmoid<T>(ref - x);
+  if constexpr (O == LabelForm::Difference) return weight * exp(x - ref) - share;
+  if constexpr (O == LabelForm::Exponential) return -weight * exp(x - ref);
+  if constexpr (O == LabelForm::Sigmoid) return -share * sigmoid<T>(ref - x);
   return -share;
 }
 
-template <typename T, LabelObjective O>
+template <typename T, LabelForm O>
 void label_gradient_of(T* s, int64_t ld, int64_t rows, int64_t cols, T scale, LabelRow<T> row, LabelRow<T> col) {
   for (int64_t i = 0; i < rows; ++i) {
     Vec<T> weight = broadcast<T>(row.weight[i]), share = broadcast<T>(row.share[i]), ref = broadcast<T>(row.ref[i]);
@@ -186,17 +186,17 @@ void label_gradient_of(T* s, int64_t ld, int64_t rows, int64_t cols, T scale, La
 
 template <typename T>
 void label_gradient(
-    T* s, int64_t ld, int64_t rows, int64_t cols, T scale, LabelObjective objective, LabelRow<T> row, LabelRow<T> col) {
-  using O = LabelObjective;
-  switch (objective) {
-    case O::SupconOut:
-      return label_gradient_of<T, O::SupconOut>(s, ld, rows, cols, scale, row, col);
-    case O::SupconIn:
-      return label_gradient_of<T, O::SupconIn>(s, ld, rows, cols, scale, row, col);
-    case O::PerPositive:
-      return label_gradient_of<T, O::PerPositive>(s, ld, rows, cols, scale, row, col);
-    case O::Decoupled:
-      return label_gradient_of<T, O::Decoupled>(s, ld, rows, cols, scale, row, col);
+    T* s, int64_t ld, int64_t rows, int64_t cols, T scale, LabelForm form, LabelRow<T> row, LabelRow<T> col) {
+  using O = LabelForm;
+  switch (form) {
+    case O::Difference:
+      return label_gradient_of<T, O::Difference>(s, ld, rows, cols, scale, row, col);
+    case O::Exponential:
+      return label_gradient_of<T, O::Exponential>(s, ld, rows, cols, scale, row, col);
+    case O::Sigmoid:
+      return label_gradient_of<T, O::Sigmoid>(s, ld, rows, cols, scale, row, col);
+    case O::Constant:
+      return label_gradient_of<T, O::Constant>(s, ld, rows, cols, scale, row, col);
   }
 }
 

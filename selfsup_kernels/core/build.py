@@ -5,6 +5,7 @@ Importing it needs neither torch nor a compiler.
 """
 
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -65,13 +66,60 @@ SANITIZER_FLAGS = (
 )
 
 
+GENERATED = PACKAGE.parent / "build" / "include"
+"""Where headers go that are printed from Python."""
+
+_CPP_TYPES = {"Size": "int64_t", "int": "int64_t", "bool": "bool", "float": "double"}
+
+
+def write_headers() -> Path:
+    """Print the record of an InfoNCE call, and the numbers of the objectives, as C++; returns the include folder."""
+    call, objectives = (_load(PACKAGE / "info_nce" / f"{name}.py") for name in ("call", "objectives"))
+    fields = [(name, kind.__name__) for name, kind in call.Call.__annotations__.items()]
+    lines = [
+        "// Printed by selfsup_kernels/core/build.py from info_nce/call.py and info_nce/objectives.py.",
+        "#pragma once",
+        "#include <torch/csrc/stable/library.h>",
+        "#include <cstdint>",
+        "namespace selfsup_kernels {",
+    ]
+    for kind in (objectives.Columns, objectives.Positives, objectives.Numerator):
+        lines.append(f"enum class {kind.__name__} : int64_t {{ {', '.join(f'{x.name} = {x.value}' for x in kind)} }};")
+    lines += ["struct Call {", *(f"  {_CPP_TYPES[kind]} {name};" for name, kind in fields)]
+    lines += [
+        "  // From the arguments of an op, of which they are the next ones.",
+        "  explicit Call(const StableIValue* at) {",
+    ]
+    read = "torch::stable::detail::to"
+    lines += [f"    {name} = {read}<{_CPP_TYPES[kind]}>(at[{i}]);" for i, (name, kind) in enumerate(fields)]
+    lines += ["  }", f"  static constexpr int fields = {len(fields)};", "};"]
+    lines += [f"constexpr int saved_fields = {len(call.Saved._fields)};", "}  // namespace selfsup_kernels", ""]
+    path, text = GENERATED / "generated" / "call.h", "\n".join(lines)
+    if not path.exists() or path.read_text() != text:  # else everything would be compiled again
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return GENERATED
+
+
+def _load(path):
+    """A module of the package, without importing the package."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # where enumerations and named tuples look for themselves
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        del sys.modules[path.stem]
+    return module
+
+
 def extension(setuptools_extension, include_dirs, library_dirs, sanitize=False):
     """The ``Extension`` for setuptools."""
     extra = SANITIZER_FLAGS if sanitize else ()
     return setuptools_extension(
         "selfsup_kernels._C",
         sources=list(SOURCES),
-        include_dirs=[str(PACKAGE.parent / "csrc"), *include_dirs],
+        include_dirs=[str(PACKAGE.parent / "csrc"), str(write_headers()), *include_dirs],
         library_dirs=list(library_dirs),
         libraries=list(LIBRARIES),
         extra_compile_args=[*COMPILE_FLAGS, *extra],

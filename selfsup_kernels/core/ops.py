@@ -30,8 +30,7 @@ def define(
     *,
     gpu: str,
     reference: Callable,
-    fake: Callable,
-    gpu_fake: Callable | None = None,
+    fake: Callable | dict[str, Callable],
     launcher: Callable | None = None,
     batched: bool = False,
 ) -> None:
@@ -40,14 +39,14 @@ def define(
     Args:
         gpu: what its GPU kernels are written in, ``"triton"`` or ``"cuda"``.
         reference: the implementation in eager PyTorch, for every device.
-        fake: gives the shapes and dtypes of the results; ``gpu_fake`` those of the GPU kernels where they differ.
+        fake: gives the shapes and dtypes of the results; by implementation where they differ.
         launcher: the GPU implementation where that is Python.
         batched: whether ``torch.vmap`` may run it, one call for each element.
     """
     SCHEMAS[name], _gpu[name] = schema, gpu
     for impl in ("reference", "cpu", gpu):
         _library.define(f"{name}.{impl}{schema}")
-        chosen = gpu_fake if impl == gpu and gpu_fake is not None else fake
+        chosen = fake[impl] if isinstance(fake, dict) else fake
         torch.library.register_fake(f"{NAMESPACE}::{name}.{impl}", chosen, lib=_library)
         if batched:
             torch.library.register_vmap(f"{NAMESPACE}::{name}.{impl}", _loop(get(name, impl)), lib=_library)

@@ -1,6 +1,5 @@
 """``info_nce_loss``: check the arguments, choose an implementation, apply."""
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -10,8 +9,9 @@ from selfsup_kernels.core import validate as check
 from selfsup_kernels.core.transforms import active, apply
 from selfsup_kernels.info_nce import eager, exchange
 from selfsup_kernels.info_nce.autograd import InfoNCE
+from selfsup_kernels.info_nce.call import Call
 from selfsup_kernels.info_nce.exchange import GroupInfoNCE
-from selfsup_kernels.info_nce.objectives import LABEL_OBJECTIVES, OBJECTIVES, SYNONYMS
+from selfsup_kernels.info_nce.objectives import LABEL_OBJECTIVES, OBJECTIVES, SYNONYMS, TABLE
 from selfsup_kernels.tiles.layout import Layout, check_size
 
 
@@ -92,48 +92,47 @@ def info_nce_loss(
     arguments = (views, temperature, objective, labels, queue, core_view, normalize, eps, reduction, impl)
     group = processes.resolve(group)
     if group is None:
-        call = _check_info_nce(*arguments)
+        checked = _check_info_nce(*arguments)
         if queue is None:
-            check.samples(call.matrices[0].shape[0])
-        loss = _info_nce(call)
+            check.samples(checked.call.batch)
+        impl, stacked, call, tensors, *_ = checked
+        if impl == "reference" and eager.takes(checked.view, call):
+            loss = eager.info_nce_loss(call, *tensors)
+        else:
+            loss = apply(InfoNCE, impl, stacked, call, *tensors)
     else:
         if torch.compiler.is_compiling():  # says why before _disable_dynamo says that
             torch._dynamo.graph_break(msg="selfsup_kernels: a loss over many processes reads their sizes on the host")
-        loss, call = _group_info_nce(group, arguments)
-    return loss if call.autocast else loss.to(call.matrices[0].dtype)
+        loss, checked = _group_info_nce(group, arguments)
+    return loss if checked.autocast else loss.to(checked.view.dtype)
 
 
-def check_objective(value) -> int:
-    """The number of an objective. The message for one that the field calls otherwise says its name here."""
+def check_objective(value) -> str:
+    """An objective's name. The message for one that the field calls otherwise says its name here."""
     hint = ""
     if isinstance(value, str):
-        if value in OBJECTIVES:
-            return OBJECTIVES.index(value)
         plain = "".join(filter(str.isalnum, value.lower()))
         known = [repr(name) for name in OBJECTIVES if name.replace("_", "") == plain] or SYNONYMS.get(plain)
         hint = f"; its name here is {' or '.join(known)}" if known else ""
-    return check.choice("objective", value, OBJECTIVES, hint)
+    check.choice("objective", value, OBJECTIVES, hint)
+    return value
 
 
-def _info_nce(call):
-    impl, _, objective, *_ = call.constants
-    if impl == "reference":
-        _, labels, queue, *_ = call.tensors
-        sizes = len(call.matrices), 0 if queue is None else len(queue)
-        if eager.takes(call.matrices[0], *sizes, labels is not None, OBJECTIVES[objective]):
-            return eager.info_nce_loss(*call.constants[1:], *call.tensors)
-    return apply(InfoNCE, *call.constants, *call.tensors)
+class _Checked(NamedTuple):
+    """A call whose arguments fit."""
 
-
-class _InfoNCECall(NamedTuple):
-    matrices: list
-    autocast: bool
-    constants: tuple
+    impl: str
+    stacked: bool
+    """Whether the views came as one tensor."""
+    call: Call
     tensors: tuple
+    """The temperature's tensor, labels, queue, then the views as they came."""
+    view: torch.Tensor
+    autocast: bool
 
 
 def _check_info_nce(views, temperature, objective, labels, queue, core_view, normalize, eps, reduction, impl):
-    """The arguments of ``InfoNCE``, of what the user passed."""
+    """What the user passed, checked."""
     matrices = check.views("views", views, 1 if labels is not None else 2)
     first = matrices[0]
     batch, dim = first.shape
@@ -152,10 +151,8 @@ def _check_info_nce(views, temperature, objective, labels, queue, core_view, nor
         check.warn_once("views", f"views: (V, B, D), got {len(matrices)} views of {batch} samples; is it (B, V, D)?")
     if labels is not None:
         check.labels(labels, matrices)
-        if OBJECTIVES[objective] not in LABEL_OBJECTIVES:
-            raise ValueError(
-                f"labels: expected an objective of {', '.join(LABEL_OBJECTIVES)}, got {OBJECTIVES[objective]!r}"
-            )
+        if objective not in LABEL_OBJECTIVES:
+            raise ValueError(f"labels: expected an objective of {', '.join(LABEL_OBJECTIVES)}, got {objective!r}")
         if core_view is not None:
             raise ValueError("core_view: expected None together with labels")
     if core_view is not None:
@@ -171,12 +168,23 @@ def _check_info_nce(views, temperature, objective, labels, queue, core_view, nor
     if autocast:
         matrices, queue = check.one_dtype(matrices, queue)
         views = views.to(matrices[0].dtype) if stacked else views
-    core_view = -1 if core_view is None else core_view
-    temperature = 0.0 if temperature_tensor is not None else temperature
-    constants = (impl, temperature, objective, core_view, bool(normalize), eps, reduction, stacked)
-    return _InfoNCECall(
-        matrices, autocast, constants, (temperature_tensor, labels, queue, *([views] if stacked else matrices))
+    call = Call(
+        num_views=len(matrices),
+        batch=batch,
+        dim=dim,
+        queue_rows=0 if queue is None else queue.shape[0],
+        first=0,
+        count=-1,
+        labelled=labels is not None,
+        core_view=-1 if core_view is None else core_view,
+        **{name: int(value) for name, value in TABLE[objective]._asdict().items()},
+        normalize=bool(normalize),
+        reduction=reduction,
+        eps=eps,
+        temperature=0.0 if temperature_tensor is not None else temperature,
     )
+    tensors = (temperature_tensor, labels, queue, *([views] if stacked else matrices))
+    return _Checked(impl, stacked, call, tensors, matrices[0], autocast)
 
 
 @torch._disable_dynamo  # torch.compiler.disable would import torch._dynamo, which takes as long as torch
@@ -187,34 +195,9 @@ def _group_info_nce(group, arguments):
             "group: a loss over many processes cannot be transformed by torch.func; use backward(), or group='local'"
         )
     processes.check_group(group)
-    call = exchange.announced(group, _check_info_nce, *arguments)
-    impl, temperature, objective, core_view, normalize, eps, reduction, _ = call.constants
-    temperature_tensor, labels, queue, *_ = call.tensors
-    if temperature_tensor is not None:
-        temperature = temperature_tensor.item() if temperature_tensor.device.type == "cpu" else math.nan
-    samples, features = call.matrices[0].shape
-    shares, longest_queue = exchange.agree(
-        group,
-        exchange.Header(
-            refused=0,
-            samples=samples,
-            views=len(call.matrices),
-            features=features,
-            dtype=check.FLOATING.index(call.matrices[0].dtype),
-            objective=objective,
-            core_view=core_view,
-            normalize=normalize,
-            eps=eps,
-            reduction=reduction,
-            labels=labels is not None,
-            queue=queue is not None,
-            temperature=temperature,
-            gradient=torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in call.tensors),
-            impl=ops.IMPLS.index(impl),
-            queue_rows=0 if queue is None else len(queue),
-        ),
-    )
+    checked = exchange.announced(group, _check_info_nce, *arguments)
+    impl, stacked, call, tensors, view, _ = checked
+    shares, call, longest_queue = exchange.agree(group, impl, call, tensors, view)
     if impl == "triton":  # here, where all processes come to the same answer
-        layout = Layout(len(call.matrices), shares.batch, features, longest_queue, labels is not None)
-        check_size(impl, layout)
-    return GroupInfoNCE.apply(shares, *call.constants, *call.tensors), call
+        check_size(impl, Layout(call._replace(queue_rows=longest_queue)))
+    return GroupInfoNCE.apply(shares, impl, stacked, call, *tensors), checked

@@ -14,24 +14,23 @@ import torch.nn.functional as F
 
 from selfsup_kernels.core.eager import UnitRows, ordinary, without_autocast
 from selfsup_kernels.core.ops import REDUCTIONS, accumulation_dtype
-from selfsup_kernels.info_nce.objectives import OBJECTIVES, interacts
+from selfsup_kernels.info_nce.objectives import Columns, Numerator, Positives, negative_views, positive_views
 
 _MB = 1 << 20
 
 
-def takes(view, num_views, queue_rows, labelled, name):
-    """Whether ``info_nce_loss`` below is for a call with V views like ``view`` (B, D).
+def takes(view, call):
+    """Whether ``info_nce_loss`` below is for a call with views like ``view`` (B, D).
 
     It is up to the size from which the op is as fast as a loss written by hand. Autograd keeps up to ten times the
     scores.
     """
-    batch = view.shape[0]
-    rows = num_views * batch
-    if name == "cross_view":  # the op computes each score twice: for its row, and for its column
-        scores, limit = rows * (rows - batch) // 2 + rows * queue_rows, 64 * _MB
+    rows = call.num_views * call.batch
+    if call.columns == Columns.OTHER:  # the op computes each score twice: for its row, and for its column
+        scores, limit = rows * (rows - call.batch) // 2 + rows * call.queue_rows, 64 * _MB
     else:
-        scores = rows * (rows + queue_rows)
-        limit = 16 * _MB if labelled or queue_rows or name == "pairwise" else _MB
+        scores = rows * (rows + call.queue_rows)
+        limit = 16 * _MB if call.labelled or call.queue_rows or call.columns == Columns.OWN_AND_OTHER else _MB
     return ordinary(view) and scores * accumulation_dtype(view.dtype).itemsize <= limit
 
 
@@ -51,24 +50,21 @@ class _Scores(torch.autograd.Function):
         return grad @ columns, grad.mT @ rows if ctx.needs_input_grad[1] else None
 
 
-def info_nce_loss(
-    temperature, objective, core_view, normalize, eps, reduction, stacked, temperature_tensor, labels, queue, *views
-):
+def info_nce_loss(call, temperature_tensor, labels, queue, *views):
     """The loss, in float32 at least, of the arguments of ``info_nce.autograd.InfoNCE``."""
-    name, reduction = OBJECTIVES[objective], REDUCTIONS[reduction]
-    num_views = len(views[0]) if stacked else len(views)
+    reduction, num_views, normalize, eps = REDUCTIONS[call.reduction], call.num_views, call.normalize, call.eps
     z, scale = UnitRows.apply(normalize, eps, temperature_tensor, *views)
-    scaled = z * (1 / temperature if scale is None else scale)
+    scaled = z * (1 / call.temperature if scale is None else scale)
     if queue is not None:
         with torch.no_grad():
             queue, _ = UnitRows.apply(normalize, eps, None, queue)
-    if (num_views > 2 and name == "pairwise") or name == "cross_view":
-        loss = _by_view_pairs(scaled, z, queue, num_views, name, core_view)
+    if call.columns == Columns.OTHER or (call.columns == Columns.OWN_AND_OTHER and num_views > 2):
+        loss = _by_view_pairs(scaled, z, queue, call)
     else:
         scores = _Scores.apply(scaled, z if queue is None else torch.cat([z, queue]))
-        if num_views == 2 and labels is None and name != "decoupled":  # one positive: these objectives are NT-Xent
+        if num_views == 2 and labels is None and call.inside != Positives.NONE:  # of one positive they are NT-Xent
             return _nt_xent(scores, reduction)
-        loss = _pooled(scores, num_views, labels, name, core_view)
+        loss = _pooled(scores, labels, call)
     return loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()
 
 
@@ -81,14 +77,14 @@ def _nt_xent(scores, reduction):
     return loss.view(2, -1) if reduction == "none" else loss
 
 
-def _by_view_pairs(scaled, z, queue, num_views, name, core_view):
+def _by_view_pairs(scaled, z, queue, call):
     """(V, B): the mean of a term for each view that the anchor's view meets, whose negatives are of these two views
-    (``pairwise``) or of the other one (``cross_view``)."""
-    batch = len(z) // num_views
+    or of the other one."""
+    num_views, batch = call.num_views, call.batch
     rest = None  # the log-sum-exp of what all terms of an anchor have in common
     if queue is not None:
         rest = _Scores.apply(scaled, queue).logsumexp(-1).view(num_views, batch)
-    if name == "pairwise" and batch > 1:
+    if call.columns == Columns.OWN_AND_OTHER and batch > 1:
         itself = torch.eye(batch, dtype=torch.bool, device=z.device)
         own = _Scores.apply(scaled.view(num_views, batch, -1), z.view(num_views, batch, -1))
         own = own.masked_fill(itself, -torch.inf).logsumexp(-1)
@@ -96,7 +92,7 @@ def _by_view_pairs(scaled, z, queue, num_views, name, core_view):
     scaled, z, positive = scaled.split(batch), z.split(batch), torch.arange(batch, device=z.device)
     terms = [[] for _ in z]
     for u, v in itertools.combinations(range(num_views), 2):
-        if not interacts(u, v, core_view):
+        if v not in positive_views(u, num_views, call.core_view):
             continue
         scores = _Scores.apply(scaled[u], z[v])
         for anchor, of_anchor in ((u, scores), (v, scores.T)):
@@ -108,18 +104,18 @@ def _by_view_pairs(scaled, z, queue, num_views, name, core_view):
     return torch.stack([own[0] if len(own) == 1 else torch.stack(own).mean(0) for own in terms])
 
 
-def _pooled(scores, num_views, labels, name, core_view):
+def _pooled(scores, labels, call):
     """(V, B) of the scores (M, M + K), where the negatives of all views count alike."""
-    rows, device = len(scores), scores.device
-    batch = rows // num_views
+    rows, device, num_views, batch = len(scores), scores.device, call.num_views, call.batch
     samples = torch.arange(batch, device=device) if labels is None else labels
     same = (samples[:, None] == samples).repeat(num_views, num_views)
     itself = torch.eye(rows, dtype=torch.bool, device=device)
     positive = same & ~itself
-    left_out = itself if name in ("supcon_out", "supcon_in") else same  # of the denominator
-    if core_view >= 0:
+    left_out = itself if call.inside == Positives.ALL else same  # of the denominator
+    if call.core_view >= 0:
         views = range(num_views)
-        met = torch.tensor([[interacts(u, v, core_view) for v in views] for u in views], device=device)
+        met = [negative_views(u, num_views, call.core_view, call.columns) for u in views]
+        met = torch.tensor([[v in met[u] for v in views] for u in views], device=device)
         met = met.repeat_interleave(batch, 0).repeat_interleave(batch, 1)
         positive, left_out = positive & met, left_out | ~met
     if scores.shape[1] > rows:
@@ -133,13 +129,13 @@ def _pooled(scores, num_views, labels, name, core_view):
     def mean(values):
         return torch.where(positive, values, 0).sum(-1) / at_least_one
 
-    if name == "supcon_in":
+    if call.numerator == Numerator.LOG_SUM:
         loss = lse - _logsumexp(scores, ~positive, count == 0) + at_least_one.log()
-    elif name == "per_positive":
+    elif call.inside == Positives.ITSELF:
         # Where a row has no negative: 0, or NaN where the score is infinite, as its log-sum-exp would give.
         loss = mean(torch.where(alone[:, None], scores, torch.logaddexp(lse[:, None], scores)) - scores)
     else:
-        if name == "decoupled":
+        if call.inside == Positives.NONE:
             lse = lse.masked_fill(alone, -torch.inf)
         loss = lse - mean(scores)
     return torch.where(count > 0, loss, 0).view(num_views, batch)

@@ -1,7 +1,61 @@
-"""The six N-view contrastive objectives: their names, their numbers in the ops, and which view pairs they use."""
+"""The six N-view contrastive objectives as data, and which views meet.
 
-OBJECTIVES = ("supcon_out", "supcon_in", "per_positive", "pairwise", "cross_view", "decoupled")
-"""The position of an objective in this tuple is its number in the ops (``csrc/common/objectives.h`` has the same)."""
+Of an anchor with negatives n and positives p the loss is ``log(denominator) - numerator``, and three columns say the
+six of :mod:`selfsup_kernels.spec`. Only these two modules know names: kernels take the numbers. Nothing is imported
+here but the standard library, since the build reads the numbers for C++.
+"""
+
+from enum import IntEnum
+from typing import NamedTuple
+
+
+class Columns(IntEnum):
+    """Whose negatives are in the denominator."""
+
+    ALL = 0
+    """All views'."""
+    OWN_AND_OTHER = 1
+    """The anchor's own view's and the positive's."""
+    OTHER = 2
+    """The positive's view's alone."""
+
+
+class Positives(IntEnum):
+    """Which positives are in the denominator."""
+
+    ALL = 0
+    ITSELF = 1
+    """One denominator for each positive, with that one in it; the loss is their mean."""
+    NONE = 2
+
+
+class Numerator(IntEnum):
+    """What is made of the positives' scores."""
+
+    MEAN = 0
+    LOG_SUM = 1
+    """The log of the mean of their exponentials."""
+
+
+class Objective(NamedTuple):
+    columns: Columns
+    inside: Positives
+    numerator: Numerator
+
+
+TABLE = {
+    "supcon_out": Objective(Columns.ALL, Positives.ALL, Numerator.MEAN),
+    "supcon_in": Objective(Columns.ALL, Positives.ALL, Numerator.LOG_SUM),
+    "per_positive": Objective(Columns.ALL, Positives.ITSELF, Numerator.MEAN),
+    "pairwise": Objective(Columns.OWN_AND_OTHER, Positives.ITSELF, Numerator.MEAN),
+    "cross_view": Objective(Columns.OTHER, Positives.ITSELF, Numerator.MEAN),
+    "decoupled": Objective(Columns.ALL, Positives.NONE, Numerator.MEAN),
+}
+
+OBJECTIVES = tuple(TABLE)
+
+LABEL_OBJECTIVES = tuple(name for name, objective in TABLE.items() if objective.columns == Columns.ALL)
+"""Objectives that are defined for labels: those whose denominator does not depend on the view of the positive."""
 
 SYNONYMS = {
     "clip": ["'cross_view'"],
@@ -18,24 +72,17 @@ SYNONYMS = {
 }
 """What the field calls objectives, in small letters without punctuation, and their names here: for the message."""
 
-LABEL_OBJECTIVES = ("supcon_out", "supcon_in", "per_positive", "decoupled")
-"""Objectives that are defined for labels: those whose denominator does not depend on the view of the positive."""
-
-
-def interacts(u: int, v: int, core_view: int) -> bool:
-    """Whether views ``u`` and ``v`` meet at all, as positives or as negatives of each other.
-
-    Without a core view (``core_view < 0``) all do. With one, two different views meet only if one of them is the core
-    (CMC's core-view graph, arXiv:1906.05849, section 3.4); a view always meets itself.
-    """
-    return core_view < 0 or u == v or core_view in (u, v)
-
 
 def positive_views(u: int, num_views: int, core_view: int) -> list[int]:
-    """The views in which an anchor of view ``u`` has its positives."""
-    return [v for v in range(num_views) if v != u and interacts(u, v, core_view)]
+    """The views in which an anchor of view ``u`` has its positives.
+
+    Without a core view (``core_view < 0``) all others. With one, two different views meet only if one of them is the
+    core (CMC's core-view graph, arXiv:1906.05849, section 3.4).
+    """
+    return [v for v in range(num_views) if v != u and (core_view < 0 or core_view in (u, v))]
 
 
-def negative_views(u: int, num_views: int, core_view: int, objective: str) -> list[int]:
-    """The views in which an anchor of view ``u`` has negatives (its own too, but for ``cross_view``)."""
-    return [v for v in range(num_views) if interacts(u, v, core_view) and not (v == u and objective == "cross_view")]
+def negative_views(u: int, num_views: int, core_view: int, columns: Columns) -> list[int]:
+    """The views in which an anchor of view ``u`` has negatives: those of its positives, and mostly its own."""
+    own = [] if columns == Columns.OTHER else [u]
+    return sorted(own + positive_views(u, num_views, core_view))

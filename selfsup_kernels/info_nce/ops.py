@@ -1,4 +1,10 @@
-"""The ops ``info_nce_forward`` and ``info_nce_backward``."""
+"""The ops ``info_nce_forward`` and ``info_nce_backward``: the tensors of a call, then the fields of its record.
+
+The forward returns the loss, () or (V, own samples) by ``reduction``, and the fields of ``Saved``. The backward takes
+the gradient of the loss (of a call of one process among many: (V, B), of all samples), ``Saved``, the labels and the
+record; it returns the gradient of the own samples, (V, own samples, D) in ``dtype``, and that of the temperature, a
+0-dim float64 tensor, 0 unless ``need_temperature``.
+"""
 
 import importlib
 
@@ -6,138 +12,85 @@ import torch
 
 from selfsup_kernels.core.ops import REDUCTIONS, accumulation_dtype, define
 from selfsup_kernels.info_nce import reference
+from selfsup_kernels.info_nce.call import Call, Saved, schema, unpack_backward
 from selfsup_kernels.tiles.layout import Layout
 
-# loss is () or (V, B) by `reduction`. The other outputs are what the backward needs: z, the (normalised) rows in
-# the accumulation dtype; rnorm, 1/max(|h|, eps) (negative where the floor eps was taken); logw and coef, the
-# coefficient tables of the objective; zq, the rows of the queue; order, the samples sorted by label.
-# With count >= 0 only the tables of samples first .. first + count are filled, and loss is (V, count) or of these
-# anchors alone: one process's part of a batch of many, see `selfsup_kernels.core.processes`.
-FORWARD = (
-    "(Tensor[] views, Tensor? labels, Tensor? queue, Tensor? temperature_tensor, float temperature,"
-    " int objective, int core_view, bool normalize, float eps, int reduction, int first=0, int count=-1)"
-    " -> (Tensor loss, Tensor z, Tensor rnorm, Tensor logw, Tensor coef, Tensor zq, Tensor order)"
-)
-# grad_temperature is a 0-dim float64 tensor; 0 unless need_temperature. With count >= 0, the gradient of samples
-# first .. first + count, (V, count, D), from the tables of all; grad is (V, B), and grad_temperature their share.
-BACKWARD = (
-    "(Tensor grad, Tensor z, Tensor rnorm, Tensor logw, Tensor coef, Tensor zq, Tensor order, Tensor? labels,"
-    " Tensor? temperature_tensor, float temperature, int num_views, int batch, int dim, int objective,"
-    " int core_view, bool normalize, int reduction, bool need_temperature, ScalarType dtype, int first=0,"
-    " int count=-1) -> (Tensor grad_views, Tensor grad_temperature)"
-)
+_SAVED = ", ".join(f"Tensor {name}" for name in Saved._fields)
 
 
-def forward_fake(
-    views,
-    labels,
-    queue,
-    temperature_tensor,
-    temperature,
-    objective,
-    core_view,
-    normalize,
-    eps,
-    reduction,
-    first=0,
-    count=-1,
-):
-    num_views, batch, dim = len(views), views[0].shape[0], views[0].shape[1]
-    rows = num_views * batch
-    acc = accumulation_dtype(views[0].dtype)
-    new = views[0].new_empty
-    # With labels views no longer matter, so one column of negatives; the queue is one more.
-    columns = (1 if labels is not None else num_views) + (queue is not None)
-    return (
-        new((num_views, batch if count < 0 else count) if REDUCTIONS[reduction] == "none" else (), dtype=acc),
-        new((rows, dim), dtype=acc),
-        new((rows,), dtype=acc),
-        new((rows, columns), dtype=torch.float64),
-        new((rows, 4 if labels is not None else num_views), dtype=torch.float64),
-        new((0 if queue is None else queue.shape[0], dim), dtype=acc),
-        new((0 if labels is None else batch,), dtype=torch.int64),
+def _loss(view, call, dtype):
+    shape = (call.num_views, call.own) if REDUCTIONS[call.reduction] == "none" else ()
+    return view.new_empty(shape, dtype=dtype)
+
+
+def forward_fake(views, labels, queue, temperature_tensor, *call):
+    call, view = Call(*call), views[0]
+    rows, acc = call.num_views * call.batch, accumulation_dtype(view.dtype)
+    new = view.new_empty
+    return _loss(view, call, acc), *Saved(
+        rows=new((rows + call.queue_rows, call.dim), dtype=acc),
+        inverse_norms=new((rows + call.queue_rows,), dtype=acc),
+        log_weights=new((call.columns_of_tables, rows), dtype=torch.float64),
+        weights=new((0, rows), dtype=torch.float64),
+        positives=new((call.positives_of_tables, rows), dtype=torch.float64),
+        scalars=new((4,), dtype=torch.float64),
+        order=new((0,), dtype=torch.int64),
+        classes=new((2, 0), dtype=torch.int32),
     )
 
 
-def backward_fake(
-    grad,
-    z,
-    rnorm,
-    logw,
-    coef,
-    zq,
-    order,
-    labels,
-    temperature_tensor,
-    temperature,
-    num_views,
-    batch,
-    dim,
-    objective,
-    core_view,
-    normalize,
-    reduction,
-    need_temperature,
-    dtype,
-    first=0,
-    count=-1,
-):
-    return (
-        z.new_empty((num_views, batch if count < 0 else count, dim), dtype=dtype),
-        z.new_empty((), dtype=torch.float64),
+def forward_fake_cpu(views, labels, queue, temperature_tensor, *call):
+    loss, *saved = forward_fake(views, labels, queue, temperature_tensor, *call)
+    saved = Saved(*saved)
+    order = saved.order if labels is None else labels.new_empty((Call(*call).batch,), dtype=torch.int64)
+    return loss, *saved._replace(order=order)
+
+
+def forward_fake_triton(views, labels, queue, temperature_tensor, *call):
+    call, view = Call(*call), views[0]
+    layout, new = Layout(call), view.new_empty
+    float32 = {"dtype": torch.float32}
+    return _loss(view, call, torch.float32), *Saved(
+        rows=new((layout.stored_rows, layout.stride)),
+        inverse_norms=new((layout.rows + call.queue_rows,), **float32),
+        log_weights=new((call.columns_of_tables, layout.rows), **float32),
+        weights=new((call.columns_of_tables, layout.rows), **float32),
+        positives=new((call.positives_of_tables, layout.rows), **float32),
+        scalars=new((4,), **float32),
+        order=new((call.batch if call.labelled else 0,), dtype=torch.int64),
+        classes=new((2, layout.rows if call.labelled else 0), dtype=torch.int32),
     )
 
 
-def forward_fake_gpu(
-    views,
-    labels,
-    queue,
-    temperature_tensor,
-    temperature,
-    objective,
-    core_view,
-    normalize,
-    eps,
-    reduction,
-    first=0,
-    count=-1,
-):
-    layout = Layout(len(views), *views[0].shape, 0 if queue is None else queue.shape[0], labels is not None)
-    new = views[0].new_empty
-    return (
-        new(
-            (layout.user_views, layout.samples if count < 0 else count) if REDUCTIONS[reduction] == "none" else (),
-            dtype=torch.float32,
-        ),
-        new((layout.stored_rows, layout.stride)),
-        new((layout.rows + layout.queue,), dtype=torch.float32),
-        new((2, layout.columns, layout.rows), dtype=torch.float32),
-        new((3 if layout.labels else layout.views, layout.rows), dtype=torch.float32),
-        new((4,), dtype=torch.float32),
-        new((layout.samples + 2 * layout.batch if layout.labels else 0,), dtype=torch.int64),
-    )
+def backward_fake(grad, *arguments):
+    saved, _, call, (_, dtype) = unpack_backward(arguments)
+    new = saved.rows.new_empty
+    return new((call.num_views, call.own, call.dim), dtype=dtype), new((), dtype=torch.float64)
 
 
 def _triton(way):
-    def call(*args):
-        return getattr(importlib.import_module("selfsup_kernels.tiles.info_nce"), way)(*args)
+    """The launcher of one way, which the first call imports, and Triton with it."""
+
+    def call(*arguments):
+        return getattr(importlib.import_module("selfsup_kernels.tiles.info_nce"), way)(*arguments)
 
     return call
 
 
 define(
     "info_nce_forward",
-    FORWARD,
+    f"(Tensor[] views, Tensor? labels, Tensor? queue, Tensor? temperature_tensor, {schema(Call)})"
+    f" -> (Tensor loss, {_SAVED})",
     gpu="triton",
     reference=reference.forward,
-    fake=forward_fake,
-    gpu_fake=forward_fake_gpu,
-    launcher=_triton("forward"),  # imported, with Triton, by the first call
+    fake={"reference": forward_fake, "cpu": forward_fake_cpu, "triton": forward_fake_triton},
+    launcher=_triton("forward"),
     batched=True,
 )
 define(
     "info_nce_backward",
-    BACKWARD,
+    f"(Tensor grad, {_SAVED}, Tensor? labels, {schema(Call)}, bool need_temperature, ScalarType dtype)"
+    " -> (Tensor grad_views, Tensor grad_temperature)",
     gpu="triton",
     reference=reference.backward,
     fake=backward_fake,

@@ -1,127 +1,101 @@
 """N-view InfoNCE in eager PyTorch: the ops ``info_nce_*.reference``.
 
 Scores exist for a few samples at a time (``_BLOCK_BYTES``), so that memory is linear in the rows, and the backward
-computes them again. Two small tables carry the objective from the forward to the backward (and the same two in every
-implementation):
-
-- ``logw[i, v]``: ``d loss_i / d S_ij = exp(logw[i, v] + S_ij)`` for every negative ``j`` of view ``v``;
-- ``coef[i, v]``: ``d loss_i / d S_ip`` for the positive ``p`` of view ``v``. With labels, where an anchor has any
-  number of positives, ``coef[i] = (den, lsep, 1 / count, n)``, from which ``_label_pairs`` makes them.
-
-So the backward does not know the objective: with ``G_ij = g_i exp(logw[i, v_j] + S_ij) + g_j exp(logw[j, v_i] + S_ij)``
-the gradient is ``dz_i = scale * sum_j G_ij z_j`` plus the positives' part, and ``d/d scale`` falls out of its products
-with the rows.
+computes them again. Two small tables carry the objective from the forward to the backward, ``log_weights`` and
+``positives`` of :class:`selfsup_kernels.info_nce.call.Saved`. So the backward does not know the objective: with
+``G_ij = g_i exp(log_weights[v_j, i] + S_ij) + g_j exp(log_weights[v_i, j] + S_ij)`` the gradient is
+``dz_i = scale * sum_j G_ij z_j`` plus the positives' part, and ``d/d scale`` falls out of its products with the rows.
 
 Over many processes each computes the tables and the gradient of its own samples, ``first .. first + count``, against
 the rows of all; the rows of the others' tables arrive between forward and backward (``exchange.py``).
 
-Shapes: V views, W of them compared with an anchor, B samples, n of them in a block, D features, K rows of the queue;
-rows are ordered view by view.
+Shapes: V views, W of them compared with an anchor, B samples, n of them in a block, D features, K rows of the queue, C
+columns of negatives, P of positives; rows are ordered view by view.
 """
 
 import torch
 
 from selfsup_kernels.core.eager import scale_of, through_the_norm
-from selfsup_kernels.info_nce.objectives import OBJECTIVES, negative_views, positive_views
+from selfsup_kernels.core.ops import REDUCTIONS, accumulation_dtype
+from selfsup_kernels.info_nce.call import SCALE, Call, Saved, unpack_backward
+from selfsup_kernels.info_nce.objectives import Columns, Numerator, Positives, negative_views, positive_views
 
 _BLOCK_BYTES = 1 << 22
 """Scores held at a time, with up to three copies of them: so many that the work of a block dwarfs the overhead of
 its dozen of calls, so few that they stay in the processor's cache. Larger blocks are slower as well as larger."""
 
 
-def forward(
-    views,
-    labels,
-    queue,
-    temperature_tensor,
-    temperature,
-    objective,
-    core_view,
-    normalize,
-    eps,
-    reduction,
-    first=0,
-    count=-1,
-):
-    num_views, batch = len(views), views[0].shape[0]
+def forward(views, labels, queue, temperature_tensor, *call):
+    call = Call(*call)
     device = views[0].device
-    acc = torch.float64 if views[0].dtype == torch.float64 else torch.float32
-    name = OBJECTIVES[objective]
-    samples = range(first, batch if count < 0 else first + count)
+    acc = accumulation_dtype(views[0].dtype)
+    samples = range(call.first, call.first + call.own)
     with torch.autocast(device.type, enabled=False):
-        scale = scale_of(temperature_tensor, temperature, device)
-        z, rnorm = _rows(torch.cat([v.to(acc) for v in views]), normalize, eps)
-        zq = z.new_empty((0, z.shape[1])) if queue is None else _rows(queue.to(acc).contiguous(), normalize, eps)[0]
-        met = _met(num_views, name, device)
-        columns = _columns(z, met, num_views)
-        blocks = _blocks(z, zq, columns, scale, num_views, samples)
-        if labels is None:
-            order = torch.empty(0, dtype=torch.int64, device=device)
-            loss, logw, coef = _view_tables(blocks, met, num_views, len(zq) > 0, name, core_view)
-        else:
-            order = torch.argsort(labels)
-            loss, logw, coef = _label_tables(blocks, num_views, labels, name)
-        logw, coef = (_of_all_rows(table, samples, batch) for table in (logw, coef))
-        loss = loss if reduction == 0 else loss.mean() if reduction == 1 else loss.sum()
-    return loss.to(acc), z, rnorm, logw, coef, zq, order
+        scale = scale_of(temperature_tensor, call.temperature, device)
+        rows, inverse_norms = _rows(torch.cat([v.to(acc) for v in views]), call)
+        if queue is not None:
+            both = _rows(queue.to(acc), call)
+            rows, inverse_norms = (torch.cat(pair) for pair in zip((rows, inverse_norms), both, strict=True))
+        blocks = _blocks(rows, scale, call, samples)
+        tables = _view_tables(blocks, call, device) if labels is None else _label_tables(blocks, call, labels)
+        loss, *tables = tables
+        log_weights, positives = (_of_all_rows(table, samples, call.batch) for table in tables)
+        reduction = REDUCTIONS[call.reduction]
+        loss = loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()
+        scalars = scale.new_zeros(4)
+        scalars[SCALE] = scale
+    new = log_weights.new_empty
+    return loss.to(acc), *Saved(
+        rows,
+        inverse_norms,
+        log_weights,
+        new((0, log_weights.shape[1])),
+        positives,
+        scalars,
+        new(0, dtype=torch.int64),
+        new((2, 0), dtype=torch.int32),
+    )
 
 
-def backward(
-    grad,
-    z,
-    rnorm,
-    logw,
-    coef,
-    zq,
-    order,
-    labels,
-    temperature_tensor,
-    temperature,
-    num_views,
-    batch,
-    dim,
-    objective,
-    core_view,
-    normalize,
-    reduction,
-    need_temperature,
-    dtype,
-    first=0,
-    count=-1,
-):
-    rows, name = num_views * batch, OBJECTIVES[objective]
-    samples = range(first, batch if count < 0 else first + count)
+def backward(grad, *arguments):
+    saved, labels, call, (need_temperature, dtype) = unpack_backward(arguments)
+    num_views, batch, dim = call.num_views, call.batch, call.dim
+    samples = range(call.first, call.first + call.own)
+    z = saved.rows[: num_views * batch]
+    zq = saved.rows[num_views * batch :]
     with torch.autocast(z.device.type, enabled=False):
-        scale = scale_of(temperature_tensor, temperature, z.device)
-        g = grad.double() / rows if reduction == 1 else grad.double()
+        scale = saved.scalars[SCALE]
+        g = grad.double() / (num_views * batch) if REDUCTIONS[call.reduction] == "mean" else grad.double()
         g = g.expand(num_views, batch)
-        logw = logw.view(num_views, batch, -1)
-        coef = coef.view(num_views, batch, -1)
-        anchors = _exponents(logw, g.unsqueeze(-1), z.dtype)
-        met = _met(num_views, name, z.device)
-        columns = _columns(z, met, num_views)
+        log_weights, positives = (
+            table.view(-1, num_views, batch).permute(1, 2, 0) for table in (saved.log_weights, saved.positives)
+        )
+        anchors = _exponents(log_weights, g.unsqueeze(-1), z.dtype)
+        met = _met(call, z.device)
         if labels is None:
             by_view = [t[..., :num_views] for t in anchors]
             # By (view of the row, view of the column, sample): the columns as anchors, and the positives' coefficients.
             as_columns = [_pick(t.permute(2, 0, 1), met, 1).unsqueeze(1).contiguous() for t in by_view]
             by_view = [_pick(t, met, 2).unsqueeze(-1) for t in by_view]
-            positives = (g.unsqueeze(-1) * coef).transpose(1, 2)
-            positives = _pick((positives + positives.transpose(0, 1)).to(z.dtype), met, 1)
+            coefficients = (g.unsqueeze(-1) * positives).transpose(1, 2)
+            coefficients = _pick((coefficients + coefficients.transpose(0, 1)).to(z.dtype), met, 1)
+        columns = _columns(z, met, num_views)
         in_batch, from_queue = [], []
-        for block, scores, queue_scores in _blocks(z, zq, columns, scale, num_views, samples):
+        for block, scores, queue_scores in _blocks(saved.rows, scale, call, samples):
             if labels is None:
                 pairs = _weighted(scores, *(t[:, block] for t in by_view))
                 pairs += _weighted(scores, *as_columns)
-                _same_sample(pairs, block).copy_(positives[..., block])
+                _same_sample(pairs, block).copy_(coefficients[..., block])
             else:
-                pairs = _label_pairs(scores, block, logw, coef, g, labels, name)
+                pairs = _label_pairs(scores, block, log_weights, positives, g, labels, call)
             in_batch.append(_product(pairs.flatten(2), columns))
             if queue_scores is not None:
                 pairs = _weighted(queue_scores, *(t[:, block, -1:] for t in anchors))
                 from_queue.append(_product(pairs, zq))
         in_batch = _join(in_batch)
         own = slice(samples.start, samples.stop)
-        z, rnorm = z.view(num_views, batch, dim)[:, own], rnorm.view(num_views, batch, 1)[:, own]
+        z = z.view(num_views, batch, dim)[:, own]
+        inverse_norms = saved.inverse_norms[: num_views * batch].view(num_views, batch, 1)[:, own]
         dz = in_batch
         if from_queue:
             from_queue = _join(from_queue)
@@ -133,26 +107,27 @@ def backward(
             grad_scale = grad_scale + (z.double() * from_queue).sum() if len(zq) else grad_scale
             grad_temperature = -scale * scale * grad_scale
         dz = dz * scale.to(dz.dtype)
-        if normalize:
-            dz = through_the_norm(dz, z, rnorm, dtype)
+        if call.normalize:
+            dz = through_the_norm(dz, z, inverse_norms, dtype)
     return dz.to(dtype), grad_temperature
 
 
-def _rows(h, normalize, eps):
+def _rows(h, call):
     """Unit rows and 1 / max(|h|, eps), the latter negative where the floor was taken."""
     h = h.detach()
-    if not normalize:
+    if not call.normalize:
         return h.clone(), torch.ones_like(h[:, 0])
     norm = torch.linalg.vector_norm(h, dim=-1, dtype=torch.float64)
-    rnorm = torch.where(norm < eps, -1 / eps, 1 / norm)
+    rnorm = torch.where(norm < call.eps, -1 / call.eps, 1 / norm)
     return (h * rnorm.abs()[:, None]).to(h.dtype), rnorm.to(h.dtype)
 
 
-def _met(num_views, name, device):
+def _met(call, device):
     """(V, W): the views that an anchor of each view is compared with; None where that is all of them."""
-    if name != "cross_view":
+    if call.columns != Columns.OTHER:
         return None
-    return torch.tensor([[v for v in range(num_views) if v != u] for u in range(num_views)], device=device)
+    every = range(call.num_views)
+    return torch.tensor([[v for v in every if v != u] for u in every], device=device)
 
 
 def _pick(table, met, dim):
@@ -168,20 +143,22 @@ def _columns(z, met, num_views):
     return z if met is None else z.view(num_views, -1, z.shape[1])[met].flatten(1, 2)
 
 
-def _blocks(z, zq, columns, scale, num_views, samples):
+def _blocks(rows, scale, call, samples):
     """By blocks of ``samples``: their slice, the scores of their rows with the columns (V, n, W, B) and, or None, with
     the queue (V, n, K)."""
-    batch, width = len(z) // num_views, columns.shape[-2]
+    batch = call.batch
+    z, zq = rows.split([call.num_views * batch, call.queue_rows])
+    columns = _columns(z, _met(call, z.device), call.num_views)
     # Both factors take the square root of the scale, so that S_ij and S_ji are one number: exp() of long rows' scores
     # turns a rounding of one of them into a wrong weight.
     root = scale.sqrt().to(z.dtype)
-    scaled, columns, zq = (z * root).view(num_views, batch, -1), columns * root, zq * root
-    step = max(1, _BLOCK_BYTES // (z.element_size() * num_views * (width + len(zq))))
+    scaled, columns, zq = (z * root).view(call.num_views, batch, -1), columns * root, zq * root
+    step = max(1, _BLOCK_BYTES // (z.element_size() * call.num_views * (columns.shape[-2] + len(zq))))
     for start in range(samples.start, samples.stop, step):
         block = slice(start, min(start + step, samples.stop))
-        rows = scaled[:, block]
-        scores = _product(rows, columns.mT).unflatten(-1, (-1, batch))
-        yield block, scores, _product(rows, zq.T) if len(zq) else None
+        of_block = scaled[:, block]
+        scores = _product(of_block, columns.mT).unflatten(-1, (-1, batch))
+        yield block, scores, _product(of_block, zq.T) if len(zq) else None
 
 
 def _product(rows, matrix):
@@ -204,15 +181,16 @@ def _join(blocks):
 
 
 def _of_all_rows(table, samples, batch):
-    """The table (V, n, columns) as (V B, columns); NaN in other processes' rows, which have not come yet."""
+    """The table (V, n, columns) as (columns, V B); NaN in other processes' rows, which have not come yet."""
     if len(samples) < batch:
         own, table = table, table.new_full((len(table), batch, table.shape[-1]), torch.nan)
         table[:, samples.start : samples.stop] = own
-    return table.reshape(-1, table.shape[-1]).contiguous()
+    return table.permute(2, 0, 1).reshape(table.shape[-1], -1).contiguous()
 
 
-def _view_tables(blocks, met, num_views, has_queue, name, core_view):
-    """loss (V, n), logw (V, n, V [+ 1]) and coef (V, n, V)."""
+def _view_tables(blocks, call, device):
+    """loss (V, n), log weights (V, n, C) and positives (V, n, P)."""
+    num_views, met = call.num_views, _met(call, device)
 
     def of_all_views(table, otherwise):
         if met is None:
@@ -226,10 +204,10 @@ def _view_tables(blocks, met, num_views, has_queue, name, core_view):
         positives.append(of_all_views(same.transpose(1, 2).to(torch.float64, copy=True), 0))
         same.fill_(-torch.inf)
         sums = [of_all_views(_logsumexp_(scores), -torch.inf)]
-        if has_queue:
+        if queue_scores is not None:
             sums.append(_logsumexp_(queue_scores).unsqueeze(-1))
-        negatives.append(torch.cat(sums, -1) if has_queue else sums[0])
-    return _coefficients(name, core_view, num_views, _join(negatives), _join(positives))
+        negatives.append(torch.cat(sums, -1))
+    return _coefficients(call, _join(negatives), _join(positives))
 
 
 def _logsumexp_(scores):
@@ -241,14 +219,14 @@ def _logsumexp_(scores):
     return scores.sub_(largest).exp_().sum(-1).double().log_().add_(largest.squeeze(-1))
 
 
-def _coefficients(name, core_view, num_views, n, p):
-    """loss (V, B), logw (V, B, K), coef (V, B, V) from the log-sum-exp of the negatives by view (and of the queue), n
-    (V, B, K), and the positives' scores p (V, B, V). The table of the objectives."""
-    device, every = n.device, range(num_views)
-    met = [positive_views(u, num_views, core_view) for u in every]
+def _coefficients(call, n, p):
+    """loss (V, n), log weights (V, n, C), positives (V, n, V) from the log-sum-exp of the negatives by column, n
+    (V, n, C), and the positives' scores p (V, n, V). The arithmetic of the objectives."""
+    device, num_views, every = n.device, call.num_views, range(call.num_views)
+    met = [positive_views(u, num_views, call.core_view) for u in every]
     share = torch.tensor([[[(v in met[u]) / len(met[u]) for v in every]] for u in every], dtype=n.dtype, device=device)
     positive = share > 0
-    used = [negative_views(u, num_views, core_view, name) for u in every]
+    used = [negative_views(u, num_views, call.core_view, call.columns) for u in every]
     extra = range(num_views, n.shape[-1])  # the queue's column
     negative = torch.tensor([[[v in used[u] or v in extra for v in range(n.shape[-1])]] for u in every], device=device)
 
@@ -256,32 +234,33 @@ def _coefficients(name, core_view, num_views, n, p):
         return torch.where(positive, share * values, 0).sum(-1)
 
     rest = torch.where(negative, n, -torch.inf).logsumexp(-1, keepdim=True)
-    if name in ("pairwise", "cross_view"):
-        own = n.diagonal(0, 0, 2).T.unsqueeze(-1)  # of the anchor's view
-        rest = n[..., :num_views]
-        for shared in ([own] if name == "pairwise" else []) + [n[..., extra.start :]] * len(extra):
-            rest = torch.logaddexp(rest, shared)
-    if name in ("pairwise", "cross_view", "per_positive"):
+    if call.inside == Positives.ITSELF:
+        if call.columns != Columns.ALL:
+            own = n.diagonal(0, 0, 2).T.unsqueeze(-1)  # of the anchor's view
+            rest = n[..., :num_views]
+            for shared in [own] * (call.columns == Columns.OWN_AND_OTHER) + [n[..., extra.start :]] * len(extra):
+                rest = torch.logaddexp(rest, shared)
         each = torch.where(positive, share.log() - torch.logaddexp(rest, p), -torch.inf)
         total = each.logsumexp(-1, keepdim=True)
-        if name == "per_positive":
-            logw = torch.where(negative, total, -torch.inf)
+        if call.columns == Columns.ALL:
+            log_weights = torch.where(negative, total, -torch.inf)
         else:
-            logw = torch.cat([each, *[total] * len(extra)], -1)
-            if name == "pairwise":
-                logw.diagonal(0, 0, 2).copy_(total.squeeze(-1).T)
-        return mean(_log_ratio(rest, p)), logw, torch.where(positive, -share * torch.sigmoid(rest - p), 0)
-    if name == "decoupled":
-        den, loss, coef = rest, rest.squeeze(-1) - mean(p), -share.expand_as(p)
+            log_weights = torch.cat([each, *[total] * len(extra)], -1)
+            if call.columns == Columns.OWN_AND_OTHER:
+                log_weights.diagonal(0, 0, 2).copy_(total.squeeze(-1).T)
+        return mean(_log_ratio(rest, p)), log_weights, torch.where(positive, -share * torch.sigmoid(rest - p), 0)
+    if call.inside == Positives.NONE:
+        den, loss, coefficients = rest, rest.squeeze(-1) - mean(p), -share.expand_as(p)
     else:
-        lsep = torch.where(positive, p, -torch.inf).logsumexp(-1, keepdim=True)
-        den = torch.logaddexp(rest, lsep)
-        if name == "supcon_out":
-            loss, coef = den.squeeze(-1) - mean(p), (p - den).exp() - share
+        inside = torch.where(positive, p, -torch.inf).logsumexp(-1, keepdim=True)
+        den = torch.logaddexp(rest, inside)
+        if call.numerator == Numerator.MEAN:
+            loss, coefficients = den.squeeze(-1) - mean(p), (p - den).exp() - share
         else:
-            loss, coef = (den - lsep).squeeze(-1) - share.amax(-1).log(), (p - den).exp() - (p - lsep).exp()
-        coef = torch.where(positive, coef, 0)
-    return loss, torch.where(negative & (den > -torch.inf), -den, -torch.inf), coef
+            loss = (den - inside).squeeze(-1) - share.amax(-1).log()
+            coefficients = (p - den).exp() - (p - inside).exp()
+        coefficients = torch.where(positive, coefficients, 0)
+    return loss, torch.where(negative & (den > -torch.inf), -den, -torch.inf), coefficients
 
 
 def _log_ratio(rest, pos):
@@ -289,11 +268,11 @@ def _log_ratio(rest, pos):
     return torch.nn.functional.softplus(torch.where(pos < torch.inf, rest - pos, torch.nan), threshold=80)
 
 
-def _label_tables(blocks, num_views, labels, name):
-    """As ``_view_tables``, for labels: loss (V, n), logw (V, n, 1 [+ 1]), coef (V, n, 4)."""
+def _label_tables(blocks, call, labels):
+    """As ``_view_tables``, for labels."""
     tables = []
     for block, scores, queue_scores in blocks:
-        same = _same_label(labels, block, num_views)
+        same = _same_label(labels, block, call.num_views)
         flat = scores.flatten(2)
 
         def of_positives(values, otherwise, same=same, block=block, shape=scores.shape):
@@ -306,27 +285,29 @@ def _label_tables(blocks, num_views, labels, name):
         n = _logsumexp_(flat.masked_fill(same, -torch.inf))
         if queue_scores is not None:
             n = torch.logaddexp(n, _logsumexp_(queue_scores))
-        den = lsep = n
-        if name in ("supcon_out", "supcon_in"):
-            lsep = _logsumexp_(of_positives(flat, -torch.inf))
-            den = torch.logaddexp(n, lsep)
-        logw = -den
-        if name == "per_positive":
+        share = torch.where(count > 0, 1 / safe, 0).expand_as(n)
+        den, pivot, factor = n, n, torch.zeros_like(n)
+        if call.inside == Positives.ALL:
+            inside = _logsumexp_(of_positives(flat, -torch.inf))
+            pivot = den = torch.logaddexp(n, inside)
+            factor = torch.ones_like(n)
+        log_weights = -den
+        if call.inside == Positives.ITSELF:
             rest = n.unsqueeze(-1)
             ratio = torch.where(rest.isinf(), rest.to(flat.dtype) - flat, _minus(rest, flat))
-            logw = of_positives(ratio.sigmoid(), 0).sum(-1).double().log() - n - safe.log()
+            log_weights = of_positives(ratio.sigmoid(), 0).sum(-1).double().log() - n - safe.log()
             ratio = torch.where(flat < torch.inf, ratio, torch.nan)  # as in _log_ratio
             loss = of_positives(torch.nn.functional.softplus(ratio, threshold=80), 0).sum(-1).double() / safe
-        elif name == "supcon_in":
-            loss = den - lsep + safe.log()
+        elif call.numerator == Numerator.LOG_SUM:
+            loss = den - inside + safe.log()
+            pivot, factor = inside, -torch.expm1(inside - den)
         else:
             loss = den - of_positives(flat, 0).sum(-1).double() / safe
         # An anchor without positives counts as zero loss, and pushes nothing away.
         loss = torch.where(count > 0, loss, 0)
-        logw = torch.where((count > 0) & (den > -torch.inf), logw, -torch.inf)
-        share = torch.where(count > 0, 1 / safe, 0).expand_as(n)
-        logw = logw.unsqueeze(-1).expand(-1, -1, 1 + (queue_scores is not None))
-        tables.append((loss, logw, torch.stack([den, lsep, share, n], -1)))
+        log_weights = torch.where((count > 0) & (den > -torch.inf), log_weights, -torch.inf)
+        log_weights = log_weights.unsqueeze(-1).expand(-1, -1, call.columns_of_tables)
+        tables.append((loss, log_weights, torch.stack([pivot, share, factor], -1)))
     return tuple(map(_join, zip(*tables, strict=True)))
 
 
@@ -335,27 +316,27 @@ def _same_label(labels, block, num_views):
     return (labels[block, None] == labels).repeat(1, num_views)
 
 
-def _label_pairs(scores, block, logw, coef, g, labels, name):
+def _label_pairs(scores, block, log_weights, positives, g, labels, call):
     """G (V, n, W, B) of the rows of a block; with labels the view of a negative does not matter."""
-    same = _same_label(labels, block, len(logw))
-    tables = (logw[..., 0], g, *coef.unbind(-1))
-    as_anchors = _label_anchors(scores.flatten(2), same, *(t[:, block, None] for t in tables), name)
-    as_columns = _label_anchors(scores.flatten(2), same, *(t.reshape(1, 1, -1) for t in tables), name)
+    same = _same_label(labels, block, len(g))
+    tables = (log_weights[..., 0], g, *positives.unbind(-1))
+    as_anchors = _label_anchors(scores.flatten(2), same, *(t[:, block, None] for t in tables), call)
+    as_columns = _label_anchors(scores.flatten(2), same, *(t.reshape(1, 1, -1) for t in tables), call)
     pairs = as_anchors.add_(as_columns).view(scores.shape)
     _self(pairs, block).fill_(0)
     return pairs
 
 
-def _label_anchors(scores, same, logw, g, den, lsep, share, n, name):
+def _label_anchors(scores, same, log_weights, g, pivot, share, factor, call):
     """``g d loss / d S`` of the anchors whose tables are given."""
-    apart = _weighted(scores, *_exponents(logw, g, scores.dtype))
+    apart = _weighted(scores, *_exponents(log_weights, g, scores.dtype))
     together = (-g * share).to(scores.dtype)
-    if name == "supcon_out":
-        together = apart + together
-    elif name == "supcon_in":  # exp(S - den) - exp(S - lsep)
-        together = _weighted(scores, *_exponents(-lsep, g * torch.expm1(lsep - den), scores.dtype))
-    elif name == "per_positive":
-        together = _minus(n, scores).sigmoid_().mul_(together)
+    if call.numerator == Numerator.LOG_SUM:
+        together = _weighted(scores, *_exponents(-pivot, -g * factor, scores.dtype))
+    elif call.inside == Positives.ALL:
+        together = _weighted(scores, *_exponents(-pivot, g * factor, scores.dtype)) + together
+    elif call.inside == Positives.ITSELF:
+        together = _minus(pivot, scores).sigmoid_().mul_(together)
     return torch.where(same, together, apart)
 
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from selfsup_kernels.tiles import launcher
-from selfsup_kernels.tiles.objectives import DECOUPLED, PER_POSITIVE, SUPCON_IN, SUPCON_OUT
+from selfsup_kernels.tiles.objectives import ALL_INSIDE, ITSELF, LOG_SUM, MEAN, NONE_INSIDE
 from selfsup_kernels.tiles.tables import TABLE_BLOCK, block_scores, negatives, store_weights, table_width
 from selfsup_kernels.tiles.tile import LOG2E, finite_or_zero, log_add, log_ratio, score_reference, sigmoid
 
@@ -20,7 +20,7 @@ from selfsup_kernels.tiles.tile import LOG2E, finite_or_zero, log_add, log_ratio
 def class_tables_kernel(
     stored,
     sums,
-    state,
+    scalars,
     classes,
     ends,
     order,
@@ -34,7 +34,8 @@ def class_tables_kernel(
     SAMPLES,
     VIEWS: tl.constexpr,
     QUEUE: tl.constexpr,
-    OBJECTIVE: tl.constexpr,
+    POSITIVES: tl.constexpr,
+    NUMERATOR: tl.constexpr,
     NORMALIZE: tl.constexpr,
     DIM: tl.constexpr,
     STRIDE: tl.constexpr,
@@ -49,7 +50,7 @@ def class_tables_kernel(
     group = tl.load(classes + row, mask=valid, other=-2)
     first = tl.load(classes + tl.program_id(0) * BLOCK)
     last = tl.load(ends + tl.minimum(tl.program_id(0) * BLOCK + BLOCK, BATCH) - 1)
-    scale, reference = score_reference(state, NORMALIZE)
+    scale, reference = score_reference(scalars, NORMALIZE)
     n = tl.full((BLOCK,), float("-inf"), tl.float64)
     for c in range(1 + QUEUE):
         value = negatives(
@@ -85,7 +86,7 @@ def class_tables_kernel(
         s = block_scores(stored, row, other, last, scale, DIM, STRIDE, BLOCK, BLOCK_K, PRECISION)
         theirs = tl.load(classes + other, mask=other < last, other=-1)
         positive = (group[:, None] == theirs[None, :]) & (row[:, None] != other[None, :])
-        if OBJECTIVE == PER_POSITIVE:
+        if POSITIVES == ITSELF:
             linear += tl.sum(tl.where(positive, log_ratio(near[:, None], s), 0.0), 1).to(tl.float64)
             share += tl.sum(tl.where(positive, sigmoid(near[:, None] - s), 0.0), 1).to(tl.float64)
         else:
@@ -102,15 +103,15 @@ def class_tables_kernel(
     inside = tl.log(exponential) + finite_or_zero(top).to(tl.float64)
     none = float("-inf")
     ratio = sigmoid(n - inside)
-    if OBJECTIVE == PER_POSITIVE:
+    if POSITIVES == ITSELF:
         value = linear / count
         weight = tl.where(n == none, none, tl.log(share / count) - n)
         pivot, factor = n, n * 0.0
-    elif OBJECTIVE == DECOUPLED:
+    elif POSITIVES == NONE_INSIDE:
         value = n - linear / count
         weight = tl.where(n == none, none, -n)
         pivot, factor = n, n * 0.0
-    elif OBJECTIVE == SUPCON_IN:
+    elif NUMERATOR == LOG_SUM:
         value = log_ratio(n, inside) + tl.log(count)
         weight = -log_add(n, inside)
         pivot, factor = inside, ratio
@@ -124,21 +125,21 @@ def class_tables_kernel(
     tl.store(loss + view * SAMPLES + sample, tl.where(alone, 0.0, value).to(tl.float32), mask=valid)
     weight = tl.where(alone, none, weight)
     for c in range(1 + QUEUE):
-        store_weights(weights, slow, state, weight, reference, c * rows + row, valid)
+        store_weights(weights, slow, scalars, weight, reference, c * rows + row, valid)
     tl.store(coef + row, tl.where(alone, 0.0, pivot).to(tl.float32), mask=valid)
     tl.store(coef + rows + row, tl.where(alone, 0.0, 1.0 / count).to(tl.float32), mask=valid)
     tl.store(coef + 2 * rows + row, tl.where(alone, 0.0, factor).to(tl.float32), mask=valid)
 
 
 @triton.jit
-def pair_coefficient(s, pivot, share, factor, OBJECTIVE: tl.constexpr):
+def pair_coefficient(s, pivot, share, factor, POSITIVES: tl.constexpr, NUMERATOR: tl.constexpr):
     """d loss_i / d S of an anchor's positive with score ``s``, from the anchor's three numbers, without cancellation"""
     below = tl.where(s > pivot, 0.0, s - pivot)  # rounding alone puts a score above the sum that it is part of
-    if OBJECTIVE == SUPCON_OUT:
+    if POSITIVES == ALL_INSIDE and NUMERATOR == MEAN:
         return factor * tl.exp2(below * LOG2E) - share
-    elif OBJECTIVE == SUPCON_IN:
+    elif NUMERATOR == LOG_SUM:
         return -factor * tl.exp2(below * LOG2E)
-    elif OBJECTIVE == PER_POSITIVE:
+    elif POSITIVES == ITSELF:
         return -share * sigmoid(pivot - s)
     else:
         return -share + s * 0.0
@@ -155,7 +156,8 @@ def class_gradient(
     coef,
     rows,
     BATCH,
-    OBJECTIVE: tl.constexpr,
+    POSITIVES: tl.constexpr,
+    NUMERATOR: tl.constexpr,
     FACTOR: tl.constexpr,
 ):
     """``g`` with the pairs of one class in their place: zero for a row with itself, else both anchors' coefficients.
@@ -169,14 +171,16 @@ def class_gradient(
         tl.load(coef + x, mask=x_in, other=0.0)[:, None],
         tl.load(coef + rows + x, mask=x_in, other=0.0)[:, None],
         tl.load(coef + 2 * rows + x, mask=x_in, other=0.0)[:, None],
-        OBJECTIVE,
+        POSITIVES,
+        NUMERATOR,
     )
     cy = pair_coefficient(
         s,
         tl.load(coef + y, mask=y_in, other=0.0)[None, :],
         tl.load(coef + rows + y, mask=y_in, other=0.0)[None, :],
         tl.load(coef + 2 * rows + y, mask=y_in, other=0.0)[None, :],
-        OBJECTIVE,
+        POSITIVES,
+        NUMERATOR,
     )
     if upstream is None:
         both = (cx + cy) * FACTOR
@@ -187,38 +191,40 @@ def class_gradient(
     return tl.where(same, tl.where(x[:, None] == y[None, :], 0.0, both), g)
 
 
-def class_tables(layout, stored, sums, state, classes, ends, order, objective, normalize, precision):
-    """(losses of this process's anchors (V, B) in float32, both tables of weights, coef)."""
+def class_tables(layout, stored, sums, scalars, order, classes, precision):
+    """(losses of this process's anchors (V, own), log_weights, weights, positives), in float32."""
+    call = layout.call
     new = functools.partial(launcher.empty, dtype=torch.float32, device=stored.device)
-    loss = new((layout.user_views, layout.samples))
-    weights = new((2, layout.columns, layout.rows))
-    coef = new((3, layout.rows))
+    loss = new((layout.call.num_views, layout.call.batch))
+    log_weights, weights = (new((call.columns_of_tables, layout.rows)) for _ in range(2))
+    positives = new((call.positives_of_tables, layout.rows))
     launcher.launch(
         class_tables_kernel,
         (launcher.cdiv(layout.batch, TABLE_BLOCK),),
         stored,
         sums,
-        state,
-        classes,
-        ends,
+        scalars,
+        *classes,
         order,
         loss,
-        weights[0],
-        weights[1],
-        coef,
+        weights,
+        log_weights,
+        positives,
         layout.rows,
         layout.batch,
-        layout.queue,
-        layout.samples,
-        VIEWS=layout.user_views,
-        QUEUE=int(layout.queue > 0),
-        OBJECTIVE=objective,
-        NORMALIZE=normalize,
-        DIM=layout.dim,
+        layout.call.queue_rows,
+        layout.call.batch,
+        VIEWS=layout.call.num_views,
+        QUEUE=int(layout.call.queue_rows > 0),
+        POSITIVES=layout.call.inside,
+        NUMERATOR=layout.call.numerator,
+        NORMALIZE=call.normalize,
+        DIM=layout.call.dim,
         STRIDE=layout.stride,
         BLOCK=TABLE_BLOCK,
         BLOCK_K=table_width(layout, stored.dtype),
         PRECISION=precision,
         num_warps=8,
     )
-    return loss[:, layout.first : layout.first + layout.own].contiguous(), weights, coef
+    own = loss[:, call.first : call.first + call.own].contiguous()
+    return own, log_weights, weights, positives

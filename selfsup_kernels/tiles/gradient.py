@@ -8,9 +8,10 @@ waves (``info_nce_waves``).
 import triton
 import triton.language as tl
 
+from selfsup_kernels.info_nce.objectives import Columns
 from selfsup_kernels.tiles import configs, launcher
 from selfsup_kernels.tiles.pairs import masked_blocks, pair_gradient, partial_sums
-from selfsup_kernels.tiles.tile import STATE_SLOW, load_tile, score_reference
+from selfsup_kernels.tiles.tile import SLOW, load_tile, negatives_meet, score_reference
 from selfsup_kernels.tiles.waves import in_waves
 
 MOST_COLUMNS = 65536
@@ -45,7 +46,7 @@ def gradient_kernel(
     weights,
     slow,
     upstream,
-    state,
+    scalars,
     classes,
     ends,
     coef,
@@ -68,7 +69,8 @@ def gradient_kernel(
     PART: tl.constexpr,
     AGAIN: tl.constexpr,
     LABELS: tl.constexpr,
-    OBJECTIVE: tl.constexpr,
+    POSITIVES: tl.constexpr,
+    NUMERATOR: tl.constexpr,
     CROSS: tl.constexpr,
     NORMALIZE: tl.constexpr,
     STRIDE: tl.constexpr,
@@ -93,8 +95,8 @@ def gradient_kernel(
     x_local = (first_block + tl.program_id(0) % own_blocks) * BLOCK_M
     x_row = u * PADDED + x_local
     share = tl.program_id(1)
-    scale, reference = score_reference(state, NORMALIZE)
-    is_slow = tl.load(state + STATE_SLOW) > 0
+    scale, reference = score_reference(scalars, NORMALIZE)
+    is_slow = tl.load(scalars + SLOW) > 0
     low, high = masked_blocks(classes, ends, x_local, BATCH, SPAN_M, SPAN_N, BLOCK_N, LABELS)
     x = load_tile(source_x, x_row, 0, STRIDE, BLOCK_M, BLOCK_K, DESCRIPTOR)
     total = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
@@ -116,10 +118,7 @@ def gradient_kernel(
         start, steps = low, high - low
     end = tl.minimum(end, steps)
     for v in range(tl.where(from_queue, VIEWS, 0), tl.where(from_queue, VIEWS + 1, VIEWS)):
-        meets = (CORE < 0) | (u == v) | (u == CORE) | (v == CORE) | from_queue
-        if CROSS:
-            meets = meets & (u != v)
-        if meets:
+        if negatives_meet(u, v, CORE, VIEWS, CROSS):
             for t in range(begin, end):
                 block = start + t
                 if PART == "clean":
@@ -149,7 +148,8 @@ def gradient_kernel(
                     VIEWS,
                     PART != "clean",
                     LABELS,
-                    OBJECTIVE,
+                    POSITIVES,
+                    NUMERATOR,
                     NORMALIZE,
                     BLOCK_M,
                     BLOCK_N,
@@ -167,21 +167,19 @@ def gradient_kernel(
         tl.store(to, total, mask=inside)
 
 
-def gradient(
-    layout, stored, weights, upstream, state, classes, ends, coef, objective, cross, core, normalize, factor, precision
-):
+def gradient(layout, saved, upstream, factor, precision):
     """(partial sums, how many of them are of pairs in the batch): ``finish_rows`` adds them up. The others are the
     queue's."""
-    clean, masked = (
-        configs.lookup(k, launcher.arch_of(stored), stored.dtype, layout.stride)
-        for k in ("gradient", "masked_gradient")
-    )
-    constants = {"LABELS": layout.labels, "OBJECTIVE": objective, "NORMALIZE": normalize, "STRIDE": layout.stride}
-    constants |= {"FACTOR": factor, "PRECISION": precision}
-    tables = (*weights, upstream, state, classes, ends, coef)
-    queue = int(layout.queue > 0)
+    call, stored = layout.call, saved.rows
+    key = launcher.arch_of(stored), stored.dtype, layout.stride
+    clean, masked = (configs.lookup(kernel, *key) for kernel in ("gradient", "masked_gradient"))
+    constants = {"LABELS": call.labelled, "POSITIVES": call.inside, "NUMERATOR": call.numerator}
+    constants |= {"NORMALIZE": call.normalize, "STRIDE": layout.stride, "FACTOR": factor, "PRECISION": precision}
+    classes = saved.classes if call.labelled else (None, None)
+    tables = (saved.weights, saved.log_weights, upstream, saved.scalars, *classes, saved.positives)
+    queue = int(layout.call.queue_rows > 0)
     if clean is None or clean.block_k < layout.stride:
-        return in_waves(layout, stored, tables, cross, core, constants), 1
+        return in_waves(layout, stored, tables, constants), 1
 
     def blocks(config):
         return layout.views * layout.own_blocks(config.block_m)[1]
@@ -205,7 +203,7 @@ def gradient(
         configs.check_divides("gradient", spans, config)
         x, y = launcher.tile_sources(stored, config)
         longest = launcher.cdiv(launcher.cdiv(layout.batch, config.block_n), count)
-        longest = max(longest, launcher.cdiv(layout.queue, config.block_n))
+        longest = max(longest, launcher.cdiv(layout.call.queue_rows, config.block_n))
         # Three products of one are added up in float32 for each tile.
         most = longest if precision == "tf32x3" else max(1, MOST_COLUMNS // (config.block_n * layout.views))
         for begin in range(0, longest, most):
@@ -219,9 +217,9 @@ def gradient(
                 layout.rows,
                 layout.batch,
                 layout.padded,
-                layout.queue,
+                layout.call.queue_rows,
                 layout.views,
-                core,
+                call.core_view,
                 count,
                 slot,
                 queue_slot,
@@ -231,7 +229,7 @@ def gradient(
                 begin + most,
                 PART=part,
                 AGAIN=begin > 0,
-                CROSS=cross,
+                CROSS=call.columns == Columns.OTHER,
                 BLOCK_M=config.block_m,
                 BLOCK_N=config.block_n,
                 BLOCK_K=config.block_k,

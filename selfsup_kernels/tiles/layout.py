@@ -1,45 +1,29 @@
 """Where the rows of an InfoNCE call lie in a GPU's memory, and what the launchers prepare with PyTorch's operators."""
 
-from typing import NamedTuple
-
 import torch
+
+from selfsup_kernels.info_nce.call import Call
 
 PADDING = 256
 """Each view's rows are stored up to a multiple of this, the rest zeros: no tile of any configuration needs a mask to
 be loaded, or reaches into the next view."""
 
 
-STATE_SCALE, STATE_NORM, STATE_SLOW = 0, 1, 2
-"""Places in the small float32 tensor that the kernels of one call hand on: 1 / temperature, the largest squared norm of
-a row (where rows are not normalised), and whether a weight of the backward is out of the fast path's range."""
+class Layout:
+    """Where the rows of a call lie. With labels all views are one, sorted by class: then ``views`` is 1."""
 
-
-class Layout(NamedTuple):
-    """Where the rows lie. With labels all views are one, sorted by class: then ``views`` is 1."""
-
-    user_views: int
-    samples: int
-    dim: int
-    queue: int
-    labels: bool
-    first: int = 0
-    count: int = -1
-    """The samples that are this process's own; a negative count: all."""
-
-    @property
-    def own(self):
-        """This process's samples."""
-        return self.samples if self.count < 0 else self.count
+    def __init__(self, call: Call):
+        self.call = call
 
     @property
     def partial(self):
         """Whether tables and gradient are of some rows alone. With labels, where they are sorted by class, a process's
         rows lie among all others: it does the work of all."""
-        return self.own < self.samples and not self.labels
+        return self.call.own < self.call.batch and not self.call.labelled
 
     def own_rows(self):
         """(first, end) of this process's rows within each view."""
-        return (self.first, self.first + self.own) if self.partial else (0, self.batch)
+        return (self.call.first, self.call.first + self.call.own) if self.partial else (0, self.batch)
 
     def own_blocks(self, size):
         """(first, count) of the blocks of ``size`` rows that hold own rows of a view."""
@@ -56,12 +40,12 @@ class Layout(NamedTuple):
 
     @property
     def views(self):
-        return 1 if self.labels else self.user_views
+        return 1 if self.call.labelled else self.call.num_views
 
     @property
     def batch(self):
         """Rows of one view."""
-        return self.samples * self.user_views if self.labels else self.samples
+        return self.call.batch * self.call.num_views if self.call.labelled else self.call.batch
 
     @property
     def padded(self):
@@ -74,7 +58,7 @@ class Layout(NamedTuple):
 
     @property
     def queue_padded(self):
-        return _round_up(self.queue, PADDING)
+        return _round_up(self.call.queue_rows, PADDING)
 
     @property
     def stored_rows(self):
@@ -84,26 +68,20 @@ class Layout(NamedTuple):
     def stride(self):
         """Numbers from one stored row to the next: a multiple of 16 bytes for every dtype, and of what a product
         takes."""
-        return _round_up(self.dim, 16)
-
-    @property
-    def columns(self):
-        """Columns of the tables: the views, and the queue."""
-        return self.views + (self.queue > 0)
+        return _round_up(self.call.dim, 16)
 
 
 def _round_up(x, multiple):
     return -(-x // multiple) * multiple
 
 
-def sort_by_class(labels, views):
-    """(order of the samples, first row and end of each row's class), by rows = place in the order * views + view."""
+def sort_by_class(layout, labels):
+    """(order of the samples (B,), classes (2, stored rows): the first row of each row's class, and the one past its
+    last), by rows = place in order * V + view."""
     values, order = torch.sort(labels.to(torch.int64), stable=True)
-    bounds = [
-        (views * torch.searchsorted(values, values, right=right)).to(torch.int32).repeat_interleave(views)
-        for right in (False, True)
-    ]
-    return order, *bounds
+    bounds = torch.stack([torch.searchsorted(values, values, right=right) for right in (False, True)])
+    classes = (layout.call.num_views * bounds).to(torch.int32).repeat_interleave(layout.call.num_views, 1)
+    return order, torch.nn.functional.pad(classes, (0, layout.rows - layout.batch))  # both rows aligned
 
 
 def takes_tf32(dtype):
@@ -125,16 +103,17 @@ def upstream_of_rows(layout, grad, order):
     largest = grad.abs().amax()
     largest = torch.where(largest == 0, 1.0, largest)
     grad = grad / largest
-    if layout.labels:
-        grad = grad[:, order[: layout.samples]].T
+    if layout.call.labelled:
+        grad = grad[:, order].T
     else:
-        grad = torch.nn.functional.pad(grad, (0, layout.padded - layout.samples))
+        grad = torch.nn.functional.pad(grad, (0, layout.padded - layout.batch))
     return grad.reshape(-1).contiguous(), largest
 
 
 def check_size(impl, layout):
-    if max(layout.columns, 3) * layout.rows >= 2**31 or layout.stored_rows >= 2**31:
+    columns = layout.call.columns_of_tables
+    if max(columns, 3) * layout.rows >= 2**31 or layout.stored_rows >= 2**31:
         raise RuntimeError(
-            f"impl={impl!r} takes fewer than 2^31 pairs of a row and a view, got {layout.columns} x {layout.rows};"
+            f"impl={impl!r} takes fewer than 2^31 pairs of a row and a view, got {columns} x {layout.rows};"
             " use impl='reference'"
         )

@@ -1,28 +1,37 @@
-"""The six objectives, for a block of anchors at once: the device's form of ``csrc/common/objectives.h``.
+"""The objectives, for a block of anchors at once: the device's form of ``csrc/cpu/objectives.h``.
 
 From N (log-sum-exp of the negatives in each column) and P (the positive in each view), both (anchors, columns) in
-float64, to the loss and the two tables of the backward: logw and coef. The queue, where there is one, is column VIEWS.
+float64, to the loss and the two tables of the backward, log_weights and positives. The queue is column VIEWS.
 """
 
 import triton
 import triton.language as tl
 
-from selfsup_kernels.info_nce.objectives import OBJECTIVES
-from selfsup_kernels.tiles.tile import log_add, log_ratio, log_sum_exp, sigmoid
+from selfsup_kernels.info_nce.objectives import Columns, Numerator, Positives
+from selfsup_kernels.tiles.tile import log_add, log_ratio, log_sum_exp, negatives_meet, sigmoid
 
-SUPCON_OUT = tl.constexpr(OBJECTIVES.index("supcon_out"))
-SUPCON_IN = tl.constexpr(OBJECTIVES.index("supcon_in"))
-PER_POSITIVE = tl.constexpr(OBJECTIVES.index("per_positive"))
-PAIRWISE = tl.constexpr(OBJECTIVES.index("pairwise"))
-CROSS_VIEW = tl.constexpr(OBJECTIVES.index("cross_view"))
-DECOUPLED = tl.constexpr(OBJECTIVES.index("decoupled"))
+OWN_AND_OTHER, OTHER = tl.constexpr(int(Columns.OWN_AND_OTHER)), tl.constexpr(int(Columns.OTHER))
+ALL_INSIDE, ITSELF, NONE_INSIDE = (tl.constexpr(int(x)) for x in (Positives.ALL, Positives.ITSELF, Positives.NONE))
+MEAN, LOG_SUM = tl.constexpr(int(Numerator.MEAN)), tl.constexpr(int(Numerator.LOG_SUM))
 
 
 @triton.jit
-def anchor_tables(n, p, u, column, CORE, VIEWS: tl.constexpr, QUEUE: tl.constexpr, OBJECTIVE: tl.constexpr):
-    """(loss, logw, coef) of anchors of view ``u``; ``column`` numbers the last axis of ``n`` and ``p``."""
+def anchor_tables(
+    n,
+    p,
+    u,
+    column,
+    CORE,
+    VIEWS: tl.constexpr,
+    QUEUE: tl.constexpr,
+    NEGATIVES: tl.constexpr,
+    POSITIVES: tl.constexpr,
+    NUMERATOR: tl.constexpr,
+):
+    """(loss, log_weights, positives) of anchors of view ``u``; ``column`` numbers the last axis of ``n`` and ``p``.
+    NEGATIVES, POSITIVES, NUMERATOR: the three columns of an objective."""
     is_view = column < VIEWS
-    meets = (CORE < 0) | (column == u) | (u == CORE) | (column == CORE)
+    meets = negatives_meet(u, column, CORE, VIEWS, False)
     positive = (is_view & (column != u) & meets)[None, :]
     is_queue = (column == VIEWS) if QUEUE else (column < 0)
     is_own = column == u
@@ -31,46 +40,46 @@ def anchor_tables(n, p, u, column, CORE, VIEWS: tl.constexpr, QUEUE: tl.constexp
     log_count = tl.log(count)
     p = tl.where(positive, p, 0.0)  # elsewhere it is not used, and must not be NaN
 
-    if OBJECTIVE == PAIRWISE or OBJECTIVE == CROSS_VIEW:
+    if NEGATIVES == OWN_AND_OTHER or NEGATIVES == OTHER:
         # Each positive view has its own denominator; columns beside it (own view, queue) are shared by all.
         shared = is_queue
-        if OBJECTIVE == PAIRWISE:
+        if NEGATIVES == OWN_AND_OTHER:
             shared = shared | is_own
         beside = log_sum_exp(n, shared[None, :])
         rest = log_add(n, beside[:, None])
         each = -log_add(rest, p) - log_count
         loss = tl.sum(tl.where(positive, log_ratio(rest, p), 0.0), 1) / count
-        coef = tl.where(positive, -sigmoid(rest - p) / count, 0.0)
+        positives = tl.where(positive, -sigmoid(rest - p) / count, 0.0)
         total = log_sum_exp(each, positive)
-        logw = tl.where(positive, each, tl.where(shared[None, :], total[:, None], none))
-        return loss, logw, coef
+        log_weights = tl.where(positive, each, tl.where(shared[None, :], total[:, None], none))
+        return loss, log_weights, positives
 
     used = (is_view & meets) | is_queue
     rest = log_sum_exp(n, used[None, :])
-    if OBJECTIVE == PER_POSITIVE:
+    if POSITIVES == ITSELF:
         wide = rest[:, None]
         loss = tl.sum(tl.where(positive, log_ratio(wide, p), 0.0), 1) / count
-        coef = tl.where(positive, -sigmoid(wide - p) / count, 0.0)
+        positives = tl.where(positive, -sigmoid(wide - p) / count, 0.0)
         weight = log_sum_exp(-log_add(wide, p) - log_count, positive)
     else:
         inside = log_sum_exp(p, positive)
         mean = tl.sum(p, 1) / count
-        if OBJECTIVE == DECOUPLED:
+        if POSITIVES == NONE_INSIDE:
             den = rest
             loss = den - mean
-            coef = tl.where(positive, -1.0 / count, 0.0)
+            positives = tl.where(positive, -1.0 / count, 0.0)
         else:
             den = log_add(rest, inside)
             one = -sigmoid(rest - inside)
-            if OBJECTIVE == SUPCON_IN:
+            if NUMERATOR == LOG_SUM:
                 loss = log_ratio(rest, inside) + log_count
-                coef = tl.where(positive, tl.exp(p - inside[:, None]) * one[:, None], 0.0)
+                positives = tl.where(positive, tl.exp(p - inside[:, None]) * one[:, None], 0.0)
             else:
                 # With one positive, den - p without the cancellation.
                 single = count == 1
                 loss = tl.where(single, log_ratio(rest, inside), den - mean)
                 apart = tl.exp(p - den[:, None]) - 1.0 / count
-                coef = tl.where(positive, tl.where(single, one[:, None], apart), 0.0)
+                positives = tl.where(positive, tl.where(single, one[:, None], apart), 0.0)
         weight = tl.where(den == none, none, -den)
-    logw = tl.where(used[None, :], weight[:, None], none)
-    return loss, logw, coef
+    log_weights = tl.where(used[None, :], weight[:, None], none)
+    return loss, log_weights, positives

@@ -57,7 +57,8 @@ def pair_gradient(
     VIEWS,
     MASKED: tl.constexpr,
     LABELS: tl.constexpr,
-    OBJECTIVE: tl.constexpr,
+    POSITIVES: tl.constexpr,
+    NUMERATOR: tl.constexpr,
     NORMALIZE: tl.constexpr,
     BLOCK_X: tl.constexpr,
     BLOCK_Y: tl.constexpr,
@@ -89,7 +90,7 @@ def pair_gradient(
             g = gx * x_scale[:, None] + gy * y_scale[None, :]
         if LABELS:
             if v != VIEWS:
-                g = class_gradient(g, score, xs, ys, upstream, classes, coef, rows, BATCH, OBJECTIVE, FACTOR)
+                g = class_gradient(g, score, xs, ys, upstream, classes, coef, rows, BATCH, POSITIVES, NUMERATOR, FACTOR)
         else:
             g = tl.where((xs[:, None] == ys[None, :]) & (v != VIEWS), 0.0, g)
         # A row of zeros past the end has score 0, which may be infinitely far above those of a row's own.

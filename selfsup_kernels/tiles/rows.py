@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from selfsup_kernels.tiles import launcher
-from selfsup_kernels.tiles.tile import STATE_NORM, STATE_SCALE, STATE_SIZE, STATE_SLOW
+from selfsup_kernels.tiles.tile import LONGEST, SCALE, SLOW
 
 
 @triton.jit
@@ -36,9 +36,9 @@ def load_rows_kernel(
     strides,
     order,
     stored,
-    rnorm,
+    inverse_norms,
     sums,
-    state,
+    scalars,
     temperature_tensor,
     temperature: tl.float64,
     eps: tl.float64,
@@ -55,7 +55,7 @@ def load_rows_kernel(
     BLOCK: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """stored <- unit rows, zeros where the padding is; rnorm <- 1 / norm, negative where the floor was taken; the
+    """stored <- unit rows, zeros where the padding is; inverse_norms <- 1 / norm, negative at the floor; the
     accumulators of this row block <- 0. The first program writes the scale. COLUMNS = 0: the rows of the queue."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     d = tl.arange(0, BLOCK_D)
@@ -70,12 +70,14 @@ def load_rows_kernel(
     else:
         reciprocal = square * 0.0 + 1.0
         longest = tl.where(square < float("inf"), tl.where(square < 3.4e38, square, 3.4e38), 0.0).to(tl.float32)
-        tl.atomic_max(state + STATE_NORM, tl.max(longest), sem="relaxed")
+        tl.atomic_max(scalars + LONGEST, tl.max(longest), sem="relaxed")
     h = tl.where(valid[:, None], h, 0.0)  # padding is zeros whatever 1 / eps is
     at = stored + (first_row + row).to(tl.int64)[:, None] * STRIDE + d[None, :]
     tl.store(at, h.to(stored.dtype.element_ty), mask=(row < rows)[:, None] & (d < STRIDE)[None, :])
-    # The queue's part of rnorm has no padding: its length is how the backward knows that of the queue.
-    tl.store(rnorm + first_row + row, reciprocal.to(tl.float32), mask=(row < rows) if COLUMNS > 0 else (row < BATCH))
+    # The queue's part of inverse_norms has no padding: its length is how the backward knows that of the queue.
+    tl.store(
+        inverse_norms + first_row + row, reciprocal.to(tl.float32), mask=(row < rows) if COLUMNS > 0 else (row < BATCH)
+    )
     if COLUMNS > 0:
         for c in tl.static_range(COLUMNS):
             tl.store(sums + c * rows + row, tl.zeros((BLOCK,), tl.float32), mask=row < rows)
@@ -85,8 +87,8 @@ def load_rows_kernel(
             else:
                 t = tl.load(temperature_tensor).to(tl.float64)
             good = (t > 0) & (t < float("inf"))
-            tl.store(state + STATE_SCALE, tl.where(good, 1.0 / t, float("nan")).to(tl.float32))
-            tl.store(state + STATE_SLOW, 0.0)
+            tl.store(scalars + SCALE, tl.where(good, 1.0 / t, float("nan")).to(tl.float32))
+            tl.store(scalars + SLOW, 0.0)
 
 
 @triton.jit(
@@ -96,11 +98,11 @@ def load_rows_kernel(
 def finish_rows_kernel(
     partial,
     stored,
-    rnorm,
+    inverse_norms,
     coef,
     upstream,
     grad_scale,
-    state,
+    scalars,
     order,
     out,
     scale_gradient,
@@ -173,7 +175,7 @@ def finish_rows_kernel(
     for k in range(SPLITS, SPLITS + QUEUES):
         total += tl.load(sums + k * size, mask=mask, other=0.0) * (1.0 / FACTOR)
 
-    scale = tl.load(state + STATE_SCALE)
+    scale = tl.load(scalars + SCALE)
     weight = (constant * tl.load(grad_scale).to(tl.float64)).to(tl.float32)
     if NEED_SCALE:
         # A score of the batch has both its rows here, and each of them all of its gradient; one with the queue has one.
@@ -185,7 +187,7 @@ def finish_rows_kernel(
 
     dz = total * (scale * weight)
     if NORMALIZE:
-        r = tl.load(rnorm + row, mask=valid, other=1.0)
+        r = tl.load(inverse_norms + row, mask=valid, other=1.0)
         along = tl.where(r > 0, tl.sum(z * dz, 1), 0.0)  # below the floor the norm is a constant: no projection
         dz = (dz - z * along[:, None]) * tl.abs(r)[:, None]
         if LIMIT > 0:  # dz / eps of a zero row is finite in float32 only
@@ -202,16 +204,17 @@ def _blocks(dim):
     return rows, width, 4 if width <= 4096 else 16
 
 
-def load_rows(layout, views, queue, order, temperature_tensor, temperature, normalize, eps):
-    """(stored rows, rnorm, sums, state) of a call; ``layout`` says where each row lies."""
+def load_rows(layout, views, queue, order, temperature_tensor):
+    """(stored rows, inverse_norms, sums, scalars) of a call; ``layout`` says where each row lies."""
+    call, temperature = layout.call, layout.call.temperature
     device = views[0].device
     views = [v if v.stride(1) == 1 or v.shape[1] == 1 else v.contiguous() for v in views]
     stored = launcher.empty((layout.stored_rows, layout.stride), views[0].dtype, device)
-    rnorm = launcher.empty(layout.rows + layout.queue, torch.float32, device)
-    sums = launcher.empty((layout.columns, layout.rows), torch.float32, device)
-    state = launcher.empty(STATE_SIZE, torch.float32, device)
-    if not normalize:
-        state.zero_()  # a maximum is taken in it
+    inverse_norms = launcher.empty(layout.rows + layout.call.queue_rows, torch.float32, device)
+    sums = launcher.empty((layout.call.columns_of_tables, layout.rows), torch.float32, device)
+    scalars = launcher.empty(4, torch.float32, device)
+    if not call.normalize:
+        scalars.zero_()  # a maximum is taken in it
     if temperature_tensor is not None and temperature_tensor.device != device:
         temperature, temperature_tensor = float(temperature_tensor), None  # on the CPU: no synchronisation
     block, width, warps = _blocks(layout.stride)
@@ -224,12 +227,12 @@ def load_rows(layout, views, queue, order, temperature_tensor, temperature, norm
             tuple(s.stride(0) for s in sources),
             order if labels else None,
             stored,
-            rnorm,
+            inverse_norms,
             sums,
-            state,
+            scalars,
             temperature_tensor,
             float(temperature),
-            eps,
+            call.eps,
             padded,
             batch,
             rows,
@@ -237,79 +240,64 @@ def load_rows(layout, views, queue, order, temperature_tensor, temperature, norm
             VIEWS=count,
             LABELS=labels,
             COLUMNS=columns,
-            NORMALIZE=normalize,
-            DIM=layout.dim,
+            NORMALIZE=call.normalize,
+            DIM=layout.call.dim,
             STRIDE=layout.stride,
             BLOCK=block,
             BLOCK_D=width,
             num_warps=warps,
         )
 
-    if queue is not None and layout.queue:
+    if queue is not None and layout.call.queue_rows:
         queue = queue if queue.stride(1) == 1 or queue.shape[1] == 1 else queue.contiguous()
-        fill([queue], layout.queue_padded, layout.rows, 0, 1, layout.queue, layout.queue_padded, False)
+        fill([queue], layout.queue_padded, layout.rows, 0, 1, layout.call.queue_rows, layout.queue_padded, False)
     fill(
         views,
         layout.rows,
         0,
-        layout.columns,
+        layout.call.columns_of_tables,
         len(views),
-        layout.samples,
+        layout.call.batch,
         layout.padded,
-        layout.labels,
+        layout.call.labelled,
     )
-    return stored, rnorm, sums, state
+    return stored, inverse_norms, sums, scalars
 
 
-def finish_rows(
-    layout,
-    partial,
-    splits,
-    stored,
-    rnorm,
-    coef,
-    upstream,
-    grad_scale,
-    constant,
-    state,
-    order,
-    normalize,
-    need,
-    factor,
-    dtype,
-):
-    """(gradient of the views, (rows,) float64 parts of the temperature's gradient or None)."""
+def finish_rows(layout, partial, splits, saved, upstream, grad_scale, constant, need_temperature, factor, dtype):
+    """(gradient of the views (V, own, D), (rows,) float64 parts of the temperature's gradient or None)."""
+    call, stored = layout.call, saved.rows
     device = stored.device
-    out = launcher.empty((layout.user_views, layout.own, layout.dim), dtype, device)
-    parts = launcher.empty(layout.rows, torch.float64, device) if need else None
+    out = launcher.empty((layout.call.num_views, layout.call.own, layout.call.dim), dtype, device)
+    parts = launcher.empty(layout.rows, torch.float64, device) if need_temperature else None
     block, width, warps = _blocks(layout.stride)
     launcher.launch(
         finish_rows_kernel,
         (launcher.cdiv(layout.rows, block),),
         partial,
         stored,
-        rnorm,
-        coef,
+        saved.inverse_norms,
+        saved.positives,
         upstream,
         grad_scale,
-        state,
-        order if layout.labels else None,
+        saved.scalars,
+        saved.order if call.labelled else None,
         out,
         parts,
         constant,
         layout.padded,
-        layout.samples,
+        layout.call.batch,
         layout.rows,
         splits,
-        layout.first,
-        layout.own,
+        layout.call.first,
+        layout.call.own,
         *layout.part,
-        VIEWS=layout.user_views,
-        LABELS=layout.labels,
+        VIEWS=layout.call.num_views,
+        LABELS=layout.call.labelled,
         QUEUES=partial.shape[0] - splits,
-        NORMALIZE=normalize,
-        NEED_SCALE=need,
-        DIM=layout.dim,
+        NORMALIZE=call.normalize,
+        NEED_SCALE=need_temperature,
+        DIM=layout.call.dim,
         STRIDE=layout.stride,
         BLOCK=block,
         BLOCK_D=width,

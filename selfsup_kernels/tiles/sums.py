@@ -12,8 +12,9 @@ sees a part of all columns of its rows.
 import triton
 import triton.language as tl
 
+from selfsup_kernels.info_nce.objectives import Columns
 from selfsup_kernels.tiles import configs, launcher
-from selfsup_kernels.tiles.tile import load_tile, relative_exponential, score_reference, tile_scores
+from selfsup_kernels.tiles.tile import load_tile, negatives_meet, relative_exponential, score_reference, tile_scores
 
 
 @triton.jit
@@ -65,10 +66,7 @@ def _decode(
         chunk = item // own_blocks // VIEWS % chunks
         v = item // own_blocks // VIEWS // chunks
         length = tl.where(v == VIEWS, QUEUE_BLOCKS, blocks)
-        meets = (CORE < 0) | (u == v) | (u == CORE) | (v == CORE) | (v == VIEWS)
-        if CROSS:
-            meets = meets & (u != v)
-        length = tl.where(meets, length, 0)
+        length = tl.where(negatives_meet(u, v, CORE, VIEWS, CROSS), length, 0)
         y_block = first_block + item % own_blocks
     return u, v, y_block, chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, length)
 
@@ -196,7 +194,7 @@ def sums_kernel(
     source_x,
     source_y,
     sums,
-    state,
+    scalars,
     classes,
     ends,
     rows,
@@ -234,7 +232,7 @@ def sums_kernel(
     PIECES: tl.constexpr = SPAN // BLOCK_N
     blocks = tl.cdiv(BATCH, SPAN)
     queue_blocks = tl.cdiv(QUEUE, SPAN)
-    scale, reference = score_reference(state, NORMALIZE)
+    scale, reference = score_reference(scalars, NORMALIZE)
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         u, v, y_block, first, last = _decode(
             item // PIECES, blocks, first_block, own_blocks, VIEWS, CORE, queue_blocks, CHUNK, SYMMETRIC, CROSS
@@ -308,18 +306,21 @@ def sums_kernel(
             tl.atomic_add(at, column_sums, mask=ys < BATCH, sem="relaxed")
 
 
-def pair_sums(layout, stored, sums, state, classes, ends, cross, core, normalize, precision):
+def pair_sums(layout, stored, sums, scalars, classes, precision):
+    """sums (C, M) += what :func:`sums_kernel` says, over all tiles; ``classes`` (2, M) with labels."""
+    call, cross = layout.call, layout.call.columns == Columns.OTHER
+    begins, ends = classes if call.labelled else (None, None)
     clean, masked = (
         configs.lookup(k, launcher.arch_of(stored), stored.dtype, layout.stride) for k in ("sums", "masked_sums")
     )
     processors = launcher.processors_of(stored)
     deterministic = launcher.deterministic()
     symmetric = not (deterministic or layout.partial)
-    pairs = layout.views * (layout.views - 1) // 2 if core < 0 else layout.views - 1
+    pairs = layout.views * (layout.views - 1) // 2 if call.core_view < 0 else layout.views - 1
     own = 0 if cross else layout.views
 
     def blocks(config):
-        return launcher.cdiv(layout.batch, config.block_n), launcher.cdiv(layout.queue, config.block_n)
+        return launcher.cdiv(layout.batch, config.block_n), launcher.cdiv(layout.call.queue_rows, config.block_n)
 
     def tiles(config):
         n, q = blocks(config)
@@ -353,25 +354,25 @@ def pair_sums(layout, stored, sums, state, classes, ends, cross, core, normalize
             x,
             y,
             sums,
-            state,
-            classes,
+            scalars,
+            begins,
             ends,
             layout.rows,
             layout.batch,
             layout.padded,
-            layout.queue,
+            layout.call.queue_rows,
             layout.views,
-            core,
+            call.core_view,
             chunk,
             items,
             first_block,
             own_blocks,
             PART=part,
-            LABELS=layout.labels,
+            LABELS=layout.call.labelled,
             PAIRED=launcher.arch_of(stored) // 10 != 10,
             SYMMETRIC=symmetric,
             CROSS=cross,
-            NORMALIZE=normalize,
+            NORMALIZE=call.normalize,
             STRIDE=layout.stride,
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,

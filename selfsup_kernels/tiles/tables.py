@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 
 from selfsup_kernels.tiles import launcher
-from selfsup_kernels.tiles.objectives import CROSS_VIEW, anchor_tables
-from selfsup_kernels.tiles.tile import STATE_SLOW, finite_or_zero, score_reference
+from selfsup_kernels.tiles.objectives import OTHER, anchor_tables
+from selfsup_kernels.tiles.tile import SLOW, finite_or_zero, negatives_meet, score_reference
 
 FAST_WEIGHT = tl.constexpr(60.0)
 """Above exp(60) a weight belongs to a row all of whose scores are below r - 60: exp(S - r) would lose those that are
@@ -136,20 +136,20 @@ def negatives(
 
 
 @triton.jit
-def store_weights(weights, slow, state, logw, reference, at, mask):
+def store_weights(weights, slow, scalars, logw, reference, at, mask):
     """logw: as exp(logw + r), and itself for the slow path."""
     relative = logw + reference.to(tl.float64)
     tl.store(weights + at, tl.exp(tl.where(relative > 80.0, 80.0, relative)).to(tl.float32), mask=mask)
     tl.store(slow + at, logw.to(tl.float32), mask=mask)
     if tl.sum((mask & (relative > FAST_WEIGHT)).to(tl.int32)) > 0:
-        tl.atomic_max(state + STATE_SLOW, 1.0, sem="relaxed")
+        tl.atomic_max(scalars + SLOW, 1.0, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["rows", "BATCH", "PADDED", "QUEUE_ROWS", "CORE", "first", "count"])
 def view_tables_kernel(
     stored,
     sums,
-    state,
+    scalars,
     loss,
     weights,
     slow,
@@ -164,7 +164,9 @@ def view_tables_kernel(
     VIEWS: tl.constexpr,
     QUEUE: tl.constexpr,
     WIDTH: tl.constexpr,
-    OBJECTIVE: tl.constexpr,
+    NEGATIVES: tl.constexpr,
+    POSITIVES: tl.constexpr,
+    NUMERATOR: tl.constexpr,
     NORMALIZE: tl.constexpr,
     DIM: tl.constexpr,
     STRIDE: tl.constexpr,
@@ -181,17 +183,12 @@ def view_tables_kernel(
     row = u * PADDED + sample
     column = tl.arange(0, WIDTH)
     k = tl.arange(0, BLOCK_K)
-    scale, reference = score_reference(state, NORMALIZE)
+    scale, reference = score_reference(scalars, NORMALIZE)
     n = tl.full((BLOCK, WIDTH), float("-inf"), tl.float64)
     p = tl.zeros((BLOCK, WIDTH), tl.float64)
     for v in range(VIEWS + QUEUE):
         is_queue = v == VIEWS
-        meets = (CORE < 0) | (u == v) | (u == CORE) | (v == CORE) | is_queue
-        if OBJECTIVE == CROSS_VIEW:  # no negatives in the anchor's own view
-            negative = meets & (u != v)
-        else:
-            negative = meets
-        if negative:
+        if negatives_meet(u, v, CORE, VIEWS, NEGATIVES == OTHER):
             value = negatives(
                 sums,
                 stored,
@@ -223,44 +220,47 @@ def view_tables_kernel(
                 y = tl.load(stored + other[:, None] * STRIDE + (at + k)[None, :], mask=mask, other=0.0)
                 dot += tl.sum(x.to(tl.float32) * y.to(tl.float32), 1)
             p = tl.where((column == v)[None, :], (dot.to(tl.float64) * scale.to(tl.float64))[:, None], p)
-    value, logw, c = anchor_tables(n, p, u, column, CORE, VIEWS, QUEUE, OBJECTIVE)
+    value, logw, c = anchor_tables(n, p, u, column, CORE, VIEWS, QUEUE, NEGATIVES, POSITIVES, NUMERATOR)
     tl.store(loss + u.to(tl.int64) * count + place, value.to(tl.float32), mask=valid)
     # (BLOCK, WIDTH) tables, a few columns: element (i, v) goes to [v][i].
     at = column[None, :] * rows + row[:, None]
     there = valid[:, None] & (column < VIEWS + QUEUE)[None, :]
-    store_weights(weights, slow, state, logw, reference, at, there)
+    store_weights(weights, slow, scalars, logw, reference, at, there)
     tl.store(coef + at, c.to(tl.float32), mask=there & (column < VIEWS)[None, :])
 
 
-def view_tables(layout, stored, sums, state, objective, core, normalize, precision):
-    """(per-anchor losses (V, B) in float32, both tables of weights, coef)."""
+def view_tables(layout, stored, sums, scalars, precision):
+    """(losses of this process's anchors (V, own), log_weights, weights, positives), in float32."""
+    call = layout.call
     new = functools.partial(launcher.empty, dtype=torch.float32, device=stored.device)
-    loss = new((layout.user_views, layout.own))
-    weights = new((2, layout.columns, layout.rows))
-    coef = new((layout.views, layout.rows))
+    loss = new((layout.call.num_views, layout.call.own))
+    log_weights, weights = (new((call.columns_of_tables, layout.rows)) for _ in range(2))
+    positives = new((call.positives_of_tables, layout.rows))
     launcher.launch(
         view_tables_kernel,
-        (launcher.cdiv(layout.own, TABLE_BLOCK), layout.views),
+        (launcher.cdiv(layout.call.own, TABLE_BLOCK), layout.views),
         stored,
         sums,
-        state,
+        scalars,
         loss,
-        weights[0],
-        weights[1],
-        coef,
+        weights,
+        log_weights,
+        positives,
         layout.rows,
         layout.batch,
         layout.padded,
-        layout.queue,
-        core,
-        layout.first,
-        layout.own,
+        layout.call.queue_rows,
+        call.core_view,
+        layout.call.first,
+        layout.call.own,
         VIEWS=layout.views,
-        QUEUE=int(layout.queue > 0),
-        WIDTH=launcher.next_power_of_2(max(2, layout.columns)),
-        OBJECTIVE=objective,
-        NORMALIZE=normalize,
-        DIM=layout.dim,
+        QUEUE=int(layout.call.queue_rows > 0),
+        WIDTH=launcher.next_power_of_2(max(2, layout.call.columns_of_tables)),
+        NEGATIVES=call.columns,
+        POSITIVES=call.inside,
+        NUMERATOR=call.numerator,
+        NORMALIZE=call.normalize,
+        DIM=layout.call.dim,
         STRIDE=layout.stride,
         BLOCK=TABLE_BLOCK,
         BLOCK_K=table_width(layout, stored.dtype),
@@ -268,7 +268,7 @@ def view_tables(layout, stored, sums, state, objective, core, normalize, precisi
         num_warps=8,
         maxnreg=255,  # else the compiler spills a few registers to fit one more program
     )
-    return loss, weights, coef
+    return loss, log_weights, weights, positives
 
 
 TABLE_BLOCK = 32

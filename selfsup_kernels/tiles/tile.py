@@ -3,17 +3,15 @@
 import triton
 import triton.language as tl
 
-from selfsup_kernels.tiles import layout
+from selfsup_kernels.info_nce import call
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
 HEADROOM = tl.constexpr(70.0)
 """Scores are exponentiated relative to ``max(bound - HEADROOM, 0)``: ``exp(70)``, summed 1e8 times, is a float32."""
 
-STATE_SCALE = tl.constexpr(layout.STATE_SCALE)
-STATE_NORM = tl.constexpr(layout.STATE_NORM)
-STATE_SLOW = tl.constexpr(layout.STATE_SLOW)
-STATE_SIZE = 4
+SCALE, LONGEST, SLOW = map(tl.constexpr, (call.SCALE, call.LONGEST, call.SLOW))
+"""Places in ``Saved.scalars``."""
 
 
 @triton.jit
@@ -67,17 +65,17 @@ def tile_scores(
 
 
 @triton.jit
-def score_reference(state, NORMALIZE: tl.constexpr):
+def score_reference(scalars, NORMALIZE: tl.constexpr):
     """(scale, r): every score is at most r + HEADROOM, whatever the rows are.
 
     The bound is ``scale`` for unit rows (1 % more, since rows of few bits are not exactly of unit length), else
     ``scale`` times the largest squared norm. With ``r = 0`` for all but small temperatures nothing underflows either.
     """
-    scale = tl.load(state + STATE_SCALE)
+    scale = tl.load(scalars + SCALE)
     if NORMALIZE:
         bound = scale * 1.01
     else:
-        bound = scale * tl.load(state + STATE_NORM)
+        bound = scale * tl.load(scalars + LONGEST)
     return scale, tl.where(bound > HEADROOM, bound - HEADROOM, 0.0)
 
 
@@ -139,3 +137,13 @@ def log_ratio(rest, positive):
 def sigmoid(x):
     y = tl.exp(-tl.abs(x))
     return tl.where(x > 0, 1.0, y) / (1.0 + y)
+
+
+@triton.jit
+def negatives_meet(u, v, CORE, VIEWS, CROSS: tl.constexpr):
+    """Whether rows of view ``u`` have negatives in view ``v`` (VIEWS: the queue): ``objectives.negative_views``, for
+    kernels. CROSS: none in their own view."""
+    meets = (CORE < 0) | (u == v) | (u == CORE) | (v == CORE) | (v == VIEWS)
+    if CROSS:
+        meets = meets & (u != v)
+    return meets

@@ -4,9 +4,10 @@ plain matrix product from there."""
 import triton
 import triton.language as tl
 
+from selfsup_kernels.info_nce.objectives import negative_views
 from selfsup_kernels.tiles import configs, launcher
 from selfsup_kernels.tiles.pairs import masked_blocks, pair_gradient, partial_sums
-from selfsup_kernels.tiles.tile import STATE_SLOW, load_tile, score_reference, tile_scores
+from selfsup_kernels.tiles.tile import SLOW, load_tile, score_reference, tile_scores
 
 
 # WIDTH, a multiple of 256, is no constant: it follows the size of the batch, and each would be a kernel of its own.
@@ -20,7 +21,7 @@ def wave_kernel(
     weights,
     slow,
     upstream,
-    state,
+    scalars,
     classes,
     ends,
     coef,
@@ -36,7 +37,8 @@ def wave_kernel(
     y_first,
     WIDTH,
     LABELS: tl.constexpr,
-    OBJECTIVE: tl.constexpr,
+    POSITIVES: tl.constexpr,
+    NUMERATOR: tl.constexpr,
     NORMALIZE: tl.constexpr,
     STRIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -50,7 +52,7 @@ def wave_kernel(
     x_local = x_first + tl.program_id(1) * BLOCK_M
     y_local = y_first + tl.program_id(0) * BLOCK_N
     x_row, y_row = u * PADDED + x_local, v * PADDED + y_local
-    scale, reference = score_reference(state, NORMALIZE)
+    scale, reference = score_reference(scalars, NORMALIZE)
     s = tile_scores(
         source_x,
         source_y,
@@ -70,7 +72,7 @@ def wave_kernel(
     low, high = masked_blocks(classes, ends, x_local, BATCH, BLOCK_M, BLOCK_N, BLOCK_N, LABELS)
     block = y_local // BLOCK_N
     mixed = (v != VIEWS) & (block >= low) & (block < high)
-    if mixed | (tl.load(state + STATE_SLOW) > 0):
+    if mixed | (tl.load(scalars + SLOW) > 0):
         g = pair_gradient(
             s,
             x_local,
@@ -92,7 +94,8 @@ def wave_kernel(
             VIEWS,
             True,
             LABELS,
-            OBJECTIVE,
+            POSITIVES,
+            NUMERATOR,
             NORMALIZE,
             BLOCK_M,
             BLOCK_N,
@@ -120,7 +123,8 @@ def wave_kernel(
             VIEWS,
             False,
             LABELS,
-            OBJECTIVE,
+            POSITIVES,
+            NUMERATOR,
             NORMALIZE,
             BLOCK_M,
             BLOCK_N,
@@ -174,9 +178,9 @@ launch of a smaller one. On an H100 16, 64, 128 and 256 MB take 48, 28, 27 and 2
 numbers, forward and backward, and 142, 135, 113 and 106 ms for rows of 256 float32 numbers."""
 
 
-def in_waves(layout, stored, tables, cross, core, constants):
+def in_waves(layout, stored, tables, constants):
     arch = launcher.arch_of(stored)
-    pairs = configs.lookup("masked_wave" if layout.labels else "wave", arch, stored.dtype, layout.stride)
+    pairs = configs.lookup("masked_wave" if layout.call.labelled else "wave", arch, stored.dtype, layout.stride)
     product = configs.lookup("product", arch, stored.dtype, layout.stride)
     if pairs.block_n % product.block_k:
         raise ValueError(
@@ -187,14 +191,14 @@ def in_waves(layout, stored, tables, cross, core, constants):
     # As many rows as give each multiprocessor a tile of the product.
     filling = launcher.processors_of(stored) // launcher.cdiv(layout.stride, product.block_n) * product.block_m
     height, width = wave_shape(padded, part_rows, stored.element_size(), filling)
-    partial = partial_sums(layout, 1, int(layout.queue > 0), stored)
+    partial = partial_sums(layout, 1, int(layout.call.queue_rows > 0), stored)
     workspace = launcher.empty((height, width), stored.dtype, stored.device)
     x, y = launcher.tile_sources(stored, pairs)
     _, x_end = layout.own_rows()
     product_sources = launcher.product_sources(workspace, stored, product)
-    for u, v in visits(layout, cross, core):
+    for u, v in visits(layout):
         slot = int(v == layout.views)
-        limit = layout.queue if slot else layout.batch
+        limit = layout.call.queue_rows if slot else layout.batch
         for x_first in range(part_first, x_end, height):
             x_count = min(height, x_end - x_first)
             for y_first in range(0, limit, width):
@@ -209,7 +213,7 @@ def in_waves(layout, stored, tables, cross, core, constants):
                     layout.rows,
                     layout.batch,
                     layout.padded,
-                    layout.queue,
+                    layout.call.queue_rows,
                     layout.views,
                     u,
                     v,
@@ -223,7 +227,7 @@ def in_waves(layout, stored, tables, cross, core, constants):
                     **constants,
                     **pairs.options,
                 )
-                first = y_first == 0 and (slot or v == next(w for t, w in visits(layout, cross, core) if t == u))
+                first = y_first == 0 and (slot or v == next(w for t, w in visits(layout) if t == u))
                 launcher.launch(
                     product_kernel,
                     (launcher.cdiv(layout.stride, product.block_n), launcher.cdiv(x_count, product.block_m)),
@@ -261,11 +265,10 @@ def wave_shape(columns, rows, element_size, filling):
     return height, width
 
 
-def visits(layout, cross, core):
+def visits(layout):
     """The ordered pairs (u, v) of views that meet; v == views is the queue."""
+    call = layout.call
     for u in range(layout.views):
-        for v in range(layout.views):
-            if (core < 0 or u == v or core in (u, v)) and not (cross and u == v):
-                yield u, v
-        if layout.queue:
+        yield from ((u, v) for v in negative_views(u, layout.views, call.core_view, call.columns))
+        if layout.call.queue_rows:
             yield u, layout.views

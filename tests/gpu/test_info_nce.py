@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 from guard import guarded
-from helpers import EVERY_CASE, assert_within, compare_info_nce, randn, random_labels, run
+from helpers import EVERY_CASE, assert_within, compare_info_nce, info_nce_call, randn, random_labels, run
 
 from selfsup_kernels import info_nce_loss, spec
 from selfsup_kernels.core import ops
@@ -354,13 +354,14 @@ def test_opcheck(impl, device, labelled):
     views = list(randn(2, 20, 12).to(device).unbind(0))
     labels = random_labels(20, 5).to(device) if labelled else None
     queue = randn(7, 12, seed=1).to(device)
-    arguments = (views, labels, queue, None, 0.1, 0, -1, True, 1e-12, 1)
+    call = info_nce_call(views, labels, queue, reduction="mean")
+    arguments = (views, labels, queue, None, *call)
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(ops.get("info_nce_forward", impl), arguments, test_utils=checks)
     loss, *saved = ops.get("info_nce_forward", impl)(*arguments)
     torch.library.opcheck(
         ops.get("info_nce_backward", impl),
-        (torch.ones_like(loss), *saved, labels, None, 0.1, 2, 20, 12, 0, -1, True, 1, True, torch.float32),
+        (torch.ones_like(loss), *saved, labels, *call, True, torch.float32),
         test_utils=checks,
     )
 

@@ -6,10 +6,10 @@ from collections import Counter
 
 import pytest
 import torch
-from helpers import random_labels
+from helpers import info_nce_call, random_labels
 
 from selfsup_kernels.core import ops
-from selfsup_kernels.info_nce.objectives import OBJECTIVES
+from selfsup_kernels.info_nce.ops import forward_fake_triton
 from selfsup_kernels.tiles import configs, launcher, waves
 from selfsup_kernels.tiles.gradient import MOST_COLUMNS
 from selfsup_kernels.tiles.layout import PADDING, Layout
@@ -40,21 +40,16 @@ def record(monkeypatch):
     return launches
 
 
-def call(
-    record, size, dtype=torch.bfloat16, labels=None, queue=0, objective="supcon_out", core=-1, reduction="mean", part=()
-):
+def call(record, size, dtype=torch.bfloat16, labels=None, queue=0, part=(0, -1), **arguments):
     """The launches of a forward and of its backward; of ``part`` = (first, count) of the samples."""
     views = list(torch.zeros(size, dtype=dtype).unbind(0))
     zq = torch.zeros(queue, size[2], dtype=dtype) if queue else None
-    number, how = OBJECTIVES.index(objective), ops.REDUCTIONS.index(reduction)
-    loss, *saved = ops.get("info_nce_forward", "triton")(
-        views, labels, zq, None, 0.1, number, core, True, 1e-12, how, *part
-    )
+    arguments = {"reduction": "mean"} | arguments
+    known = info_nce_call(views, labels, zq, first=part[0], count=part[1], **arguments)
+    loss, *saved = ops.get("info_nce_forward", "triton")(views, labels, zq, None, *known)
     forward = record.copy()
     record.clear()
-    ops.get("info_nce_backward", "triton")(
-        torch.ones_like(loss), *saved, labels, None, 0.1, *size, number, core, True, how, False, dtype, *part
-    )
+    ops.get("info_nce_backward", "triton")(torch.ones_like(loss), *saved, labels, *known, False, dtype)
     return forward, record.copy()
 
 
@@ -117,7 +112,7 @@ def test_items_cover_every_pair_once(record, monkeypatch, objective, core, batch
     """Decoded as the kernel does it: each row meets each column once, whichever of the launches sees to it."""
     monkeypatch.setattr(launcher, "MANY_TILES", many)
     num_views, queue = 3, 400
-    forward, _ = call(record, (num_views, batch, 64), objective=objective, core=core, queue=queue)
+    forward, _ = call(record, (num_views, batch, 64), objective=objective, core_view=core, queue=queue)
     launches = [k for k in forward if k.name == "sums"]
     assert [k["PART"] for k in launches] == (["all"] if many else ["clean", "masked"])
     seen = Counter()
@@ -181,7 +176,7 @@ def visits(item, batch, queue, num_views, core, sums):
 def test_items_of_a_part_cover_its_pairs_once(record, monkeypatch, many, core):
     monkeypatch.setattr(launcher, "MANY_TILES", many)
     num_views, batch, queue, (first, count) = 3, 2000, 400, (500, 300)
-    forward, backward = call(record, (num_views, batch, 64), core=core, queue=queue, part=(first, count))
+    forward, backward = call(record, (num_views, batch, 64), core_view=core, queue=queue, part=(first, count))
     launches = [k for k in forward if k.name == "sums"]
     assert [k["PART"] for k in launches] == (["all"] if many else ["clean", "masked"])
     seen = Counter()
@@ -292,21 +287,20 @@ def test_memory_is_linear_in_the_rows(record):
 
 def test_offsets_pass_2_31(record):
     """The row numbers are 32-bit; what they are multiplied with is not, see the tests on a device."""
-    layout = Layout(2, 3_000_000, 1024, 0, False)
+    views = [torch.zeros(1, 1).expand(3_000_000, 1024)] * 2
+    layout = Layout(info_nce_call(views))
     assert layout.rows * layout.stride > 2**31
     assert layout.rows < 2**31
+    views = list(torch.zeros(1, 1).expand(50_000, 1).expand(300, 50_000, 1).unbind(0))
     with pytest.raises(RuntimeError, match=r"2\^31.*reference"):
-        ops.get("info_nce_forward", "triton")(
-            list(torch.zeros(1, 1).expand(50_000, 1).expand(300, 50_000, 1).unbind(0)),
-            *[None] * 3, 0.1, 0, -1, True, 1e-12, 1,
-        )  # fmt: skip
+        ops.get("info_nce_forward", "triton")(views, None, None, None, *info_nce_call(views))
 
 
 def test_saved_tensors_are_what_the_fakes_say(impl, device):
     for labels in (None, torch.arange(20, device=device) % 3):
         for queue in (None, torch.zeros(7, 12, device=device)):
             views = list(torch.randn(2, 20, 12).to(device).unbind(0))
-            arguments = (views, labels, queue, None, 0.1, 0, -1, True, 1e-12, 0)
+            arguments = (views, labels, queue, None, *info_nce_call(views, labels, queue))
             real = ops.get("info_nce_forward", impl)(*arguments)
-            fake = ops._info_nce_forward_fake_gpu(*arguments)
+            fake = forward_fake_triton(*arguments)
             assert [(t.shape, t.dtype) for t in real] == [(t.shape, t.dtype) for t in fake]
