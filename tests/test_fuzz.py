@@ -18,8 +18,8 @@ PLANTED = """
 import functools, os, sys, torch
 sys.path[:0] = [{root!r}, {fuzz!r}]
 from selfsup_kernels.core import backends
-from selfsup_kernels.byol import eager as of_byol
-from selfsup_kernels.info_nce import eager as of_info_nce
+from selfsup_kernels.byol import reference as of_byol
+from selfsup_kernels.info_nce import reference as of_info_nce
 from selfsup_kernels.functional import info_nce_loss
 
 op = backends.op

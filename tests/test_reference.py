@@ -6,7 +6,7 @@ from helpers import assert_within, randn, random_labels, run
 
 from selfsup_kernels import byol_loss, info_nce_loss, spec
 from selfsup_kernels.core import backends
-from selfsup_kernels.info_nce import eager
+from selfsup_kernels.info_nce import reference
 from selfsup_kernels.info_nce.objectives import LABEL_OBJECTIVES, OBJECTIVES
 
 X = randn(3, 5, 4, dtype=torch.float64)
@@ -109,7 +109,7 @@ def test_queue_that_is_filled_before_the_backward(objective, normalize):
     ],
 )
 def test_the_op_takes_what_is_one_sample_too_large(objective, queue, labelled, scores, dtype, monkeypatch):
-    monkeypatch.setattr(eager, "_MB", scores * max(dtype.itemsize, 4))
+    monkeypatch.setattr(reference, "_MB", scores * max(dtype.itemsize, 4))
     names, op = [], backends.op
     monkeypatch.setattr(backends, "op", lambda name, impl: names.append(name) or op(name, impl))
     rows = randn(queue, 4, dtype=dtype, seed=1) if queue else None

@@ -2,7 +2,7 @@
 
 import torch
 
-from selfsup_kernels.byol import eager
+from selfsup_kernels.byol import reference
 from selfsup_kernels.byol.autograd import BYOL
 from selfsup_kernels.core import backends, ops
 from selfsup_kernels.core import validate as check
@@ -59,8 +59,8 @@ def byol_loss(predictions, targets, *, eps=1e-12, reduction="mean", impl="auto")
             p, t = both[: len(p)], both[len(p) :]
         tensors = [*p, *map(_constant, t)]
     constants = (eps, reduction, stacked, 1 if stacked else len(p))
-    if impl == "reference" and eager.takes(p[0]):
-        loss = eager.byol_loss(*constants, *tensors)
+    if impl == "reference" and reference.takes(p[0]):
+        loss = reference.by_autograd(*constants, *tensors)
     else:
         loss = apply(BYOL, impl, *constants, *tensors)
     if pairs and loss.dim():

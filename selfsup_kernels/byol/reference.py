@@ -6,6 +6,9 @@ With unit rows only the sum of the targets matters: over the other views ``v != 
 
 import torch
 
+from selfsup_kernels.core.eager import UnitRows, ordinary
+from selfsup_kernels.core.ops import REDUCTIONS
+
 
 def forward(predictions, targets, eps, reduction):
     p, t = _wide(predictions), _wide(targets)
@@ -47,3 +50,28 @@ def _opposite(t, rt):
     """The sum of the other views' unit rows; with one view (pairs) the unit rows themselves."""
     unit = t * rt.abs().unsqueeze(-1)
     return unit if len(unit) == 1 else unit.sum(0) - unit
+
+
+_MOST_ELEMENTS = 1 << 16
+"""The most elements of a view for :func:`by_autograd`; the op passes fewer times over the rows."""
+
+
+def takes(view):
+    """Whether ``by_autograd`` is for a call with views like ``view``."""
+    return ordinary(view) and view.numel() <= _MOST_ELEMENTS
+
+
+def by_autograd(eps, reduction, stacked, num, *tensors):
+    """The loss, in float32 at least, of the arguments of ``byol.autograd.BYOL``."""
+    reduction, num_views = REDUCTIONS[reduction], len(tensors[0]) if stacked else num
+    p, _ = UnitRows.apply(True, eps, None, *tensors[:num])
+    with torch.no_grad():
+        t, _ = UnitRows.apply(True, eps, None, *tensors[num:])
+        if num_views > 1:  # of the other views the mean is enough
+            t = t.view(num_views, -1, t.shape[1])
+            t = (t.flip(0) if num_views == 2 else (t.sum(0) - t) / (num_views - 1)).flatten(0, 1)
+    cosines = torch.linalg.vecdot(p, t)
+    if reduction == "mean":
+        return 2 - 2 * cosines.mean()
+    loss = 2 - 2 * cosines
+    return loss.sum() if reduction == "sum" else loss.view(num_views, -1)

@@ -7,7 +7,7 @@ import torch
 from selfsup_kernels.core import backends, ops, processes
 from selfsup_kernels.core import validate as check
 from selfsup_kernels.core.transforms import active, apply
-from selfsup_kernels.info_nce import eager, exchange
+from selfsup_kernels.info_nce import exchange, reference
 from selfsup_kernels.info_nce.autograd import InfoNCE
 from selfsup_kernels.info_nce.call import Call
 from selfsup_kernels.info_nce.exchange import GroupInfoNCE
@@ -96,8 +96,8 @@ def info_nce_loss(
         if queue is None:
             check.samples(checked.call.batch)
         impl, stacked, call, tensors, *_ = checked
-        if impl == "reference" and eager.takes(checked.view, call):
-            loss = eager.info_nce_loss(call, *tensors)
+        if impl == "reference" and reference.takes(checked.view, call):
+            loss = reference.by_autograd(call, *tensors)
         else:
             loss = apply(InfoNCE, impl, stacked, call, *tensors)
     else:

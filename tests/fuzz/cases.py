@@ -14,9 +14,9 @@ import updates
 from draw import FLOATING, Draw
 from process import CLASS
 
-from selfsup_kernels.byol import eager as of_byol
+from selfsup_kernels.byol import reference as of_byol
 from selfsup_kernels.core import ops
-from selfsup_kernels.info_nce import eager as of_info_nce
+from selfsup_kernels.info_nce import reference as of_info_nce
 
 FUNCTIONS = {
     "info_nce_loss": (info_nce.info_nce, 55, "info_nce"),
