@@ -212,7 +212,7 @@ def test_the_reference_in_one_block_and_in_many(objective, form, monkeypatch):
         reference, "_blocks", lambda *a, **k: [drawn.append(block[0]) or block for block in blocks(*a, **k)]
     )
     columns = 7 * (2 if objective == "cross_view" else 3) + 5 * ("queue" in arguments)
-    monkeypatch.setattr(reference, "takes_info_nce", lambda *_: False)
+    monkeypatch.setattr(reference, "takes", lambda *_: False)
     for samples in (7, 3, 1):
         monkeypatch.setattr(reference, "_BLOCK_BYTES", 8 * 3 * columns * samples)
         drawn.clear()
