@@ -1,12 +1,13 @@
-"""The page of ``bench --html``, in a browser, and the sentences on it, from rows that are made up."""
+"""The page of ``bench --html`` in a browser, and what is on it, from rows that are made up."""
 
 import json
+import math
 import re
 
 import pytest
 from browser import check_layout, open_page
 
-from selfsup_kernels.lab.bench import findings, results, tables
+from selfsup_kernels.lab.bench import results, tables
 from selfsup_kernels.lab.bench.workloads import case
 
 for package in ("rich", "psutil", "jinja2", "matplotlib"):
@@ -70,29 +71,17 @@ def ema(ours, rival):
     return row("ema", "update", {"selfsup_kernels": ours, "foreach_lerp": rival}, notes={"loop": "a"}, errors=errors)
 
 
-ALL = [
-    *info_nce(256, 1.0, 2.0, compile=1.5),
-    *info_nce(1024, 8.0, 40.0, compile=20.0),
-    *info_nce(4096, 100.0, 1000.0, compile=400.0),
-    *info_nce(16384, 1500.0),
-    row(
-        "byol", "both", {"selfsup_kernels": 5.0, "eager": 50.0, "compile": 4.0}, {"selfsup_kernels": 10**7}, batch=4096
-    ),
-    ema(3.5, 3.0),
-]
+BYOL = row("byol", "both", {"selfsup_kernels": 5.0, "compile": 4.0}, {"selfsup_kernels": 10**7}, batch=4096)
+ALL = [*info_nce(256, 1.0, 2.0, compile=1.5), *info_nce(4096, 100.0, 1000.0), *info_nce(16384, 1500.0), BYOL]
+ALL.append(ema(3.5, 3.0))
+NOTHING = [row("info_nce", "both", {}, unavailable={"selfsup_kernels": "out of memory"}, batch=8)]
 PAGES = {
-    "everything": (HEADER, ALL),
-    "one size": (HEADER, list(info_nce(1024, 8.0, 40.0))),
-    "one update": (HEADER, [ema(3.5, 3.0)]),
-    "a GPU": (GPU, ALL),
-    "nothing": (HEADER, [row("info_nce", "both", {}, unavailable={"selfsup_kernels": "out of memory"}, batch=8)]),
+    "everything": (HEADER, ALL, 4),
+    "one size": (HEADER, list(info_nce(1024, 8.0, 40.0)), 2),
+    "one update": (HEADER, [ema(3.5, 3.0)], 1),
+    "a GPU": (GPU, ALL, 5),
+    "nothing": (HEADER, NOTHING, 0),
 }
-
-
-@pytest.mark.parametrize("name", PAGES)
-def test_what_is_made_up_keeps_to_the_schema(name):
-    header, rows = PAGES[name]
-    jsonschema.validate({"header": header, "rows": rows}, json.loads(results.SCHEMA.read_text()))
 
 
 @pytest.mark.parametrize("width", [390, 1280])
@@ -100,84 +89,60 @@ def test_what_is_made_up_keeps_to_the_schema(name):
 def test_page_in_a_browser(name, width, tmp_path):
     from selfsup_kernels.lab.bench import report
 
-    header, rows = PAGES[name]
+    header, rows, pictures = PAGES[name]
+    jsonschema.validate({"header": header, "rows": rows}, json.loads(results.SCHEMA.read_text()))
     path = tmp_path / "page.html"
     report.write(path, header, rows)
     with open_page(path, width=width) as page:
         check_layout(page)
-        assert page.inner_text("h1") == findings.answer(rows)
-        pictures = page.locator("img").count()
-        expected = {"everything": 6, "one size": 3, "one update": 2, "a GPU": 6, "nothing": 0}
-        assert pictures == expected[name]
-        text = page.inner_text("main")
-        if name != "nothing":
-            assert "How close to the machine?" in text
-            assert "Is it the same number?" in text
+        sentence, numbers = tables.answer(rows)
+        assert page.inner_text("h1") == sentence
+        assert page.locator(".numbers b").all_inner_texts() == [number for number, _ in numbers]
+        assert page.locator("img").count() == pictures
         if name == "everything":
-            assert "out of memory" in text
-            assert "5 M" not in text
+            assert "out of memory" in page.inner_text("main")
     assert not re.search(r"(src|href)=.https?:", path.read_text())
 
 
 def test_answer():
-    assert findings.answer(ALL) == (
-        "At B = 4096 (2 views, D = 128, float32) our InfoNCE takes 100 ms, 10.0 times less than eager and 4.0 times "
-        "less than torch.compile, and 4.1 MB of memory above its inputs where eager takes 839 MB."
+    """The largest case that a rival has a time for, and three numbers."""
+    sentence, numbers = tables.answer(ALL)
+    assert sentence == (
+        "InfoNCE (views 2, B 4096, D 128, dtype float32) takes 100 ms, eager, the fastest rival, 1000 ms."
     )
-    (text,) = [s for s in findings.findings(ALL) if "BYOL" in s and s.startswith("At B")]
-    assert "takes 5 ms, 10.0 times less than eager and 1.25 times as long as torch.compile" in text
-    assert findings.answer([ema(3.5, 3.0)]) == (
-        "Over ResNet-50's 25.6 million parameters (float32) our EMA update takes 3.5 ms, 1.17 times as long as "
-        "torch._foreach_lerp_."
-    )
-    assert "as long as torch._foreach_lerp_" in findings.answer([ema(3.0, 3.0)])
-    assert findings.answer(PAGES["nothing"][1]) == "Nothing was measured: the reasons are below."
-    alone = findings.answer(list(info_nce(16384, 1500.0)))
-    assert alone.endswith("our InfoNCE takes 1.5 s; eager ran out of memory.")
+    assert [number for number, _ in numbers] == ["10x", "205x", "50 %"]
+    assert [number for number, _ in tables.answer([ema(3.5, 3.0)])[1]] == ["0.857x", "50 %"]
+    assert tables.answer(list(info_nce(16384, 1500.0)))[0].endswith("takes 1500 ms.")
+    assert tables.answer(NOTHING)[1] == []
 
 
-def test_where_ours_is_slower_is_said():
-    lost = findings.findings(ALL)[-1]
-    assert lost.startswith("In 2 of 11 comparisons a rival is faster than ours: BYOL loss")
-    assert "1.17 times as long as torch._foreach_lerp_" in lost
-    won = findings.findings(list(info_nce(256, 1.0, 2.0)))[-1]
-    assert won == "In none of 3 comparisons is a rival faster than ours, beyond the spread of the calls."
-    # Faster in the median, but the calls' spreads overlap.
-    assert findings.slower(ema(3.0, 2.9)) == []
-    assert findings.slower(ema(3.5, 3.0)) == ["foreach_lerp"]
+def test_where_a_rival_is_faster_is_said():
+    """Beyond the spread of the calls, and nowhere else."""
+    assert len(list(tables.slower(ALL))) == 2
+    assert list(tables.slower([ema(3.0, 2.9)])) == []
+    assert "foreach_lerp takes 0.857x ours" in next(tables.slower([ema(3.5, 3.0)]))
 
 
-def test_errors_beyond_rounding_are_flagged():
-    made = next(info_nce(256, 1.0, 2.0))
-    assert findings.wrong([made]) == []
-    made["errors"]["eager"]["gradient"] = 3e-2
-    assert findings.wrong([made]) == ["eager differs from float64 by up to 3e-02."]
-    made["errors"]["eager"]["gradient"] = None  # not finite
-    assert findings.wrong([made]) == ["eager differs from float64 by up to inf."]
-    made["dtype"] = "bfloat16"
-    made["errors"]["eager"]["gradient"] = 1e-2
-    assert findings.wrong([made]) == []
-
-
-def test_the_pages_table_of_errors_flags_the_worst_row():
-    from selfsup_kernels.lab.bench import report
-
-    bad, good = next(info_nce(256, 1.0, 2.0)), next(info_nce(1024, 1.0, 2.0))
-    bad["errors"]["eager"]["gradient"] = 3e-2
-    for rows in ([bad, good], [good, bad]):
-        cells = dict(report.errors(rows)[1])
-        assert cells["eager"] == [("3e-02", True)]
+@pytest.mark.parametrize(
+    ("dtype", "error", "style"),
+    [("float32", 3e-2, "wrong"), ("float32", None, "wrong"), ("float32", 1e-7, "slower"), ("bfloat16", 1e-2, "slower")],
+)
+def test_errors_beyond_rounding_are_flagged(dtype, error, style):
+    made = list(info_nce(256, 1.0, 2.0))[-1] | {"dtype": dtype}
+    made["errors"]["eager"]["gradient"] = error
+    assert [line.style for line in tables.make("info_nce", [made]).lines] == ["ours", style]
+    assert tables.worst(made, "eager") == (math.inf if error is None else error)
 
 
 @pytest.mark.parametrize(
     ("reason", "word"),
     [
         ("out of memory: 1.0 GB were available", "out of memory"),
-        ("skipped: would take about 9 s (--seconds)", "skipped"),
+        ("skipped: one call takes 9 s (--seconds)", "skipped"),
         ("absent: No module named 'x'", "absent"),
         ("ValueError: no", "failed"),
         ("takes two views, not 4", "not possible"),
     ],
 )
-def test_what_stands_in_the_place_of_a_time(reason, word):
+def test_what_stands_in_place_of_a_time(reason, word):
     assert tables.status(reason) == word
