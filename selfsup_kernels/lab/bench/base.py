@@ -183,25 +183,14 @@ def main(cases, device, base="auto", head=None, seconds=3.0, json_path=None) -> 
     if json_path:
         header = {"names": names, "sides": sides, "launches": LAUNCHES, "device": str(device)}
         results.write_json(json_path, header, rows)
-    say(f"now:  {names[HEAD]}\nbase: {names[BASE]}")
-    out.print(table(rows))
+    say(f"now:  {names[HEAD]}\nbase: {names[BASE]}\n{'':36} {'base ms':>9} {'now ms':>9} {'ratio':>6} {'noise':>6}")
+    for row in rows:
+        found = row.get("reason", "")
+        if "ratio" in row:
+            old, new = (row["times"][name]["p50_ms"] for name in (BASE, HEAD))
+            found = f"{old:9.3g} {new:9.3g} {row['ratio']:6.3f} {100 * row['noise']:4.0f} %"
+        say(f"{row['label'] + ' ' + row['part']:36} {found}  {row['verdict']}")
     slower = sum(row["verdict"] == "slower" for row in rows)
     some = f"{slower} of {len(rows)} slower" if slower else "Nothing is slower"
     say(f"{some} than the base, beyond the noise of this run.")
     return 1 if slower else 0
-
-
-def table(rows):
-    from rich.table import Table
-
-    made = Table()
-    for name in ("case", "part", "base ms", "now ms", "ratio", "noise", "verdict"):
-        made.add_column(name, justify="left" if name in ("case", "part", "verdict") else "right")
-    for row in rows:
-        cells = ["", "", "", "", row.get("reason")]
-        if "ratio" in row:
-            cells = [f"{row['times'][name]['p50_ms']:.3g}" for name in (BASE, HEAD)]
-            cells += [f"{row['ratio']:.3f}", f"±{100 * row['noise']:.1f} %", row["verdict"]]
-        style = {"slower": "bold red", "faster": "green"}.get(row["verdict"])
-        made.add_row(row["label"], row["part"], *cells, style=style)
-    return made

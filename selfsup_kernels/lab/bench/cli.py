@@ -1,6 +1,8 @@
 """Parse the options of ``python -m selfsup_kernels bench`` and run what they ask for."""
 
+import contextlib
 import importlib
+import itertools
 import sys
 from pathlib import Path
 
@@ -117,17 +119,12 @@ class Plan:
         self.device = device("device", options.device)
         self.cases = []
         for op, columns in self.columns(options.vs).items():
-            if op == "ema":
-                made = [workloads.case(op, model=m, dtype=d) for m in models for d in dtypes]
-            else:
-                made = [
-                    workloads.case(op, views=v, batch=b, dim=w, dtype=d)
-                    for d in dtypes
-                    for v in views
-                    for w in dims or DIMS[op]
-                    for b in sorted(batches or BATCHES[op])
-                ]
-            self.cases += [(case, columns) for case in made]
+            sizes = {"model": models, "dtype": dtypes}
+            if op != "ema":
+                sizes = {"dtype": dtypes, "views": views, "dim": dims or DIMS[op]}
+                sizes["batch"] = sorted(batches or BATCHES[op])
+            for values in itertools.product(*sizes.values()):
+                self.cases.append((workloads.case(op, **dict(zip(sizes, values, strict=True))), columns))
         self.product_dtypes = dtypes if "info_nce" in self.ops else ["float32"]
 
     def columns(self, vs):
@@ -171,21 +168,17 @@ def choices(argument, text, known):
 
 
 def number(argument, text, kind, least):
-    try:
-        value = kind(text)
-        if least <= value < float("inf"):
-            return value
-    except ValueError:
-        pass
+    with contextlib.suppress(ValueError):
+        if least <= kind(text) < float("inf"):
+            return kind(text)
     raise Wrong(argument, f"a{' whole' if kind is int else ''} number of at least {least}", text)
 
 
 def whole(argument, text, least):
     try:
-        values = [number(argument, word, int, least) for word in text.split(",")]
+        return list(dict.fromkeys(number(argument, word, int, least) for word in text.split(",")))
     except Wrong:
         raise Wrong(argument, f"whole numbers of at least {least}, separated by commas", text) from None
-    return list(dict.fromkeys(values))
 
 
 def importable(argument, word):

@@ -1,7 +1,7 @@
 """Draw the pictures of the page. Each function returns a matplotlib figure."""
 
 from selfsup_kernels.lab.bench import rivals, tables
-from selfsup_kernels.lab.pages.figures import color_of, figure, guide, log_axis
+from selfsup_kernels.lab.pages.figures import color_of, figure, log_axis
 
 UNITS = {"time": "forward + backward (ms)", "memory": "peak memory above the inputs (MB)"}
 
@@ -37,12 +37,7 @@ def rivals_of(rows, column, title):
         width = 2.4 if rivals.impl_of(name) else 1.4
         style = {"color": color_of(name), "marker": "o", "linewidth": width, "label": tables.label(name)}
         axis.loglog(*zip(*found, strict=True), **style)
-    ends = [found[-1] for found in points.values()]
-    guide(axis, batches, min(ends, key=lambda end: end[1]), 1, "linear")
-    if rows[0]["op"] == "info_nce":
-        guide(axis, batches, max(ends, key=lambda end: end[1]), 2, "quadratic")
     values = [y for found in points.values() for _, y in found]
-    axis.set_ylim(min(values) / 1.6, max(values) * 1.6)
     axis.set_xticks(batches, batches)
     axis.set_xlabel("batch size B")
     log_axis(axis.yaxis, values)

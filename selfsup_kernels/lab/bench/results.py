@@ -86,16 +86,13 @@ def write_csv(path, rows):
         writer = csv.DictWriter(file, FIELDS, extrasaction="ignore")
         writer.writeheader()
         for row in rows:
-            rates = {key: row.get(key) for key in ("tflops", "gb_per_s", "fraction")}
             for name in (*row["times"], *row["unavailable"]):
-                errors = {f"{key}_error": value for key, value in row["errors"].get(name, {}).items()}
-                found = {key: row[column].get(name) for key, column in COLUMNS.items()}
-                line = {**row, **rates} if name == ours(row) else {**row, **dict.fromkeys(rates)}
-                times = {"times_ours": ratio(row, name), **row["times"].get(name, {})}
-                writer.writerow(line | {"rival": name} | times | errors | found)
-
-
-COLUMNS = {"peak_bytes": "peak_bytes", "unavailable": "unavailable", "note": "notes"}
+                line = row | {"rival": name, "times_ours": ratio(row, name), "note": row["notes"].get(name)}
+                line |= {key: row[key].get(name) for key in ("peak_bytes", "unavailable")}
+                line |= {f"{key}_error": value for key, value in row["errors"].get(name, {}).items()}
+                line |= row["times"].get(name, {})
+                line |= {} if name == ours(row) else dict.fromkeys(("tflops", "gb_per_s", "fraction"))
+                writer.writerow(line)
 
 
 def ours(row):

@@ -5,6 +5,7 @@ cannot do is leave a row's similarity with itself out of its softmax: their loss
 in their work.
 """
 
+import contextlib
 import functools
 import importlib
 import importlib.metadata
@@ -35,7 +36,6 @@ class Rival(NamedTuple):
     note: str | None = None
     other: bool = False  # computes something else, so that its error against float64 means nothing
     compiles: bool = False  # the first call of each part compiles for this shape
-    quadratic: bool = False  # holds M x M matrices
     waits: bool = False  # copies from the GPU to the host, which a CUDA graph cannot capture
 
 
@@ -176,7 +176,7 @@ def _model(tensors):
 
 
 def _average(update, module, targets):
-    """Set a rival's own average to where the workload's targets are."""
+    """Set a rival's own average to the workload's targets."""
     copies = list(module.to(targets[0].dtype).parameters())
     with torch.no_grad():
         torch._foreach_copy_(copies, targets)
@@ -226,12 +226,12 @@ def _compiled(function, **facts):
 PML = "pytorch-metric-learning"
 RIVALS = {
     "info_nce": {
-        "eager": _plain(eager_info_nce, quadratic=True),
-        "compile": _compiled(eager_info_nce, quadratic=True),
+        "eager": _plain(eager_info_nce),
+        "compile": _compiled(eager_info_nce),
         "chunked": _plain(chunked_info_nce),
-        "lightly": Rival(_lightly_info_nce, "lightly", "NTXentLoss", quadratic=True),
-        PML: Rival(functools.partial(_metric_learning, "SupConLoss"), PML, "SupConLoss", quadratic=True),
-        f"{PML} NTXentLoss": Rival(functools.partial(_metric_learning, "NTXentLoss"), PML, quadratic=True),
+        "lightly": Rival(_lightly_info_nce, "lightly", "NTXentLoss"),
+        PML: Rival(functools.partial(_metric_learning, "SupConLoss"), PML, "SupConLoss"),
+        f"{PML} NTXentLoss": Rival(functools.partial(_metric_learning, "NTXentLoss"), PML),
         "Inf-CL": Rival(_linear_cross_entropy(_inf_cl), "inf-cl", OTHER_LOSS, other=True),
         "cut-cross-entropy": Rival(
             _linear_cross_entropy(_cut_cross_entropy), "cut-cross-entropy", FILTERED, other=True
@@ -296,8 +296,6 @@ def load(case, name, inputs):
     except ImportError as error:
         advice = f" (pip install {rival.package})" if isinstance(error, ModuleNotFoundError) and rival.package else ""
         return None, f"absent: {error}{advice}"
-    except Unsupported as error:
-        return None, str(error)
     except Exception as error:  # a peer that fails while it is imported does not hide the others
         return None, reason_of(error)
 
@@ -306,15 +304,15 @@ def reason_of(error) -> str:
     """Return an exception in one line."""
     if host_memory.refused(error):
         return "out of memory"
+    if isinstance(error, Unsupported):
+        return str(error)
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def version(package):
     """Return the version of a package, None where it is not installed."""
-    try:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def versions(ops) -> dict:

@@ -60,8 +60,8 @@ class Suite:
         if self.clock.cuda:
             index = self.clock.device.index  # without one PyTorch refuses it
             torch.cuda.set_device(torch.cuda.current_device() if index is None else index)  # whose events count
-        self.seconds, self.rounds, self.skip, self.graphs = seconds, rounds, set(skip), graphs and self.clock.cuda
-        self.advance = advance
+        self.seconds, self.rounds, self.skip, self.advance = seconds, rounds, set(skip), advance
+        self.graphs = graphs and self.clock.cuda
         self.deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
         self.rates = timing.Rates(self.clock, dtypes, **(rates or {}))
         self.header = results.header(self.clock, ops) | self.rates.header()
@@ -75,13 +75,10 @@ class Suite:
             return function(*arguments), None
         except Exception as error:
             reason = rivals.reason_of(error)
-        self.free()
-        return None, reason
-
-    def free(self):
         gc.collect()
         if self.clock.cuda:
             torch.cuda.empty_cache()
+        return None, reason
 
     def measure(self, case, names):
         """Return rows, one for each part of the case, of the columns ``names``; add them to ``rows`` too."""
@@ -114,8 +111,6 @@ class Suite:
         if self.clock.cuda:
             self._of_device(case, functions, inputs, found)
         self._errors(case, functions, inputs, found)
-        del inputs
-        self.free()
         rows = [{**case.facts, "part": part, "times": times[part], **found} for part in case.parts]
         self.rows += rows
         self.advance(f"{case.label}: times")
@@ -159,18 +154,13 @@ class Suite:
             return f"skipped: one call takes {seconds:.0f} s (--seconds)"
 
     def _first_calls(self, case, function, inputs):
-        """Make the calls that compile and show what fails; return a reason where a second one takes too long."""
-        for part in dict.fromkeys((case.parts[-1], case.parts[0])):  # without a gradient torch.compile compiles again
-            for _ in range(2):
-                start = time.perf_counter()
-                case.run(part, function, inputs)
-                if self.clock.cuda:
-                    torch.cuda.synchronize()
-                reason = self._too_slow(time.perf_counter() - start)
-                if reason is None:
-                    break
-            else:
-                return reason
+        """Make the calls that compile and show what fails; return a reason where another one takes too long."""
+        run = functools.partial(case.run, case.parts[-1], function)
+        run(inputs)
+        reason = self._too_slow(self.clock.milliseconds(self.clock.once(run, lambda: inputs)) / 1e3)
+        if reason is None:
+            case.run(case.parts[0], function, inputs)  # without a gradient torch.compile compiles again
+        return reason
 
     def _in_turns(self, case, functions, inputs):
         """Return the times of each part by name."""
@@ -194,7 +184,7 @@ class Suite:
             wanted = {"peak_bytes": self.clock.peak_bytes}
             small = case.op != "info_nce" or (case.rows <= 16384 and (rivals.impl_of(name) or name == "eager"))
             if self.graphs and small and not rivals.find(case.op, name).waits:
-                wanted["graph_ms"] = self.clock.graph_ms
+                wanted["graph_ms"] = graph_ms
             for column, measure in wanted.items():
                 value, reason = self.attempt(measure, run)
                 if reason is None:
@@ -232,6 +222,13 @@ class Suite:
                 row["fraction"] = row["gb_per_s"] / self.rates.memory_gb_per_s
 
 
+def graph_ms(function):
+    """Return the time of ``function()`` in a replayed CUDA graph: without what the host takes to launch it."""
+    from triton.testing import do_bench_cudagraph
+
+    return do_bench_cudagraph(function, return_mode="median")
+
+
 def probe(parameters, name) -> dict:
     """Run one rival on one case, in a fresh process: does it fit, what memory and about how long does it take?
 
@@ -257,9 +254,9 @@ def probe(parameters, name) -> dict:
             function, _ = rivals.load(case, name, inputs)
         host_memory.trim()  # what making the inputs has left would be used first, and not be seen
         peak = host_memory.peak_growth(lambda: case.run(part, function, inputs))
-        start = time.perf_counter()
-        case.run(part, function, inputs)
-        return {"peak_bytes": peak, "seconds": time.perf_counter() - start}
+        clock, run = timing.Clock("cpu"), functools.partial(case.run, part, function)
+        times = [clock.milliseconds(clock.once(run, lambda: inputs)) for _ in range(2)]
+        return {"peak_bytes": peak, "seconds": min(times) / 1e3}
     except Exception as error:
         if host_memory.refused(error):
             raise

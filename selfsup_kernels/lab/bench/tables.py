@@ -12,18 +12,11 @@ MATCH = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 2e-2, "float16": 4e-3}
 STYLES = {"ours": "bold cyan", "absent": "dim", "faster": "yellow", "wrong": "bold red"}
 
 
-class Line(NamedTuple):
-    cells: list[str]
-    style: str
-    """ours, slower (than ours), faster, absent, or wrong: its error is more than rounding."""
-    first: bool
-    """Whether it is the first one of its case and part."""
-
-
 class Table(NamedTuple):
     title: str
     head: list[str]
-    lines: list[Line]
+    lines: list[tuple[list[str], str]]
+    """Cells and style: ours, slower (than ours), faster, absent, or wrong: its error is more than rounding."""
     notes: list[str]
 
 
@@ -90,15 +83,12 @@ def make(op, rows) -> Table:
         # What has no time is listed with the first part alone; what stands in the line above is not repeated.
         missing = row["unavailable"] if row["part"] in ("forward", "update") else ()
         names = [str(row[key]) for key in varying] + [row["part"]]
-        for index, name in enumerate((*row["times"], *missing)):
-            shown = [""] * len(names) if index else names
-            lines.append(Line(shown + cells(row, name), style(row, name), not index))
+        for name in (*row["times"], *missing):
+            lines.append((names + cells(row, name), style(row, name)))
+            names = [""] * len(names)
         for name, text in (*row["unavailable"].items(), *row["notes"].items()):
-            notes.setdefault(f"{label(name)}: {text}", []).append(facts(row, varying))
-    count = len({facts(row, varying) for row in rows})
-    places = {text: list(dict.fromkeys(found)) for text, found in notes.items()}
-    notes = [text + ("" if len(found) == count else f" ({'; '.join(found)})") for text, found in places.items()]
-    return Table(title, head, lines, notes)
+            notes[f"{label(name)}: {text}"] = None
+    return Table(title, head, lines, list(notes))
 
 
 def cells(row, name):
@@ -197,19 +187,16 @@ def rates_line(header):
 
 def show(console, header, rows):
     """Print the sentence, the device, a table for each operation and, below each, what is missing and why."""
-    from rich.table import Table as Grid
-    from rich.text import Text
+    from rich import box, table
+    from rich.markup import escape
 
-    console.print(Text(answer(rows)[0], style="bold"))
-    console.print(Text(f"{device_line(header)}\n{rates_line(header)}", style="dim"))
-    for table in [make(op, rows) for op in TITLES if any(row["op"] == op for row in rows)]:
-        grid = Grid(title=table.title, title_justify="left", title_style="bold", box=None, pad_edge=False)
-        for name in table.head:
-            text = name in ("part", "")
-            grid.add_column(name, justify="left" if text else "right", no_wrap=not text, overflow="fold")
-        for line in table.lines:
-            grid.add_row(*map(Text, line.cells), style=STYLES.get(line.style))
-        console.print()
+    console.print(answer(rows)[0], style="bold", highlight=False)
+    console.print(f"{device_line(header)}\n{rates_line(header)}", style="dim", highlight=False)
+    for made in [make(op, rows) for op in TITLES if any(row["op"] == op for row in rows)]:
+        grid = table.Table(title=made.title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        for name in made.head:
+            grid.add_column(name, justify="left" if name in ("part", "") else "right", overflow="fold")
+        for cells, style in made.lines:
+            grid.add_row(*map(escape, cells), style=STYLES.get(style))
         console.print(grid)
-        for note in table.notes:
-            console.print(Text(f"  {note}", style="dim"))
+        console.print(escape("\n".join(made.notes)), style="dim", highlight=False)

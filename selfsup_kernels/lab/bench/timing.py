@@ -3,6 +3,7 @@
 import time
 
 import torch
+from torch.utils.benchmark import Timer
 
 LEAST_ROUNDS, MOST_ROUNDS = 3, 100
 CALLS_A_ROUND = 10
@@ -82,26 +83,9 @@ class Clock:
         return start.elapsed_time(end)
 
     def median_ms(self, function):
-        """Return the median of the times of ``function()`` that fit into the target time, after a first call."""
-        function()
-        return in_turns({"": (lambda: None, lambda _: function())}, self.target_ms / 1e3, clock=self)[""]["p50_ms"]
-
-    def graph_ms(self, function):
-        """Return the median of a replayed CUDA graph of ``function()``: without the time that the host takes to
-        launch it."""
-        current, side = torch.cuda.current_stream(), torch.cuda.Stream()
-        side.wait_stream(current)
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                function()
-        current.wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph):
-                function()
-        finally:
-            torch.cuda.set_stream(current)  # a capture that fails leaves its own behind
-        return self.median_ms(graph.replay)
+        """Return the median of the times of ``function()``, without preparing anything."""
+        timer = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
+        return 1e3 * timer.blocked_autorange(min_run_time=self.target_ms / 1e3).median
 
     def peak_bytes(self, function):
         """Return the highest device memory that ``function()`` adds to what is allocated. GPUs only."""
