@@ -7,21 +7,29 @@ import pytest
 
 from selfsup_kernels.lab.bench import base, workloads
 
+STEADY = [1.0, 1.01, 1.02, 1.03, 1.04, 1.05]
+
 
 @pytest.mark.parametrize(
-    ("old", "new", "ratio", "verdict"),
+    ("head", "ratio", "verdict"),
     [
-        ([1.0, 1.1, 1.05], [2.0, 2.1, 2.1], 2.0, "slower"),
-        ([2.0, 2.1, 2.1], [1.0, 1.1, 1.05], 0.5, "faster"),
-        ([1.0, 1.3, 1.1], [1.2, 1.4, 1.5], 1.4 / 1.1, "same"),  # they overlap
-        ([1.0, 1.001, 1.002], [1.01, 1.011, 1.012], 1.011 / 1.001, "same"),  # too little to matter
+        ([2 * t for t in STEADY], 2.0, "slower"),
+        ([*STEADY[1:], 9.0], 1.035 / 1.025, "same"),  # they overlap
+        ([*(2 * t for t in STEADY[1:]), 0.1], None, "slower"),  # one that something disturbed
+        ([t / 2 for t in STEADY], 0.5, "faster"),
     ],
 )
-def test_verdict(old, new, ratio, verdict):
-    judged = base.judge(old, new)
-    assert judged["ratio"] == pytest.approx(ratio)
+def test_verdict(head, ratio, verdict):
+    judged = base.judge(STEADY, head)
     assert judged["verdict"] == verdict
-    assert judged["noise"] == pytest.approx(max(max(old) / min(old), max(new) / min(new)) - 1)
+    assert ratio is None or judged["ratio"] == pytest.approx(ratio)
+    assert judged["times"]["base"]["p50_ms"] == pytest.approx(1.025)
+
+
+def test_what_is_too_little_to_matter_is_no_verdict():
+    judged = base.judge([1.0, 1.001], [1.01, 1.011])
+    assert judged["verdict"] == "same"
+    assert judged["noise"] == pytest.approx(1.0008 / 1.0002 - 1)
 
 
 PACKAGE = """

@@ -94,7 +94,7 @@ def test_answer():
     """The largest case that a rival has a time for, and three numbers."""
     sentence, numbers = tables.answer(ALL)
     assert sentence == (
-        "InfoNCE (views 2, B 4096, D 128, dtype float32) takes 100 ms, eager, the fastest rival, 1000 ms."
+        "InfoNCE (views 2, B 4096, D 128, dtype float32) takes 100 ms; eager, the fastest rival, takes 1000 ms."
     )
     assert [number for number, _ in numbers] == ["10x", "205x", "50 %"]
     assert [number for number, _ in tables.answer([ema(3.5, 3.0)])[1]] == ["0.857x", "50 %"]

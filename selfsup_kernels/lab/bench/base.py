@@ -11,14 +11,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from statistics import median
 
 from selfsup_kernels.lab.bench import timing
 
 ROOT = Path(__file__).resolve().parents[3]
 BASE, HEAD = "base", "head"
-LAUNCHES = 5
-"""How many processes of each version there are."""
+LAUNCHES = 9
+"""Processes of each version."""
 FLOOR = 0.02
 """Ratios nearer to 1 than this are never flagged."""
 
@@ -29,9 +28,8 @@ class Unusable(Exception):
 
 def git(*arguments):
     try:
-        return subprocess.run(
-            ["git", "-C", ROOT, *arguments], capture_output=True, check=True, text=True
-        ).stdout.strip()
+        command = ["git", "-C", ROOT, *arguments]
+        return subprocess.run(command, capture_output=True, check=True, text=True).stdout.strip()
     except FileNotFoundError:
         raise Unusable("--base: expected git on PATH, found none") from None
     except subprocess.CalledProcessError as error:
@@ -51,11 +49,6 @@ def commit(ref) -> str:
 
 def describe(sha) -> str:
     return git("log", "-1", "--format=%h %s", sha)
-
-
-def changed() -> bool:
-    """Return whether what is measured differs from the commit that is checked out."""
-    return bool(git("status", "--porcelain", "--", "selfsup_kernels", "csrc", "setup.py"))
 
 
 def tree_of(sha, device, say) -> Path:
@@ -103,20 +96,21 @@ def launch(tree, device, cases, seconds):
 
 
 def judge(base, head) -> dict:
-    """Compare the times of the processes of both versions.
+    """Compare the times of the processes of both versions; one or two that something disturbed weigh little.
 
     Returns:
-        ``ratio`` (head over base: above 1 is slower), ``noise`` (by how much the times of equal processes differ),
-        ``verdict``: "slower" or "faster" where the times of the two do not overlap, else "same".
+        ``ratio`` (head over base: above 1 is slower), ``noise`` (what the times of equal processes differ by, from the
+        20th to the 80th percentile), ``verdict``: "slower" or "faster" where these ranges do not overlap, else "same".
     """
-    ratio = median(head) / median(base)
+    times = {BASE: timing.summary(base), HEAD: timing.summary(head)}
+    ratio = times[HEAD]["p50_ms"] / times[BASE]["p50_ms"]
     verdict = "same"
-    if min(head) > max(base) and ratio > 1 + FLOOR:
+    if times[HEAD]["p20_ms"] > times[BASE]["p80_ms"] and ratio > 1 + FLOOR:
         verdict = "slower"
-    elif max(head) < min(base) and ratio < 1 / (1 + FLOOR):
+    elif times[HEAD]["p80_ms"] < times[BASE]["p20_ms"] and ratio < 1 / (1 + FLOOR):
         verdict = "faster"
-    noise = max(max(times) / min(times) for times in (base, head)) - 1
-    return {"ratio": ratio, "noise": noise, "verdict": verdict}
+    noise = max(found["p80_ms"] / found["p20_ms"] for found in times.values()) - 1
+    return {"ratio": ratio, "noise": noise, "verdict": verdict, "times": times}
 
 
 def requests(cases):
@@ -143,19 +137,17 @@ def compare(trees, device, cases, seconds, advance):
         if reasons:
             rows.append({**row, "verdict": "not measured", "reason": reasons[0]})
         else:
-            summaries = {name: timing.summary(of_side) for name, of_side in times.items()}
-            rows.append({**row, **judge(times[BASE], times[HEAD]), "times": summaries})
+            rows.append({**row, **judge(times[BASE], times[HEAD])})
     return {name: {key: found[0][key] for key in ("impl", "torch")} for name, found in sides.items()}, rows
 
 
-def main(cases, device, base="auto", head=None, seconds=3.0, json_path=None) -> int:
+def main(cases, device, base="auto", seconds=3.0, json_path=None) -> int:
     """Measure, print a table, and return 1 where something is slower.
 
     Args:
         cases: of :mod:`selfsup_kernels.lab.bench.workloads`.
         base: a commit; "auto" for the last one that differs from what is measured: the one that is checked out where
             files of the package have been changed, else its parent.
-        head: a commit; None for this package as it stands.
         seconds: about how long to measure each case and part of each version.
         json_path: where to write everything as data, or None.
     """
@@ -167,19 +159,16 @@ def main(cases, device, base="auto", head=None, seconds=3.0, json_path=None) -> 
     try:
         if not (ROOT / ".git").exists():
             raise Unusable(f"--base: expected a package that runs from its git checkout, got the one in {ROOT}")
-        dirty = head is None and changed()
-        if base == "auto":
-            base = "HEAD" if dirty else f"{head or 'HEAD'}^"
-        old, new = commit(base), commit(head or "HEAD")
-        kind = str(device).split(":")[0]
-        trees = {BASE: tree_of(old, kind, say), HEAD: tree_of(new, kind, say) if head else ROOT}
+        changed = git("status", "--porcelain", "--", "selfsup_kernels", "csrc", "setup.py")
+        old = commit(base if base != "auto" else "HEAD" if changed else "HEAD^")
+        trees = {BASE: tree_of(old, str(device).split(":")[0], say), HEAD: ROOT}
         with progress.Progress() as bar:
             bar.stage("Measure", 2 * LAUNCHES)
             sides, rows = compare(trees, device, list(requests(cases)), seconds / LAUNCHES, bar.advance)
     except Unusable as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
-    names = {BASE: describe(old), HEAD: describe(new) + (" with changes" if dirty else "")}
+    names = {BASE: describe(old), HEAD: describe("HEAD") + (" with changes" if changed else "")}
     if json_path:
         header = {"names": names, "sides": sides, "launches": LAUNCHES, "device": str(device)}
         results.write_json(json_path, header, rows)

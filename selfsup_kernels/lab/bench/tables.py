@@ -39,11 +39,11 @@ def answer(rows):
     text = f"{TITLES[row['op']]} ({facts(row)}) takes {milliseconds(row['times'][ours]['p50_ms'])} ms"
     numbers = []
     if best:
-        text += f", {best}, the fastest rival, {milliseconds(row['times'][best]['p50_ms'])} ms"
-        numbers.append((factor(results.ratio(row, best)), f"the time of ours takes {best}"))
+        text += f"; {best}, the fastest rival, takes {milliseconds(row['times'][best]['p50_ms'])} ms"
+        numbers.append((factor(results.ratio(row, best)), f"time of {best} over ours"))
         mine, theirs = row["peak_bytes"].get(ours), row["peak_bytes"].get(best)
         if mine and theirs:
-            numbers.append((factor(theirs / mine), f"the memory of ours takes {best}"))
+            numbers.append((factor(theirs / mine), f"memory of {best} over ours"))
     if row.get("fraction"):
         of = "matrix product" if "tflops" in row else "memory"
         numbers.append((f"{100 * row['fraction']:.0f} %", f"of the rate of the device's {of}"))

@@ -7,7 +7,7 @@ from torch.utils.benchmark import Timer
 
 LEAST_ROUNDS, MOST_ROUNDS = 3, 100
 CALLS_A_ROUND = 10
-"""How often a fast function is called for one call of a slow one, at most."""
+"""A fast function is called at most this often for one call of a slow one."""
 
 
 def summary(values):
