@@ -199,4 +199,5 @@ def show(console, header, rows):
         for cells, style in made.lines:
             grid.add_row(*map(escape, cells), style=STYLES.get(style))
         console.print(grid)
-        console.print(escape("\n".join(made.notes)), style="dim", highlight=False)
+        for note in made.notes:
+            console.print(escape(note), style="dim", highlight=False)
