@@ -1,1 +1,1 @@
-"""``python -m selfsup_kernels bench``: times, memory and errors beside what people use today."""
+"""``python -m selfsup_kernels bench``: times, memory and errors against what people use today."""

@@ -1,210 +1,120 @@
-"""``bench --base REF``: this version of the package against another commit's, interleaved in one run.
+"""Compare this version of the package with another commit's in one run (``bench --base REF``).
 
-Both are measured on the workloads of *this* version, by processes that take turns
-(:mod:`selfsup_kernels.lab.bench._versus`); two of them run the same base, and what those differ by is the noise that a
-ratio has to exceed (:mod:`selfsup_kernels.lab.bench.verdict`).
+Processes of both versions measure the workloads of *this* version in turns (:mod:`selfsup_kernels.lab.bench._versus`).
+What the processes of one version differ by is the noise that a ratio has to exceed.
 """
 
-import contextlib
 import dataclasses
 import json
 import os
-import random
+import shutil
 import subprocess
 import sys
-import tarfile
-import tempfile
 from pathlib import Path
 
-from selfsup_kernels.lab.bench import verdict
-from selfsup_kernels.lab.bench._versus import CALLS_MS
+from selfsup_kernels.lab.bench import timing
 
 ROOT = Path(__file__).resolve().parents[3]
-BASE, AGAIN, HEAD = "base", "base again", "head"
-LAUNCHES = 3
+BASE, HEAD = "base", "head"
+LAUNCHES = 9
+"""Processes of each version."""
+FLOOR = 0.02
+"""Ratios nearer to 1 than this are never flagged."""
 
 
 class Unusable(Exception):
     """The comparison cannot be made; the message says why, in one line."""
 
 
-# ---------------------------------------------------------------- the other version
-
-
-def git(*arguments, **options):
+def git(*arguments):
     try:
-        return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, check=True, **options).stdout
+        command = ["git", "-C", ROOT, *arguments]
+        return subprocess.run(command, capture_output=True, check=True, text=True).stdout.strip()
     except FileNotFoundError:
         raise Unusable("--base: expected git on PATH, found none") from None
     except subprocess.CalledProcessError as error:
-        said = error.stderr if isinstance(error.stderr, str) else error.stderr.decode(errors="replace")
-        raise Unusable(
-            f"git {' '.join(arguments)}: {said.strip().splitlines()[-1] if said.strip() else 'failed'}"
-        ) from None
+        raise Unusable(f"git {' '.join(arguments)}: {last_line(error.stderr)}") from None
 
 
-def require_checkout():
-    if not (ROOT / ".git").exists():
-        raise Unusable(f"--base: expected a package that runs from its git checkout, got the one in {ROOT}")
+def last_line(text):
+    return (text.strip().splitlines() or ["no message"])[-1]
 
 
 def commit(ref) -> str:
     try:
-        return git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{ref}^{{commit}}", text=True).strip()
+        return git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{ref}^{{commit}}")
     except Unusable:
         raise Unusable(f"--base: expected a commit of this checkout, got {ref!r}") from None
 
 
 def describe(sha) -> str:
-    return git("log", "-1", "--format=%h %s", sha, text=True).strip()
-
-
-def changed() -> bool:
-    """Whether what is measured differs from the commit that is checked out."""
-    return bool(git("status", "--porcelain", "--", "selfsup_kernels", "csrc", "setup.py", text=True).strip())
+    return git("log", "-1", "--format=%h %s", sha)
 
 
 def tree_of(sha, device, say) -> Path:
-    """The built sources of a commit, in ``build/versions``; built once."""
+    """Return the built sources of a commit, in ``build/versions``; build them once."""
+    from selfsup_kernels.core import backends
+
     folder = ROOT / "build" / "versions" / sha[:12]
     built = folder / f".built-{device}"
     if built.exists():
         return folder
     say(f"building {describe(sha)}")
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile() as packed:
-        packed.write(git("archive", "--format=tar", sha))
-        packed.seek(0)
-        with tarfile.open(fileobj=packed) as archive:
-            # Python 3.10 and 3.11 have the filter from a late patch on; the archive is git's own.
-            archive.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
-    own = {"SELFSUP_KERNELS_SKIP_BUILD": "0" if extension_loaded() else "1"}
+    archive = folder.with_suffix(".tar")
+    git("archive", "--format=tar", f"--output={archive}", sha)
+    shutil.unpack_archive(archive, folder)
+    archive.unlink()
+    extension = backends.load_extension()[0] is not None  # what this version runs with, the other one is built with
+    own = {"SELFSUP_KERNELS_SKIP_BUILD": "0" if extension else "1"}
     if device != "cuda":
         own["SELFSUP_KERNELS_SKIP_CUDA_BUILD"] = "1"
     command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
-    done = subprocess.run(command, cwd=folder, env={**os.environ, **own}, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=folder, env=os.environ | own, capture_output=True, text=True)
     if done.returncode:
-        raise Unusable(f"{describe(sha)} does not build: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
+        raise Unusable(f"{describe(sha)} does not build: {last_line(done.stderr)}")
     record = folder / "selfsup_kernels" / "_build_info.json"
-    if extension_loaded() and record.exists() and "failure" in json.loads(record.read_text()):
+    if extension and record.exists() and "failure" in json.loads(record.read_text()):
         raise Unusable(f"{describe(sha)} was built without its extension")  # which in older versions is no error
     built.touch()
     return folder
 
 
-def extension_loaded() -> bool:
-    """What this version runs with is what the other one is built with."""
-    from selfsup_kernels.core import backends
-
-    return backends.load_extension()[0] is not None
-
-
-# ---------------------------------------------------------------- taking turns
-
-
-class Process:
-    """One side, in a process of its own."""
-
-    def __init__(self, tree, device):
-        files = [str(Path(__file__).with_name(name)) for name in ("_versus.py", "workloads.py")]
-        without = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-        self.errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115  (closed by close)
-        self.process = subprocess.Popen(
-            [sys.executable, files[0], str(tree), files[1], str(device)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.errors,
-            env=without,
-            text=True,
-        )
-
-    def read(self):
-        line = self.process.stdout.readline()
-        if not line:
-            self.process.wait()
-            self.errors.seek(0)
-            said = self.errors.read().strip().splitlines()
-            raise Unusable(
-                f"a version ended with status {self.process.returncode}: {said[-1] if said else 'no message'}"
-            )
-        return json.loads(line)
-
-    def ask(self, **request):
-        # A process that has ended cannot be written to; what it said is read below.
-        with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.write(json.dumps(request) + "\n")
-            self.process.stdin.flush()
-        return self.read()
-
-    def close(self):
-        self.process.kill()
-        self.process.wait()
-        for stream in (self.process.stdin, self.process.stdout, self.errors):
-            with contextlib.suppress(OSError):
-                stream.close()
+def launch(tree, device, cases, seconds):
+    """Return what one process of a version measures."""
+    script, workloads = (str(Path(__file__).with_name(name)) for name in ("_versus.py", "workloads.py"))
+    done = subprocess.run(
+        [sys.executable, script, str(tree), workloads, str(device), str(seconds)],
+        input=json.dumps([[case, part] for case, part, _ in cases]),
+        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise Unusable(f"a version ended with status {done.returncode}: {last_line(done.stderr)}")
+    return json.loads(done.stdout)
 
 
-def launch(trees, device, cases, turns, advance, seed):
-    """One launch of all three processes: ``{case index: [(base, base again, head), ...] or the reason for none}``."""
-    order = random.Random(seed)
-    sides, result = {}, {}
-    try:
-        for name, tree in trees.items():
-            sides[name] = Process(tree, device)
-        hello = {name: side.read() for name, side in sides.items()}
-        for index, (case, part, _) in enumerate(cases):
-            prepared = {name: side.ask(case=case, part=part) for name, side in sides.items()}
-            failed = {name: p["failed"] for name, p in prepared.items() if "failed" in p}
-            if failed:
-                name = next(iter(failed))
-                result[index] = f"{name}: {failed[name]}"
-                advance()
-                continue
-            calls = prepared[BASE]["calls"]
-            result[index] = []
-            for _ in range(turns):
-                names = list(sides)
-                order.shuffle(names)
-                took = {name: sides[name].ask(calls=calls)["ms"] for name in names}
-                result[index].append((took[BASE], took[AGAIN], took[HEAD]))
-            advance()
-        return hello, result
-    finally:
-        for side in sides.values():
-            side.close()
+def judge(base, head) -> dict:
+    """Compare the times of the processes of both versions; one or two that something disturbed weigh little.
 
-
-def compare(trees, device, cases, turns, launches, advance=lambda: None) -> dict:
-    """Rows with the ratio, the noise and the verdict of every case, and what each side ran."""
-    of_launch = []
-    for seed in range(launches):
-        hello, result = launch(trees, device, cases, turns, advance, seed)
-        of_launch.append(result)
-    rows = []
-    for index, (case, part, label) in enumerate(cases):
-        of_case = [result[index] for result in of_launch]
-        row = {**case, "part": part, "label": label}
-        reasons = [r for r in of_case if isinstance(r, str)]
-        if reasons:
-            rows.append({**row, "verdict": "not measured", "reason": reasons[0]})
-            continue
-        columns = list(zip(*(turn for turns_ in of_case for turn in turns_), strict=True))
-        times = dict(zip((BASE, AGAIN, HEAD), columns, strict=True))
-        rows.append({**row, **verdict.judge(of_case), "times": {n: _summary(v) for n, v in times.items()}})
-    return {"sides": hello, "rows": rows}
-
-
-def _summary(values):
-    from selfsup_kernels.lab.bench import timing
-
-    return timing.summary(values)
-
-
-# ---------------------------------------------------------------- the command
+    Returns:
+        ``ratio`` (head over base: above 1 is slower), ``noise`` (what the times of equal processes differ by, from the
+        20th to the 80th percentile), ``verdict``: "slower" or "faster" where these ranges do not overlap, else "same".
+    """
+    times = {BASE: timing.summary(base), HEAD: timing.summary(head)}
+    ratio = times[HEAD]["p50_ms"] / times[BASE]["p50_ms"]
+    verdict = "same"
+    if times[HEAD]["p20_ms"] > times[BASE]["p80_ms"] and ratio > 1 + FLOOR:
+        verdict = "slower"
+    elif times[HEAD]["p80_ms"] < times[BASE]["p20_ms"] and ratio < 1 / (1 + FLOOR):
+        verdict = "faster"
+    noise = max(found["p80_ms"] / found["p20_ms"] for found in times.values()) - 1
+    return {"ratio": ratio, "noise": noise, "verdict": verdict, "times": times}
 
 
 def requests(cases):
-    """Cases of ``workloads.py``: their parameters, each part that needs no graph made before it, and a label."""
+    """Yield the parameters of each case, each part that needs no graph made before it, and a label."""
     for made in cases:
         parameters = {f.name: getattr(made, f.name) for f in dataclasses.fields(made)}
         for part in made.parts:
@@ -212,73 +122,64 @@ def requests(cases):
                 yield {"op": made.op, **parameters}, part, made.label
 
 
-def main(cases, device, base="auto", head=None, seconds=3.0, json_path=None) -> int:
+def compare(trees, device, cases, seconds, advance):
+    """Return what each side ran, and rows with the ratio, the noise and the verdict of every case."""
+    sides = {name: [] for name in trees}
+    for number in range(LAUNCHES):
+        for name in (BASE, HEAD) if number % 2 else (HEAD, BASE):
+            sides[name].append(launch(trees[name], device, cases, seconds))
+            advance(name)
+    rows = []
+    for index, (case, part, label) in enumerate(cases):
+        times = {name: [found["rows"][index] for found in launches] for name, launches in sides.items()}
+        row = {**case, "part": part, "label": label}
+        reasons = [f"{name}: {t}" for name, of_side in times.items() for t in of_side if isinstance(t, str)]
+        if reasons:
+            rows.append({**row, "verdict": "not measured", "reason": reasons[0]})
+        else:
+            rows.append({**row, **judge(times[BASE], times[HEAD])})
+    return {name: {key: found[0][key] for key in ("impl", "torch")} for name, found in sides.items()}, rows
+
+
+def main(cases, device, base="auto", seconds=3.0, json_path=None) -> int:
     """Measure, print a table, and return 1 where something is slower.
 
     Args:
         cases: of :mod:`selfsup_kernels.lab.bench.workloads`.
         base: a commit; "auto" for the last one that differs from what is measured: the one that is checked out where
             files of the package have been changed, else its parent.
-        head: a commit; None for this package as it stands.
-        seconds: about how long to measure each case and part, on each of the three processes.
+        seconds: about how long to measure each case and part of each version.
         json_path: where to write everything as data, or None.
     """
+    from selfsup_kernels.lab.bench import results
     from selfsup_kernels.lab.pages import console, progress
 
     out = console()
-
-    def say(text):
-        out.print(text, highlight=False, soft_wrap=True)
-
+    say = lambda text: out.print(text, highlight=False, soft_wrap=True)  # noqa: E731
     try:
-        require_checkout()
-        if base == "auto":
-            base = "HEAD" if head is None and changed() else f"{head or 'HEAD'}^"
-        old, new = commit(base), head and commit(head)
-        kind = str(device).split(":")[0]
-        trees = dict.fromkeys((BASE, AGAIN), tree_of(old, kind, say)) | {
-            HEAD: tree_of(new, kind, say) if new else ROOT,
-        }
-        wanted = list(requests(cases))
-        turns = max(5, int(seconds / LAUNCHES / (2e-3 * CALLS_MS)))
+        if not (ROOT / ".git").exists():
+            raise Unusable(f"--base: expected a package that runs from its git checkout, got the one in {ROOT}")
+        changed = git("status", "--porcelain", "--", "selfsup_kernels", "csrc", "setup.py")
+        old = commit(base if base != "auto" else "HEAD" if changed else "HEAD^")
+        trees = {BASE: tree_of(old, str(device).split(":")[0], say), HEAD: ROOT}
         with progress.Progress() as bar:
-            bar.stage("Measure", LAUNCHES * len(wanted))
-            result = compare(trees, device, wanted, turns, LAUNCHES, bar.advance)
+            bar.stage("Measure", 2 * LAUNCHES)
+            sides, rows = compare(trees, device, list(requests(cases)), seconds / LAUNCHES, bar.advance)
     except Unusable as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
-    if not new:
-        new = git("rev-parse", "HEAD", text=True).strip()
-    names = {BASE: describe(old), HEAD: describe(new) + (" with changes" if head is None and changed() else "")}
-    header = {"names": names, "sides": result["sides"], "turns": turns, "launches": LAUNCHES, "device": str(device)}
+    names = {BASE: describe(old), HEAD: describe("HEAD") + (" with changes" if changed else "")}
     if json_path:
-        Path(json_path).parent.mkdir(parents=True, exist_ok=True)
-        Path(json_path).write_text(json.dumps({"header": header, "rows": result["rows"]}, indent=1) + "\n")
-    say(f"now:  {names[HEAD]}")
-    say(f"base: {names[BASE]}")
-    out.print(table(result["rows"]))
-    slower = [row for row in result["rows"] if row["verdict"] == "slower"]
-    say(
-        f"{len(slower)} of {len(result['rows'])} slower than the base, beyond the noise of this run."
-        if slower
-        else "Nothing is slower than the base, beyond the noise of this run."
-    )
-    return 1 if slower else 0
-
-
-def table(rows):
-    from rich.table import Table
-
-    made = Table()
-    for name in ("case", "part", "base ms", "now ms", "ratio", "noise", "verdict"):
-        made.add_column(name, justify="left" if name in ("case", "part", "verdict") else "right")
-    styles = {"slower": "bold red", "faster": "green"}
+        header = {"names": names, "sides": sides, "launches": LAUNCHES, "device": str(device)}
+        results.write_json(json_path, header, rows)
+    say(f"now:  {names[HEAD]}\nbase: {names[BASE]}\n{'':36} {'base ms':>9} {'now ms':>9} {'ratio':>6} {'noise':>6}")
     for row in rows:
-        label = row["label"]
-        if row["verdict"] == "not measured":
-            made.add_row(label, row["part"], "", "", "", "", row["reason"])
-            continue
-        old, new = (row["times"][name]["p50_ms"] for name in (BASE, HEAD))
-        cells = (f"{old:.3g}", f"{new:.3g}", f"{row['ratio']:.3f}", f"±{100 * row['noise']:.1f} %")
-        made.add_row(label, row["part"], *cells, row["verdict"], style=styles.get(row["verdict"]))
-    return made
+        found = row.get("reason", "")
+        if "ratio" in row:
+            old, new = (row["times"][name]["p50_ms"] for name in (BASE, HEAD))
+            found = f"{old:9.3g} {new:9.3g} {row['ratio']:6.3f} {100 * row['noise']:4.0f} %"
+        say(f"{row['label'] + ' ' + row['part']:36} {found}  {row['verdict']}")
+    slower = sum(row["verdict"] == "slower" for row in rows)
+    some = f"{slower} of {len(rows)} slower" if slower else "Nothing is slower"
+    say(f"{some} than the base, beyond the noise of this run.")
+    return 1 if slower else 0

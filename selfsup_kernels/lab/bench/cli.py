@@ -1,5 +1,8 @@
-"""The options of ``python -m selfsup_kernels bench``, and what they ask for."""
+"""Parse the options of ``python -m selfsup_kernels bench`` and run what they ask for."""
 
+import contextlib
+import importlib
+import itertools
 import sys
 from pathlib import Path
 
@@ -9,9 +12,7 @@ OPS = ("info_nce", "byol", "ema")
 IMPLS = ("auto", "reference", "cpu", "triton", "cuda")
 BATCHES = {"info_nce": (256, 1024, 4096), "byol": (4096, 32768)}
 DIMS = {"info_nce": (128,), "byol": (256,)}
-VS = ("eager", "compile")
-WIDTH = 150
-"""Of tables that do not go to a terminal."""
+WIDTH = 150  # of tables that do not go to a terminal
 
 
 def add_arguments(parser):
@@ -60,30 +61,23 @@ def main(options) -> int:
 
 
 def run(plan, options) -> int:
-    from selfsup_kernels.lab.bench import results, terminal
+    from selfsup_kernels.lab.bench import results, tables
     from selfsup_kernels.lab.bench.suite import Suite
     from selfsup_kernels.lab.pages import console
     from selfsup_kernels.lab.pages.progress import Progress
 
     with Progress(sys.stderr) as bar:
-        bar.stage("rates", 1)
-        suite = Suite(
-            plan.device,
-            dtypes=plan.product_dtypes,
-            seconds=plan.seconds,
-            rounds=plan.rounds,
-            advance=lambda text: bar.advance(text),
-            ops=plan.ops,
-        )
-        bar.advance()
-        bar.stage("measure", sum(suite.steps(names) for _, names in plan.cases))
+        bar.stage("measure", 1 + sum(len(names) + 1 for _, names in plan.cases))
+        settings = {"dtypes": plan.product_dtypes, "seconds": plan.seconds, "rounds": plan.rounds, "ops": plan.ops}
+        suite = Suite(plan.device, advance=lambda text: bar.advance(text), **settings)
+        bar.advance("rates of the device")
         for case, names in plan.cases:
             suite.measure(case, names)
     suite.rate()
     out = console()
     if not out.is_terminal:
         out.width = WIDTH
-    terminal.show(out, suite.header, suite.rows)
+    tables.show(out, suite.header, suite.rows)
     if options.json:
         results.write_json(options.json, suite.header, suite.rows)
     if options.csv:
@@ -102,11 +96,11 @@ def run(plan, options) -> int:
 
 
 class Plan:
-    """What the options ask for: ``cases`` is a list of (case, names of the columns). Raises :class:`Wrong`."""
+    """Hold what the options ask for: ``cases`` is a list of (case, names of the columns). Raise :class:`Wrong`."""
 
     def __init__(self, options):
-        self.ops = OPS if options.op == "all" else of_choices("op", options.op, OPS)
-        self.impls = of_choices("impl", options.impl, IMPLS)
+        self.ops = OPS if options.op == "all" else choices("op", options.op, OPS)
+        self.impls = choices("impl", options.impl, IMPLS)
         self.seconds = number("seconds", options.seconds, float, 0.01)
         self.rounds = None if options.rounds is None else number("rounds", options.rounds, int, 1)
         for name in ("json", "csv", "html"):
@@ -120,108 +114,79 @@ class Plan:
         # torch is imported from here on: what is wrong above is said at once.
         from selfsup_kernels.lab.bench import workloads
 
-        dtypes = lookup("dtype", options.dtype, workloads.DTYPES)
-        models = lookup("model", options.model, {name: name for name in workloads.MODELS})
+        dtypes = choices("dtype", options.dtype, workloads.DTYPES)
+        models = choices("model", options.model, {name: name for name in workloads.MODELS})
         self.device = device("device", options.device)
-        columns = self.columns(options.vs)
         self.cases = []
-        for op in self.ops:
-            if op == "ema":
-                made = [workloads.case(op, model=m, dtype=d) for m in models for d in dtypes]
-            else:
-                made = [
-                    workloads.case(op, views=v, batch=b, dim=w, dtype=d)
-                    for d in dtypes
-                    for v in views
-                    for w in dims or DIMS[op]
-                    for b in sorted(batches or BATCHES[op])
-                ]
-            self.cases += [(case, columns[op]) for case in made]
-        used = {case.dtype for case, _ in self.cases if case.op == "info_nce"}
-        self.product_dtypes = [d for d in dtypes if d in used] or ["float32"]
+        for op, columns in self.columns(options.vs).items():
+            sizes = {"model": models, "dtype": dtypes}
+            if op != "ema":
+                sizes = {"dtype": dtypes, "views": views, "dim": dims or DIMS[op]}
+                sizes["batch"] = sorted(batches or BATCHES[op])
+            for values in itertools.product(*sizes.values()):
+                self.cases.append((workloads.case(op, **dict(zip(sizes, values, strict=True))), columns))
+        self.product_dtypes = dtypes if "info_nce" in self.ops else ["float32"]
 
     def columns(self, vs):
-        """``{op: names}``: our implementations, then the rivals."""
+        """Return ``{op: names}``: our implementations, then the rivals."""
         from selfsup_kernels.lab.bench import rivals
 
-        ours = [rivals.impl_name(impl) for impl in self.impls]
-        asked = list(VS) if vs is None else [] if vs == "none" else words(vs)
-        known = {op: list(rivals.RIVALS[op]) for op in self.ops}
-        found = {op: [] for op in self.ops}
-        for word in asked:
+        found = {op: [rivals.impl_name(impl) for impl in self.impls] for op in self.ops}
+        for word in words("eager,compile" if vs is None else "" if vs == "none" else vs):
             some = False
             for op in self.ops:
+                plain = word.lower()
+                names = [n for n in rivals.RIVALS[op] if n.lower() == plain or n.lower().startswith(plain + " ")]
                 if word == "all":
-                    names = known[op]
+                    names = list(rivals.RIVALS[op])
                 elif ":" in word:
+                    importable("vs", word)
                     names = [word]
-                elif word == "eager" and op == "ema":
+                elif op == "ema" and word == "eager":
                     names = list(rivals.EAGER_EMA)
-                elif vs is None and op == "ema":
-                    names = []  # compiled, it takes minutes to compile
-                else:
-                    plain = word.lower()
-                    names = [n for n in known[op] if n.lower() == plain or n.lower().startswith(plain + " ")]
+                elif op == "ema" and vs is None:
+                    names = []  # torch.compile takes minutes to compile it
                 found[op] += [name for name in names if name not in found[op]]
                 some = some or bool(names)
-            if not some and not (vs is None and set(self.ops) == {"ema"}):
-                every = sorted({name for names in known.values() for name in names}, key=str.lower)
+            if not some and vs is not None:
+                every = sorted({name for op in self.ops for name in rivals.RIVALS[op]}, key=str.lower)
                 raise Wrong("vs", f"some of {', '.join(['all', 'none', *every])} or MODULE:CALLABLE", word)
-            if ":" in word:
-                importable("vs", word)
-        return {op: ours + names for op, names in found.items()}
-
-
-# ---------------------------------------------------------------- one argument
+        return found
 
 
 def words(text):
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
-def of_choices(argument, text, choices):
-    chosen = words(text)
-    for word in chosen or [text]:
-        if word not in choices:
-            raise Wrong(argument, f"some of {', '.join(choices)}", word)
-    return tuple(dict.fromkeys(chosen))
-
-
-def lookup(argument, text, table):
-    known = {name.lower(): value for name, value in table.items()}
-    found = []
+def choices(argument, text, known):
+    """Return the chosen ones of ``known``: names, or a dict from names to values."""
+    table = {name.lower(): known[name] if isinstance(known, dict) else name for name in known}
     for word in words(text) or [text]:
-        if word.lower() not in known:
-            raise Wrong(argument, f"some of {', '.join(table)}", word)
-        found.append(known[word.lower()])
-    return list(dict.fromkeys(found))
+        if word.lower() not in table:
+            raise Wrong(argument, f"some of {', '.join(known)}", word)
+    return list(dict.fromkeys(table[word.lower()] for word in words(text)))
 
 
 def number(argument, text, kind, least):
-    try:
-        value = kind(text)
-        if least <= value < float("inf"):
-            return value
-    except ValueError:
-        pass
+    with contextlib.suppress(ValueError):
+        if least <= kind(text) < float("inf"):
+            return kind(text)
     raise Wrong(argument, f"a{' whole' if kind is int else ''} number of at least {least}", text)
 
 
 def whole(argument, text, least):
-    values = [word for word in words(text) if word.isascii() and word.isdigit() and int(word) >= least]
-    if not values or len(values) != len(text.split(",")):
-        raise Wrong(argument, f"whole numbers of at least {least}, separated by commas", text)
-    return list(dict.fromkeys(map(int, values)))
+    try:
+        return list(dict.fromkeys(number(argument, word, int, least) for word in text.split(",")))
+    except Wrong:
+        raise Wrong(argument, f"whole numbers of at least {least}, separated by commas", text) from None
 
 
 def importable(argument, word):
-    import importlib
-
     module, _, name = word.partition(":")
     try:
         if callable(getattr(importlib.import_module(module), name)):
             return
         problem = "it is not callable"
-    except Exception as error:  # whatever somebody's module does when it is imported
+    except Exception as error:  # whatever a user's module raises when it is imported
         problem = f"{type(error).__name__}: {error}"
     raise Wrong(argument, f"MODULE:CALLABLE that can be imported ({problem})", word)

@@ -1,9 +1,8 @@
-"""The eager side of every comparison: the losses as a careful PyTorch user writes them today.
+"""Write the losses in eager PyTorch as a careful user does today: the baseline of every comparison.
 
 ``reference.dense`` is the specification and favours clarity; timing against it would flatter the kernels. Here one
 matrix product makes all similarities, the diagonal is filled in place, and the positives are picked from one
-log-softmax: of the forms that were tried (cross-entropy with a mask, log-sum-exp less a sum over the views, this one)
-the fastest forward and backward, at two views and at more.
+log-softmax, which was the fastest of several forms.
 """
 
 import torch
@@ -12,7 +11,7 @@ from torch import nn
 
 
 def info_nce_loss(views, temperature):
-    """N-view NT-Xent (``supcon_out``): ``(V, B, D)`` -> the mean over all V * B anchors."""
+    """Return N-view NT-Xent (``supcon_out``): ``(V, B, D)`` -> the mean over all V * B anchors."""
     num_views, batch, dim = views.shape
     z = F.normalize(views.reshape(num_views * batch, dim), dim=-1)
     scores = (z / temperature) @ z.T
@@ -25,7 +24,9 @@ def info_nce_loss(views, temperature):
 
 
 def byol_loss(predictions, targets):
-    """Mean of ``2 - 2 cos`` over all pairs of different views."""
+    """Return the mean of ``2 - 2 cos`` over all pairs of different views, or over ``(B, D)`` pairs."""
+    if isinstance(predictions, torch.Tensor) and predictions.ndim == 2:
+        return (2 - 2 * (F.normalize(predictions, dim=-1) * F.normalize(targets, dim=-1)).sum(-1)).mean()
     p = [F.normalize(x, dim=-1) for x in predictions]
     t = [F.normalize(x.detach(), dim=-1) for x in targets]
     pairs = [(u, v) for u in range(len(p)) for v in range(len(t)) if u != v]
@@ -48,7 +49,7 @@ class BYOLLoss(nn.Module):
 
 @torch.no_grad()
 def ema_update_(target, source, momentum):
-    """The moving average of a module: one ``_foreach_lerp_`` for the parameters, copies of the buffers."""
+    """Update the moving average of a module: one ``_foreach_lerp_`` for the parameters, copies of the buffers."""
     torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), 1 - momentum)
     for old, new in zip(target.buffers(), source.buffers(), strict=True):
         old.copy_(new)

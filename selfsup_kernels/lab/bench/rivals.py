@@ -1,15 +1,14 @@
-"""What others call for the same work, each behind an adaptor: a function of the workload's inputs, or why not.
+"""Adapt what others call for the same work: each rival becomes a function of the workload's inputs.
 
-Losses take the workload's inputs and return the loss. The rivals of ``info_nce`` work on the same M x M problem
-(M = V B rows) as ours. What fused linear cross-entropies cannot do is leave a row's similarity with itself out of its
-softmax: their losses differ from NT-Xent by that term, not in their work. Averages take targets and sources; those that
-average copies of their own (:class:`Average`) say where the copies are.
+The rivals of ``info_nce`` work on the same M x M problem (M = V B rows) as ours. What fused linear cross-entropies
+cannot do is leave a row's similarity with itself out of its softmax: their losses differ from NT-Xent by that term, not
+in their work.
 """
 
+import contextlib
 import functools
 import importlib
 import importlib.metadata
-import importlib.util
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -32,23 +31,16 @@ class Unsupported(Exception):
 
 
 class Rival(NamedTuple):
-    make: Callable
-    """``make(case, inputs)`` gives a function of the inputs."""
-    package: str | None = None
-    """What has to be installed, as the package index calls it."""
+    make: Callable  # make(case, inputs) returns a function of the inputs
+    package: str | None = None  # what has to be installed, as the package index calls it
     note: str | None = None
-    other: bool = False
-    """Whether it computes something else, so that its error against float64 would mean nothing."""
-    compiles: bool = False
-    """Whether the first call of each part compiles for this shape."""
-    quadratic: bool = False
-    """Whether it holds M x M matrices."""
-    waits: bool = False
-    """Whether it copies from the GPU to the host, which a CUDA graph cannot capture."""
+    other: bool = False  # computes something else, so that its error against float64 means nothing
+    compiles: bool = False  # the first call of each part compiles for this shape
+    waits: bool = False  # copies from the GPU to the host, which a CUDA graph cannot capture
 
 
 class Average:
-    """A rival's update of copies that it holds itself: ``copies`` are those tensors."""
+    """A rival's update of averages that it holds itself: the tensors in ``copies``."""
 
     def __init__(self, update, copies):
         self.update, self.copies = update, copies
@@ -64,8 +56,11 @@ def eager_info_nce(views):
     return eager.info_nce_loss(views, TEMPERATURE)
 
 
+eager_byol = eager.byol_loss
+
+
 def chunked_info_nce(views, chunk=4096):
-    """NT-Xent in eager PyTorch with memory linear in the rows: some rows at a time, recomputed in the backward."""
+    """Return NT-Xent with memory linear in the rows: some rows at a time, recomputed in the backward."""
     num_views, batch, dim = views.shape
     z = F.normalize(views.reshape(num_views * batch, dim), dim=-1)
     anchors = torch.arange(len(z), device=z.device)
@@ -81,50 +76,44 @@ def chunked_info_nce(views, chunk=4096):
     return torch.stack(losses).sum() / positives.numel()
 
 
-def _rows_and_partners(views):
-    num_views, batch, dim = views.shape
-    z = F.normalize(views.reshape(num_views * batch, dim), dim=-1)
-    return z, torch.arange(len(z), device=z.device).roll(batch)
-
-
 def _two_views(case):
     if case.views != 2:
         raise Unsupported(f"takes two views, not {case.views}")
 
 
-def _inf_cl(case, inputs):
-    _two_views(case)
+def _linear_cross_entropy(load):
+    """Adapt a fused linear cross-entropy: ``load()`` returns a function of scaled rows, all rows and targets."""
+
+    def make(case, inputs):
+        _two_views(case)
+        cross_entropy = load()
+
+        def loss(views):
+            z = F.normalize(views.reshape(-1, views.shape[-1]), dim=-1)
+            return cross_entropy(z / TEMPERATURE, z, torch.arange(len(z), device=z.device).roll(len(z) // 2))
+
+        return loss
+
+    return make
+
+
+def _inf_cl():
     from inf_cl import cal_inf_loss
 
-    def loss(views):
-        z, partner = _rows_and_partners(views)
-        return cal_inf_loss(z / TEMPERATURE, z, labels=partner, head_dim=min(256, z.shape[1]))
-
-    return loss
+    return lambda scaled, z, target: cal_inf_loss(scaled, z, labels=target, head_dim=min(256, z.shape[1]))
 
 
-def _cut_cross_entropy(case, inputs):
-    _two_views(case)
+def _cut_cross_entropy():
     from cut_cross_entropy import linear_cross_entropy
 
-    def loss(views):
-        z, partner = _rows_and_partners(views)
-        return linear_cross_entropy(z / TEMPERATURE, z, partner)
-
-    return loss
+    return linear_cross_entropy
 
 
-def _liger(case, inputs):
-    _two_views(case)
+def _liger():
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
-    cross_entropy = LigerFusedLinearCrossEntropyLoss()
-
-    def loss(views):
-        z, partner = _rows_and_partners(views)
-        return cross_entropy(z, z / TEMPERATURE, partner)
-
-    return loss
+    criterion = LigerFusedLinearCrossEntropyLoss()
+    return lambda scaled, z, target: criterion(z, scaled, target)
 
 
 def _lightly_info_nce(case, inputs):
@@ -135,28 +124,18 @@ def _lightly_info_nce(case, inputs):
     return lambda views: criterion(views[0], views[1])
 
 
-def _metric_learning(name):
-    """Its losses take one list of embeddings with labels: those of one sample share a label."""
+def _metric_learning(name, case, inputs):
+    """Give all embeddings in one list with labels: those of one sample share a label."""
+    if name == "NTXentLoss":
+        _two_views(case)  # from three views on it is another objective, per_positive
+    from pytorch_metric_learning import losses
 
-    def make(case, inputs):
-        if name == "NTXentLoss":
-            _two_views(case)  # from three views on it is another objective, per_positive
-        from pytorch_metric_learning import losses
-
-        criterion = getattr(losses, name)(temperature=TEMPERATURE)
-        labels = torch.arange(case.batch, device=inputs[0].device).repeat(case.views)
-        return lambda views: criterion(views.reshape(-1, views.shape[-1]), labels)
-
-    return make
+    criterion = getattr(losses, name)(temperature=TEMPERATURE)
+    labels = torch.arange(case.batch, device=inputs[0].device).repeat(case.views)
+    return lambda views: criterion(views.reshape(-1, views.shape[-1]), labels)
 
 
 # ---------------------------------------------------------------- BYOL
-
-
-def eager_byol(predictions, targets):
-    if predictions.ndim == 2:
-        return (2 - 2 * (F.normalize(predictions, dim=-1) * F.normalize(targets, dim=-1)).sum(-1)).mean()
-    return eager.byol_loss(predictions, targets)
 
 
 def _lightly_byol(case, inputs):
@@ -177,127 +156,122 @@ def _lightly_byol(case, inputs):
 # ---------------------------------------------------------------- EMA
 
 
-def foreach_lerp(targets, sources):
-    torch._foreach_lerp_(targets, sources, 1 - MOMENTUM)
-
-
 def loop_of_lerp(targets, sources):
     for target, source in zip(targets, sources, strict=True):
         target.lerp_(source if source.dtype == target.dtype else source.float(), 1 - MOMENTUM)
 
 
-def _foreach_lerp(case, inputs):
+def _one_dtype(case):
     if case.dtype != "float32":
         raise Unsupported("refuses mixed dtypes")
-    return foreach_lerp
+
+
+def _foreach_lerp(case, inputs):
+    _one_dtype(case)
+    return lambda targets, sources: torch._foreach_lerp_(targets, sources, 1 - MOMENTUM)
 
 
 def _model(tensors):
     return torch.nn.ParameterList([torch.nn.Parameter(x.detach().clone()) for x in tensors])
 
 
-def _start(module, targets):
-    """Set a rival's own average to where the workload's targets are; returns its tensors."""
-    copies = list(module.parameters())
+def _average(update, module, targets):
+    """Set a rival's own average to the workload's targets."""
+    copies = list(module.to(targets[0].dtype).parameters())
     with torch.no_grad():
-        for copy, target in zip(copies, targets, strict=True):
-            copy.copy_(target)
-    return copies
+        torch._foreach_copy_(copies, targets)
+    return Average(update, copies)
 
 
 def _timm(case, inputs):
     from timm.utils import ModelEmaV3
 
-    targets, sources = inputs
-    model = _model(sources)
+    model = _model(inputs[1])
     average = ModelEmaV3(model, decay=MOMENTUM)
-    if case.dtype != "float32":
-        average.module.to(targets[0].dtype)
-    return Average(lambda: average.update(model), _start(average.module, targets))
+    return _average(lambda: average.update(model), average.module, inputs[0])
 
 
 def _lightly_ema(case, inputs):
     from lightly.models.utils import update_momentum
 
     target, source = map(_model, inputs)
-    return Average(lambda: update_momentum(source, target, MOMENTUM), list(target.parameters()))
+    return _average(lambda: update_momentum(source, target, MOMENTUM), target, inputs[0])
 
 
 def _swa_utils(case, inputs):
     from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-    if case.dtype != "float32":
-        raise Unsupported("refuses mixed dtypes")
-    targets, sources = inputs
-    model = _model(sources)
+    _one_dtype(case)
+    model = _model(inputs[1])
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(MOMENTUM))
     average.update_parameters(model)  # the first one copies
-    return Average(lambda: average.update_parameters(model), _start(average.module, targets))
+    return _average(lambda: average.update_parameters(model), average.module, inputs[0])
 
 
 # ---------------------------------------------------------------- by name
 
 
-def _always(function):
-    return lambda case, inputs: function
+def _plain(function, **facts):
+    return Rival(lambda case, inputs: function, **facts)
 
 
-def _compiled(function):
+def _compiled(function, **facts):
     def make(case, inputs):
         torch._dynamo.reset()  # what other shapes left would count against the limit of recompilations
         return torch.compile(function, dynamic=False)
 
-    return make
+    return Rival(make, compiles=True, **facts)
 
 
 PML = "pytorch-metric-learning"
 RIVALS = {
     "info_nce": {
-        "eager": Rival(_always(eager_info_nce), quadratic=True),
-        "compile": Rival(_compiled(eager_info_nce), compiles=True, quadratic=True),
-        "chunked": Rival(_always(chunked_info_nce)),
-        "lightly": Rival(_lightly_info_nce, "lightly", "NTXentLoss", quadratic=True),
-        "pytorch-metric-learning": Rival(_metric_learning("SupConLoss"), PML, "SupConLoss", quadratic=True),
-        "pytorch-metric-learning NTXentLoss": Rival(_metric_learning("NTXentLoss"), PML, quadratic=True),
-        "Inf-CL": Rival(_inf_cl, "inf-cl", OTHER_LOSS, other=True),
-        "cut-cross-entropy": Rival(_cut_cross_entropy, "cut-cross-entropy", FILTERED, other=True),
-        "Liger": Rival(_liger, "liger-kernel", OTHER_LOSS, other=True),
+        "eager": _plain(eager_info_nce),
+        "compile": _compiled(eager_info_nce),
+        "chunked": _plain(chunked_info_nce),
+        "lightly": Rival(_lightly_info_nce, "lightly", "NTXentLoss"),
+        PML: Rival(functools.partial(_metric_learning, "SupConLoss"), PML, "SupConLoss"),
+        f"{PML} NTXentLoss": Rival(functools.partial(_metric_learning, "NTXentLoss"), PML),
+        "Inf-CL": Rival(_linear_cross_entropy(_inf_cl), "inf-cl", OTHER_LOSS, other=True),
+        "cut-cross-entropy": Rival(
+            _linear_cross_entropy(_cut_cross_entropy), "cut-cross-entropy", FILTERED, other=True
+        ),
+        "Liger": Rival(_linear_cross_entropy(_liger), "liger-kernel", OTHER_LOSS, other=True),
     },
     "byol": {
-        "eager": Rival(_always(eager_byol)),
-        "compile": Rival(_compiled(eager_byol), compiles=True),
+        "eager": _plain(eager_byol),
+        "compile": _compiled(eager_byol),
         "lightly": Rival(_lightly_byol, "lightly", "NegativeCosineSimilarity, scaled"),
     },
     "ema": {
         "foreach_lerp": Rival(_foreach_lerp),
-        "loop": Rival(_always(loop_of_lerp), note="target.lerp_(source.float()), tensor by tensor"),
-        "compile": Rival(_compiled(loop_of_lerp), compiles=True, note="of the loop"),
+        "loop": _plain(loop_of_lerp, note="target.lerp_(source.float()), tensor by tensor"),
+        "compile": _compiled(loop_of_lerp, note="of the loop"),
         "lightly": Rival(_lightly_ema, "lightly", "update_momentum"),
         "timm": Rival(_timm, "timm", "ModelEmaV3"),
         "swa_utils": Rival(_swa_utils, note="AveragedModel, get_ema_multi_avg_fn", waits=True),
     },
 }
-"""Of each operation, by the name that results and ``--vs`` use."""
+"""The rivals of each operation, by the name that results and ``--vs`` use."""
 
 EAGER_EMA = ("foreach_lerp", "loop")
-"""What ``--vs eager`` means for the moving average: both ways to write it."""
+"""The two ways to write the moving average that ``--vs eager`` means."""
 
 
 def impl_name(impl):
-    """The column of one implementation of ours."""
+    """Return the column of one implementation of ours."""
     return OURS if impl == "auto" else f"impl='{impl}'"
 
 
 def impl_of(name):
-    """The implementation of a column of ours, or None for a rival's column."""
+    """Return the implementation of a column of ours, or None for a rival's column."""
     return "auto" if name == OURS else name[6:-1] if name.startswith("impl='") else None
 
 
 def find(op, name) -> Rival:
-    """The rival of a column; a name ``MODULE:CALLABLE`` is a user's own function of the inputs."""
-    impl = impl_of(name)
-    if impl is not None:
-        return Rival(functools.partial(_ours, impl))
+    """Return the rival of a column; a name ``MODULE:CALLABLE`` is a user's own function of the inputs."""
+    if impl_of(name):
+        return Rival(functools.partial(_ours, impl_of(name)))
     if name in RIVALS[op]:
         return RIVALS[op][name]
     module, _, attribute = name.partition(":")
@@ -309,41 +283,39 @@ def _ours(impl, case, inputs):
     kernels = {"cuda": "cuda", "triton": "cuda", "cpu": "cpu"}.get(impl)
     if kernels and first.device.type != kernels:
         raise Unsupported(f"takes {kernels.upper()} tensors, these are on the {first.device.type.upper()}")
-    reason = backends.unavailable(impl) if impl != "auto" else None
-    if reason:
-        raise Unsupported(str(reason))
+    if impl != "auto" and backends.unavailable(impl):
+        raise Unsupported(str(backends.unavailable(impl)))
     return case.ours(impl)
 
 
 def load(case, name, inputs):
-    """``(function of the inputs, None)``, or ``(None, why there is none)``."""
+    """Return ``(function of the inputs, None)``, or ``(None, why there is none)``."""
     rival = find(case.op, name)
     try:
         return rival.make(case, inputs), None
-    except ModuleNotFoundError as error:
-        advice = f" (pip install {rival.package})" if rival.package else ""
-        return None, f"absent: {error}{advice}"
     except ImportError as error:
-        return None, f"absent: {error}"
-    except Unsupported as error:
-        return None, str(error)
-    except Exception as error:  # a peer that fails while it is imported shall not hide the others
+        advice = f" (pip install {rival.package})" if isinstance(error, ModuleNotFoundError) and rival.package else ""
+        return None, f"absent: {error}{advice}"
+    except Exception as error:  # a peer that fails while it is imported does not hide the others
         return None, reason_of(error)
 
 
 def reason_of(error) -> str:
-    """An exception in one line."""
+    """Return an exception in one line."""
     if host_memory.refused(error):
         return "out of memory"
+    if isinstance(error, Unsupported):
+        return str(error)
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
+def version(package):
+    """Return the version of a package, None where it is not installed."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(package)
+
+
 def versions(ops) -> dict:
-    """``{package: version}`` of what is installed of the rivals of these operations."""
-    found = {}
-    for package in sorted({r.package for op in ops for r in RIVALS[op].values() if r.package}):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    """Return ``{package: version}`` of what is installed of the rivals of these operations."""
+    packages = sorted({r.package for op in ops for r in RIVALS[op].values() if r.package})
+    return {package: version(package) for package in packages if version(package)}

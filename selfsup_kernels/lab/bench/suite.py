@@ -1,8 +1,8 @@
-"""The engine of every benchmark here: one case at a time, ours and all rivals, as rows of results.
+"""Measure one case at a time, ours and all rivals, as rows of results: the engine of every benchmark here.
 
 On a CPU each rival first runs once in a fresh process, under a limit of the memory that is left: that gives its peak,
-and what would not fit or would take too long never runs in this process. The others then take turns by the wall clock.
-On a GPU they are measured one after the other by the device's clock, and the allocator counts the peak.
+and what does not fit or takes too long never runs in this process. On a GPU the allocator counts the peak. Then all
+take turns.
 """
 
 import functools
@@ -11,38 +11,34 @@ import itertools
 import math
 import subprocess
 import time
-import traceback
 
 import torch
 
 from selfsup_kernels.lab import fresh, host_memory
-from selfsup_kernels.lab.bench import accuracy, results, rivals, timing
-from selfsup_kernels.lab.bench.workloads import case_of
+from selfsup_kernels.lab.bench import accuracy, results, rivals, timing, workloads
 
 OUT_OF_TIME = "skipped: out of time"
-TOO_SLOW = 10.0
-"""A rival whose fewest calls would take this many times what a case is given is skipped."""
-FEWEST = 6
-"""Forward and backward passes that the fewest calls of all parts take together, with the first one."""
+LONGEST = 1.5
+"""A rival of which one forward and backward takes this many times the seconds of a case is skipped."""
 STARTING, COMPILING = 20.0, 180.0
 """Seconds that a fresh process may take besides its work, and torch.compile in it."""
-TOO_LARGE = 262144
-"""Rows of a two-view loss above which a GPU measures ours alone."""
 
 
 class Suite:
-    """One run: the clock, the rates of the device, the rows so far, and the time that is left.
+    """Hold one run: the clock, the rates of the device, the rows so far, and the time that is left.
 
     Args:
         device: of all tensors.
         dtypes: of the matrix products that fractions refer to.
-        seconds: about how long the turns of one case take, all parts and rivals together, beside the fewest calls.
-        rounds: of every part, in place of ``seconds``; CPUs only.
+        seconds: about how long the turns of one case take, all parts and rivals together, besides the fewest calls.
+        rounds: of every part, in place of ``seconds``.
+        target_ms: how long each rate of the device is measured.
         minutes: after them nothing new begins; None for no limit.
         skip: columns to leave out.
         graphs: whether to measure replayed CUDA graphs too.
-        advance: called with a text after each step, of which a case has :meth:`steps`.
+        advance: called with a text after each column of a case, and after each case.
         rates: of :class:`timing.Rates`: the sizes to measure with.
+        ops: the operations whose peers the header lists.
     """
 
     def __init__(
@@ -64,283 +60,204 @@ class Suite:
         if self.clock.cuda:
             index = self.clock.device.index  # without one PyTorch refuses it
             torch.cuda.set_device(torch.cuda.current_device() if index is None else index)  # whose events count
-        self.seconds, self.rounds, self.skip = seconds, rounds, set(skip)
-        self.graphs, self.advance = graphs and self.clock.cuda, advance
+        self.seconds, self.rounds, self.skip, self.advance = seconds, rounds, set(skip), advance
+        self.graphs = graphs and self.clock.cuda
         self.deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
         self.rates = timing.Rates(self.clock, dtypes, **(rates or {}))
-        self.facts = results.header(self.clock, ops)
+        self.header = results.header(self.clock, ops) | self.rates.header()
         self.rows = []
-        self.seen = {}
 
-    @property
-    def header(self):
-        return self.facts | self.rates.header()
-
-    def spent(self):
-        return time.monotonic() > self.deadline
-
-    def steps(self, names):
-        return len(names) + 1
-
-    def attempt(self, function):
-        """``(result, None)`` or ``(None, reason)``; afterwards the memory of what failed is free again."""
-        if self.spent():
+    def attempt(self, function, *arguments):
+        """Return ``(result, None)`` or ``(None, reason)``; afterwards the memory of what failed is free again."""
+        if time.monotonic() > self.deadline:
             return None, OUT_OF_TIME
         try:
-            return function(), None
+            return function(*arguments), None
         except Exception as error:
             reason = rivals.reason_of(error)
-        self.free()
-        return None, reason
-
-    def free(self):
         gc.collect()
         if self.clock.cuda:
             torch.cuda.empty_cache()
-
-    # ------------------------------------------------------------ one case
+        return None, reason
 
     def measure(self, case, names):
-        """Rows, one for each part of the case, of the columns ``names``; also added to ``rows``."""
-        columns = Columns()
-        try:
-            self._fill(case, names, columns)
-        except Exception as error:  # what fails beyond one rival is recorded, and the next case gets its turn
-            traceback.print_exc()
-            columns.fail({name: rivals.reason_of(error) for name in names if name not in columns.unavailable})
-        self.free()
-        rows = [columns.row(case, part) for part in case.parts]
-        self.rows += rows
-        return rows
-
-    def _fill(self, case, names, columns):
-        if self.spent():
-            columns.fail(dict.fromkeys(names, OUT_OF_TIME))
-            return
-        wanted = []
+        """Return rows, one for each part of the case, of the columns ``names``; add them to ``rows`` too."""
+        found = {key: {} for key in ("peak_bytes", "errors", "unavailable", "notes")}
+        functions, times, inputs = {}, {part: {} for part in case.parts}, None
         for name in names:
-            reason = "skipped: by --skip" if name in self.skip else self._refusal(case, name)
-            if reason is None:
-                small = case.small()
-                reason = rivals.load(small, name, small.inputs(self.clock.device))[1]
+            reason = self._refusal(case, name)
             if reason is None and not self.clock.cuda:
-                reason = self._probe(case, name, columns)
+                reason = self._probe(case, name, found)
+            if reason is None and inputs is None:
+                inputs, reason = self.attempt(self._inputs, case)
+            if reason is None:
+                function, reason = rivals.load(case, name, inputs[0])
+            if reason is None:
+                slow, failed = self.attempt(self._first_calls, case, function, inputs[0])
+                reason = failed or slow
             if reason:
-                columns.unavailable[name] = reason
-            else:
-                wanted.append(name)
-            self.advance(f"{case.label}: {name}")
-        if not wanted:  # inputs that nobody takes may not even fit
-            self.advance(f"{case.label}: times")
-            return
-        inputs = self._inputs(case)
-        functions = {}
-        for name in wanted:
-            function, reason = rivals.load(case, name, inputs[0])
-            if reason:
-                columns.unavailable[name] = reason
+                found["unavailable"][name] = reason
             else:
                 functions[name] = function
-                note = rivals.find(case.op, name).note
-                if note:
-                    columns.notes[name] = note
-        measure = self._by_device if self.clock.cuda else self._in_turns
-        measure(case, functions, inputs, columns)
-        self._errors(case, functions, inputs[0], columns)
-        if not self.clock.cuda:
-            del inputs
-            self.rates.sample()
+                if note := rivals.find(case.op, name).note:
+                    found["notes"][name] = note
+            self.advance(f"{case.label}: {name}")
+        measured, reason = self.attempt(self._in_turns, case, functions, inputs)
+        if reason:
+            found["unavailable"] |= dict.fromkeys(functions, reason)
+            functions = {}
+        else:
+            times = measured
+        if self.clock.cuda:
+            self._of_device(case, functions, inputs, found)
+        self._errors(case, functions, inputs, found)
+        rows = [{**case.facts, "part": part, "times": times[part], **found} for part in case.parts]
+        self.rows += rows
         self.advance(f"{case.label}: times")
+        return rows
 
     def _inputs(self, case):
-        """On a GPU, of what is bound by memory, several inputs to be taken in turn: none is then found in the cache."""
+        """Make inputs; on a GPU several to be taken in turn, so that BYOL finds none of them in the cache."""
         count = 1
         if self.clock.cuda and case.op == "byol":
             count = max(1, min(32, math.ceil(4 * self.clock.cache_bytes() / case.bytes("forward"))))
         return [case.inputs(self.clock.device, seed) for seed in range(count)]
 
-    def _errors(self, case, functions, inputs, columns):
-        functions = {n: f for n, f in functions.items() if n in columns.times and not rivals.find(case.op, n).other}
-        if not functions:
-            return
-        judge, reason = self.attempt(lambda: accuracy.judge(case, inputs))
-        if reason:
-            columns.notes["float64 reference"] = reason
-            return
-        for name, function in functions.items():
-            errors, reason = self.attempt(functools.partial(judge, name, function))
-            columns.put("errors", name, errors, reason)
-
-    # ------------------------------------------------------------ what does not fit
-
     def _refusal(self, case, name):
-        """Why a column is not even tried."""
-        if case.op == "ema" or rivals.impl_of(name):
-            return None
-        if self.clock.cuda and case.op == "info_nce":
-            held, free = 3 * case.rows**2 * case.item_size, self.clock.free_bytes()
-            if rivals.find(case.op, name).quadratic and held > free:
-                return f"skipped: out of memory, its M x M matrices take about {held / 1e9:.0f} GB"
-            if case.rows > TOO_LARGE:
-                return "skipped: takes too long"
-        before = self.seen.get(self._kind(case, name))
-        if before and case.batch > before[0]:
-            expected = before[1] * (case.batch / before[0]) ** (2 if case.op == "info_nce" else 1)
-            if expected > 4 * self._longest():
-                return too_slow(FEWEST * expected)
-        return None
+        if name in self.skip:
+            return "skipped: by --skip"
+        if time.monotonic() > self.deadline:
+            return OUT_OF_TIME
+        small = case.small()
+        return rivals.load(small, name, small.inputs(self.clock.device))[1]
 
-    def _longest(self):
-        """Seconds that one forward and backward may take."""
-        return TOO_SLOW * self.seconds / FEWEST
-
-    def _kind(self, case, name):
-        return (name, *(getattr(case, key, None) for key in ("op", "views", "dim", "dtype")))
-
-    def _probe(self, case, name, columns):
-        """Peak memory, from a fresh process; a reason where the rival is not to be measured here."""
+    def _probe(self, case, name, found):
+        """Note the peak memory, from a fresh process; return why the rival is not to be measured here, or None."""
         parameters = {k: v for k, v in case.facts.items() if k in ("op", "model", "views", "batch", "dim", "dtype")}
-        timeout = STARTING + 4 * self._longest()
-        timeout += COMPILING if rivals.find(case.op, name).compiles else 0
+        longest = STARTING + 4 * LONGEST * self.seconds + COMPILING * rivals.find(case.op, name).compiles
         left = host_memory.available()
         try:
-            found = fresh.call(
-                "selfsup_kernels.lab.bench.worker:probe", parameters, name, memory_limit=left, timeout=timeout
-            )
+            answer = fresh.call(f"{__name__}:probe", parameters, name, memory_limit=left, timeout=longest)
         except fresh.OutOfMemory:
             return f"out of memory: {left / 1e9:.1f} GB were available"
         except subprocess.TimeoutExpired:
-            return f"skipped: one call takes more than {timeout - STARTING:.0f} s"
+            return f"skipped: one call takes more than {longest - STARTING:.0f} s"
         except fresh.Failed as error:
-            lines = [line for line in str(error).splitlines() if line.strip()]
-            return lines[-1].strip() if lines else "failed"
-        if "reason" in found:
-            return found["reason"]
-        self.seen[self._kind(case, name)] = (getattr(case, "batch", 1), found["seconds"])
-        columns.put("peak_bytes", name, found["peak_bytes"])
-        if found["seconds"] > self._longest():
-            return too_slow(FEWEST * found["seconds"])
-        if (found["peak_bytes"] or 0) > host_memory.available():
-            return f"out of memory: takes {found['peak_bytes'] / 1e9:.1f} GB"
-        return None
+            return str(error).strip().splitlines()[-1]
+        if "reason" in answer:
+            return answer["reason"]
+        found["peak_bytes"][name] = answer["peak_bytes"]
+        return self._too_slow(answer["seconds"])
 
-    # ------------------------------------------------------------ times
+    def _too_slow(self, seconds):
+        if seconds > LONGEST * self.seconds:
+            return f"skipped: one call takes {seconds:.0f} s (--seconds)"
 
-    def _in_turns(self, case, functions, inputs, columns):
-        arguments = inputs[0]
-        last = case.parts[-1]
-        for name, function in list(functions.items()):
-            # A first call shows what fails, and compiles; without a gradient it compiles anew.
-            first = (last, "forward") if rivals.find(case.op, name).compiles and last != "update" else (last,)
-            for part in first:
-                _, reason = self.attempt(functools.partial(case.run, part, function, arguments))
-                if reason:
-                    columns.unavailable[name] = reason
-                    functions.pop(name, None)
-                    break
+    def _first_calls(self, case, function, inputs):
+        """Make the calls that compile and show what fails; return a reason where another one takes too long."""
+        run = functools.partial(case.run, case.parts[-1], function)
+        run(inputs)
+        reason = self._too_slow(self.clock.milliseconds(self.clock.once(run, lambda: inputs)) / 1e3)
+        if reason is None:
+            case.run(case.parts[0], function, inputs)  # without a gradient torch.compile compiles again
+        return reason
+
+    def _in_turns(self, case, functions, inputs):
+        """Return the times of each part by name."""
+
+        def calls(part, function, turn):
+            return lambda: case.prepare(part, function, next(turn)), functools.partial(case.work, part, function)
+
+        seconds, times = self.seconds / len(case.parts), {}
         for part in case.parts:
-            calls = {
-                name: (
-                    functools.partial(case.prepare, part, function, arguments),
-                    functools.partial(case.work, part, function),
-                )
-                for name, function in functions.items()
-            }
-            for name, times in timing.in_turns(calls, self.seconds / len(case.parts), self.rounds).items():
-                columns.times.setdefault(name, {})[part] = times
+            of_part = {name: calls(part, function, itertools.cycle(inputs)) for name, function in functions.items()}
+            times[part] = timing.in_turns(of_part, seconds, self.rounds, self.clock)
+        return times
 
-    def _by_device(self, case, functions, inputs, columns):
-        measure, last = self.clock.measure, case.parts[-1]
+    def _of_device(self, case, functions, inputs, found):
+        """Measure the peak of the allocator, and replayed graphs where launches may take as long as the work."""
+        part = case.parts[-1]
         for name, function in functions.items():
-            turn = itertools.cycle(inputs)
-
-            def all_parts(function=function, turn=turn):
-                return {
-                    part: measure(
-                        functools.partial(case.work, part, function),
-                        lambda part=part: case.prepare(part, function, next(turn)),
-                    )
-                    for part in case.parts
-                }
-
-            times, reason = self.attempt(all_parts)
-            if reason:
-                columns.unavailable[name] = reason
-                continue
-            columns.times[name] = times
             for made in inputs:
-                case.prepare(last, function, made)  # without the gradients of before
-            run = functools.partial(case.run, last, function, inputs[0])
-            columns.put("peak_bytes", name, *self.attempt(functools.partial(self.clock.peak_bytes, run)))
-            if self._capturable(case, name):
-                milliseconds, reason = self.attempt(functools.partial(self._graph, run))
-                columns.put("graph_ms", name, milliseconds, reason)
-                # After a capture that failed PyTorch's allocator and generator may still believe in it.
-                self.graphs = reason is None
+                case.prepare("forward", function, made)  # without the gradients of before
+            run = functools.partial(case.run, part, function, inputs[0])
+            wanted = {"peak_bytes": self.clock.peak_bytes}
+            small = case.op != "info_nce" or (case.rows <= 16384 and (rivals.impl_of(name) or name == "eager"))
+            if self.graphs and small and not rivals.find(case.op, name).waits:
+                wanted["graph_ms"] = graph_ms
+            for column, measure in wanted.items():
+                value, reason = self.attempt(measure, run)
+                if reason is None:
+                    found.setdefault(column, {})[name] = value
+                else:
+                    found["notes"][name] = f"{column}: {reason}"
+                    # After a capture that failed PyTorch's allocator and generator may still believe in it.
+                    self.graphs = self.graphs and column != "graph_ms"
 
-    def _capturable(self, case, name):
-        """Whether to measure a replayed graph: where launches may take as long as the work, and nothing waits."""
-        if not self.graphs or rivals.find(case.op, name).waits:
-            return False
-        return case.op != "info_nce" or (case.rows <= 16384 and bool(rivals.impl_of(name) or name == "eager"))
+    def _errors(self, case, functions, inputs, found):
+        functions = {name: f for name, f in functions.items() if not rivals.find(case.op, name).other}
+        judge, reason = self.attempt(accuracy.judge, case, inputs[0]) if functions else (None, None)
+        if reason:
+            found["notes"]["float64 reference"] = reason
+            return
+        for name, function in functions.items():
+            errors, reason = self.attempt(judge, name, function)
+            if reason:
+                found["notes"][name] = f"errors: {reason}"
+            else:
+                found["errors"][name] = errors
 
-    def _graph(self, run):
-        return self.clock.measure_graph(run)["p50_ms"]
-
-    # ------------------------------------------------------------ of the device's rates
-
-    def _cached(self, case):
-        """Whether what a replayed graph reads stays in the cache from one replay on."""
-        return 4 * self.clock.cache_bytes() > case.bytes(case.parts[0])
-
-    def rate(self, rows=None):
-        """Set what ours reaches of the rates of this run, as far as they are known now."""
-        for row in self.rows if rows is None else rows:
-            name = results.ours(row)
+    def rate(self):
+        """Set what ours reaches of the rates of this run in all rows."""
+        for row in self.rows:
+            name, case, part = results.ours(row), workloads.case_of(row), row["part"]
             if name is None:
                 continue
-            case, part = case_of(row), row["part"]
             milliseconds = row["times"][name]["p50_ms"]
             if row["op"] == "info_nce":
-                operations = case.operations(part, "gpu" if self.clock.cuda else "cpu")
-                row["tflops"] = operations / milliseconds / 1e9
+                row["tflops"] = case.operations(part, "gpu" if self.clock.cuda else "cpu") / milliseconds / 1e9
                 row["fraction"] = row["tflops"] / self.rates.tflops(row["dtype"])
-                if "tfloat32" in self.rates.dtypes and row["dtype"] == "float32":
-                    row["fraction_of_float32"] = row["tflops"] / timing.median(self.rates.samples["float32"])
-                continue
-            row["gb_per_s"] = case.bytes(part) / milliseconds / 1e6
-            row["fraction"] = row["gb_per_s"] / self.rates.memory_gb_per_s
-            graph = row.get("graph_ms", {}).get(name)
-            if graph and part == case.parts[-1] and not self._cached(case):  # without what the host takes to launch
-                row["graph_fraction"] = case.bytes(part) / graph / 1e6 / self.rates.memory_gb_per_s
+            else:
+                row["gb_per_s"] = case.bytes(part) / milliseconds / 1e6
+                row["fraction"] = row["gb_per_s"] / self.rates.memory_gb_per_s
 
 
-class Columns:
-    """What is found out about the rivals of one case, by column."""
+def graph_ms(function):
+    """Return the time of ``function()`` in a replayed CUDA graph: without what the host takes to launch it."""
+    from triton.testing import do_bench_cudagraph
 
-    def __init__(self):
-        self.times, self.unavailable, self.notes = {}, {}, {}
-        self.rest = {"peak_bytes": {}, "errors": {}}
-
-    def put(self, column, name, value, reason=None):
-        """A value that belongs to a column that has times; a reason for none becomes a note."""
-        if reason is None:
-            self.rest.setdefault(column, {})[name] = value
-        else:
-            before = self.notes.get(name)
-            self.notes[name] = f"{before}; {column}: {reason}" if before else f"{column}: {reason}"
-
-    def fail(self, reasons):
-        self.times = {}
-        self.unavailable |= reasons
-
-    def row(self, case, part):
-        times = {name: of_parts[part] for name, of_parts in self.times.items() if part in of_parts}
-        row = {**case.facts, "part": part, "times": times}
-        for column, values in self.rest.items():
-            row[column] = {name: value for name, value in values.items() if name in times or column == "peak_bytes"}
-        return row | {"unavailable": dict(self.unavailable), "notes": dict(self.notes)}
+    return do_bench_cudagraph(function, return_mode="median")
 
 
-def too_slow(seconds):
-    return f"skipped: would take about {seconds:.0f} s (--seconds)"
+def probe(parameters, name) -> dict:
+    """Run one rival on one case, in a fresh process: does it fit, what memory and about how long does it take?
+
+    Returns:
+        ``{"peak_bytes", "seconds"}`` of one forward and backward (or update) above the inputs, or ``{"reason"}``.
+
+    Raises:
+        what a refused allocation raises; any other exception is a reason.
+    """
+    try:
+        case = workloads.case(**parameters)
+        compiles, part = rivals.find(case.op, name).compiles, case.parts[-1]
+        # Libraries, threads and code are there before the measurement begins; torch.compile's code for this very shape.
+        first = case if compiles else case.small()
+        inputs = first.inputs()
+        function, reason = rivals.load(first, name, inputs)
+        if reason:
+            return {"reason": reason}
+        first.run(part, function, inputs)
+        first.prepare("forward", function, inputs)
+        if not compiles:
+            inputs = case.inputs()
+            function, _ = rivals.load(case, name, inputs)
+        host_memory.trim()  # what making the inputs has left would be used first, and not be seen
+        peak = host_memory.peak_growth(lambda: case.run(part, function, inputs))
+        clock, run = timing.Clock("cpu"), functools.partial(case.run, part, function)
+        times = [clock.milliseconds(clock.once(run, lambda: inputs)) for _ in range(2)]
+        return {"peak_bytes": peak, "seconds": min(times) / 1e3}
+    except Exception as error:
+        if host_memory.refused(error):
+            raise
+        return {"reason": rivals.reason_of(error)}

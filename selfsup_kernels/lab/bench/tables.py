@@ -1,4 +1,4 @@
-"""What a reader sees of the rows of one operation: titles, columns and cells, for the terminal and for the page."""
+"""Make what a reader sees of rows of results: one sentence, and a table for each operation."""
 
 import math
 from typing import NamedTuple
@@ -6,77 +6,110 @@ from typing import NamedTuple
 from selfsup_kernels.lab.bench import results, rivals
 
 TITLES = {"info_nce": "InfoNCE", "byol": "BYOL loss", "ema": "EMA update"}
-PARTS = {"forward": "forward", "backward": "backward", "both": "both", "update": "update"}
 FACTS = {"model": "model", "views": "views", "batch": "B", "dim": "D", "dtype": "dtype"}
 MATCH = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 2e-2, "float16": 4e-3}
 """Errors up to these, relative to float64, are the rounding of the type."""
-
-
-class Line(NamedTuple):
-    """One line of a table. ``style``: ours, slower (than ours), faster, or absent."""
-
-    cells: list[str]
-    style: str
-    wrong: bool
-    """Whether its error is more than rounding."""
-    first: bool
-    """Whether it is the first one of its case and part."""
+STYLES = {"ours": "bold cyan", "absent": "dim", "faster": "yellow", "wrong": "bold red"}
 
 
 class Table(NamedTuple):
-    op: str
     title: str
     head: list[str]
-    lines: list[Line]
+    lines: list[tuple[list[str], str]]
+    """Cells and style: ours, slower (than ours), faster, absent, or wrong: its error is more than rounding."""
     notes: list[str]
 
 
+# ---------------------------------------------------------------- one sentence
+
+
+def answer(rows):
+    """Return ``(sentence, numbers)``: the largest case of forward and backward against its fastest rival.
+
+    ``numbers`` are up to three pairs of a number and what it is: the ratio of times, the ratio of memory, the share of
+    the device's rate.
+    """
+    measured = [row for row in rows if row["part"] in ("both", "update") and results.ours(row)]
+    measured = [row for row in measured if others(row)] or measured
+    if not measured:
+        return "Nothing was measured: the reasons are below.", []
+    first = next(op for op in TITLES if any(row["op"] == op for row in measured))
+    row = max((row for row in measured if row["op"] == first), key=lambda row: (row.get("batch"), row.get("numbers")))
+    ours, best = results.ours(row), min(others(row), key=lambda name: results.ratio(row, name), default=None)
+    text = f"{TITLES[row['op']]} ({facts(row)}) takes {milliseconds(row['times'][ours]['p50_ms'])} ms"
+    numbers = []
+    if best:
+        text += f"; {best}, the fastest rival, takes {milliseconds(row['times'][best]['p50_ms'])} ms"
+        numbers.append((factor(results.ratio(row, best)), f"time of {best} over ours"))
+        mine, theirs = row["peak_bytes"].get(ours), row["peak_bytes"].get(best)
+        if mine and theirs:
+            numbers.append((factor(theirs / mine), f"memory of {best} over ours"))
+    if row.get("fraction"):
+        of = "matrix product" if "tflops" in row else "memory"
+        numbers.append((f"{100 * row['fraction']:.0f} %", f"of the rate of the device's {of}"))
+    return text + ".", numbers
+
+
+def others(row):
+    """Return the rivals with a time."""
+    return [name for name in row["times"] if not rivals.impl_of(name)]
+
+
+def slower(rows):
+    """Return where a rival is faster than ours beyond the spread of the calls: its slow calls beat our quick ones."""
+    for row in rows:
+        for name in others(row) if results.ours(row) else ():
+            if row["times"][name]["p80_ms"] < row["times"][results.ours(row)]["p20_ms"]:
+                part = "" if row["part"] == "update" else f" {row['part']}"
+                yield f"{TITLES[row['op']]}{part} ({facts(row)}): {name} takes {factor(results.ratio(row, name))} ours"
+
+
+def facts(row, keys=FACTS):
+    return ", ".join(f"{FACTS[key]} {row[key]}" for key in keys if key in row)
+
+
+# ---------------------------------------------------------------- a table
+
+
 def make(op, rows) -> Table:
-    """The rows of one operation; what all of them share goes into the title."""
+    """Return the table of one operation; what all rows share goes into the title."""
     rows = [row for row in rows if row["op"] == op]
     varying = [key for key in FACTS if len({row.get(key) for row in rows}) > 1]
-    title = ", ".join(
-        [TITLES[op], *(fact(key, rows[0][key]) for key in FACTS if key in rows[0] and key not in varying)]
-    )
+    title = f"{TITLES[op]}, {facts(rows[0], [key for key in FACTS if key not in varying])}"
     head = [*(FACTS[key] for key in varying), "part", "", "p20 ms", "p50 ms", "p80 ms", "x ours", "peak"]
     head += ["rate", "of device", "error"]
-    lines, before = [], None
+    lines, notes = [], {}
     for row in rows:
         # What has no time is listed with the first part alone; what stands in the line above is not repeated.
         missing = row["unavailable"] if row["part"] in ("forward", "update") else ()
+        names = [str(row[key]) for key in varying] + [row["part"]]
         for name in (*row["times"], *missing):
-            facts = [str(row[key]) for key in varying]
-            same = [*facts, row["part"]] == before
-            before = [*facts, row["part"]]
-            shown = [""] * len(before) if same else [*facts, PARTS[row["part"]]]
-            lines.append(Line(shown + cells(row, name), style(row, name), wrong(row, name), not same))
-    return Table(op, title, head, lines, list(remarks(rows, varying)))
-
-
-def fact(key, value):
-    return f"{value} views" if key == "views" else f"{FACTS[key]} = {value}" if key in ("batch", "dim") else str(value)
+            lines.append((names + cells(row, name), style(row, name)))
+            names = [""] * len(names)
+        for name, text in (*row["unavailable"].items(), *row["notes"].items()):
+            notes[f"{label(name)}: {text}"] = None
+    return Table(title, head, lines, list(notes))
 
 
 def cells(row, name):
     if name not in row["times"]:
         return [label(name), "", status(row["unavailable"][name]), "", "", "", "", "", ""]
-    times = row["times"][name]
     last = row["part"] in ("both", "update")
     rate, fraction = rate_of(row, name)
+    found = worst(row, name)
     return [
         label(name),
-        *(milliseconds(times[key]) for key in ("p20_ms", "p50_ms", "p80_ms")),
+        *(milliseconds(row["times"][name][key]) for key in ("p20_ms", "p50_ms", "p80_ms")),
         factor(results.ratio(row, name)),
         size(row["peak_bytes"].get(name)) if last else "",
         rate,
         "" if fraction is None else f"{100 * fraction:.0f} %",
-        error(row, name) if last else "",
+        "" if found is None or not last else f"{found:.0e}",
     ]
 
 
 def rate_of(row, name):
-    """``("104 GB/s", fraction of the device's)`` of a column, counting for all the work that ours does; ``("", None)``
-    where there is none."""
+    """Return a column's rate and its fraction of the device's, ``("104 GB/s", 0.8)``, counting the work of ours."""
     if row.get("fraction") is None:
         return "", None
     share = 1 / results.ratio(row, name)
@@ -87,49 +120,25 @@ def rate_of(row, name):
 def style(row, name):
     if name not in row["times"]:
         return "absent"
+    if (worst(row, name) or 0) > MATCH["float32" if row["op"] == "ema" else row["dtype"]]:
+        return "wrong"
     if rivals.impl_of(name):
         return "ours"
-    ratio = results.ratio(row, name)
-    return "" if ratio is None else "faster" if ratio < 1 else "slower"
+    return "faster" if (results.ratio(row, name) or 1) < 1 else "slower"
 
 
 def worst(row, name):
-    """The largest error of a column, infinite where one is not finite; None where none is known."""
-    found = row["errors"].get(name, {})
-    values = [math.inf if value is None else value for key, value in found.items() if key != "rows"]
-    return max(values, default=None)
-
-
-def wrong(row, name):
-    value = worst(row, name)
-    return value is not None and not value <= MATCH["float32" if row["op"] == "ema" else row["dtype"]]
-
-
-def error(row, name):
-    value = worst(row, name)
-    return "" if value is None else f"{value:.0e}"
-
-
-def remarks(rows, varying):
-    """Why something was not measured, and what is to be known of a rival: each once, with the cases it is about."""
-    found = {}
-    for row in rows:
-        where = " ".join(f"{FACTS[key]} {row[key]}" for key in varying)
-        for name, text in (*row["unavailable"].items(), *row["notes"].items()):
-            found.setdefault((name, text), []).append(where)
-    everywhere = {" ".join(f"{FACTS[key]} {row[key]}" for key in varying) for row in rows}
-    for (name, text), places in found.items():
-        places = list(dict.fromkeys(places))
-        yield f"{label(name)}: {text}" + ("" if set(places) == everywhere else f" ({'; '.join(places)})")
+    """Return the largest error of a column, infinite where one is not finite; None where none is known."""
+    found = {key: value for key, value in row["errors"].get(name, {}).items() if key != "rows"}
+    return max((math.inf if value is None else value for value in found.values()), default=None)
 
 
 def label(name):
-    impl = rivals.impl_of(name)
-    return "ours" if name == rivals.OURS else f"ours, {impl}" if impl else name
+    return name if rivals.impl_of(name) is None else "ours" if name == rivals.OURS else f"ours, {rivals.impl_of(name)}"
 
 
 def status(reason):
-    """What stands in the place of a time, in a word or two."""
+    """Return what stands in place of a time, in a word or two."""
     for word in ("out of memory", "skipped", "absent"):
         if word in reason.lower():
             return word
@@ -140,51 +149,55 @@ def milliseconds(value):
     return f"{value:.0f}" if value >= 1000 else f"{value:.3g}" if value >= 1 else f"{value:.3f}"
 
 
-def duration(value):
-    """Of ms, in prose."""
-    return f"{value / 1000:.1f} s" if value >= 1000 else f"{value:.0f} ms" if value >= 99.5 else f"{value:.2g} ms"
-
-
 def factor(value):
-    if value is None:
-        return ""
-    return f"{value:.0f}x" if value >= 99.5 else f"{value:.1f}x" if value >= 9.95 else f"{value:.2f}x"
+    return "" if value is None else f"{value:.0f}x" if value >= 99.5 else f"{value:.3g}x"
 
 
 def size(count):
-    if count is None:
-        return ""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
-        if count >= scale:
-            return f"{count / scale:.3g} {unit}" if count < 999.5 * scale else f"{count / scale:.0f} {unit}"
-    return "< 1 MB"  # the system counts in pages, and not often
-
-
-def device_line(header):
-    """The device, the versions and the rates of a run, in two lines of prose."""
-    place = [header["device"]]
-    if header.get("threads"):
-        place += [f"{header['threads']} thread{'s' * (header['threads'] > 1)}", str(header.get("cpu_capability") or "")]
-    place += [f"{key} {header[key]}" for key in ("driver", "cuda") if header.get(key)]
-    versions = [f"{key} {header[key]}" for key in ("selfsup_kernels", "torch", "triton", "python") if header.get(key)]
-    peers = [f"{name} {version}" for name, version in header.get("peers", {}).items()]
-    return "; ".join([", ".join(filter(None, place)), ", ".join(versions + peers), header["date"]])
-
-
-def rates_line(header):
-    products = [flops(1e12 * value) + f" ({name})" for name, value in header["matrix_product_tflops"].items()]
-    size = header["matrix_product_size"]
-    return (
-        f"In the same run a product of two {size} x {size} matrices reached {', '.join(products)}, "
-        f"a copy {header['copy_gb_per_s']:.0f} GB/s, scaling in place {header['in_place_gb_per_s']:.0f} GB/s (read and "
-        "written)."
-    )
-
-
-def bandwidth(header):
-    """The rate of memory that fractions refer to: of a copy on a GPU, of scaling in place on a CPU."""
-    return header["copy_gb_per_s" if header["kind"] == "cuda" else "in_place_gb_per_s"]
+    if count is None or count < 1e6:  # the system counts in pages, and not often
+        return "" if count is None else "< 1 MB"
+    return f"{count / 1e9:.3g} GB" if count >= 999.5e6 else f"{count / 1e6:.3g} MB"
 
 
 def flops(value):
     return f"{value / 1e12:.3g} TFLOP/s" if value >= 1e12 else f"{value / 1e9:.3g} GFLOP/s"
+
+
+# ---------------------------------------------------------------- the device
+
+
+def device_line(header):
+    """Return the device and the versions of a run."""
+    names = ("cpu_capability", "driver", "cuda", "selfsup_kernels", "torch", "triton", "python")
+    pairs = {name: header.get(name) for name in names} | header["peers"]
+    threads = [f"{header['threads']} threads"] if header.get("threads") else []
+    return ", ".join([header["device"], *threads, *(f"{k} {v}" for k, v in pairs.items() if v), header["date"]])
+
+
+def rates_line(header):
+    """Return the rates of the device in prose."""
+    products = [f"{flops(1e12 * value)} ({name})" for name, value in header["matrix_product_tflops"].items()]
+    side = header["matrix_product_size"]
+    copy, in_place = (f"{header[key]:.0f} GB/s" for key in ("copy_gb_per_s", "in_place_gb_per_s"))
+    return (
+        f"In the same run a product of two {side} x {side} matrices reached {', '.join(products)}, a copy {copy}, "
+        f"scaling in place {in_place} (read and written)."
+    )
+
+
+def show(console, header, rows):
+    """Print the sentence, the device, a table for each operation and, below each, what is missing and why."""
+    from rich import box, table
+    from rich.markup import escape
+
+    console.print(answer(rows)[0], style="bold", highlight=False)
+    console.print(f"{device_line(header)}\n{rates_line(header)}", style="dim", highlight=False)
+    for made in [make(op, rows) for op in TITLES if any(row["op"] == op for row in rows)]:
+        grid = table.Table(title=made.title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        for name in made.head:
+            grid.add_column(name, justify="left" if name in ("part", "") else "right", overflow="fold")
+        for cells, style in made.lines:
+            grid.add_row(*map(escape, cells), style=STYLES.get(style))
+        console.print(grid)
+        for note in made.notes:
+            console.print(escape(note), style="dim", highlight=False)

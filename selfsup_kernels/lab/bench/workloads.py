@@ -1,14 +1,13 @@
-"""The one definition of each measured workload: its inputs, our call, and what has to be computed and moved.
+"""Define each measured workload once: its inputs, our call, and the operations and bytes that it needs.
 
     made = case("info_nce", views=2, batch=1024, dim=128, dtype="float32")
     inputs = made.inputs("cpu", seed=0)
     made.run("both", made.ours("auto"), inputs)
 
-Nothing here needs more than the public functions of the package, so that the file can measure another version of it.
-What others call for the same work is in ``rivals.py``.
+This file needs only the public functions of the package, so that it can measure another version of it.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from math import prod
 
 import torch
@@ -19,28 +18,34 @@ TEMPERATURE = 0.1
 MOMENTUM = 0.996
 PARTS = ("forward", "backward", "both")
 
-DTYPES = {"float32": "float32", "float64": "float64", "bfloat16": "bfloat16", "float16": "float16"}
+DTYPES = {name: name for name in ("float32", "float64", "bfloat16", "float16")}
 DTYPES |= {"fp32": "float32", "fp64": "float64", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
-"""The name in results of every name that is understood."""
 
 
 def case(op, **parameters):
-    """The workload of one operation: ``info_nce``, ``byol`` or ``ema``. Raises KeyError for another name."""
+    """Return the workload of ``info_nce``, ``byol`` or ``ema``; raise KeyError for another name."""
     return CASES[op](**parameters)
 
 
 def case_of(row):
-    """The workload that a row of results was measured on."""
-    kind = CASES[row["op"]]
-    return kind(**{f.name: row[f.name] for f in fields(kind) if f.name in row})
+    """Return the workload that a row of results was measured on."""
+    return case(row["op"], **{f.name: row[f.name] for f in fields(CASES[row["op"]]) if f.name in row})
+
+
+def item_size(dtype):
+    return getattr(torch, dtype).itemsize
+
+
+def randn(shape, dtype, device, generator):
+    return torch.randn(shape, device=device, generator=generator).to(getattr(torch, dtype))
 
 
 @dataclass(frozen=True)
 class Loss:
-    """What the losses share: ``run`` takes a function of the inputs that returns the loss.
+    """Share what the losses have; ``run`` takes a function of the inputs.
 
-    ``forward`` is without autograd, which is what evaluation costs; ``backward`` alone needs the graph of a forward,
-    which :meth:`prepare` makes and nobody times.
+    ``forward`` runs without autograd, as an evaluation does; ``backward`` needs the graph of a forward, which
+    ``prepare`` makes and which is not timed.
     """
 
     batch: int = 1024
@@ -50,12 +55,13 @@ class Loss:
     parts = PARTS
 
     def prepare(self, part, function, inputs):
-        """What :meth:`work` takes; not part of what is timed."""
+        """Return what ``work`` takes."""
         for x in inputs:
             x.grad = None
         return function(*inputs) if part == "backward" else inputs
 
     def work(self, part, function, prepared):
+        """Do what is timed."""
         if part == "backward":
             return prepared.backward()
         if part == "both":
@@ -68,27 +74,22 @@ class Loss:
 
     @property
     def facts(self):
-        """The columns of a row of results that say what was measured."""
+        """Return the columns of a row of results that say what was measured."""
         return {"op": self.op} | {f.name: getattr(self, f.name) for f in fields(self)}
-
-    @property
-    def item_size(self):
-        return getattr(torch, self.dtype).itemsize
 
     @property
     def label(self):
         return f"{self.op} V{self.views} B{self.batch} D{self.dim} {self.dtype}"
 
     def small(self):
-        """The same with few numbers, to load libraries and start threads before anything is measured."""
-        return type(self)(**{f.name: getattr(self, f.name) for f in fields(self)} | {"batch": 16})
+        """Return the same with few numbers, to load libraries and start threads before a measurement."""
+        return replace(self, batch=16)
 
-
-UNITS = {"cpu": {"forward": 1, "backward": 3}, "gpu": {"forward": 1, "backward": 4}}
-"""Matrix products executed, in units of M^2 D operations: half of one product of M x D with D x M each.
-
-Both forwards take half of the symmetric matrix of similarities. The CPU's backward recomputes that half and adds each
-tile to both of its sides; the GPU's, where every program owns its rows, recomputes all of it."""
+    def bytes(self, part):
+        """Return what has to move: inputs read in each pass, the gradient written."""
+        forward = self.tensors_read
+        passes = {"forward": forward, "backward": forward + 1, "both": 2 * forward + 1}[part]
+        return passes * self.views * self.batch * self.dim * item_size(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -96,28 +97,27 @@ class InfoNCE(Loss):
     """NT-Xent of ``(V, B, D)`` views: M = V B rows, similarities of all with all."""
 
     op = "info_nce"
+    tensors_read = 1
 
     @property
     def rows(self):
         return self.views * self.batch
 
     def inputs(self, device="cpu", seed=0):
-        generator = torch.Generator(device).manual_seed(seed)
         shape = (self.views, self.batch, self.dim)
-        views = torch.randn(shape, device=device, generator=generator).to(getattr(torch, self.dtype))
-        return (views.requires_grad_(),)
+        return (randn(shape, self.dtype, device, torch.Generator(device).manual_seed(seed)).requires_grad_(),)
 
     def ours(self, impl="auto"):
         return lambda views: sk.info_nce_loss(views, temperature=TEMPERATURE, impl=impl)
 
     def operations(self, part, scheme="cpu"):
-        """Floating-point operations that our kernels execute in their matrix products."""
-        units = UNITS[scheme]
-        return (sum(units.values()) if part == "both" else units[part]) * self.rows**2 * self.dim
+        """Return the floating-point operations of our kernels' matrix products.
 
-    def bytes(self, part):
-        """What has to move: one read forward; a read and a write backward."""
-        return {"forward": 1, "backward": 2, "both": 3}[part] * self.rows * self.dim * self.item_size
+        In units of M^2 D: both forwards take half of the symmetric matrix of similarities. The CPU's backward
+        recomputes that half and adds each tile to both of its sides; the GPU's recomputes all of it.
+        """
+        backward = 3 if scheme == "cpu" else 4
+        return {"forward": 1, "backward": backward, "both": 1 + backward}[part] * self.rows**2 * self.dim
 
 
 @dataclass(frozen=True)
@@ -126,25 +126,21 @@ class BYOL(Loss):
 
     dim: int = 256
     op = "byol"
+    tensors_read = 2
 
     def inputs(self, device="cpu", seed=0):
         generator = torch.Generator(device).manual_seed(seed)
         shape = (self.views, self.batch, self.dim) if self.views > 1 else (self.batch, self.dim)
-        p, t = (torch.randn(shape, device=device, generator=generator).to(getattr(torch, self.dtype)) for _ in range(2))
-        return p.requires_grad_(), t
+        predictions, targets = (randn(shape, self.dtype, device, generator) for _ in range(2))
+        return predictions.requires_grad_(), targets
 
     def ours(self, impl="auto"):
         return lambda predictions, targets: sk.byol_loss(predictions, targets, impl=impl)
 
     def operations(self, part, scheme="cpu"):
-        """Three products of rows for each pair forward; two scaled rows and their sum backward."""
+        """Return the operations of three products for each pair forward, of two scaled rows and their sum backward."""
         pairs = max(1, self.views * (self.views - 1)) * self.batch * self.dim
         return {"forward": 6, "backward": 3, "both": 9}[part] * pairs
-
-    def bytes(self, part):
-        """What has to move: two reads forward; two reads and a write backward."""
-        numbers = self.views * self.batch * self.dim
-        return {"forward": 2, "backward": 3, "both": 5}[part] * numbers * self.item_size
 
 
 @dataclass(frozen=True)
@@ -162,7 +158,7 @@ class EMA:
 
     @property
     def numbers(self):
-        return sum(prod(shape) for shape in self.shapes)
+        return sum(map(prod, self.shapes))
 
     @property
     def facts(self):
@@ -175,8 +171,7 @@ class EMA:
 
     def inputs(self, device="cpu", seed=0):
         generator = torch.Generator(device).manual_seed(seed)
-        targets, sources = ([torch.randn(s, device=device, generator=generator) for s in self.shapes] for _ in range(2))
-        return targets, [x.to(getattr(torch, self.dtype)) for x in sources]
+        return tuple([randn(s, d, device, generator) for s in self.shapes] for d in ("float32", self.dtype))
 
     def ours(self, impl="auto"):
         return lambda targets, sources: sk.ema_update_(targets, sources, MOMENTUM, impl=impl)
@@ -184,20 +179,19 @@ class EMA:
     def prepare(self, part, function, inputs):
         return inputs
 
-    def work(self, part, function, prepared):
-        with torch.no_grad():
-            return function(*prepared)
-
     def run(self, part, function, inputs):
-        return self.work(part, function, inputs)
+        with torch.no_grad():
+            return function(*inputs)
+
+    work = run
 
     def operations(self, part, scheme="cpu"):
-        """A difference, a product and a sum for each number."""
+        """Return a difference, a product and a sum for each number."""
         return 3 * self.numbers
 
     def bytes(self, part):
-        """Each target read and written, each source read."""
-        return (8 + getattr(torch, self.dtype).itemsize) * self.numbers
+        """Return what has to move: each target read and written, each source read."""
+        return (8 + item_size(self.dtype)) * self.numbers
 
     def small(self):
         return EMA("tiny", self.dtype)
@@ -207,30 +201,29 @@ CASES = {kind.op: kind for kind in (InfoNCE, BYOL, EMA)}
 
 
 def resnet50_shapes():
-    """The 161 parameter shapes of ResNet-50: 25.6 M numbers."""
+    """Return the 161 parameter shapes of ResNet-50: 25.6 M numbers."""
     shapes = [(64, 3, 7, 7), (64,), (64,)]
+    wide_in = 64
     for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        wide = 4 * width
         for block in range(blocks):
-            wide_in = 4 * width if block else max(64, 2 * width) if width > 64 else 64
-            for shape in ((width, wide_in, 1, 1), (width, width, 3, 3), (4 * width, width, 1, 1)):
+            convolutions = [(width, wide_in, 1, 1), (width, width, 3, 3), (wide, width, 1, 1)]
+            convolutions += [] if block else [(wide, wide_in, 1, 1)]
+            for shape in convolutions:
                 shapes += [shape, shape[:1], shape[:1]]
-            if not block:
-                shapes += [(4 * width, wide_in, 1, 1), (4 * width,), (4 * width,)]
+            wide_in = wide
     return [*shapes, (1000, 2048), (1000,)]
 
 
 def vit_b_shapes():
-    """The 152 parameter shapes of ViT-B/16: 86.6 M numbers."""
-    width = 768
-    shapes = [(1, 1, width), (1, 197, width), (width, 3, 16, 16), (width,)]
-    for _ in range(12):
-        shapes += [(width,), (width,), (3 * width, width), (3 * width,), (width, width), (width,)]
-        shapes += [(width,), (width,), (4 * width, width), (4 * width,), (width, 4 * width), (width,)]
-    return [*shapes, (width,), (width,), (1000, width), (1000,)]
+    """Return the 152 parameter shapes of ViT-B/16: 86.6 M numbers."""
+    d = 768
+    block = [(d,), (d,), (3 * d, d), (3 * d,), (d, d), (d,), (d,), (d,), (4 * d, d), (4 * d,), (d, 4 * d), (d,)]
+    return [(1, 1, d), (1, 197, d), (d, 3, 16, 16), (d,), *(12 * block), (d,), (d,), (1000, d), (1000,)]
 
 
 def tiny_shapes():
-    """A few small tensors: to see that something works."""
+    """Return a few small shapes, to see that something works."""
     return [(32, 16, 3, 3), (32,), (32,), (10, 32), (10,)]
 
 
