@@ -1,4 +1,4 @@
-"""The options of ``python -m selfsup_kernels profile``, and what they ask for."""
+"""The options of ``python -m selfsup_kernels profile``."""
 
 import re
 import sys
@@ -8,7 +8,6 @@ from selfsup_kernels.lab.options import Wrong, device, writable_folder
 
 BATCHES = {"cpu": (256, 1024, 4096), "cuda": (512, 2048, 8192)}
 UNITS = {"": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
-METHODS = ("simclr", "cmc", "moco", "byol", "fusion")
 
 
 def add_arguments(parser):
@@ -47,9 +46,9 @@ def main(options) -> int:
     except ValueError as error:
         print(f"profile: {error}", file=sys.stderr)
         return 2
-    from selfsup_kernels.lab.profile import report, story
+    from selfsup_kernels.lab.profile import command, report
 
-    results = story.run(plan)
+    results = command.run(plan)
     report.write(results, plan.out, console=pages.console())
     return 0 if any(case["status"] == "measured" for case in results["cases"]) else 1
 
@@ -62,59 +61,45 @@ class Plan:
     """
 
     def __init__(self, options):
-        self.device = device("device", options.device)
-        kind = self.device.partition(":")[0]
-        self.accumulate = whole("accumulate", options.accumulate, 1)
-        self.batches = batches(options.batch, self.accumulate, BATCHES[kind])
+        from selfsup_kernels.lab.profile import workload
+
+        target = device("device", options.device)
+        accumulate = whole("accumulate", options.accumulate, 1)
+        self.batches = batches(options.batch, accumulate, BATCHES[target.partition(":")[0]])
         self.steps = whole("steps", options.steps, 2)
         self.seconds = number("seconds", options.seconds)
         self.memory = None if options.memory is None else amount("memory", options.memory)
         self.out = options.out
-        if options.method not in METHODS:
-            raise Wrong("method", f"one of {', '.join(METHODS)}", options.method)
-        if options.amp not in (None, "bf16", "fp16"):
+        if options.method not in workload.METHODS:
+            raise Wrong("method", f"one of {', '.join(workload.METHODS)}", options.method)
+        if options.amp not in (None, *workload.AMP):
             raise Wrong("amp", "bf16 or fp16", options.amp)
-
-        from selfsup_kernels.lab.profile.workload import Workload
-
-        self.work = Workload(
+        self.work = workload.Workload(
             method=options.method,
             encoder=options.encoder,
             batch=self.batches[0],
             views=whole("views", options.views, 2),
             image_size=whole("image-size", options.image_size, 4),
             dim=whole("dim", options.dim, 2),
-            accumulate=self.accumulate,
+            accumulate=accumulate,
             amp=options.amp,
             compile=options.compile,
-            device=self.device,
+            device=target,
         )
-        self._try_encoder()
-        writable_folder("out", Path(self.out))
-
-    def _try_encoder(self):
-        from selfsup_kernels.lab.profile import workload
-
+        size = self.work.image_size
         try:
-            workload.width(workload.make_encoder(self.work.encoder), self.work.image_size)
-        except ValueError as error:
-            raise ValueError(
-                f"--{str(error).splitlines()[0]}" if str(error).startswith("encoder:") else error
-            ) from None
-        except Exception as error:  # whatever somebody's network says of such images
-            size = self.work.image_size
-            raise Wrong(
-                "encoder",
-                f"a network that takes (2, 3, {size}, {size})",
-                f"{self.work.encoder}, which says {type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
-            ) from None
+            workload.width(workload.make_encoder(options.encoder), size)
+        except Exception as error:  # whatever a network says of such images
+            line = (str(error).splitlines() or [""])[0]
+            if isinstance(error, ValueError) and line.startswith("encoder:"):
+                raise ValueError(f"--{line}") from None
+            got = f"{options.encoder}, which says {type(error).__name__}: {line}"
+            raise Wrong("encoder", f"a network that takes (2, 3, {size}, {size})", got) from None
+        writable_folder("out", Path(self.out))
 
 
 def whole(name, text, least) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = None
+    value = int(text) if re.fullmatch(r"\s*[+-]?\d+\s*", text) else None
     if value is None or value < least:
         raise Wrong(name, f"a whole number >= {least}", text)
     return value
@@ -124,8 +109,8 @@ def number(name, text) -> float:
     try:
         value = float(text)
     except ValueError:
-        value = None
-    if value is None or not 0 < value < float("inf"):
+        value = 0.0
+    if not 0 < value < float("inf"):
         raise Wrong(name, "a number > 0", text)
     return value
 
@@ -142,7 +127,6 @@ def batches(text, accumulate, default) -> list[int]:
     if text is None:
         return [batch // accumulate * accumulate for batch in default if batch >= 2 * accumulate] or [2 * accumulate]
     found = [whole("batch", part, 2) for part in text.split(",")]
-    for batch in found:
-        if batch % accumulate or batch < 2 * accumulate:
-            raise Wrong("batch", f"multiples of --accumulate {accumulate} with at least 2 samples in a part", text)
+    if any(batch % accumulate or batch < 2 * accumulate for batch in found):
+        raise Wrong("batch", f"multiples of --accumulate {accumulate} with at least 2 samples in a part", text)
     return sorted(set(found))
