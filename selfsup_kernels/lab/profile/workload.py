@@ -15,7 +15,6 @@ from torch import nn
 
 import selfsup_kernels as sk
 from selfsup_kernels.lab.bench import eager
-from selfsup_kernels.lab.demo.networks import head
 from selfsup_kernels.lab.profile import memory
 
 VARIANTS = ("ours", "eager")
@@ -54,6 +53,13 @@ def convnet(width=16, features=128) -> nn.Sequential:
         layers += [nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
         inputs = outputs
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def head(inputs, hidden, outputs) -> nn.Sequential:
+    """A projector or a predictor."""
+    return nn.Sequential(
+        nn.Linear(inputs, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True), nn.Linear(hidden, outputs)
+    )
 
 
 def make_encoder(name) -> nn.Module:
