@@ -52,11 +52,9 @@ def test_summary_has_every_number(quick):
     for name, facts in summary["agreement"].items():
         assert facts["holds"], (name, facts)
         assert 0 <= facts["checks"]["gradient_ours_eager"] < 1e-5
-        assert facts["float64_curves"]["all"] < 1e-12
-        assert facts["float32_curves"]["all"] < 0.05  # a dozen steps: rounding has not grown far yet
     assert summary["agreement"]["byol"]["checks"]["ema_ours_eager"] < 1e-6
     assert summary["data"] == {"train": 1257, "test": 540}
-    assert len(summary["accuracy"]) == 6
+    assert len(summary["accuracy"]) == 5
     for cases in summary["accuracy"].values():
         assert set(cases) == set(evaluate.CASES)
         assert all(0 < value <= 1 for value in cases.values())
@@ -72,7 +70,7 @@ def test_summary_has_every_number(quick):
 def test_page_picture_and_printed_tables(quick):
     page = quick["page"]
     sources = re.findall(r'src="([^"]*)"', page)
-    assert len(sources) == 5
+    assert len(sources) == 3
     for source in sources:
         kind, _, content = source.partition(",")
         assert kind == "data:image/png;base64"
@@ -117,19 +115,18 @@ def test_a_wrong_kernel_is_noticed(part, monkeypatch):
     recipe = train.Recipe(views=2, steps=3, learning_rate=1e-3, batch=16)
     images = torch.rand(32, 1, 8, 8)
     done = train.train(name, "ours", images, recipe, 0, check_every=1)
-    assert not agreement.holds(done.checks, {"all": 0.0})
+    assert not agreement.holds(done.checks)
     monkeypatch.undo()
     done = train.train(name, "ours", images, recipe, 0, check_every=1)
-    assert agreement.holds(done.checks, {"all": 0.0})
-    assert not agreement.holds(done.checks, {"all": 1e-6})
+    assert agreement.holds(done.checks)
 
 
 def test_nan_is_no_agreement():
     checks = {}
     for value in (1e-8, float("nan"), 1e-8):
         agreement.worst(checks, "loss_ours_eager", value)
-    assert not agreement.holds(checks, {"all": 0.0})
-    assert not agreement.holds({}, {"all": 0.0})
+    assert not agreement.holds(checks)
+    assert not agreement.holds({})
 
 
 def test_batches_follow_the_seed_and_the_split_keeps_the_test_digits_apart():

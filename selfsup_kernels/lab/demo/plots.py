@@ -9,17 +9,6 @@ from selfsup_kernels.lab.pages.figures import EAGER, OURS, figure, log_axis
 COLORS = dict(zip(TIMES, ("#8fa3b8", OURS, "#3a9d6e", "#c9b458"), strict=True))
 
 
-def views(images):
-    """One row per digit: as it is, then its views."""
-    made, axes = figure(6.4, 1.06 * len(images[0]), len(images), len(images[0]))
-    for column, pictures in enumerate(images):
-        for axis, picture in zip(axes[:, column], pictures, strict=True):
-            axis.imshow(picture.reshape(8, 8), cmap="gray_r", vmin=0, vmax=1)
-            axis.set_axis_off()
-        axes[0, column].set_title(f"view {column}" if column else "digit", fontsize=10)
-    return made
-
-
 def curve(axis, runs, title):
     steps = np.arange(1, len(runs["ours"]) + 1)
     axis.plot(steps, runs["ours"], color=OURS, linewidth=3, alpha=0.55, label="ours")
@@ -34,19 +23,6 @@ def curves(losses):
     made, axes = figure(8.0, 3.4, len(losses))
     for axis, (name, runs) in zip(axes[0], losses.items(), strict=True):
         curve(axis, runs, TITLES[name])
-    return made
-
-
-def accuracies(table, case):
-    """Horizontal bars for one case of the evaluation; ``table``: name -> case -> accuracy."""
-    made, axes = figure(5.4, 0.44 * len(table) + 0.8)
-    values = [100 * cases[case] for cases in table.values()]
-    colors = [OURS if "ours" in n else EAGER if "eager" in n else "#9aa5b1" for n in table]
-    bars = axes[0, 0].barh(range(len(table)), values, color=colors, height=0.66)
-    axes[0, 0].bar_label(bars, fmt="%.1f %%", padding=3, fontsize=9)
-    axes[0, 0].set_yticks(range(len(table)), table)
-    axes[0, 0].invert_yaxis()
-    axes[0, 0].set_xlim(0, 112)
     return made
 
 

@@ -76,10 +76,6 @@ def tables(summary):
                 ("gradient_ours_eager", "its gradient"),
                 ("ema_ours_eager", "moving average"),
             )
-        ]
-        + [
-            [title, *(f"{f[key]['all']:.1e}" for f in facts.values())]
-            for key, title in (("float64_curves", "first steps in float64"), ("float32_curves", "float32 loss curves"))
         ],
     )
     rows = [
@@ -110,9 +106,7 @@ def sweep_rows(summary):
 def render(results) -> str:
     summary = results["summary"]
     pictures = {
-        "Six digits and four augmented views of each": plots.views(results["views"]),
         "Loss curves: ours as a line, eager dashed": plots.curves(results["losses"]),
-        "Accuracy with all labels, linear probe": plots.accuracies(summary["accuracy"], "all/linear"),
         "Time of a step": plots.step_time(summary["step_seconds"]),
         "The loss alone over the batch size": plots.sweep(summary["sweep"]["cases"]),
     }

@@ -78,34 +78,23 @@ def build(name, loss, recipe, seed):
     return method
 
 
-def train(
-    name,
-    loss,
-    images,
-    recipe,
-    seed,
-    *,
-    dtype=torch.float32,
-    check_every=0,
-    stop=None,
-    on_step=lambda value: None,
-) -> Run:
-    """Train by ``recipe``, or its first ``stop`` steps, under ``profile.steps``.
+def train(name, loss, images, recipe, seed, *, check_every=0, on_step=lambda value: None) -> Run:
+    """Train by ``recipe`` under ``profile.steps``.
 
     ``check_every``: at steps 0, n, 2n, ... compare loss, gradient and moving average with eager ones of equal inputs.
     """
-    method = build(name, loss, recipe, seed).to(dtype)
+    method = build(name, loss, recipe, seed)
     run = Run(method)
     optimizer = torch.optim.AdamW(method.parameters(), recipe.learning_rate, weight_decay=recipe.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, recipe.learning_rate, total_steps=recipe.steps, pct_start=0.1
     )
-    batches = data.batches(images, recipe.batch, recipe.views, stop or recipe.steps, seed)
+    batches = data.batches(images, recipe.batch, recipe.views, recipe.steps, seed)
     inputs = []
     hook = method.loss.register_forward_pre_hook(lambda module, arguments: inputs.append(arguments))
-    with steps(method, memory=stop is None, trace=False) as profile:
+    with steps(method, trace=False) as profile:
         for step, views in enumerate(profile(batches)):
-            value = method(*(view.to(dtype) for view in views))
+            value = method(*views)
             value.backward()
             optimizer.step()
             optimizer.zero_grad()

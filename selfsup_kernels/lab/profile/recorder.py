@@ -49,48 +49,20 @@ class CUDAClock:
         return mark.query()
 
 
-class Ranges:
-    """The parts as named ranges that any profiler shows.
-
-    A ``record_function`` ends in the thread that began it. On CUDA the backward runs in a thread of its own, so one
-    range ``backward`` is around both of its parts; NVTX ranges, which end in any thread, tell them apart.
-    """
-
-    def __init__(self, cuda):
-        self.cuda, self.home = cuda, threading.get_ident()
-        self.range = self.nvtx = None
-
-    def switch(self, part):
-        """Begin the range of ``part``, or none, and end the one before."""
-        if threading.get_ident() == self.home:
-            if self.range is not None:
-                self.range.__exit__(None, None, None)
-            self.range = None
-            if part is not None:
-                both = self.cuda and part in (parts.LOSS_BACKWARD, parts.ENCODER_BACKWARD)
-                self.range = torch.profiler.record_function(parts.PREFIX + ("backward" if both else part))
-                self.range.__enter__()
-        if self.cuda:
-            if self.nvtx is not None:
-                torch.cuda.nvtx.range_end(self.nvtx)
-            self.nvtx = torch.cuda.nvtx.range_start(parts.PREFIX + part) if part is not None else None
-
-
 class Recorder:
     """One step. From each of its ``marks``, ``(reading, part)``, that part runs, so the parts add up to the step.
 
-    ``created`` has the part in which each node of the autograd graph is made, by the number of the first one.
+    ``created`` has the part in which each node of the autograd graph is made, by the number of the first one. With
+    ``ranges`` any profiler shows the parts as ranges.
     """
 
-    def __init__(self, clock, ranges=None, memory=None):
-        self.clock, self.ranges, self.memory = clock, ranges, memory
+    def __init__(self, clock, ranges=False):
+        self.clock, self.ranges, self.range = clock, ranges, None
         self.home = threading.get_ident()
         self.marks, self.created, self.stack = [], [], [parts.DATA]
         self.backwards = 0
 
     def begin(self):
-        if self.memory:
-            self.memory.reset()
         self._mark(parts.DATA)
 
     def data_is_wanted(self):
@@ -98,14 +70,13 @@ class Recorder:
         self.replace(parts.DATA)
 
     def end(self):
-        if self.memory:
-            self.memory.mark(self.marks[-1][1])
         self.marks.append((self.clock.read(), None))
-        self.abandon()
+        self.close()
 
-    def abandon(self):
-        if self.ranges:
-            self.ranges.switch(None)
+    def close(self):
+        if self.range is not None:
+            self.range.__exit__(None, None, None)
+        self.range = None
 
     def enter(self, part) -> bool:
         """Begin a part inside the present one; False in another thread, which is not recorded."""
@@ -133,13 +104,15 @@ class Recorder:
             self._mark(self.stack[-1])
 
     def _mark(self, part):
-        if self.memory and self.marks:
-            self.memory.mark(self.marks[-1][1])
         self.marks.append((self.clock.read(), part))
+        # On CUDA the backward has its own thread, and a range ends in the thread that began it: one is around both.
         if threading.get_ident() == self.home:
             self.created.append((next_node(), part))
-        if self.ranges:
-            self.ranges.switch(part)
+            self.close()
+            if self.ranges:
+                both = isinstance(self.clock, CUDAClock) and part in (parts.LOSS_BACKWARD, parts.ENCODER_BACKWARD)
+                self.range = torch.profiler.record_function(parts.PREFIX + ("backward" if both else part))
+                self.range.__enter__()
 
     def seconds(self) -> dict:
         """Part -> seconds, of a step that has ended."""

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from selfsup_kernels.lab.profile import hooks, memory, parts
-from selfsup_kernels.lab.profile.recorder import CPUClock, CUDAClock, Ranges, Recorder
+from selfsup_kernels.lab.profile.recorder import CPUClock, CUDAClock, Recorder
 from selfsup_kernels.lab.profile.summary import summarize, text
 
-TIMED, PLAIN, MEMORY, TRACED, WARMUP = "timed", "plain", "memory", "traced", "warmup"
+TIMED, PLAIN, TRACED, WARMUP = "timed", "plain", "traced", "warmup"
 
 
 def steps(model, *, optimizer=None, loss=None, ema=None, out=None, device=None, warmup=2, memory=True, trace=True):
@@ -35,8 +35,8 @@ def steps(model, *, optimizer=None, loss=None, ema=None, out=None, device=None, 
     one of them runs. The loop trains as it would without this: values and random numbers are the same.
 
     After ``warmup`` steps that are not measured, steps with and without marks take turns, so that what the marks cost
-    can be seen; one further step each, early on, is for memory and for the trace. The loop may have any length; five
-    steps after the warm-up are the least that has everything.
+    can be seen; one further step, early on, is for memory and the trace. The loop may have any length; four steps after
+    the warm-up are the least that has everything.
 
     Args:
         model: the module that is trained, or a sequence of them. Its forward, or that of its children and theirs
@@ -50,8 +50,8 @@ def steps(model, *, optimizer=None, loss=None, ema=None, out=None, device=None, 
         out: a folder: ``report(out)`` is called at the end.
         device: where the model trains; None for the device of its first parameter. ``cpu`` and ``cuda``.
         warmup: steps before anything is measured.
-        memory: measure the peak of each part. On CUDA this resets the allocator's peak statistics.
-        trace: run one step under ``torch.profiler``.
+        memory: measure the peak of each part, from the memory events of one step under ``torch.profiler``.
+        trace: keep the Chrome trace of such a step.
 
     Returns:
         A context manager that gives a :class:`Run`.
@@ -72,8 +72,7 @@ def steps(model, *, optimizer=None, loss=None, ema=None, out=None, device=None, 
     for other in others:
         if not callable(getattr(other, "step", None)):
             raise TypeError(f"optimizer: expected an optimizer, got {type(other).__name__}")
-    kinds = [kind for kind, wanted in ((MEMORY, memory), (TRACED, trace)) if wanted]
-    return Run(models, _modules("loss", loss), others, _averages(ema), device, out, warmup, kinds)
+    return Run(models, _modules("loss", loss), others, _averages(ema), device, out, warmup, memory, trace)
 
 
 class Run:
@@ -84,13 +83,14 @@ class Run:
         counts: kind of steps -> how many have been run.
     """
 
-    def __init__(self, models, losses, optimizers, averaging, device, out, warmup, kinds):
+    def __init__(self, models, losses, optimizers, averaging, device, out, warmup, memory, trace):
         losses = list(dict.fromkeys([*losses, *hooks.losses_in(models)]))
         self._parts = models, losses, optimizers, averaging
         self._loss_known = bool(losses or hooks.own_losses(models))
-        self.device, self._out, self._warmup, self._kinds = device, out, warmup, kinds
-        self._clock = CUDAClock(device) if device.type == "cuda" else CPUClock()
-        self.counts = dict.fromkeys((WARMUP, TIMED, PLAIN, MEMORY, TRACED), 0)
+        self.device, self._cuda, self._out, self._warmup = device, device.type == "cuda", out, warmup
+        self._memory, self._keep_trace = memory, trace
+        self._clock = CUDAClock(device) if self._cuda else CPUClock()
+        self.counts = dict.fromkeys((WARMUP, TIMED, PLAIN, TRACED), 0)
         self._waiting, self._timed, self._plain = [], [], []
         self._peaks = self._timeline = None
         self._warnings = []
@@ -103,18 +103,20 @@ class Run:
             raise RuntimeError("profile.steps: a run can be entered once; call steps() again")
         self._state = "running"
         self._folder = tempfile.TemporaryDirectory()  # until nothing refers to the run any more
-        self._level = memory.resting(self.device)
         return self
 
     def __exit__(self, kind, *exception):
         self._abandon()
         self._loop, self._state = None, "done"
-        if self.device.type == "cuda":
+        if self._cuda:
             torch.cuda.synchronize(self.device)
         self._collect()
         traced = Path(self._folder.name) / "trace.json"
         if traced.exists():
-            self._timeline = memory.timeline(traced, self.device.type == "cuda")
+            self._timeline, peaks = memory.timeline(traced, self._cuda)
+            self._peaks = peaks if self._memory else None
+        if not self._keep_trace:
+            traced.unlink(missing_ok=True)
         if kind is None and self._out is not None:
             self.report(self._out)
 
@@ -202,15 +204,14 @@ class Run:
         if self._state != "done":
             raise RuntimeError("profile.steps: expected the end of the with block before the summary is read")
         warnings = list(self._warnings)
-        if MEMORY in self._kinds and self._peaks is None:
-            warnings.append("Peak memory is not known: the loop was too short, or this system does not tell it.")
+        if self._memory and self._peaks is None:
+            warnings.append("Peak memory is not known: the loop was too short, or another profiler is at work.")
         return summarize(
             device=str(self.device),
             counts=self.counts,
             timed=self._timed,
             plain=self._plain,
             peaks=self._peaks,
-            level=self._level,
             timeline=self._timeline,
             warnings=warnings,
             loss_known=self._loss_known,
@@ -234,27 +235,24 @@ class Run:
     def _next_kind(self) -> str:
         if self.counts[WARMUP] < self._warmup:
             return WARMUP
-        missing = [kind for kind in self._kinds if not self.counts[kind]]
-        if missing and self.counts[TIMED] + self.counts[PLAIN] >= 3:
-            return missing[0]
+        done = self.counts[TIMED] + self.counts[PLAIN]
+        if done >= 3 and not self.counts[TRACED] and (self._memory or self._keep_trace):
+            return TRACED
         # By turns in the order of A B B A, which a steady drift of the machine does not tell apart.
-        return TIMED if (self.counts[TIMED] + self.counts[PLAIN]) % 4 in (0, 3) else PLAIN
+        return TIMED if done % 4 in (0, 3) else PLAIN
 
     def _begin(self):
         self._kind = self._next_kind()
         if self._kind == WARMUP:
             return
-        if self._kind == PLAIN:
-            self._recorder = Recorder(self._clock)
-        else:
-            sampler = memory.sampler(self.device) if self._kind == MEMORY else None
-            self._recorder = Recorder(self._clock, Ranges(self.device.type == "cuda"), sampler)
+        self._recorder = Recorder(self._clock, ranges=self._kind != PLAIN)
+        if self._kind != PLAIN:
             hooks.attach(self._hooks, self._recorder, *self._parts)
         if self._kind == TRACED:
             if torch.autograd._profiler_enabled():  # a second one would end the first
                 self._warnings.append("There is no trace: another profiler is at work.")
             else:
-                self._trace = memory.Trace(self.device, self._folder.name)
+                self._trace = memory.Trace(self._cuda, self._folder.name)
         self._recorder.begin()
 
     def _end(self):
@@ -262,9 +260,7 @@ class Run:
         if recorder is not None:
             recorder.end()
         self._close(save_trace=True)
-        if kind == MEMORY:
-            self._peaks = recorder.memory and recorder.memory.peaks
-        elif kind in (TIMED, PLAIN):
+        if kind in (TIMED, PLAIN):
             self._waiting.append((kind, recorder))
             self._collect()
         self.counts[kind] += 1
@@ -272,7 +268,7 @@ class Run:
     def _abandon(self):
         """Drop a step that was left early."""
         if self._recorder is not None:
-            self._recorder.abandon()
+            self._recorder.close()
         self._close(save_trace=False)
 
     def _close(self, save_trace):

@@ -13,14 +13,13 @@ def faster(values, key=None) -> list:
     return sorted(values, key=key)[: -(-len(values) // 2)]
 
 
-def summarize(*, device, counts, timed, plain, peaks, level, timeline, warnings, loss_known) -> dict:
+def summarize(*, device, counts, timed, plain, peaks, timeline, warnings, loss_known) -> dict:
     """The fields that ``docs/profile.md`` describes.
 
     Args:
         timed: part -> seconds, of every step with marks.
         plain: seconds of every step without.
-        peaks: part -> bytes in use at its peak; None if not known.
-        level: bytes in use before the first step.
+        peaks: part -> bytes at its peak, above the beginning of the step; None if not known.
         warnings: what is wrong so far.
     """
     kept = faster(timed, key=lambda step: sum(step.values()))
@@ -30,7 +29,7 @@ def summarize(*, device, counts, timed, plain, peaks, level, timeline, warnings,
     named = sum(seconds[part] for part in parts.NAMED) if kept else None
     loss = sum(seconds[part] for part in parts.LOSS) if kept else None
     difference = named / alone - 1 if kept and alone else None
-    above = {part: max(0, peak - level) for part, peak in (peaks or {}).items()}
+    peaks = peaks or {}
     warnings = list(warnings)
     if not kept or not plain:
         warnings.append("The loop was too short: expected the warm-up, a step with marks and a step without marks.")
@@ -45,7 +44,7 @@ def summarize(*, device, counts, timed, plain, peaks, level, timeline, warnings,
         warnings.append(f"The named parts make up {100 * (1 + difference):.0f} % of a step without marks.")
     return {
         "device": device,
-        "steps": dict(counts),
+        "steps": {**counts, "memory": 0},
         "step_seconds": alone if alone is not None else step,
         "marked_step_seconds": step,
         "named_seconds": named,
@@ -55,13 +54,13 @@ def summarize(*, device, counts, timed, plain, peaks, level, timeline, warnings,
                 "part": part,
                 "seconds": seconds[part],
                 "share": seconds[part] / step if step else None,
-                "peak_bytes": above.get(part),
+                "peak_bytes": peaks.get(part),
             }
             for part in parts.PARTS
         ],
         "loss_share": loss / step if step and loss_known else None,
-        "peak_bytes": max(above.values(), default=None),
-        "level_bytes": level,
+        "peak_bytes": max(peaks.values(), default=None),
+        "level_bytes": None,  # of files written before peaks came from the trace
         "timeline": timeline,
         "warnings": warnings,
     }
