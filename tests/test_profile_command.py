@@ -180,7 +180,7 @@ def test_advice_on_the_largest_batch_is_right_within_a_tenth(variant, monkeypatc
         (["--batch", "4", "--accumulate", "4"], "at least 2 samples in a part"),
         (["--views", "1"], "--views: expected a whole number >= 2, got '1'"),
         (["--steps", "1"], "--steps: expected a whole number >= 2"),
-        (["--amp", "int8"], "--amp: expected bf16 or fp16, got 'int8'"),
+        (["--amp", "int8"], "--amp: expected one of bf16, fp16, got 'int8'"),
         (["--memory", "lots"], "--memory: expected an amount of memory such as 8GB"),
         (["--memory", "8 parsec"], "--memory: expected an amount of memory"),
         (["--seconds", "-3"], "--seconds: expected a number > 0, got '-3'"),

@@ -42,60 +42,57 @@ def main(options) -> int:
         print(f"profile: {', '.join(absent)} missing; run: {info.install(absent)}", file=sys.stderr)
         return 1
     try:
-        plan = Plan(options)
+        plan = checked(options)
     except ValueError as error:
         print(f"profile: {error}", file=sys.stderr)
         return 2
     from selfsup_kernels.lab.profile import command, report
 
-    results = command.run(plan)
-    report.write(results, plan.out, console=pages.console())
+    results = command.run(**plan)
+    report.write(results, plan["out"], console=pages.console())
     return 0 if any(case["status"] == "measured" for case in results["cases"]) else 1
 
 
-class Plan:
-    """The options, checked.
+def checked(options) -> dict:
+    """The arguments of ``command.run``.
 
     Raises:
-        ValueError: one of them cannot be used; the message is one line.
+        ValueError: an option cannot be used; the message is one line.
     """
+    from selfsup_kernels.lab.profile import workload
 
-    def __init__(self, options):
-        from selfsup_kernels.lab.profile import workload
-
-        target = device("device", options.device)
-        accumulate = whole("accumulate", options.accumulate, 1)
-        self.batches = batches(options.batch, accumulate, BATCHES[target.partition(":")[0]])
-        self.steps = whole("steps", options.steps, 2)
-        self.seconds = number("seconds", options.seconds)
-        self.memory = None if options.memory is None else amount("memory", options.memory)
-        self.out = options.out
-        if options.method not in workload.METHODS:
-            raise Wrong("method", f"one of {', '.join(workload.METHODS)}", options.method)
-        if options.amp not in (None, *workload.AMP):
-            raise Wrong("amp", "bf16 or fp16", options.amp)
-        self.work = workload.Workload(
-            method=options.method,
-            encoder=options.encoder,
-            batch=self.batches[0],
-            views=whole("views", options.views, 2),
-            image_size=whole("image-size", options.image_size, 4),
-            dim=whole("dim", options.dim, 2),
-            accumulate=accumulate,
-            amp=options.amp,
-            compile=options.compile,
-            device=target,
-        )
-        size = self.work.image_size
-        try:
-            workload.width(workload.make_encoder(options.encoder), size)
-        except Exception as error:  # whatever a network says of such images
-            line = (str(error).splitlines() or [""])[0]
-            if isinstance(error, ValueError) and line.startswith("encoder:"):
-                raise ValueError(f"--{line}") from None
-            got = f"{options.encoder}, which says {type(error).__name__}: {line}"
-            raise Wrong("encoder", f"a network that takes (2, 3, {size}, {size})", got) from None
-        writable_folder("out", Path(self.out))
+    target, accumulate = device("device", options.device), whole("accumulate", options.accumulate, 1)
+    sizes = batches(options.batch, accumulate, BATCHES[target.partition(":")[0]])
+    for name, known in (("method", workload.METHODS), ("amp", (None, *workload.AMP))):
+        if getattr(options, name) not in known:
+            raise Wrong(name, f"one of {', '.join(filter(None, known))}", getattr(options, name))
+    work = workload.Workload(
+        method=options.method,
+        encoder=options.encoder,
+        batch=sizes[0],
+        views=whole("views", options.views, 2),
+        image_size=whole("image-size", options.image_size, 4),
+        dim=whole("dim", options.dim, 2),
+        accumulate=accumulate,
+        amp=options.amp,
+        compile=options.compile,
+        device=target,
+    )
+    plan = {"work": work, "batches": sizes, "steps": whole("steps", options.steps, 2), "out": options.out}
+    plan |= {
+        "seconds": number("seconds", options.seconds),
+        "limit": options.memory and amount("memory", options.memory),
+    }
+    try:
+        workload.width(workload.make_encoder(work.encoder), work.image_size)
+    except Exception as error:  # whatever a network says of such images
+        line = (str(error).splitlines() or [""])[0]
+        if isinstance(error, ValueError) and line.startswith("encoder:"):
+            raise ValueError(f"--{line}") from None
+        expected = f"a network that takes (2, 3, {work.image_size}, {work.image_size})"
+        raise Wrong("encoder", expected, f"{work.encoder}, which says {type(error).__name__}: {line}") from None
+    writable_folder("out", Path(options.out))
+    return plan
 
 
 def whole(name, text, least) -> int:

@@ -98,7 +98,7 @@ def numbers(results) -> list:
 
 def tables(results):
     head = ("batch", "", "step", "loss", "peak")
-    times, peaks, checks = [], [], []
+    times, peaks = [], []
     for case in results["cases"]:
         s, name = case["summary"], [f"{case['batch']:,}" if case["batch"] else "-", case["variant"]]
         if s is None:
@@ -107,26 +107,14 @@ def tables(results):
         whole = milliseconds(s["step_seconds"]), percent(s["loss_share"]), size(s["peak_bytes"])
         times.append([*name, *whole, *(milliseconds(row["seconds"]) for row in s["parts"])])
         peaks.append([*name, *(size(row["peak_bytes"]) for row in s["parts"])])
-        off = "-" if s["difference"] is None else f"{100 * s['difference']:+.1f} %"
-        cells = [milliseconds(s[key]) for key in ("named_seconds", "marked_step_seconds", "step_seconds")]
-        checks.append([*name, *cells, off, f"{s['steps']['timed']} / {s['steps']['plain']}"])
     yield pages.Table("Milliseconds of a step", (*head, *parts.PARTS), times)
     yield pages.Table("Peak memory while each part ran", ("batch", "", *parts.PARTS), peaks)
-    columns = ("batch", "", "named parts", "step with marks", "step without", "difference", "steps")
-    yield pages.Table("Do the parts add up? (ms)", columns, checks)
     if results["largest"]:
         columns = ("", "largest batch", "its peak", "its step", "measured up to", "did not fit")
-        rows = [
-            [
-                variant,
-                batch_words(facts),
-                size(facts["peak_bytes"]),
-                f"{milliseconds(facts['seconds'])} ms",
-                facts["measured_to"] or "-",
-                facts["refused"] or "-",
-            ]
-            for variant, facts in results["largest"]["variants"].items()
-        ]
+        rows = []
+        for variant, facts in results["largest"]["variants"].items():
+            cells = batch_words(facts), size(facts["peak_bytes"]), f"{milliseconds(facts['seconds'])} ms"
+            rows.append([variant, *cells, facts["measured_to"] or "-", facts["refused"] or "-"])
         yield pages.Table(f"The largest batch within {size(results['largest']['limit_bytes'])}", columns, rows)
 
 

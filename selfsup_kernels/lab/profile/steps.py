@@ -30,13 +30,12 @@ def steps(model, *, optimizer=None, loss=None, ema=None, out=None, device=None, 
                 optimizer.zero_grad()
         print(run)              # run.summary is a dictionary, run.report("out") writes a page
 
-    A step is what happens from asking the loader for a batch to asking it for the next one. It is split into data,
-    encoder forward, loss forward, loss backward, encoder backward, optimizer, EMA and other; at every moment exactly
-    one of them runs. The loop trains as it would without this: values and random numbers are the same.
+    A step lasts from asking the loader for a batch to asking it for the next one. At every moment exactly one part of
+    it runs: data, encoder forward, loss forward, loss backward, encoder backward, optimizer, EMA or other. The loop
+    trains as it would without this: values and random numbers are the same.
 
-    After ``warmup`` steps that are not measured, steps with and without marks take turns, so that what the marks cost
-    can be seen; one further step, early on, is for memory and the trace. The loop may have any length; four steps after
-    the warm-up are the least that has everything.
+    After ``warmup`` steps, steps with and without marks take turns, which shows what the marks cost; one further step
+    is for memory and the trace. The loop may have any length; four steps after the warm-up have everything.
 
     Args:
         model: the module that is trained, or a sequence of them. Its forward, or that of its children and theirs
