@@ -86,11 +86,9 @@ def checked(options) -> dict:
     try:
         workload.width(workload.make_encoder(work.encoder), work.image_size)
     except Exception as error:  # whatever a network says of such images
-        line = (str(error).splitlines() or [""])[0]
-        if isinstance(error, ValueError) and line.startswith("encoder:"):
-            raise ValueError(f"--{line}") from None
-        expected = f"a network that takes (2, 3, {work.image_size}, {work.image_size})"
-        raise Wrong("encoder", expected, f"{work.encoder}, which says {type(error).__name__}: {line}") from None
+        line, size = (str(error).splitlines() or [""])[0], work.image_size
+        expected = f"convnet, MODULE:CALLABLE or a name of timm that makes (2, features) of (2, 3, {size}, {size})"
+        raise Wrong("encoder", expected, f"{work.encoder} ({type(error).__name__}: {line})") from None
     writable_folder("out", Path(options.out))
     return plan
 
