@@ -68,6 +68,7 @@ def timelines(cases):
         when, used = 1e3 * numpy.array(line["seconds"]), numpy.array(line["bytes"]) / unit
         axis.fill_between(when, used, step="post", color=_color(case["variant"]), alpha=0.6)
         axis.set_ylim(min(0.0, used.min()), 1.08 * top / unit or 1)
+        axis.margins(x=0)
         axis.set_ylabel(f"tensors, {label}", fontsize=9)
         axis.set_title(case["variant"], fontsize=10, loc="left")
     axes[-1, 0].set_xlabel("milliseconds of the traced step")

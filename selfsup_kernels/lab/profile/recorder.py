@@ -5,16 +5,9 @@ import time
 from itertools import pairwise
 
 import torch
+from torch._C._autograd import _get_sequence_nr as next_node
 
 from selfsup_kernels.lab.profile import parts
-
-try:
-    from torch._C._autograd import _get_sequence_nr as next_node
-except ImportError:
-
-    def next_node():
-        """The number that the next node of this thread's graph gets."""
-        return torch.zeros((), requires_grad=True).view(())._sequence_nr() + 1
 
 
 class CPUClock:
