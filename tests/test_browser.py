@@ -1,4 +1,4 @@
-"""What ``browser.check_layout`` accepts and refuses."""
+"""Pages that ``browser.check_layout`` accepts, and pages that it refuses."""
 
 import base64
 import io

@@ -254,7 +254,7 @@ def test_training_is_bit_identical_and_nothing_is_left(name):
 
 
 def attributes(module):
-    """What a hook or a wrapper would change."""
+    """Return all that a hook or a wrapper would change."""
     state = [(n, len(m._forward_hooks), len(m._forward_pre_hooks), sorted(vars(m))) for n, m in module.named_modules()]
     patched = torch.autograd.backward, torch.optim.Optimizer.zero_grad, torch.amp.GradScaler.step
     hooks = len(optimizers._global_optimizer_pre_hooks), len(optimizers._global_optimizer_post_hooks)

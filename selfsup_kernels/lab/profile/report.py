@@ -13,7 +13,7 @@ from selfsup_kernels.lab.profile.summary import milliseconds, percent, size
 
 
 def results(device, workload, cases, largest, seconds) -> dict:
-    """What ``profile.json`` holds."""
+    """Return the contents of ``profile.json``."""
     facts, device = info.collect(), torch.device(device)
     header = {name: facts[name] for name in ("selfsup_kernels", "torch", "python")}
     header |= {"device": info.describe_cpu(facts["cpu"]), "kind": device.type, "auto": str(facts["auto"])}
