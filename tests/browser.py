@@ -15,15 +15,8 @@ from urllib.parse import urlsplit
 import pytest
 
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
-ARGUMENTS = (
-    "--no-sandbox",
-    "--disable-gpu",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--disable-dev-shm-usage",
-)
+ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
+ARGUMENTS += ["--disable-component-update", "--disable-sync", "--disable-dev-shm-usage"]
 LOCAL = ("localhost", "127.0.0.1", "[::1]", "::1")
 
 # What sticks out of the screen or out of a box that hides the rest. A box that scrolls may hold anything, if it is
@@ -62,20 +55,11 @@ CUT_OFF = """(ignored) => {
 
 
 def chromium():
-    """The browser's path, or a skip that says what is missing."""
+    """Return the browser's path, or skip the test."""
     path = next(filter(None, map(shutil.which, CHROMIUM)), None)
-    missing = [
-        reason
-        for reason, absent in (
-            ("no Chromium on PATH", path is None),
-            ("playwright is not installed", importlib.util.find_spec("playwright") is None),
-        )
-        if absent
-    ]
-    if missing:
-        if os.environ.get("SELFSUP_KERNELS_REQUIRE_BROWSER") == "1":
-            pytest.fail(", ".join(missing))
-        pytest.skip(", ".join(missing))
+    if path is None or importlib.util.find_spec("playwright") is None:
+        required = os.environ.get("SELFSUP_KERNELS_REQUIRE_BROWSER") == "1"
+        (pytest.fail if required else pytest.skip)("expected Chromium on PATH and playwright")
     return path
 
 
@@ -96,7 +80,7 @@ def open_page(target, width=1280, height=900):
 
     url = str(target) if "://" in str(target) else Path(target).resolve().as_uri()
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=executable, args=list(ARGUMENTS))
+        browser = playwright.chromium.launch(executable_path=executable, args=ARGUMENTS)
         try:
             page = browser.new_page(viewport={"width": width, "height": height})
             page.complaints = []
@@ -124,7 +108,7 @@ def open_page(target, width=1280, height=900):
 
 
 def check_layout(page, ignore=""):
-    """Asserts that the page is whole.
+    """Assert that the page is whole.
 
     Nothing is wider than the screen or cut off, but for what lies in a box that scrolls; every visible picture has
     loaded and has more than one colour; nothing was logged as an error; no request left the machine.
@@ -156,9 +140,3 @@ def _check_pictures(page):
 
 def _source(picture):
     return (picture.get_attribute("src") or "no src")[:100]
-
-
-def screenshot(page, path):
-    """The whole page, down to its end, as a PNG file."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    page.screenshot(path=str(path), full_page=True)

@@ -11,9 +11,9 @@ def main(out="out/demo", seed=0, quick=False, figure=None) -> int:
     if absent:
         print(f"demo: {', '.join(absent)} missing; run: {info.install(absent)}", file=sys.stderr)
         return 1
-    from selfsup_kernels.lab.demo import report, story
+    from selfsup_kernels.lab.demo import report, run
 
     warnings.filterwarnings("ignore", category=FutureWarning)
-    results = story.run(seed=seed, quick=quick)
+    results = run.run(seed=seed, quick=quick)
     report.write(results, out, figure)
     return 0

@@ -5,135 +5,119 @@ from pathlib import Path
 
 from selfsup_kernels.core import info
 from selfsup_kernels.lab import pages
-from selfsup_kernels.lab.demo import agreement, evaluate, plots, story, train
-from selfsup_kernels.lab.demo.findings import CASE_TITLES, case_title, findings, mib, small
+from selfsup_kernels.lab.demo import evaluate, plots, train
+from selfsup_kernels.lab.demo.run import TITLES
 from selfsup_kernels.lab.pages import figures
+from selfsup_kernels.lab.profile.summary import milliseconds, size
 
 
 def write(results, out, figure=None) -> Path:
-    out = Path(out)
+    out, summary = Path(out), results["summary"]
     out.mkdir(parents=True, exist_ok=True)
-    summary = results["summary"]
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     page = out / "report.html"
     page.write_text(render(results), encoding="utf-8")
     if figure is not None:
         Path(figure).parent.mkdir(parents=True, exist_ok=True)
         plots.compact(results["losses"], summary["sweep"]["cases"], device(summary)).savefig(figure, dpi=144)
-
-    console = pages.console()
-    console.print()
-    for table in tables(summary):
-        console.print(table)
-    for line in findings(summary):
-        console.print(f"- {line}", highlight=False, soft_wrap=not console.is_terminal)
-    console.print(f"\nReport: {page.resolve()}", soft_wrap=True, highlight=False)
+    pages.show(pages.console(), tables(summary), answer(summary), notes(summary), page)
     return page
 
 
+def device(summary) -> str:
+    facts, capability = summary["device"], summary["cpu_capability"]
+    kernels = f", kernels run as {capability}" if capability else ""
+    return f"{info.describe_cpu(facts['cpu'])}, torch {facts['torch']}{kernels}"
+
+
+def answer(summary) -> str:
+    """Whether both trainings are the same, and what the loss takes in each."""
+    wrong = [TITLES[name] for name, facts in summary["agreement"].items() if not facts["holds"]]
+    same = f"does NOT agree with eager to rounding ({', '.join(wrong)})" if wrong else "agrees with eager to rounding"
+    ours, eager = (summary["step_seconds"][f"Contrastive, {loss}"]["loss"] for loss in ("ours", "eager"))
+    return f"Ours {same}; its contrastive loss takes {milliseconds(ours)} ms of a step, eager {milliseconds(eager)} ms."
+
+
+def numbers(summary) -> list:
+    """``(value, label)`` for the top of the page: accuracy, time of a step, the loss alone."""
+    names = [f"Contrastive, {loss}" for loss in ("ours", "eager")]
+    accuracy = [f"{100 * summary['accuracy'][name]['all/linear']:.1f} %" for name in names]
+    steps = [f"{milliseconds(sum(summary['step_seconds'][name].values()))} ms" for name in names]
+    both = [case for case in summary["sweep"]["cases"] if len(case["seconds"]) == 2]
+    alone = [f"{milliseconds(both[-1]['seconds'][loss])} ms" for loss in ("ours", "eager")] if both else ["-"]
+    return [
+        (" / ".join(accuracy), "contrastive, all labels, linear probe, ours / eager"),
+        (" / ".join(steps), "a contrastive step, ours / eager"),
+        (" / ".join(alone), f"the loss alone at batch {both[-1]['batch'] if both else '-'}, ours / eager"),
+    ]
+
+
+def notes(summary) -> list[str]:
+    lines = []
+    if summary["quick"]:
+        lines.append("A quick run: it shows that everything works. Its accuracies and times mean nothing.")
+    if summary["auto"] == "reference":
+        build = f" To build them: {summary['build']}" if summary["build"] else ""
+        lines.append(f"The C++ kernels are not installed here: 'ours' is the package's eager reference.{build}")
+    cases = [case for case in summary["sweep"]["cases"] if len(case["seconds"]) == 2]
+    slower = [str(case["batch"]) for case in cases if case["seconds"]["ours"] > case["seconds"]["eager"]]
+    return lines + ([f"The loss alone is SLOWER than eager at batch {', '.join(slower)}."] if slower else [])
+
+
 def tables(summary):
-    from rich.table import Table
-
-    accuracy = Table(
-        title=f"Accuracy on {summary['data']['test']} held-out digits, %: linear probe / nearest neighbours"
+    facts = summary["agreement"]
+    yield pages.Table(
+        "The largest relative difference between ours and eager",
+        ("", *(TITLES[name] for name in facts)),
+        [
+            [title, *(f"{f['checks'][key]:.1e}" if key in f["checks"] else "-" for f in facts.values())]
+            for key, title in (
+                ("loss_ours_eager", "loss on the same inputs"),
+                ("gradient_ours_eager", "its gradient"),
+                ("ema_ours_eager", "moving average"),
+            )
+        ],
     )
-    accuracy.add_column("features")
-    for title in CASE_TITLES.values():
-        accuracy.add_column(title, justify="right")
-    for name, row in accuracy_rows(summary):
-        accuracy.add_row(name, *(f"{linear} / {knn}" for linear, knn in row))
-    yield accuracy
-
-    steps = Table(title="Milliseconds per training step (median)")
-    parts = list(plots.PARTS)
-    for title in ("run", *(part.replace("ema", "EMA") for part in parts), "peak MiB"):
-        steps.add_column(title, justify="left" if title == "run" else "right")
-    for name, row in step_rows(summary):
-        steps.add_row(name, *row)
-    yield steps
-
-    grid = Table(title=f"The contrastive loss alone, {summary['sweep']['views']} views, D = {summary['sweep']['dim']}")
-    for title in ("batch", "eager ms", "ours ms", "speed-up", "eager MiB", "ours MiB"):
-        grid.add_column(title, justify="right")
-    for row in sweep_rows(summary):
-        grid.add_row(*row)
-    yield grid
-
-
-def accuracy_rows(summary):
-    for name, cases in summary["accuracy"].items():
-        yield (
-            name,
-            [
-                tuple(f"{100 * cases[f'{test}/{n}/{probe}']:.1f}" for probe in ("linear", "knn"))
-                for test, n in CASE_TITLES
-            ],
-        )
-
-
-def step_rows(summary):
-    for name, times in summary["step_seconds"].items():
-        peak = summary["step_peak_bytes"][name]
-        cells = [f"{1e3 * times[part]:.2f}" if part in times else "-" for part in plots.PARTS]
-        yield name, [*cells, mib(peak)]
+    rows = [
+        [name, *(f"{100 * cases[case]:.1f} %" for case in evaluate.CASES)]
+        for name, cases in summary["accuracy"].items()
+    ]
+    title = f"Accuracy of frozen features on {summary['data']['test']} held-out digits"
+    yield pages.Table(title, ("features", *evaluate.CASES.values()), rows)
+    rows = [
+        [name, *(milliseconds(times.get(part)) for part in train.TIMES), size(summary["step_peak_bytes"][name])]
+        for name, times in summary["step_seconds"].items()
+    ]
+    columns = ("run", *(part.replace("ema", "EMA") for part in train.TIMES), "peak memory")
+    yield pages.Table("Milliseconds of a training step", columns, rows)
+    title = f"The contrastive loss alone, {summary['sweep']['views']} views, D = {summary['sweep']['dim']}"
+    yield pages.Table(title, ("batch", "eager ms", "ours ms", "eager peak", "ours peak"), list(sweep_rows(summary)))
 
 
 def sweep_rows(summary):
     for case in summary["sweep"]["cases"]:
-        cells = [str(case["batch"])]
-        for loss in train.LOSSES:
-            left_out = f"left out ({case['left_out'].get(loss)})"
-            cells.append(f"{1e3 * case['seconds'][loss]:.1f}" if loss in case["seconds"] else left_out)
-        seconds = case["seconds"]
-        cells.append(f"{seconds['eager'] / seconds['ours']:.1f}x" if len(seconds) == 2 else "-")
-        yield [*cells, *(mib(case["peak_bytes"].get(loss)) for loss in train.LOSSES)]
-
-
-def device(summary) -> str:
-    """What every number was measured on."""
-    facts = summary["device"]
-    kernels = f", kernels run as {summary['cpu_capability']}" if summary["cpu_capability"] else ""
-    return f"{info.describe_cpu(facts['cpu'])}, torch {facts['torch']}{kernels}"
+        left_out, seconds = case["left_out"], case["seconds"]
+        cells = [
+            f"left out ({left_out[n]})" if n in left_out else milliseconds(seconds.get(n)) for n in ("eager", "ours")
+        ]
+        yield [str(case["batch"]), *cells, *(size(case["peak_bytes"].get(n)) for n in ("eager", "ours"))]
 
 
 def render(results) -> str:
     summary = results["summary"]
-    images, augmented = results["views"]
-    names = list(summary["accuracy"])
     pictures = {
-        "views": plots.views(images, augmented),
-        "few": plots.accuracies(
-            {n: summary["accuracy"][n]["clean/few/linear"] for n in names}, names, "Linear probe, 10 labels a class"
-        ),
-        "moved": plots.accuracies(
-            {n: summary["accuracy"][n]["moved/all/knn"] for n in names},
-            names,
-            "Nearest neighbours, moved digits, all labels",
-        ),
-        "embedding": plots.embedding(results["points"], results["point_labels"]),
-        "steps": plots.step_time(summary["step_seconds"]),
+        "Loss curves: ours as a line, eager dashed": plots.curves(results["losses"]),
+        "Time of a step": plots.step_time(summary["step_seconds"]),
+        "The loss alone over the batch size": plots.sweep(summary["sweep"]["cases"]),
     }
-    pictures |= {
-        f"curves_{name}": plots.curves(runs, results["control"][name], plots.TITLES[name])
-        for name, runs in results["losses"].items()
-    }
-    pictures |= {f"sweep_{key}": plots.sweep(summary["sweep"]["cases"], key) for key in plots.SWEEPS}
     return pages.render(
         "selfsup_kernels.lab.demo",
         "report.html",
         s=summary,
+        answer=answer(summary),
+        numbers=numbers(summary),
+        notes=notes(summary),
+        tables=list(tables(summary)),
+        pictures={title: figures.data_uri(picture) for title, picture in pictures.items()},
         device=device(summary),
-        findings=findings(summary),
-        pictures={name: figures.data_uri(picture) for name, picture in pictures.items()},
-        cases=CASE_TITLES,
-        case_title=case_title,
-        number=small,
-        accuracy_rows=list(accuracy_rows(summary)),
-        step_rows=list(step_rows(summary)),
-        sweep_rows=list(sweep_rows(summary)),
-        parts=list(plots.PARTS),
-        titles=plots.TITLES,
-        limits=agreement,
-        evaluate=evaluate,
-        story=story,
     )

@@ -1,13 +1,13 @@
 """Time and peak memory of the contrastive loss alone, eager against ours, over the batch size.
 
-Times: this process takes both losses in turns, forward and backward. Memory: a fresh process per case (``_fresh``).
-Cases that do not fit into the machine's memory or into the time budget are left out, and said to be.
+Memory is measured in a fresh process for each case. Cases that do not fit into the machine's memory or into the time
+are left out, and said to be.
 """
 
 import time
-from statistics import median
 
 import torch
+from torch.utils.benchmark import Timer
 
 import selfsup_kernels as sk
 from selfsup_kernels.lab import fresh, host_memory
@@ -20,30 +20,26 @@ LOSSES = {
     "ours": lambda views: sk.info_nce_loss(views, temperature=TEMPERATURE),
 }
 MATRICES = 5
-"""M x M float32 matrices that the eager loss may hold at its peak; a case that would not fit is left out."""
-ROUNDS = (3, 9)
+"""M x M float32 matrices that the eager loss may hold at its peak."""
 
 
 def run(sizes, budget, progress=lambda text: None) -> list[dict]:
     """One row per batch size: seconds, peak bytes, and why a loss was left out. ``budget``: seconds, about."""
-    begin = time.monotonic()
-    rows, last = [], {}
+    begin, rows = time.monotonic(), []
     for batch in sizes:
         row = {"batch": batch, "rows": batch * VIEWS, "seconds": {}, "peak_bytes": {}, "left_out": {}}
-        rows.append(row)
         for name in LOSSES:
-            # Four times the work for twice the rows; once for the memory, once to warm up, then the rounds.
-            expected = 4 * last.get(name, 0.0) * (2 + ROUNDS[0])
+            # Four times the work for twice the rows: for the memory, to warm up, and to measure.
+            expected = 4 * 5 * rows[-1]["seconds"].get(name, 0.0) if rows else 0.0
             if name == "eager" and MATRICES * 4 * row["rows"] ** 2 > 0.6 * host_memory.available():
                 row["left_out"][name] = "memory"
             elif time.monotonic() - begin + expected > budget:
                 row["left_out"][name] = "time"
             else:
-                progress(f"batch {batch}: memory of {name}")
+                progress(f"batch {batch}: {name}")
                 row["peak_bytes"][name] = fresh.call("selfsup_kernels.lab.demo.sweep:peak_bytes", name, batch)
-        progress(f"batch {batch}: time")
-        row["seconds"] = measure([name for name in LOSSES if name not in row["left_out"]], batch)
-        last = row["seconds"]
+                row["seconds"][name] = seconds(name, batch)
+        rows.append(row)
     return rows
 
 
@@ -51,20 +47,11 @@ def make_views(batch):
     return torch.randn(VIEWS, batch, DIM, generator=torch.Generator().manual_seed(0)).requires_grad_()
 
 
-def measure(names, batch, enough=1.0) -> dict:
-    """Median seconds of forward plus backward, the losses in turns."""
-    views, seconds = make_views(batch), {name: [] for name in names}
-    begin = time.perf_counter()
-    for turn in range(1 + ROUNDS[1]):
-        for name in names:
-            views.grad = None
-            start = time.perf_counter()
-            LOSSES[name](views).backward()
-            if turn:  # the first turn warms caches and allocators up
-                seconds[name].append(time.perf_counter() - start)
-        if turn >= ROUNDS[0] and time.perf_counter() - begin > enough:
-            break
-    return {name: median(values) for name, values in seconds.items()}
+def seconds(name, batch) -> float:
+    """Median of forward plus backward."""
+    values = {"loss": LOSSES[name], "views": make_views(batch)}
+    timer = Timer("loss(views).backward(); views.grad = None", globals=values, num_threads=torch.get_num_threads())
+    return timer.blocked_autorange(min_run_time=0.5).median
 
 
 def peak_bytes(name, batch) -> int | None:

@@ -1,4 +1,4 @@
-"""The pictures of the reports. Each function works on its own matplotlib figure; nothing here touches global state."""
+"""Matplotlib figures for the reports, without global state."""
 
 import base64
 import hashlib
@@ -19,7 +19,7 @@ OTHERS = ("#3a9d6e", "#b3462e", "#c9a227", "#2e8fa8", "#a8447a", "#5b6770", "#7d
 
 
 def color_of(name) -> str:
-    """The same colour for a rival in every picture, whatever else is in it."""
+    """Return the same colour for a rival in every picture, whatever else is in it."""
     return COLORS.get(name) or OTHERS[hashlib.sha256(name.encode()).digest()[0] % len(OTHERS)]
 
 
@@ -43,7 +43,7 @@ def data_uri(made) -> str:
 
 
 def log_axis(axis, values):
-    """Readable numbers on a logarithmic ``axis`` (``axes.xaxis`` or ``axes.yaxis``) that shows ``values``."""
+    """Put readable numbers on a logarithmic ``axis`` (``axes.xaxis`` or ``axes.yaxis``) that shows ``values``."""
     # Powers of ten alone would leave an axis of less than two decades almost without numbers.
     steps = (1.0, 2.0, 5.0) if max(values) < 100 * min(values) else (1.0,)
     axis.set_major_locator(LogLocator(subs=steps))
@@ -53,7 +53,7 @@ def log_axis(axis, values):
 
 
 def guide(axis, xs, through, power, label=None):
-    """A grey line of slope ``power`` over ``xs``, on logarithmic axes, through the point ``through``."""
+    """Draw a grey line of slope ``power`` over ``xs``, on logarithmic axes, through the point ``through``."""
     x0, y0 = through
     ends = (min(xs), max(xs))
     axis.loglog(

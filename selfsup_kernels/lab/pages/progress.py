@@ -14,16 +14,9 @@ class Progress:
             from rich import progress
             from rich.console import Console
 
-            self.live = progress.Progress(
-                progress.TextColumn("{task.description}"),
-                progress.BarColumn(),
-                progress.MofNCompleteColumn(),
-                progress.TimeElapsedColumn(),
-                progress.TextColumn("{task.fields[note]}"),
-                console=Console(file=self.stream),
-            )
-        self.task = None
-        self.done = self.total = 0
+            note = progress.TextColumn("{task.fields[note]}")
+            columns = [*progress.Progress.get_default_columns()[:3], progress.TimeElapsedColumn(), note]
+            self.live = progress.Progress(*columns, console=Console(file=self.stream))
 
     def __enter__(self):
         self.begin = time.monotonic()
@@ -39,18 +32,11 @@ class Progress:
         self.name, self.total, self.done = name, total, 0
         if self.live:
             self.task = self.live.add_task(name, total=total, note="")
-        else:
-            self._line("")
 
     def advance(self, note=""):
         self.done += 1
         if self.live:
             self.live.update(self.task, advance=1, note=note)
         elif self.done % max(1, self.total // 4) == 0 or self.done == self.total:
-            self._line(note)
-
-    def _line(self, note):
-        seconds = time.monotonic() - self.begin
-        print(
-            f"[{seconds:5.0f} s] {self.name}  {self.done}/{self.total}  {note}".rstrip(), file=self.stream, flush=True
-        )
+            line = f"[{time.monotonic() - self.begin:5.0f} s] {self.name}  {self.done}/{self.total}  {note}"
+            print(line.rstrip(), file=self.stream, flush=True)

@@ -1,4 +1,4 @@
-"""The options of ``python -m selfsup_kernels profile``, and what they ask for."""
+"""The options of ``python -m selfsup_kernels profile``."""
 
 import re
 import sys
@@ -8,7 +8,6 @@ from selfsup_kernels.lab.options import Wrong, device, writable_folder
 
 BATCHES = {"cpu": (256, 1024, 4096), "cuda": (512, 2048, 8192)}
 UNITS = {"": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
-METHODS = ("simclr", "cmc", "moco", "byol", "fusion")
 
 
 def add_arguments(parser):
@@ -43,78 +42,59 @@ def main(options) -> int:
         print(f"profile: {', '.join(absent)} missing; run: {info.install(absent)}", file=sys.stderr)
         return 1
     try:
-        plan = Plan(options)
+        plan = checked(options)
     except ValueError as error:
         print(f"profile: {error}", file=sys.stderr)
         return 2
-    from selfsup_kernels.lab.profile import report, story
+    from selfsup_kernels.lab.profile import command, report
 
-    results = story.run(plan)
-    report.write(results, plan.out, console=pages.console())
+    results = command.run(**plan)
+    report.write(results, plan["out"], console=pages.console())
     return 0 if any(case["status"] == "measured" for case in results["cases"]) else 1
 
 
-class Plan:
-    """The options, checked.
+def checked(options) -> dict:
+    """The arguments of ``command.run``.
 
     Raises:
-        ValueError: one of them cannot be used; the message is one line.
+        ValueError: an option cannot be used; the message is one line.
     """
+    from selfsup_kernels.lab.profile import workload
 
-    def __init__(self, options):
-        self.device = device("device", options.device)
-        kind = self.device.partition(":")[0]
-        self.accumulate = whole("accumulate", options.accumulate, 1)
-        self.batches = batches(options.batch, self.accumulate, BATCHES[kind])
-        self.steps = whole("steps", options.steps, 2)
-        self.seconds = number("seconds", options.seconds)
-        self.memory = None if options.memory is None else amount("memory", options.memory)
-        self.out = options.out
-        if options.method not in METHODS:
-            raise Wrong("method", f"one of {', '.join(METHODS)}", options.method)
-        if options.amp not in (None, "bf16", "fp16"):
-            raise Wrong("amp", "bf16 or fp16", options.amp)
-
-        from selfsup_kernels.lab.profile.workload import Workload
-
-        self.work = Workload(
-            method=options.method,
-            encoder=options.encoder,
-            batch=self.batches[0],
-            views=whole("views", options.views, 2),
-            image_size=whole("image-size", options.image_size, 4),
-            dim=whole("dim", options.dim, 2),
-            accumulate=self.accumulate,
-            amp=options.amp,
-            compile=options.compile,
-            device=self.device,
-        )
-        self._try_encoder()
-        writable_folder("out", Path(self.out))
-
-    def _try_encoder(self):
-        from selfsup_kernels.lab.profile import workload
-
-        try:
-            workload.width(workload.make_encoder(self.work.encoder), self.work.image_size)
-        except ValueError as error:
-            raise ValueError(
-                f"--{str(error).splitlines()[0]}" if str(error).startswith("encoder:") else error
-            ) from None
-        except Exception as error:  # whatever somebody's network says of such images
-            size = self.work.image_size
-            raise Wrong(
-                "encoder",
-                f"a network that takes (2, 3, {size}, {size})",
-                f"{self.work.encoder}, which says {type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
-            ) from None
+    target, accumulate = device("device", options.device), whole("accumulate", options.accumulate, 1)
+    sizes = batches(options.batch, accumulate, BATCHES[target.partition(":")[0]])
+    for name, known in (("method", workload.METHODS), ("amp", (None, *workload.AMP))):
+        if getattr(options, name) not in known:
+            raise Wrong(name, f"one of {', '.join(filter(None, known))}", getattr(options, name))
+    work = workload.Workload(
+        method=options.method,
+        encoder=options.encoder,
+        batch=sizes[0],
+        views=whole("views", options.views, 2),
+        image_size=whole("image-size", options.image_size, 4),
+        dim=whole("dim", options.dim, 2),
+        accumulate=accumulate,
+        amp=options.amp,
+        compile=options.compile,
+        device=target,
+    )
+    plan = {"work": work, "batches": sizes, "steps": whole("steps", options.steps, 2), "out": options.out}
+    plan |= {
+        "seconds": number("seconds", options.seconds),
+        "limit": options.memory and amount("memory", options.memory),
+    }
+    try:
+        workload.width(workload.make_encoder(work.encoder), work.image_size)
+    except Exception as error:  # whatever a network says of such images
+        line, size = (str(error).splitlines() or [""])[0], work.image_size
+        expected = f"convnet, MODULE:CALLABLE or a name of timm that makes (2, features) of (2, 3, {size}, {size})"
+        raise Wrong("encoder", expected, f"{work.encoder} ({type(error).__name__}: {line})") from None
+    writable_folder("out", Path(options.out))
+    return plan
 
 
 def whole(name, text, least) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = None
+    value = int(text) if re.fullmatch(r"\s*[+-]?\d+\s*", text) else None
     if value is None or value < least:
         raise Wrong(name, f"a whole number >= {least}", text)
     return value
@@ -124,8 +104,8 @@ def number(name, text) -> float:
     try:
         value = float(text)
     except ValueError:
-        value = None
-    if value is None or not 0 < value < float("inf"):
+        value = 0.0
+    if not 0 < value < float("inf"):
         raise Wrong(name, "a number > 0", text)
     return value
 
@@ -142,7 +122,6 @@ def batches(text, accumulate, default) -> list[int]:
     if text is None:
         return [batch // accumulate * accumulate for batch in default if batch >= 2 * accumulate] or [2 * accumulate]
     found = [whole("batch", part, 2) for part in text.split(",")]
-    for batch in found:
-        if batch % accumulate or batch < 2 * accumulate:
-            raise Wrong("batch", f"multiples of --accumulate {accumulate} with at least 2 samples in a part", text)
+    if any(batch % accumulate or batch < 2 * accumulate for batch in found):
+        raise Wrong("batch", f"multiples of --accumulate {accumulate} with at least 2 samples in a part", text)
     return sorted(set(found))

@@ -1,26 +1,25 @@
-"""The largest batch that fits: measured growth of the peak, and what it says of a limit.
+"""The largest batch that fits: peaks measured at growing batches, and what they say of a limit.
 
 The peak of a step grows by what each sample needs (inputs, activations) and, for losses that hold a similarity matrix,
 by what each pair needs: ``a + b B + c B^2``, none of them negative.
 """
 
-import itertools
 import math
 import time
 
 from selfsup_kernels.lab import fresh
-from selfsup_kernels.lab.profile import limit as limits
+from selfsup_kernels.lab.profile import memory
 
-CLOSE = 0.93
-"""The share of the predicted batch at which it is measured again: near enough to be sure, far enough to fit."""
+CLOSE = 0.97
+"""The share of the predicted batch that is measured next: near enough to be sure, far enough to fit."""
+PROBE = 1.12
+"""How far above the prediction a batch is tried that should not fit."""
 NEAR = 1.03
 """A batch larger by less than this is not worth another measurement."""
-PROBE = 1.12
-"""How far above the advice a batch is tried that should not fit."""
 STRIDE = 4
 """How much larger than the largest measured batch the next one may be."""
 REACH = 8
-"""How far beyond the largest measured batch a prediction is worth telling; further on it says "or more"."""
+"""How far beyond the largest measured batch a prediction is told; further on it is "or more"."""
 RECENT = 4
 """How many of the largest batches are fitted: with small ones the encoder makes the peak, with large ones the loss."""
 LIMIT = 1 << 24
@@ -30,34 +29,18 @@ STARTUP = 4.0
 
 
 def fit(batches, values) -> tuple[float, float, float]:
-    """``(a, b, c)``, none negative, of the least squares of ``a + b B + c B^2`` relative to the largest value.
-
-    Raises:
-        ValueError: fewer than two different batches, numbers that are not finite, or values that are not positive.
-    """
+    """``(a, b, c)``, none negative, of the least squares of ``a + b B + c B^2``."""
     import numpy
 
-    x, y = numpy.asarray(batches, float), numpy.asarray(values, float)
-    if x.shape != y.shape or len(set(x.tolist())) < 2:
-        raise ValueError(f"batches: expected at least 2 different ones with a value each, got {list(batches)}")
-    if not (numpy.isfinite(x).all() and numpy.isfinite(y).all() and (x > 0).all() and (y > 0).all()):
-        raise ValueError(f"values: expected positive finite numbers, got {list(values)} for batches {list(batches)}")
-    scale = x.max()
-    columns = numpy.stack([numpy.ones_like(x), x / scale, (x / scale) ** 2], 1)
-    best = (math.inf, None)
-    # The best fit without negatives uses some of the three columns freely, and not the others: eight cases.
-    for chosen in itertools.chain.from_iterable(itertools.combinations(range(3), n) for n in (1, 2, 3)):
-        if len(chosen) > len(set(x.tolist())):
-            continue
-        part = columns[:, chosen]
-        found = numpy.linalg.lstsq(part, y, rcond=None)[0]
-        error = float(((part @ found - y) ** 2).sum())
-        if (found >= 0).all() and error < best[0] * (1 - 1e-9):
-            full = numpy.zeros(3)
-            full[list(chosen)] = found
-            best = (error, full)
-    a, b, c = best[1]
-    return float(a), float(b / scale), float(c / scale**2)
+    x, y = numpy.asarray(batches, float) / max(batches), numpy.asarray(values, float)
+    powers = list(range(min(3, len(set(batches)))))
+    while True:
+        found = numpy.linalg.lstsq(x[:, None] ** powers, y, rcond=None)[0]
+        if len(powers) == 1 or (found >= 0).all():
+            break
+        del powers[int(found.argmin())]
+    coefficients = dict(zip(powers, found, strict=True))
+    return tuple(float(coefficients.get(power, 0.0)) / max(batches) ** power for power in range(3))
 
 
 def value(coefficients, batch) -> float:
@@ -65,18 +48,15 @@ def value(coefficients, batch) -> float:
     return a + b * batch + c * batch**2
 
 
-def solve(coefficients, limit, multiple=1) -> int:
-    """The largest multiple of ``multiple`` whose value is within ``limit``; 0 if there is none, at most ``LIMIT``."""
+def solve(coefficients, limit) -> int:
+    """The largest batch whose value is within ``limit``; 0 if there is none, at most ``LIMIT``."""
     a, b, c = coefficients
-    if value(coefficients, LIMIT) <= limit:
-        batch = LIMIT
-    elif a > limit:
+    if a > limit:
         return 0
-    else:
-        # Written so that nothing cancels where c is small: 2 (limit - a) / (b + sqrt(b^2 + 4 c (limit - a))).
-        batch = 2 * (limit - a) / (b + math.sqrt(b * b + 4 * c * (limit - a)))
-    batch = int(batch * (1 + 1e-12)) // multiple * multiple
-    return batch
+    if value(coefficients, LIMIT) <= limit:
+        return LIMIT
+    # Written so that nothing cancels where c is small.
+    return int(2 * (limit - a) / (b + math.sqrt(b * b + 4 * c * (limit - a))) * (1 + 1e-12))
 
 
 class Growth:
@@ -85,32 +65,23 @@ class Growth:
     def __init__(self, work, limit):
         self.work, self.limit = work, limit
         self.points, self.refused = [], None
-        self.startup = STARTUP
-
-    @property
-    def smallest(self) -> int:
-        """A contrast needs two samples in each of the batches that are accumulated."""
-        return 2 * self.work.accumulate
 
     def measure(self, batch) -> bool:
         """Run steps in a fresh process under the limit; whether they fitted."""
-        work = self.work.of(batch=batch)
-        begin = time.monotonic()
+        target, work = "selfsup_kernels.lab.profile.workload:grown", self.work.of(batch=batch).json()
         try:
-            point = _limited("grown", work, self.limit)
-        except fresh.OutOfMemory:
+            if self.work.device == "cpu":
+                point = fresh.call(target, work, memory_limit=self.limit)
+            else:
+                point = fresh.call(target, work, self.limit)
+        except fresh.Failed as error:
+            # A library may refuse memory in other words; where a smaller batch trained, size is what fails.
+            if not self.points and not isinstance(error, fresh.OutOfMemory):
+                raise
             self.refused = min(batch, self.refused or batch)
             return False
-        # A compiler's time is part of it; of large batches so are their first, slow, steps.
-        startup = time.monotonic() - begin - 3 * point["seconds"]
-        self.startup = min(startup, self.startup) if self.points else startup
         self.points = sorted([*self.points, point], key=lambda p: p["batch"])
         return True
-
-    def fit(self, key) -> tuple[float, float, float]:
-        """The coefficients of ``peak_bytes`` or ``seconds``."""
-        recent = self.recent if len(self.recent) > 1 else self.points[-RECENT:]
-        return fit([p["batch"] for p in recent], [p[key] for p in recent])
 
     @property
     def recent(self) -> list:
@@ -123,41 +94,63 @@ class Growth:
         falls = [i for i in range(1, len(points)) if points[i]["peak_bytes"] < points[i - 1]["peak_bytes"]]
         return points[falls[-1] :] if falls else points
 
+    @property
+    def coefficients(self):
+        recent = self.recent if len(self.recent) > 1 else self.points[-RECENT:]
+        return fit([p["batch"] for p in recent], [p["peak_bytes"] for p in recent]) if len(recent) > 1 else None
+
     def peak(self, batch) -> float | None:
         """Predicted bytes."""
-        return value(self.fit("peak_bytes"), batch) if len(self.points) >= 2 else None
+        return value(self.coefficients, batch) if self.coefficients else None
 
     def seconds(self, batch) -> float | None:
-        """Predicted seconds of a step."""
-        return value(self.fit("seconds"), batch) if len(self.points) >= 2 else None
+        """Predicted seconds of a step; its growth is between linear and quadratic."""
+        last = self.points[-1] if self.points else None
+        return last["seconds"] * max(batch / last["batch"], (batch / last["batch"]) ** 1.5) if last else None
 
     @property
     def largest(self) -> int | None:
-        """The largest batch that fits, by all that has been measured; None if too little has."""
-        if len(self.points) < 2:
-            return 0 if self.refused == self.smallest else None
-        batch = solve(self.fit("peak_bytes"), self.limit, self.work.accumulate)
-        # What was seen is stronger than what was fitted.
+        """The largest batch that fits, by all that was measured; 0 if none does, None if too little is known."""
+        step = self.work.accumulate
+        if not self.coefficients:
+            return 0 if self.refused == 2 * step else None
+        batch = solve(self.coefficients, self.limit) // step * step
         if self.refused is not None:
-            batch = min(batch, self.refused - self.work.accumulate)
-        batch = max(batch, self.points[-1]["batch"])
-        return batch if batch >= self.smallest else 0
+            batch = min(batch, self.refused - step)
+        return max(batch, self.points[-1]["batch"])
 
     def json(self) -> dict:
-        batch, more = self.largest, False
-        if batch:
-            known = REACH * self.points[-1]["batch"]
-            batch, more = min(batch, known), batch > known
+        batch, reached = self.largest, self.points[-1]["batch"] if self.points else None
+        told = min(batch, REACH * reached) if batch else batch
         return {
-            "batch": batch,
-            "or_more": more,
-            "peak_bytes": self.peak(batch) if batch else None,
-            "seconds": self.seconds(batch) if batch else None,
-            "measured_to": self.points[-1]["batch"] if self.points else None,
+            "batch": told,
+            "or_more": told != batch,
+            "peak_bytes": self.peak(told) if told else None,
+            "seconds": self.seconds(told) if told else None,
+            "measured_to": reached,
             "refused": self.refused,
-            "coefficients": list(self.fit("peak_bytes")) if len(self.points) >= 2 else None,
+            "coefficients": self.coefficients and list(self.coefficients),
             "points": self.points,
         }
+
+    def following(self, last) -> int | None:
+        """The batch to measure after ``last``, or None where the present ones say enough."""
+        step, points = self.work.accumulate, self.points
+        if not points:
+            return max(2 * step, last // 4 // step * step) if last > 2 * step else None
+        reached = points[-1]["batch"]
+        if len(points) < 3:
+            aim = 2 * reached
+        elif len(self.recent) < 3 and self.recent != points[-RECENT:]:  # the peak has just fallen
+            aim = PROBE * reached
+        else:
+            aim = min(CLOSE * solve(self.coefficients, self.limit), STRIDE * reached)
+        if self.refused is None and aim <= NEAR * reached:
+            aim = PROBE * self.largest
+        if self.refused is not None and aim >= CLOSE * self.refused:
+            aim = math.sqrt(reached * self.refused)
+        aim = int(aim) // step * step
+        return aim if aim > NEAR * reached else None
 
 
 def measure(work, limit, start, budget, advance=lambda note: None) -> Growth:
@@ -165,80 +158,21 @@ def measure(work, limit, start, budget, advance=lambda note: None) -> Growth:
 
     Args:
         work: the :class:`selfsup_kernels.lab.profile.workload.Workload`; its own batch does not matter.
-        limit: bytes, as :mod:`selfsup_kernels.lab.profile.limit` counts them.
-        budget: seconds, about. Two batches are measured in any case; none where the system tells no peak.
+        limit: bytes, as :func:`selfsup_kernels.lab.profile.memory.process_peak` counts them.
+        budget: seconds, about; the first batch is measured in any case, none where the system tells no peak.
         advance: called with a note before each measurement.
     """
     begin = time.monotonic()
     growth = Growth(work, limit)
-    if not limits.known(work.device):
-        return growth
-    step = work.accumulate
-    batch = max(growth.smallest, start // step * step)
-    tried = set()
-    while batch not in tried and len(tried) < 12:
-        tried.add(batch)
+    batch = max(2 * work.accumulate, start // work.accumulate * work.accumulate)
+    for _ in range(12):
+        if batch is None or memory.process_peak(work.device) is None:
+            break
+        expected = growth.seconds(batch)
+        left = budget - (time.monotonic() - begin)
+        if len(growth.points) > 1 and STARTUP + 4 * expected > left:
+            break
         advance(f"{work.variant}: batch {batch}")
         growth.measure(batch)
-        following = _next(growth, batch)
-        if following is None:
-            break
-        left = budget - (time.monotonic() - begin)
-        expected = growth.seconds(following)
-        # Time between linear and quadratic: with few points a small batch hides that it will be quadratic.
-        if expected is not None and len(growth.points) < 4:
-            last = growth.points[-1]
-            expected = max(expected, last["seconds"] * (following / last["batch"]) ** 1.5)
-        if expected is not None and growth.startup + 4 * expected > left:
-            smaller = _affordable(growth, left, step)
-            if smaller is None:
-                break
-            following = min(following, smaller)
-        batch = following
+        batch = growth.following(batch)
     return growth
-
-
-def _next(growth, last):
-    """The batch to measure next, or None where the present ones say enough."""
-    step, points = growth.work.accumulate, growth.points
-    if not points:  # even the first was too large
-        return max(growth.smallest, last // 4 // step * step) if last > growth.smallest else None
-    reached = points[-1]["batch"]
-    if len(points) < 3:
-        aim = 2 * reached
-    elif len(growth.recent) < 3 and growth.recent != points[-RECENT:]:
-        aim = PROBE * reached
-    else:
-        aim = min(CLOSE * solve(growth.fit("peak_bytes"), growth.limit), STRIDE * reached)
-    if growth.refused is not None and aim >= CLOSE * growth.refused:
-        aim = math.sqrt(reached * growth.refused)
-    if growth.refused is None and aim <= NEAR * reached:
-        aim = PROBE * growth.largest  # nothing was refused so far: is there really no more?
-    aim = int(aim) // step * step
-    return aim if aim > NEAR * reached else None
-
-
-def _affordable(growth, seconds, step):
-    """The largest batch, well above those measured, whose measurement takes no longer; None if there is none."""
-    last = growth.points[-1]
-    spare = (seconds - growth.startup) / 4
-    if spare <= 0:
-        return None
-    batch = int(last["batch"] * (spare / last["seconds"]) ** (1 / 1.5)) // step * step
-    return batch if batch >= 1.5 * last["batch"] else None
-
-
-def survives(work, limit) -> bool:
-    """Whether real steps of this batch end in a fresh process under the limit."""
-    try:
-        return _limited("survives", work, limit)
-    except fresh.OutOfMemory:
-        return False
-
-
-def _limited(function, work, limit):
-    """A function of the workload in a fresh process that gets no more than ``limit`` bytes of the device's memory."""
-    target = f"selfsup_kernels.lab.profile.workload:{function}"
-    if work.device == "cpu":
-        return fresh.call(target, work.json(), memory_limit=limit)
-    return fresh.call(target, work.json(), limit)

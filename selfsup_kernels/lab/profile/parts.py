@@ -14,7 +14,7 @@ NAMED = PARTS[:-1]
 LOSS = (LOSS_FORWARD, LOSS_BACKWARD)
 
 PREFIX = "selfsup_kernels: "
-"""Of the ranges' names in a profiler, as in ``selfsup_kernels: loss forward``."""
+"""Begins the names of the ranges in a profiler, as in ``selfsup_kernels: loss forward``."""
 
 OWN_NAMES = {"loss": LOSS_FORWARD, "encoder": ENCODER_FORWARD, "data": DATA, "optimizer": OPTIMIZER, "ema": EMA}
-"""What a user may call a part in ``run.part(name)``."""
+"""Short names of the parts for ``run.part(name)``."""

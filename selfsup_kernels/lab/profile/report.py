@@ -1,33 +1,41 @@
 """``report.html`` (one file, pictures inside), ``profile.json``, and what is printed."""
 
+import datetime
 import json
 from pathlib import Path
 
+import torch
+
+from selfsup_kernels.core import info
 from selfsup_kernels.lab import pages
-from selfsup_kernels.lab.profile import findings, header, parts
-from selfsup_kernels.lab.profile.summary import TOLERANCE, milliseconds, percent, size
+from selfsup_kernels.lab.profile import parts
+from selfsup_kernels.lab.profile.summary import milliseconds, percent, size
+
+
+def results(device, workload, cases, largest, seconds) -> dict:
+    """Return the contents of ``profile.json``."""
+    facts, device = info.collect(), torch.device(device)
+    header = {name: facts[name] for name in ("selfsup_kernels", "torch", "python")}
+    header |= {"device": info.describe_cpu(facts["cpu"]), "kind": device.type, "auto": str(facts["auto"])}
+    header["date"] = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        header |= {"device": properties.name, "memory_bytes": properties.total_memory, "cuda": torch.version.cuda}
+    made = {"format": "selfsup_kernels.profile", "version": 1, "header": header, "workload": workload}
+    made |= {"cases": cases, "largest": largest, "seconds": seconds}
+    return made | {"answer": answer(made), "findings": list(notes(made))}
 
 
 def write_run(summary, out) -> Path:
-    """The report of a user's own loop."""
-    absent = pages.missing(("numpy", "matplotlib", "jinja2"))
+    """Write the report of a user's own loop."""
+    absent = info.missing("profile")
     if absent:
-        raise ModuleNotFoundError(f"report: {', '.join(absent)} missing; run: {pages.install(absent)}")
+        raise ModuleNotFoundError(f"report: {', '.join(absent)} missing; run: {info.install(absent)}")
     trace = "trace.json" if (Path(out) / "trace.json").exists() else None
     case = {"batch": None, "variant": "yours", "status": "measured", "reason": None, "summary": summary, "trace": trace}
-    if not any(row["seconds"] is not None for row in summary["parts"]):
+    if not summary["steps"]["timed"]:
         case |= {"status": "skipped", "reason": "the loop was too short", "summary": None}
-    results = {
-        "format": "selfsup_kernels.profile",
-        "version": 1,
-        "header": header.collect(summary["device"]),
-        "workload": None,
-        "cases": [case],
-        "largest": None,
-        "seconds": None,
-    }
-    results |= {"answer": findings.answer(results), "findings": findings.findings(results)}
-    return write(results, out)
+    return write(results(summary["device"], workload=None, cases=[case], largest=None, seconds=None), out)
 
 
 def write(results, out, console=None) -> Path:
@@ -38,111 +46,105 @@ def write(results, out, console=None) -> Path:
     page = out / "report.html"
     page.write_text(render(results), encoding="utf-8")
     if console is not None:
-        console.print()
-        console.print(table(results))
-        if results["largest"]:
-            console.print(largest_table(results["largest"]))
-        console.print(f"\n[bold]{results['answer']}[/bold]", highlight=False, soft_wrap=True)
-        for line in results["findings"]:
-            console.print(f"- {line}", highlight=False, soft_wrap=True)
-        console.print(f"\nReport: {page.resolve()}", highlight=False, soft_wrap=True)
+        pages.show(console, tables(results), results["answer"], results["findings"], page)
     return page
 
 
-def measured(results):
-    return [case for case in results["cases"] if case["status"] == "measured"]
+def telling(results):
+    """The batch that the answer is about: the largest of those at which the most is known."""
+
+    def known(batch):
+        found = [case["status"] for case in results["cases"] if case["batch"] == batch]
+        return "measured" in found, -sum(status in ("skipped", "failed") for status in found), batch or 0
+
+    return max((case["batch"] for case in results["cases"]), key=known)
 
 
-def table(results):
-    from rich.table import Table
-
-    made = Table(title="Milliseconds of a step", pad_edge=False, collapse_padding=True)
-    made.add_column("batch", justify="right")
-    made.add_column("")
-    for title in ("step", "loss", "peak", *parts.PARTS):
-        made.add_column(title, justify="right")
-    for case, cells in rows(results):
-        made.add_row(f"{case['batch']:,}" if case["batch"] else "", case["variant"], *cells)
-    return made
-
-
-def rows(results):
-    """Case, and its cells: the step, the loss' share, the peak, then each part; or why there are none."""
+def answer(results) -> str:
+    """The loss' share of a step, in one sentence."""
+    batch, words = telling(results), []
     for case in results["cases"]:
         summary = case["summary"]
-        if case["status"] != "measured":
-            yield case, [*[""] * (len(parts.PARTS) + 3)]
+        if case["batch"] == batch and summary and summary["loss_share"] is not None:
+            step = f"{percent(summary['loss_share'])} of a step of {milliseconds(summary['marked_step_seconds'])} ms"
+            words.append(step + (f" ({case['variant']})" if batch else ""))
+        elif case["batch"] == batch:
+            words.append(f"an unknown share ({case['variant']}: {case['reason'] or 'no loss was found'})")
+    return f"{f'At batch {batch:,} the' if batch else 'The'} loss takes {' and '.join(words)}."
+
+
+def notes(results):
+    """Why a case was not measured, and the warnings of those that were."""
+    for case in results["cases"]:
+        name = case["variant"].capitalize() + (f" at batch {case['batch']:,}" if case["batch"] else "")
+        if case["summary"]:
+            yield from (f"{name}: {line}" for line in case["summary"]["warnings"])
+        else:
+            yield f"{name}: {case['status']}, {case['reason']}."
+
+
+def numbers(results) -> list:
+    """``(value, label)`` for the top of the page: the time of a step, its peak memory, the largest batch."""
+    cases = {case["variant"]: case["summary"] for case in results["cases"] if case["batch"] == telling(results)}
+    steps = [f"{milliseconds(s['step_seconds'])} ms" if s else "-" for s in cases.values()]
+    peaks = [size(s["peak_bytes"]) if s else "-" for s in cases.values()]
+    which = f", {' / '.join(cases)}" if len(cases) > 1 else ""
+    found = [(" / ".join(steps), f"a step{which}"), (" / ".join(peaks), f"peak memory{which}")]
+    if results["largest"]:
+        batches = [batch_words(facts) for facts in results["largest"]["variants"].values()]
+        return [*found, (" / ".join(batches), f"largest batch in {size(results['largest']['limit_bytes'])}{which}")]
+    return [*found, *((percent(s["loss_share"]), "of the step is the loss") for s in cases.values() if s)]
+
+
+def tables(results):
+    head = ("batch", "", "step", "loss", "peak")
+    times, peaks = [], []
+    for case in results["cases"]:
+        s, name = case["summary"], [f"{case['batch']:,}" if case["batch"] else "-", case["variant"]]
+        if s is None:
+            times.append([*name, case["status"]])
             continue
-        whole = milliseconds(summary["step_seconds"]), percent(summary["loss_share"]), size(summary["peak_bytes"])
-        yield case, [*whole, *(milliseconds(row["seconds"]) for row in summary["parts"])]
+        whole = milliseconds(s["step_seconds"]), percent(s["loss_share"]), size(s["peak_bytes"])
+        times.append([*name, *whole, *(milliseconds(row["seconds"]) for row in s["parts"])])
+        peaks.append([*name, *(size(row["peak_bytes"]) for row in s["parts"])])
+    yield pages.Table("Milliseconds of a step", (*head, *parts.PARTS), times)
+    yield pages.Table("Peak memory while each part ran", ("batch", "", *parts.PARTS), peaks)
+    if results["largest"]:
+        columns = ("", "largest batch", "its peak", "its step", "measured up to", "did not fit")
+        rows = []
+        for variant, facts in results["largest"]["variants"].items():
+            cells = batch_words(facts), size(facts["peak_bytes"]), f"{milliseconds(facts['seconds'])} ms"
+            rows.append([variant, *cells, facts["measured_to"] or "-", facts["refused"] or "-"])
+        yield pages.Table(f"The largest batch within {size(results['largest']['limit_bytes'])}", columns, rows)
 
 
-def largest_rows(found):
-    for variant, facts in found["variants"].items():
-        yield [
-            variant,
-            findings.batch_words(facts),
-            size(facts["peak_bytes"]),
-            f"{milliseconds(facts['seconds'])} ms" if (facts["seconds"] or 0) < 1 else f"{facts['seconds']:,.1f} s",
-            f"{facts['measured_to']:,}" if facts["measured_to"] else "-",
-            f"{facts['refused']:,}" if facts["refused"] else "-",
-        ]
-
-
-LARGEST = ("", "largest batch", "its peak", "its step", "measured up to", "did not fit")
-
-
-def largest_table(found):
-    from rich.table import Table
-
-    made = Table(title=f"The largest batch within {size(found['limit_bytes'])}")
-    for title in LARGEST:
-        made.add_column(title, justify="left" if not title else "right")
-    for row in largest_rows(found):
-        made.add_row(*row)
-    return made
+def batch_words(facts) -> str:
+    """The largest batch of one variant."""
+    if facts["batch"] is None:
+        return "not known"
+    return f"{facts['batch']:,}{' or more' if facts['or_more'] else ''}" if facts["batch"] else "none"
 
 
 def render(results) -> str:
     from selfsup_kernels.lab.pages import figures
     from selfsup_kernels.lab.profile import plots
 
-    known = measured(results)
-    batch = findings.telling(results)
-    shown = [case for case in known if case["batch"] == batch] or known[-1:]
+    measured = [case for case in results["cases"] if case["status"] == "measured"]
+    lines = [case for case in measured if case["batch"] == telling(results) and case["summary"]["timeline"]]
     pictures = {}
-    if known:
-        pictures["times"] = plots.times(known)
-    if any(case["summary"]["peak_bytes"] is not None for case in shown):
-        pictures["peaks"] = plots.peaks([c for c in shown if c["summary"]["peak_bytes"] is not None])
-    if any(case["summary"]["timeline"] for case in shown):
-        pictures["timelines"] = plots.timelines([c for c in shown if c["summary"]["timeline"]])
+    if measured:
+        pictures["Where the time of a step goes"] = plots.times(measured)
+    if lines:
+        pictures["Memory of tensors over the time of one step under torch.profiler"] = plots.timelines(lines)
     if results["largest"] and any(facts["points"] for facts in results["largest"]["variants"].values()):
-        pictures["growth"] = plots.growth(results["largest"])
+        pictures["Peak memory over the batch, and the limit"] = plots.growth(results["largest"])
     return pages.render(
         "selfsup_kernels.lab.profile",
         "report.html",
         r=results,
-        batch=batch,
-        known=known,
-        cuda=results["header"]["kind"] == "cuda",
-        pictures={name: figures.data_uri(picture) for name, picture in pictures.items()},
-        parts=parts.PARTS,
-        rows=[(case, cells) for case, cells in rows(results)],
-        checks=list(_checks(known)),
-        largest_titles=LARGEST,
-        largest_rows=list(largest_rows(results["largest"])) if results["largest"] else [],
-        limit=size(results["largest"]["limit_bytes"]) if results["largest"] else None,
-        tolerance=percent(TOLERANCE),
+        answer=results["answer"],
+        numbers=numbers(results),
+        tables=list(tables(results)),
+        pictures={title: figures.data_uri(picture) for title, picture in pictures.items()},
+        traces=[case["trace"] for case in measured if case["trace"]],
     )
-
-
-def _checks(cases):
-    """For every profile: a step with marks, its named parts, a step without, and how far they are apart."""
-    for case in cases:
-        s = case["summary"]
-        difference = "-" if s["difference"] is None else f"{100 * s['difference']:+.1f} %"
-        counts = f"{s['steps']['timed']} / {s['steps']['plain']}"
-        cells = [milliseconds(s[key]) for key in ("named_seconds", "marked_step_seconds")]
-        alone = milliseconds(s["step_seconds"]) if s["steps"]["plain"] else "-"
-        yield case, [*cells, alone, difference, counts]

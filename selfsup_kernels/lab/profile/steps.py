@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from selfsup_kernels.lab.profile import hooks, memory, parts
-from selfsup_kernels.lab.profile.recorder import CPUClock, CUDAClock, Ranges, Recorder
+from selfsup_kernels.lab.profile.recorder import CPUClock, CUDAClock, Recorder
 from selfsup_kernels.lab.profile.summary import summarize, text
 
-TIMED, PLAIN, MEMORY, TRACED, WARMUP = "timed", "plain", "memory", "traced", "warmup"
+TIMED, PLAIN, TRACED, WARMUP = "timed", "plain", "traced", "warmup"
 
 
 def steps(model, *, optimizer=None, loss=None, ema=None, out=None, device=None, warmup=2, memory=True, trace=True):
@@ -30,13 +30,12 @@ def steps(model, *, optimizer=None, loss=None, ema=None, out=None, device=None, 
                 optimizer.zero_grad()
         print(run)              # run.summary is a dictionary, run.report("out") writes a page
 
-    A step is what happens from asking the loader for a batch to asking it for the next one. It is split into data,
-    encoder forward, loss forward, loss backward, encoder backward, optimizer, EMA and other; at every moment exactly
-    one of them runs. The loop trains as it would without this: values and random numbers are the same.
+    A step lasts from asking the loader for a batch to asking it for the next one. At every moment exactly one part of
+    it runs: data, encoder forward, loss forward, loss backward, encoder backward, optimizer, EMA or other. The loop
+    trains as it would without this: values and random numbers are the same.
 
-    After ``warmup`` steps that are not measured, steps with and without marks take turns, so that what the marks cost
-    can be seen; one further step each, early on, is for memory and for the trace. The loop may have any length; five
-    steps after the warm-up are the least that has everything.
+    After ``warmup`` steps, steps with and without marks take turns, which shows what the marks cost; one further step
+    is for memory and the trace. The loop may have any length; four steps after the warm-up have everything.
 
     Args:
         model: the module that is trained, or a sequence of them. Its forward, or that of its children and theirs
@@ -50,24 +49,24 @@ def steps(model, *, optimizer=None, loss=None, ema=None, out=None, device=None, 
         out: a folder: ``report(out)`` is called at the end.
         device: where the model trains; None for the device of its first parameter. ``cpu`` and ``cuda``.
         warmup: steps before anything is measured.
-        memory: measure the peak of each part. On CUDA this resets the allocator's peak statistics.
-        trace: run one step under ``torch.profiler``.
+        memory: measure the peak of each part, from the memory events of one step under ``torch.profiler``.
+        trace: keep the Chrome trace of such a step.
 
     Returns:
         A context manager that gives a :class:`Run`.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message says which and why.
-        RuntimeError: the model is being profiled already.
     """
     models = _modules("model", model)
     if not models:
         raise ValueError("model: expected at least one module, got none")
-    device = torch.device(device) if device is not None else _device_of(models)
+    if device is None:
+        device = next((p.device for module in models for p in module.parameters()), "cpu")
+    device = torch.device(device)
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device: expected cpu or cuda, got {device}")
-    if isinstance(warmup, bool) or not isinstance(warmup, int) or warmup < 0:
-        raise ValueError(f"warmup: expected an integer >= 0, got {warmup!r}")
+    _require_integer("warmup", warmup, 0)
     others = [o for o in _sequence(optimizer) if not isinstance(o, torch.optim.Optimizer)]
     for other in others:
         if not callable(getattr(other, "step", None)):
@@ -83,47 +82,40 @@ class Run:
         counts: kind of steps -> how many have been run.
     """
 
-    def __init__(self, models, losses, optimizers, averages, device, out, warmup, memory, trace):
-        self._models, self._losses = models, list(dict.fromkeys([*losses, *hooks.losses_in(models)]))
-        self._optimizers = optimizers
-        self._averages, self._averaging = hooks.averages_in(models), averages
-        self.device, self._out, self._warmup = device, out, warmup
-        self._with = [kind for kind, wanted in ((MEMORY, memory), (TRACED, trace)) if wanted]
-        self._cuda = device.type == "cuda"
-        self._clock = CUDAClock(self.device) if self._cuda else CPUClock()
-        self.counts = dict.fromkeys((WARMUP, TIMED, PLAIN, MEMORY, TRACED), 0)
-        self._kind = self._recorder = self._hooks = self._trace = None
-        self._waiting, self._seconds, self._plain = [], [], []
-        self._peaks, self._level, self._folder = None, None, None
-        self._marked = set()
-        self._problems = []
-        self._entered = False
-        self._iterator = None
+    def __init__(self, models, losses, optimizers, averaging, device, out, warmup, memory, trace):
+        losses = list(dict.fromkeys([*losses, *hooks.losses_in(models)]))
+        self._parts = models, losses, optimizers, averaging
+        self._loss_known = bool(losses or hooks.own_losses(models))
+        self.device, self._cuda, self._out, self._warmup = device, device.type == "cuda", out, warmup
+        self._memory, self._keep_trace = memory, trace
+        self._clock = CUDAClock(device) if self._cuda else CPUClock()
+        self.counts = dict.fromkeys((WARMUP, TIMED, PLAIN, TRACED), 0)
+        self._waiting, self._timed, self._plain = [], [], []
+        self._peaks = self._timeline = None
+        self._warnings = []
+        self._state = "new"
+        self._loop = self._kind = self._recorder = self._trace = None
+        self._hooks = contextlib.ExitStack()
 
     def __enter__(self):
-        if self._entered:
+        if self._state != "new":
             raise RuntimeError("profile.steps: a run can be entered once; call steps() again")
-        self._entered = True
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(hooks.claimed(self._models))
-            self._temporary = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            self._level = memory.resting(self.device)
-            self._stack = stack.pop_all()
+        self._state = "running"
+        self._folder = tempfile.TemporaryDirectory()  # until nothing refers to the run any more
         return self
 
     def __exit__(self, kind, *exception):
         self._abandon()
-        self._iterator = None
+        self._loop, self._state = None, "done"
         if self._cuda:
             torch.cuda.synchronize(self.device)
-        self._collect(everything=True)
-        with self._stack:
-            traced = self._temporary / "trace.json"
-            self._timeline = memory.timeline(traced, self._cuda) if traced.exists() else None
-            # The report may be asked for later: the trace outlives the block that it was made in.
-            kept = tempfile.TemporaryDirectory()
-            shutil.copytree(self._temporary, kept.name, dirs_exist_ok=True)
-            self._kept = kept
+        self._collect()
+        traced = Path(self._folder.name) / "trace.json"
+        if traced.exists():
+            self._timeline, peaks = memory.timeline(traced, self._cuda)
+            self._peaks = peaks if self._memory else None
+        if not self._keep_trace:
+            traced.unlink(missing_ok=True)
         if kind is None and self._out is not None:
             self.report(self._out)
 
@@ -133,28 +125,42 @@ class Run:
         May be called again, for a further epoch.
 
         Raises:
-            RuntimeError: outside of the ``with`` block, or inside another such loop.
+            RuntimeError: outside of the ``with`` block.
         """
-        if not self._entered or self._level_closed():
+        if self._state != "running":
             raise RuntimeError("profile.steps: expected run(loader) inside its with block")
-        if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
-            raise ValueError(f"accumulate: expected an integer >= 1, got {accumulate!r}")
-        if self._iterator is not None and self._iterator.running:
-            # A loop that was left by break is over; nobody can ask it for more while this one runs.
-            self._abandon()
-        self._iterator = _Batches(self, loader, accumulate)
-        return self._iterator
+        _require_integer("accumulate", accumulate, 1)
+        return self._steps(loader, accumulate)
 
-    def part(self, name):
-        """A context manager: what runs in it is the part ``name``, such as "loss", "ema" or "encoder"."""
-        name = parts.OWN_NAMES.get(name, name)
-        if name not in parts.PARTS:
-            raise ValueError(f"name: expected one of {', '.join([*parts.OWN_NAMES, *parts.PARTS])}, got {name!r}")
-        return self._inside(name)
+    def _steps(self, loader, accumulate):
+        """The loader's batches; asking for one ends the step before."""
+        self._abandon()  # a loop before this one that was left early
+        loop = self._loop = object()
+        batches = None
+        try:
+            while True:
+                self._begin()
+                for i in range(accumulate):
+                    if i and self._recorder is not None:
+                        self._recorder.data_is_wanted()
+                    if batches is None:  # workers of a DataLoader start here: that is time for data
+                        batches = iter(loader)
+                    try:
+                        batch = next(batches)
+                    except StopIteration:
+                        return
+                    if self._recorder is not None:
+                        self._recorder.replace(parts.OTHER)
+                    yield batch
+                    if self._loop is not loop:
+                        return
+                self._end()
+        finally:
+            if self._loop is loop:
+                self._abandon()
 
     @contextlib.contextmanager
     def _inside(self, name):
-        self._marked.add(name)
         recorder = self._recorder if self._kind != PLAIN else None
         entered = recorder is not None and recorder.enter(name)
         try:
@@ -163,178 +169,127 @@ class Run:
             if entered:
                 recorder.leave()
 
+    def part(self, name):
+        """A context manager: what runs in it is the part ``name``, such as "loss", "ema" or "encoder"."""
+        name = parts.OWN_NAMES.get(name, name)
+        if name not in parts.PARTS:
+            raise ValueError(f"name: expected one of {', '.join([*parts.OWN_NAMES, *parts.PARTS])}, got {name!r}")
+        self._loss_known |= name == parts.LOSS_FORWARD
+        return self._inside(name)
+
     def loss(self, function):
-        """``function``, whose calls are the loss."""
+        """Wrap ``function``: its calls are the loss."""
         return self._wrapped(function, parts.LOSS_FORWARD)
 
     def ema(self, function):
-        """``function``, whose calls update a moving average."""
+        """Wrap ``function``: its calls update a moving average."""
         return self._wrapped(function, parts.EMA)
 
     def _wrapped(self, function, part):
         if not callable(function):
             raise TypeError(f"function: expected a function or a module, got {type(function).__name__}")
+        self._loss_known |= part == parts.LOSS_FORWARD
 
         @functools.wraps(function)
         def wrapper(*args, **kwargs):
             with self._inside(part):
                 return function(*args, **kwargs)
 
-        self._marked.add(part)
         return wrapper
 
     @property
     def summary(self) -> dict:
-        """Times, peaks and what to know of them; see ``docs/profile.md``."""
-        if not self._level_closed():
+        """Times, peaks and warnings; see ``docs/profile.md``."""
+        if self._state != "done":
             raise RuntimeError("profile.steps: expected the end of the with block before the summary is read")
-        known = bool(self._losses or hooks.own_losses(self._models) or parts.LOSS_FORWARD in self._marked)
-        hidden = hooks.compiled_in(self._models)
+        warnings = list(self._warnings)
+        if self._memory and self._peaks is None:
+            warnings.append("Peak memory is not known: the loop was too short, or another profiler is at work.")
         return summarize(
             device=str(self.device),
             counts=self.counts,
-            timed=self._seconds,
+            timed=self._timed,
             plain=self._plain,
             peaks=self._peaks,
-            level=self._level,
             timeline=self._timeline,
-            problems=self._problems,
-            loss_known=known,
-            hidden=hidden,
-            with_memory=MEMORY in self._with,
+            warnings=warnings,
+            loss_known=self._loss_known,
         )
 
     def report(self, out):
         """Write ``report.html``, ``profile.json`` and the trace into the folder ``out``; needs the extra ``report``."""
         from selfsup_kernels.lab.profile import report
 
-        self.save_trace(out)
-        return report.write_run(self.summary, out)
+        return report.write_run(self.save_trace(out), out)
 
     def save_trace(self, out):
-        """Copy ``trace.json`` (on CUDA also ``snapshot.pickle``) to ``out``."""
-        summary = self.summary  # refuses too early a call
-        Path(out).mkdir(parents=True, exist_ok=True)
-        for file in Path(self._kept.name).iterdir():
-            shutil.copy(file, out)
+        """Copy ``trace.json`` (on CUDA also ``snapshot.pickle``) to ``out``, and return the summary."""
+        summary = self.summary  # raises before anything is written
+        shutil.copytree(self._folder.name, out, dirs_exist_ok=True)
         return summary
 
     def __str__(self):
-        return text(self.summary) if self._level_closed() else "profile.steps: running"
-
-    def _level_closed(self):
-        return hasattr(self, "_kept")
-
-    # One step after the other: _Batches calls these.
+        return text(self.summary) if self._state == "done" else "profile.steps: running"
 
     def _next_kind(self) -> str:
-        done = sum(self.counts.values()) - self.counts[WARMUP]
         if self.counts[WARMUP] < self._warmup:
             return WARMUP
-        missing = [kind for kind in self._with if not self.counts[kind]]
-        if done >= 3 and missing:
-            return missing[0]
+        done = self.counts[TIMED] + self.counts[PLAIN]
+        if done >= 3 and not self.counts[TRACED] and (self._memory or self._keep_trace):
+            return TRACED
         # By turns in the order of A B B A, which a steady drift of the machine does not tell apart.
-        turn = (self.counts[TIMED] + self.counts[PLAIN]) % 4
-        return TIMED if turn in (0, 3) else PLAIN
+        return TIMED if done % 4 in (0, 3) else PLAIN
 
     def _begin(self):
         self._kind = self._next_kind()
         if self._kind == WARMUP:
             return
-        if self._kind == PLAIN:
-            self._recorder = Recorder(self._clock)
-            self._recorder.begin()
-            return
-        sampler = memory.sampler(self.device) if self._kind == MEMORY else None
-        recorder = Recorder(self._clock, Ranges(self._cuda), sampler)
-        self._hooks = contextlib.ExitStack()
-        hooks.attach(
-            self._hooks, recorder, self._models, self._losses, self._optimizers, self._averages, self._averaging
-        )
+        self._recorder = Recorder(self._clock, ranges=self._kind != PLAIN)
+        if self._kind != PLAIN:
+            hooks.attach(self._hooks, self._recorder, *self._parts)
         if self._kind == TRACED:
-            self._trace = memory.Trace(self.device, self._temporary)
-            self._trace.begin()
-        recorder.begin()
-        self._recorder = recorder
+            if torch.autograd._profiler_enabled():  # a second one would end the first
+                self._warnings.append("There is no trace: another profiler is at work.")
+            else:
+                self._trace = memory.Trace(self._cuda, self._folder.name)
+        self._recorder.begin()
 
     def _end(self):
-        """The step that runs is over."""
         kind, recorder = self._kind, self._recorder
         if recorder is not None:
             recorder.end()
-        self._detach()
-        if kind == TRACED:
-            self._trace.end()
-            self._problems += [self._trace.problem] if self._trace.problem else []
-            self._trace = None
-        elif kind == MEMORY:
-            self._peaks = dict(recorder.memory.peaks) if recorder.memory else None
-        elif kind in (TIMED, PLAIN):
+        self._close(save_trace=True)
+        if kind in (TIMED, PLAIN):
             self._waiting.append((kind, recorder))
             self._collect()
         self.counts[kind] += 1
-        self._kind = None
 
     def _abandon(self):
-        """A step that was broken off counts for nothing, and leaves nothing behind."""
+        """Drop a step that was left early."""
         if self._recorder is not None:
-            self._recorder.abandon()
-        self._detach()
+            self._recorder.close()
+        self._close(save_trace=False)
+
+    def _close(self, save_trace):
+        self._hooks.close()
         if self._trace is not None:
-            self._trace.abandon()
-            self._trace = None
-        self._kind = None
+            self._trace.stop(save_trace)
+        self._kind = self._recorder = self._trace = None
 
-    def _detach(self):
-        if self._hooks is not None:
-            self._hooks.close()
-        self._hooks = self._recorder = None
-
-    def _collect(self, everything=False):
+    def _collect(self):
         """Read the marks of steps that the device has finished."""
-        while self._waiting and (everything or self._clock.passed(self._waiting[0][1].marks[-1][0])):
+        while self._waiting and self._clock.passed(self._waiting[0][1].marks[-1][0]):
             kind, recorder = self._waiting.pop(0)
             seconds = recorder.seconds()
             if kind == TIMED:
-                self._seconds.append(seconds)
+                self._timed.append(seconds)
             else:
                 self._plain.append(sum(seconds.values()))
 
 
-class _Batches:
-    """The loader's batches; asking for one ends the step before."""
-
-    def __init__(self, run, loader, accumulate):
-        self.run, self.loader, self.accumulate = run, loader, accumulate
-        self.batches, self.taken, self.running = None, 0, True
-
-    def __iter__(self):
-        return self
-
-    def __next__(self):
-        run = self.run
-        if not self.running:
-            raise StopIteration
-        new = self.taken % self.accumulate == 0
-        if new:
-            if self.taken:
-                run._end()
-            run._begin()
-        elif run._recorder is not None:
-            run._recorder.data_is_wanted()
-        try:
-            if self.batches is None:  # workers of a DataLoader start here: that is time for data
-                self.batches = iter(self.loader)
-            batch = next(self.batches)
-        except BaseException:
-            run._abandon()
-            self.running = False
-            raise
-        if run._recorder is not None:
-            run._recorder.data_has_come()
-        self.taken += 1
-        return batch
+def _require_integer(name, value, least):
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}")
 
 
 def _sequence(value) -> list:
@@ -354,12 +309,8 @@ def _modules(name, value) -> list[nn.Module]:
 def _averages(value) -> list:
     found = []
     for module in _sequence(value):
-        names = [n for n in ("update", "update_parameters") if callable(getattr(module, n, None))]
-        if not names:
+        name = next((n for n in ("update", "update_parameters") if callable(getattr(module, n, None))), None)
+        if name is None:
             raise TypeError(f"ema: expected a module with update(), got {type(module).__name__}")
-        found.append((module, names[0]))
+        found.append((module, name))
     return found
-
-
-def _device_of(models) -> torch.device:
-    return next((p.device for model in models for p in model.parameters()), torch.device("cpu"))

@@ -1,11 +1,10 @@
 """The training that the command profiles: a method of the package on synthetic images, with our losses or eager ones.
 
-The functions that end in the file are called in fresh processes, with a :class:`Workload` as a dictionary.
+:func:`profiled` and :func:`grown` are called in fresh processes, with a :class:`Workload` as a dictionary.
 """
 
 import contextlib
 import importlib
-import importlib.util
 import time
 from dataclasses import asdict, dataclass, replace
 
@@ -15,10 +14,10 @@ from torch import nn
 
 import selfsup_kernels as sk
 from selfsup_kernels.lab.bench import eager
-from selfsup_kernels.lab.demo.networks import head
+from selfsup_kernels.lab.profile import memory
 
 VARIANTS = ("ours", "eager")
-TEMPERATURE = {"simclr": 0.5, "cmc": 0.07, "moco": 0.2, "fusion": 0.1}
+METHODS = ("simclr", "cmc", "moco", "byol", "fusion")
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 QUEUE = 65536
 POOL = 512
@@ -55,34 +54,22 @@ def convnet(width=16, features=128) -> nn.Sequential:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
-def make_encoder(name) -> nn.Module:
-    """``convnet``, ``module:callable``, or what timm calls ``name``.
+def head(inputs, hidden, outputs) -> nn.Sequential:
+    """A projector or a predictor."""
+    return nn.Sequential(
+        nn.Linear(inputs, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True), nn.Linear(hidden, outputs)
+    )
 
-    Raises:
-        ValueError: there is no such encoder; the message says what was expected.
-    """
+
+def make_encoder(name) -> nn.Module:
+    """Make ``convnet``, what ``module:callable`` returns, or what timm calls ``name``."""
     if name == "convnet":
         return convnet()
     if ":" in name:
         module, _, function = name.partition(":")
-        try:
-            made = getattr(importlib.import_module(module), function)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise ValueError(
-                f"encoder: expected MODULE:CALLABLE that can be imported, got {name!r} ({error})"
-            ) from None
-        made = made()
-        if not isinstance(made, nn.Module):
-            raise ValueError(f"encoder: expected {name} to return an nn.Module, got {type(made).__name__}")
-        return made
-    if importlib.util.find_spec("timm") is None:
-        raise ValueError(
-            f"encoder: expected convnet or MODULE:CALLABLE (names need timm: pip install timm), got {name!r}"
-        )
+        return getattr(importlib.import_module(module), function)()
     import timm
 
-    if not timm.is_model(name):
-        raise ValueError(f"encoder: expected convnet, MODULE:CALLABLE or the name of a timm model, got {name!r}")
     return timm.create_model(name, num_classes=0)
 
 
@@ -92,30 +79,28 @@ def width(encoder, image_size) -> int:
     training = encoder.training
     rows = encoder.eval()(torch.zeros(2, 3, image_size, image_size))
     encoder.train(training)
-    if not isinstance(rows, torch.Tensor) or rows.dim() != 2 or len(rows) != 2:
-        got = tuple(rows.shape) if isinstance(rows, torch.Tensor) else type(rows).__name__
-        raise ValueError(f"encoder: expected (2, features) for (2, 3, {image_size}, {image_size}), got {got}")
+    if rows.dim() != 2 or len(rows) != 2:
+        raise ValueError(f"it returned {tuple(rows.shape)}")
     return rows.shape[1]
 
 
-def build(work, queue=QUEUE):
+def build(work):
     """The method, on its device."""
     torch.manual_seed(0)
     encoder = make_encoder(work.encoder)
     projector = head(width(encoder, work.image_size), 2 * work.dim, work.dim)
     predictor = head(work.dim, 2 * work.dim, work.dim)
     if work.method == "simclr":
-        method = sk.methods.SimCLR(encoder, projector, TEMPERATURE["simclr"])
+        method = sk.methods.SimCLR(encoder, projector, 0.5)
     elif work.method == "cmc":
-        method = sk.methods.CMC(encoder, projector, TEMPERATURE["cmc"])
+        method = sk.methods.CMC(encoder, projector, 0.07)
     elif work.method == "moco":
-        method = sk.methods.MoCo(
-            encoder, projector, queue, temperature=TEMPERATURE["moco"], symmetric=work.views > 2, dim=work.dim
-        )
+        symmetric = work.views > 2
+        method = sk.methods.MoCo(encoder, projector, QUEUE, temperature=0.2, symmetric=symmetric, dim=work.dim)
     elif work.method == "byol":
         method = sk.methods.BYOL(encoder, projector, predictor)
     else:
-        method = sk.methods.BYOLContrast(encoder, projector, predictor, temperature=TEMPERATURE["fusion"])
+        method = sk.methods.BYOLContrast(encoder, projector, predictor, temperature=0.1)
     if work.variant == "eager":
         make_eager(method)
     method.to(work.device)
@@ -128,7 +113,7 @@ def build(work, queue=QUEUE):
 
 
 def make_eager(method) -> None:
-    """Put in place of the package's losses and moving average what one writes in PyTorch without it."""
+    """Replace the package's losses and moving average by what one writes in PyTorch without it."""
     if isinstance(method, sk.methods.MoCo):
         method.contrast = eager_contrast(method)
     elif isinstance(method, sk.methods.BYOL):
@@ -170,107 +155,70 @@ def eager_contrast(method):
     """MoCo's loss as its authors write it: the positive's score before the queue's, and cross-entropy."""
 
     def contrast(queries, keys):
-        # The queue is overwritten before the backward reads it.
-        negatives = method.queue.clone().T
+        negatives = method.queue.clone().T  # the queue is overwritten before the backward reads it
         terms = []
         for u, query in enumerate(queries):
             rest = query @ negatives
             for v, key in enumerate(keys):
                 if u != v or not method.symmetric:
                     scores = torch.cat([(query * key).sum(-1, keepdim=True), rest], 1) / method.temperature
-                    terms.append(
-                        F.cross_entropy(scores, torch.zeros(len(query), dtype=torch.int64, device=query.device))
-                    )
+                    first = torch.zeros(len(query), dtype=torch.int64, device=query.device)
+                    terms.append(F.cross_entropy(scores, first))
         return torch.stack(terms).mean()
 
     return contrast
 
 
-class SyntheticViews(torch.utils.data.IterableDataset):
-    """Batches of views of random images: turned left to right at random, changed in contrast, noise added."""
-
-    def __init__(self, work, batches):
-        super().__init__()
-        self.work, self.batches = work, batches
-        self.generator = torch.Generator().manual_seed(0)
-        shape = (POOL, 3, work.image_size, work.image_size)
-        self.images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=self.generator)
-
-    def __iter__(self):
-        size = self.work.batch // self.work.accumulate
-        for _ in range(self.batches):
-            chosen = torch.randint(0, POOL, (size,), generator=self.generator)
-            yield [self.view(chosen) for _ in range(self.work.views)]
-
-    def view(self, chosen):
-        images = self.images[chosen].float().div_(255)
-        scale = torch.rand(len(chosen), 1, 1, 1, generator=self.generator)
-        turned = scale > 0.5
-        images = torch.where(turned, images.flip(-1), images)
-        return images.mul_(0.6 + 0.8 * scale)
-
-
-def loader(work, batches):
-    """``batches`` steps' worth of views, made when they are asked for, in this process."""
-    return torch.utils.data.DataLoader(
-        SyntheticViews(work, batches * work.accumulate), batch_size=None, pin_memory=work.device.startswith("cuda")
-    )
+def loader(work, count):
+    """Views for ``count`` steps: random images, half of them flipped, changed in contrast when they are asked for."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(POOL, 3, work.image_size, work.image_size, generator=generator)
+    images = torch.cat([images, images.flip(-1)])
+    size = work.batch // work.accumulate
+    for _ in range(count * work.accumulate):
+        chosen = torch.randint(0, POOL, (size,), generator=generator)
+        flips = torch.randint(0, 2, (work.views, size), generator=generator)
+        contrasts = 0.6 + 0.8 * torch.rand(work.views, size, 1, 1, 1, generator=generator)
+        yield [images[chosen + POOL * f].mul_(c) for f, c in zip(flips, contrasts, strict=True)]
 
 
 class Trainer:
-    """The loop's body: what a user's training script does with a batch."""
+    """The body of a user's training loop."""
 
     def __init__(self, work):
-        self.work = work
-        self.method = build(work)
-        parameters = [p for p in self.method.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(parameters, 1e-3)
+        self.work, self.method = work, build(work)
+        self.optimizer = torch.optim.AdamW([p for p in self.method.parameters() if p.requires_grad], 1e-3)
         kind = torch.device(work.device).type
-        self.scaler = torch.amp.GradScaler(kind) if work.amp == "fp16" else None
-        self.autocast = contextlib.nullcontext()
-        if work.amp:
-            self.autocast = torch.autocast(kind, AMP[work.amp])
+        self.scaler = torch.amp.GradScaler(kind, enabled=work.amp == "fp16")
+        self.autocast = torch.autocast(kind, AMP[work.amp]) if work.amp else contextlib.nullcontext()
         self.batches = 0
 
     def batch(self, views):
-        """One batch, and after the last of ``accumulate`` the optimizer's step and the target's."""
+        """Train on one batch; after the last of ``accumulate`` follow the optimizer's step and the target's."""
         work = self.work
-        views = [view.to(work.device, non_blocking=True) for view in views]
         with self.autocast:
-            value = self.method(*views)
-        value = value / work.accumulate if work.accumulate > 1 else value
-        (value if self.scaler is None else self.scaler.scale(value)).backward()
+            value = self.method(*(view.to(work.device) for view in views))
+        self.scaler.scale(value / work.accumulate if work.accumulate > 1 else value).backward()
         self.batches += 1
-        if self.batches % work.accumulate:
-            return
-        if self.scaler is None:
-            self.optimizer.step()
-        else:
+        if self.batches % work.accumulate == 0:
             self.scaler.step(self.optimizer)
             self.scaler.update()
-        self.optimizer.zero_grad()
-        if hasattr(self.method, "update_target"):
-            self.method.update_target()
+            self.optimizer.zero_grad()
+            if hasattr(self.method, "update_target"):
+                self.method.update_target()
 
 
-def claim(device, memory=None):
-    """Make a GPU the current one, with no more than ``memory`` bytes for this process's tensors; nothing on a CPU."""
+def claim(device, limit=None):
+    """Make a GPU the current one, with no more than ``limit`` bytes for this process's tensors; nothing on a CPU."""
     device = torch.device(device)
     if device.type == "cuda":
-        torch.cuda.init()
-        torch.cuda.set_device(torch.cuda.current_device() if device.index is None else device)
-        if memory is not None:
-            total = torch.cuda.mem_get_info()[1]
-            torch.cuda.set_per_process_memory_fraction(min(1.0, memory / total))
-
-
-def synchronize(device):
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
+        torch.cuda.set_device(0 if device.index is None else device)
+        if limit is not None:
+            torch.cuda.set_per_process_memory_fraction(min(1.0, limit / torch.cuda.mem_get_info()[1]))
 
 
 def profiled(work, steps, out) -> dict:
-    """Called in a fresh process: the summary of ``steps`` steps with marks and as many without; a trace in ``out``."""
+    """Profile ``steps`` steps with marks and as many without, and write a trace into ``out``; returns the summary."""
     work = Workload(**work)
     claim(work.device)
     trainer = Trainer(work)
@@ -280,37 +228,19 @@ def profiled(work, steps, out) -> dict:
     return run.save_trace(out)
 
 
-def grown(work, memory=None, steps=3) -> dict:
-    """Called in a fresh process: its peak memory over a few steps, and the seconds of the fastest.
+def grown(work, limit=None, steps=3) -> dict:
+    """Measure this process's peak memory over a few steps, and the seconds of the fastest.
 
-    ``memory``: bytes of a GPU that it may take; on a CPU the process has its limit from outside.
+    ``limit``: bytes of a GPU that it may take; on a CPU the process has its limit from outside.
     """
-    from selfsup_kernels.lab.profile import limit
-
     work = Workload(**work)
-    claim(work.device, memory)
-    peak = limit.Peak(work.device)
-    with peak:
-        seconds = _train(work, steps)
-    return {"batch": work.batch, "peak_bytes": peak.bytes, "seconds": min(seconds[1:])}
-
-
-def survives(work, memory=None, steps=3) -> bool:
-    """Called in a fresh process under a memory limit: True, or it is out of memory."""
-    work = Workload(**work)
-    claim(work.device, memory)
-    _train(work, steps)
-    return True
-
-
-def _train(work, steps) -> list:
-    trainer = Trainer(work)
-    batches = iter(loader(work, steps))
-    seconds = []
+    claim(work.device, limit)
+    trainer, batches, seconds = Trainer(work), loader(work, steps), []
     for _ in range(steps):
         begin = time.perf_counter()
         for _ in range(work.accumulate):
             trainer.batch(next(batches))
-        synchronize(work.device)
+        if work.device != "cpu":
+            torch.cuda.synchronize()
         seconds.append(time.perf_counter() - begin)
-    return seconds
+    return {"batch": work.batch, "peak_bytes": memory.process_peak(work.device), "seconds": min(seconds[1:])}
