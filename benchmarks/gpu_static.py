@@ -173,8 +173,8 @@ def cells(r):
 
 COLUMNS = ("kernel", "arch", "dtype", "dim", "case", "tile", "warps", "stages", "registers", "stack", "local", "shared")
 COLUMNS += ("programs", "matrix", "hmma", "utmaldg", "problems")
-LEGEND = """local: loads and stores of local memory; programs: those that fit a multiprocessor; matrix: the architecture's
-matrix instructions; utmaldg: copies by descriptor."""
+LEGEND = """local: loads and stores of local memory; programs: those that fit a multiprocessor;
+matrix: the architecture's matrix instructions; utmaldg: copies by descriptor."""
 
 
 def main(arguments=None) -> int:
