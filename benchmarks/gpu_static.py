@@ -31,9 +31,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the package o
 import torch
 
 import selfsup_kernels as sk
-from selfsup_kernels import ops
+from selfsup_kernels.core import ops
 from selfsup_kernels.lab import machine_code, sass
-from selfsup_kernels.triton import configs
+from selfsup_kernels.tiles import configs
 
 DIMS = (*configs.WIDTHS, 1024)
 PRECISIONS = {

@@ -106,7 +106,7 @@ def counted():
         received.append((dist.get_world_size(group) - 1) * x.nbytes)
         return reduce(x, group=group)
 
-    with mock.patch.object(distributed, "_all_gather", all_gather), mock.patch.object(dist, "all_reduce", all_reduce):
+    with mock.patch.object(groups, "all_gather", all_gather), mock.patch.object(dist, "all_reduce", all_reduce):
         yield received
 
 

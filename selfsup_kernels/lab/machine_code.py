@@ -1,8 +1,8 @@
 """Compiles the Triton kernels for an architecture that need not be there, and says what is wrong with the machine code.
 
-The public functions are called with CPU tensors while ``_launch.launch`` records instead of launching: what is compiled
-is what a user's call launches. Triton compiles for any architecture; only its driver looks for a device, and is
-replaced meanwhile. The numbers of the results mean nothing.
+The public functions are called with CPU tensors while ``launcher.launch`` records instead of launching: what is
+compiled is what a user's call launches. Triton compiles for any architecture; only its driver looks for a device, and
+is replaced meanwhile. The numbers of the results mean nothing.
 """
 
 import contextlib
@@ -129,7 +129,7 @@ def recording(architecture: int, wanted: Callable[[str], bool] = lambda kernel: 
     torch.utils.deterministic.fill_uninitialized_memory = False
     try:
         with (
-            mock.patch.multiple(_launch, **launchers),
+            mock.patch.multiple(launcher, **launchers),
             mock.patch.multiple(backends, select=lambda *_, **__: "triton"),
             mock.patch.object(driver, "_active", _driver(architecture)),
         ):

@@ -24,7 +24,7 @@ import triton
 
 import selfsup_kernels as sk
 from selfsup_kernels.lab import machine_code, sass
-from selfsup_kernels.triton import _launch, configs
+from selfsup_kernels.tiles import configs, launcher
 
 OPS = ("sums", "masked_sums", "gradient", "masked_gradient", "wave", "masked_wave", "product")
 """Masked ones are the tiles on the diagonal, and all tiles of small batches (of waves: those with labels)."""
@@ -203,7 +203,7 @@ def measure(task: Task, config: configs.Config, rows: int) -> float:
         if task.launches(kernel.__name__, options):
             launches.append((kernel[grid], args, options))
 
-    with mock.patch.object(_launch, "launch", keep), task.overriding(config):
+    with mock.patch.object(launcher, "launch", keep), task.overriding(config):
         run_op(task, rows, "cuda")
     if not launches:
         raise RuntimeError(UNUSED)
@@ -343,7 +343,7 @@ def refusal(kernels, kinds, write_table) -> str | None:
             return f"{name}: expected some of {', '.join(choices)}, got {', '.join(wrong)}"
     if not torch.cuda.is_available():
         return f"needs an NVIDIA GPU and a CUDA build of PyTorch; this is {torch.__version__} and sees no GPU"
-    architecture = _launch.architecture(torch.cuda.current_device())
+    architecture = launcher.architecture(torch.cuda.current_device())
     if write_table and architecture not in configs.ARCHITECTURES:
         return f"--write is for {configs.ARCHITECTURES}, this is {architecture}; use --out FILE"
     if write_table and not (configs.TABLE.parents[2] / "pyproject.toml").exists():
@@ -356,7 +356,7 @@ def main(kernels=None, kinds=None, dims=None, out=None, write_table=False, minut
     if reason := refusal(kernels, kinds, write_table):
         print(f"tune: {reason}")
         return 2
-    architecture, table = _launch.architecture(torch.cuda.current_device()), configs._table()
+    architecture, table = launcher.architecture(torch.cuda.current_device()), configs._table()
     todo = tasks(table, architecture, kernels or OPS, kinds or tuple(KINDS), dims or DIMS)
     if not todo:
         print("tune: the table has no such entries")
