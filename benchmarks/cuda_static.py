@@ -15,8 +15,6 @@ import ctypes
 import json
 import os
 import re
-import shutil
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
@@ -88,10 +86,17 @@ def kernel(symbol, architecture, usage, counts, bounds) -> Kernel:
     def count(pattern):
         return sum(n for name, n in counts.items() if re.match(pattern, name))
 
-    wide = count(r"LDG\.E(\.\w+)*\.128"), count(r"STG\.E(\.\w+)*\.128")
-    stack, local = usage.stack + usage.local, count(r"LDL|STL")
-    facts = name_of(symbol), symbol, architecture, usage.registers, stack, local, wide
-    return Kernel(*facts, sum(counts.values()), bounds)
+    return Kernel(
+        name_of(symbol),
+        symbol,
+        architecture,
+        usage.registers,
+        usage.stack + usage.local,
+        count(r"LDL|STL"),
+        (count(r"LDG\.E(\.\w+)*\.128"), count(r"STG\.E(\.\w+)*\.128")),
+        sum(counts.values()),
+        bounds,
+    )
 
 
 def problems(k: Kernel) -> list[str]:
@@ -130,14 +135,7 @@ def print_kernels(kernels: list[Kernel]) -> None:
     sass.print_table(head, lines)
     for k in kernels:
         if wrong := problems(k):
-            print(f"FAILS: {k.architecture} {demangled(k.symbol)}: {'; '.join(wrong)}")
-
-
-def demangled(symbol: str) -> str:
-    if shutil.which("c++filt") is None:
-        return symbol
-    text = subprocess.run(["c++filt", symbol], capture_output=True, text=True).stdout.strip()
-    return re.sub(r"\(anonymous namespace\)::|selfsup_kernels::cuda::|c10::|^void ", "", text).split("(")[0]
+            print(f"FAILS: {k.architecture} {k.name} ({k.symbol}): {'; '.join(wrong)}")
 
 
 def without_kernel() -> list[str]:

@@ -15,6 +15,7 @@ long rows come in numbers that fill it.
 import argparse
 import sys
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the package of this checkout
@@ -71,17 +72,13 @@ KINDS = {
 def calls(brief, initcheck=False):
     """(implementation, name, function of the device) of every call."""
     reduction = "none" if initcheck else "mean"
+    sizes = ((131, 40), (300, 128), (256 if initcheck else 131, 300))
     for dtype in (torch.bfloat16,) if brief else (torch.bfloat16, torch.float16, torch.float32):
-        for batch, dim in ((131, 40), (300, 128), (256 if initcheck else 131, 300)):
-            for name, arguments in KINDS.items():
-                name = f"info_nce {dtype} {batch}x{dim} {name}"
-                yield "triton", name, partial(info_nce, dtype, batch, dim, **arguments)
+        for (batch, dim), (name, arguments) in product(sizes, KINDS.items()):
+            call = partial(info_nce, dtype, batch, dim, **arguments)
+            yield "triton", f"info_nce {dtype} {batch}x{dim} {name}", call
         for views, dim in ((2, 100), (3, 2048)):
-            yield (
-                "cuda",
-                f"byol {dtype} {views} views, D={dim} {reduction}",
-                partial(byol, dtype, views, dim, reduction),
-            )
+            yield "cuda", f"byol {dtype} {views} views, D={dim}", partial(byol, dtype, views, dim, reduction)
     for rounding in (False, True):
         yield "cuda", f"ema rounding={rounding}", partial(ema, rounding)
 

@@ -133,46 +133,36 @@ def call(case, dim, dtype):
 
 
 def row(job: Job, case: str, launch: machine_code.Launch) -> dict:
-    """Everything known of one kernel, as plain data."""
-    constants, code = launch.constants, launch.code
+    """Everything known of one kernel, as plain data; None for what there is no machine code for."""
+    a, constants, code = job.architecture, launch.constants, launch.code
     name = launch.kernel.strip("_").removesuffix("_kernel")
     if constants.get("PART", "clean") != "clean":
         name += " masked"  # of the few tiles on the diagonal, or of all of a small call
-    result = {
+    return {
         "kernel": name,
-        "arch": f"sm_{job.architecture}",
+        "arch": f"sm_{a}",
         "dtype": job.precision,
         "dim": job.dim,
         "case": case,
         "tile": "x".join(str(constants[f"BLOCK_{x}"]) for x in "MNK" if "BLOCK_M" in constants),
         "warps": launch.warps,
         "stages": launch.options.get("num_stages"),
+        "registers": code and code.registers,
+        "stack": code and code.stack,
+        "local": code and code.count("LDL|STL"),
+        "shared": code and code.shared,
+        "shared_limit": machine_code.RESOURCES[a].block_shared,
+        "tensor_memory": code and code.tensor_memory,
+        "programs": code and machine_code.occupancy(code, launch.warps, a),
+        "instructions": code and sum(code.counts.values()),
+        "matrix": code and machine_code.matrix_count(code, a),
+        "hmma": code and code.count("HMMA"),
         "descriptor": bool(constants.get("DESCRIPTOR")),
-        "shared_limit": machine_code.RESOURCES[job.architecture].block_shared,
-        "problems": machine_code.problems(launch, job.architecture),
+        "utmaldg": code and code.count("UTMALDG"),
+        "problems": machine_code.problems(launch, a),
     }
-    if code is not None:
-        result |= {
-            "registers": code.registers,
-            "stack": code.stack,
-            "shared": code.shared,
-            "tensor_memory": code.tensor_memory,
-            "programs": machine_code.occupancy(code, launch.warps, job.architecture),
-            "instructions": sum(code.counts.values()),
-            "matrix": machine_code.matrix_count(code, job.architecture),
-            "hmma": code.count("HMMA"),
-            "utmaldg": code.count("UTMALDG"),
-            "local": code.count("LDL|STL"),
-        }
-    return result
 
 
-def cells(r):
-    return [str(r.get(key, "")) for key in COLUMNS[:-1]] + ["; ".join(r["problems"])]
-
-
-COLUMNS = ("kernel", "arch", "dtype", "dim", "case", "tile", "warps", "stages", "registers", "stack", "local", "shared")
-COLUMNS += ("programs", "matrix", "hmma", "utmaldg", "problems")
 LEGEND = """local: loads and stores of local memory; programs: those that fit a multiprocessor;
 matrix: the architecture's matrix instructions; utmaldg: copies by descriptor."""
 
@@ -192,13 +182,14 @@ def main(arguments=None) -> int:
         print(f"gpu-static: {reason}")
         return 2
     began = time.perf_counter()
+    jobs = [Job(*job) for job in product(options.arch, options.dtype, options.dim)]
     # Not forked: torch and LLVM have threads by then.
     with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        jobs = [Job(*job) for job in product(options.arch, options.dtype, options.dim)]
         rows = [r for found in pool.map(run, jobs) for r in found]
     failing = [r for r in rows if r["problems"]]
     if shown := failing if options.brief else rows:
-        sass.print_table(COLUMNS, [cells(r) for r in shown])
+        lines = [[str(v) for v in (r | {"problems": "; ".join(r["problems"])}).values()] for r in shown]
+        sass.print_table(list(shown[0]), lines)
         print(LEGEND)
     if options.json:
         versions = {"triton": machine_code.triton.__version__, "torch": torch.__version__}
