@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the package o
 
 import torch
 
+from selfsup_kernels.lab import sass
 from selfsup_kernels.lab.bench import results, rivals, tables
 from selfsup_kernels.lab.bench.suite import OUT_OF_TIME, Suite
 from selfsup_kernels.lab.bench.workloads import case
@@ -64,19 +65,20 @@ def columns(made, compiled):
 
 
 def show(rows):
-    """One line a row: what ours takes, what that is of the device, and how many times it the rivals take."""
+    """Print a line for each row: what ours takes, what that is of the device, and how many times it the rivals take."""
     late = [row for row in rows if not row["times"] and set(row["unavailable"].values()) == {OUT_OF_TIME}]
-    print(f"\n{'':46} {'ms':>9} {'rate':>14} {'fraction':>9}   rivals, times ours")
+    lines = []
     for row in rows:
         facts = [row.get(k) for k in ("op", "model", "batch", "dim", "dtype", "part")]
         label = " ".join(str(x) for x in facts if x is not None)
         if rivals.OURS in row["times"]:
-            ours = row["times"][rivals.OURS]["p50_ms"]
             rate, fraction = tables.rate_of(row, rivals.OURS)
-            others = ", ".join(f"{n} {results.ratio(row, n):.2f}" for n in row["times"] if n != rivals.OURS)
-            print(f"{label:46} {ours:9.3f} {rate:>14} {fraction:9.2f}   {others}")
+            others = [f"{n} {results.ratio(row, n):.2f}" for n in row["times"] if n != rivals.OURS]
+            ours = f"{row['times'][rivals.OURS]['p50_ms']:.3f}"
+            lines.append([label, ours, rate, f"{fraction:.2f}", ", ".join(others)])
         elif row not in late:
-            print(f"{label:46} {row['unavailable'].get(rivals.OURS)}")
+            lines.append([label, "", "", "", str(row["unavailable"].get(rivals.OURS))])
+    sass.print_table(("", "ms", "rate", "fraction", "rivals, times ours"), lines)
     if late:
         print(f"{len(late)} more: {OUT_OF_TIME}")
 

@@ -121,15 +121,17 @@ def run_steps(steps: list[Step], folder: Path, total: float) -> list[Outcome]:
 
 def report(outcomes: list[Outcome], steps: list[Step], folder: Path) -> int:
     """Print the ends of what failed and of what is to be shown, then the table. Returns the exit status."""
+    from selfsup_kernels.lab import sass
+
     for outcome, step in zip(outcomes, steps, strict=True):
         if outcome.state == "FAILED" or step.show:
             print(f"\n----- {outcome.name}", *outcome.tail, sep="\n")
     facts = [o._asdict() | {"tail": None} for o in outcomes]
     (folder / "gpu_check.json").write_text(json.dumps(facts, indent=1) + "\n")
-    width = max(len(o.name) for o in outcomes)
-    print(f"\n{'step':{width}}  {'state':8}seconds  note")
-    for o in outcomes:
-        print(f"{o.name:{width}}  {o.state:8}{o.seconds:7.0f}  {o.note}")
+    print()
+    sass.print_table(
+        ("step", "state", "seconds", "note"), [[o.name, o.state, f"{o.seconds:.0f}", o.note] for o in outcomes]
+    )
     print(f"{sum(o.seconds for o in outcomes):.0f} s; everything printed is in {folder / 'gpu_check.log'}")
     return 1 if any(o.state == "FAILED" for o in outcomes) else 0
 
@@ -190,14 +192,16 @@ def all_steps(folder: Path, architecture: int, processes: int = 1) -> list[Step]
 def choose(steps: list[Step], only: list[str], skip: list[str]) -> list[Step]:
     """The steps with those marked as skipped that were not asked for, by any part of their names. Raises ValueError
     for a text that is in no name."""
+
+    def named(name, texts):
+        return any(text in name for text in texts)
+
+    names = [step.name for step in steps]
     for text in (*only, *skip):
-        if not any(text in step.name for step in steps):
-            raise ValueError(f"no step has {text!r} in its name; there are: {', '.join(s.name for s in steps)}")
-
-    def wanted(name):
-        return (not only or any(text in name for text in only)) and not any(text in name for text in skip)
-
-    return [step if wanted(step.name) else step._replace(skip="not asked for") for step in steps]
+        if not any(text in name for name in names):
+            raise ValueError(f"no step has {text!r} in its name; there are: {', '.join(names)}")
+    wanted = [(not only or named(name, only)) and not named(name, skip) for name in names]
+    return [s if want else s._replace(skip="not asked for") for s, want in zip(steps, wanted, strict=True)]
 
 
 def main(arguments=None) -> int:

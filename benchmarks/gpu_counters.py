@@ -153,17 +153,20 @@ def divide(kernels, names):
 
 
 def show(measured):
+    from selfsup_kernels.lab import sass
+
     def cell(value, form=".0f"):
         return "-" if value is None else format(value, form)
 
     for name, rows in measured.items():
         print(f"\n{name}")
-        print(f"  {'kernel':34}{'ms':>8}" + "".join(f"{unit:>7}" for unit in UNITS) + "  occ.  regs  bound by")
+        lines = []
         for row in rows:
             ms = cell(row["ns"] and row["ns"] / 1e6, ".4g")
-            percents = "".join(f"{cell(row['units'].get(unit)):>7}" for unit in UNITS)
-            rest = f"{cell(row['occupancy_percent']):>6}{cell(row['registers']):>6}"
-            print(f"  {row['kernel'][:33]:34}{ms:>8}{percents}{rest}  {row['bound']}")
+            percents = [cell(row["units"].get(unit)) for unit in UNITS]
+            rest = [cell(row["occupancy_percent"]), cell(row["registers"]), row["bound"]]
+            lines.append([row["kernel"], ms, *percents, *rest])
+        sass.print_table(("kernel", "ms", *UNITS, "occ.", "regs", "bound by"), lines)
 
 
 def measure(ncu, only, folder):
@@ -185,8 +188,8 @@ def measure(ncu, only, folder):
         print(f"gpu-counters: {error}")
     (folder / "counters.json").write_text(json.dumps(measured, indent=1) + "\n")
     show(measured)
-    missing = [metric for metric in (*UNITS.values(), *FACTS.values()) if not any(metric in m for _, m in kernels)]
-    print(*(f"the profiler knows no {metric}" for metric in missing), f"in {folder / 'counters.json'}", sep="\n")
+    missing = {*UNITS.values(), *FACTS.values()}.difference(*(metrics for _, metrics in kernels))
+    print(*(f"the profiler knows no {metric}" for metric in sorted(missing)), folder / "counters.json", sep="\n")
     return 0 if list(measured) == names and all(measured.values()) else 1
 
 
