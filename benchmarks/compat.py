@@ -209,7 +209,7 @@ def measure(case, rounds, with_memory):
     if with_memory:
         row["peak_bytes"] = {}
         for name, call in calls.items():
-            host_memory.trim()  # freed memory that the allocator keeps would hide what is taken anew
+            host_memory.trim()  # freed memory that the allocator keeps would hide what is taken
             row["peak_bytes"][name] = host_memory.peak_growth(call)
     return row
 

@@ -136,12 +136,6 @@ def report(outcomes: list[Outcome], steps: list[Step], folder: Path) -> int:
     return 1 if any(o.state == "FAILED" for o in outcomes) else 0
 
 
-def workers(memory: int, cores: int | None) -> int:
-    """How many processes share the tests: most of their time is compiling, so as many as there are cores; but each has
-    a context and tensors of its own in the GPU's ``memory`` (bytes)."""
-    return max(1, min(16, cores or 1, memory // (2 << 30)))
-
-
 def all_steps(folder: Path, architecture: int, processes: int = 1) -> list[Step]:
     python, sanitizer = sys.executable, shutil.which("compute-sanitizer")
     cores = os.cpu_count() or 1
@@ -232,8 +226,9 @@ def main(arguments=None) -> int:
     # A failed build is a step that failed, not a reason for the tests of the Triton kernels not to run.
     os.environ |= {"PYTHONUNBUFFERED": "1", "SELFSUP_KERNELS_SKIP_BUILD": "1"}
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    memory = torch.cuda.get_device_properties(0).total_memory
-    steps = choose(all_steps(folder, architecture, workers(memory, os.cpu_count())), options.only, options.skip)
+    # Most of the tests' time is compiling; each process has a context and tensors of its own on the GPU.
+    processes = min(16, os.cpu_count() or 1, 1 + torch.cuda.get_device_properties(0).total_memory // (2 << 30))
+    steps = choose(all_steps(folder, architecture, processes), options.only, options.skip)
     outcomes = run_steps(steps, folder, 60 * options.minutes - (time.perf_counter() - began))
     return report(outcomes, steps, folder)
 

@@ -115,10 +115,6 @@ def test_some_steps_alone(tmp_path, monkeypatch, capsys):
     assert "--initcheck" not in commands["memcheck"]
 
 
-def test_processes_fit_the_cores_and_the_memory():
-    assert [gpu_check.workers(n << 30, c) for n, c in ((139, 16), (139, 64), (8, 16), (1, None))] == [16, 16, 4, 1]
-
-
 def test_without_a_gpu_it_says_so(monkeypatch, capsys):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert gpu_check.main([]) == 2

@@ -123,28 +123,27 @@ def candidates(task: Task, architecture: int, shipped: configs.Config) -> list[c
     # Programs on a multiprocessor are chosen where the grid is persistent; four warps alone there leave it idle.
     crowds = ((8, 1), (4, 2), (4, 3), (8, 2)) if task.base == "sums" else ((8, 1), (4, 1))
     limit = machine_code.RESOURCES[architecture].block_shared
+    most = 2 * MOST if architecture == 100 else MOST
     found = [shipped]
     for m, n, k, (warps, programs), stages, descriptor in product(
         blocks, blocks, dict.fromkeys(depths), crowds, (2, 3, 4, 1), descriptors
     ):
         held = m * n + (m * k if task.base == "gradient" else 0)
-        if not LEAST <= held / (32 * warps) <= (2 * MOST if architecture == 100 else MOST):
-            continue
-        if task.base == "sums" and n % m:
-            continue  # a block of columns is walked through in whole blocks of rows
         streamed = k < whole or task.base in ("wave", "product")
-        if stages == 1 and (streamed or programs == 1):
-            continue  # nothing would be loaded ahead
-        if not descriptor and architecture >= 90 and stages != 3:
-            continue  # whether descriptors pay at all shows at one depth of the pipeline
         loaded = stages * (m + n) * k if streamed else m * k + stages * n * k
-        if loaded * (2 if half else 4) * programs > limit:
-            continue
-        most = min(255, machine_code.REGISTERS // (32 * warps * programs) // 8 * 8)
-        config = configs.Config(m, n, k, warps, stages, descriptor, registers=most, programs=programs)
-        if config not in found:
-            found.append(config)
-    return found
+        if (
+            LEAST <= held / (32 * warps) <= most
+            and loaded * (2 if half else 4) * programs <= limit
+            # A block of columns is walked through in whole blocks of rows.
+            and (task.base != "sums" or n % m == 0)
+            # With one stage nothing is loaded ahead.
+            and (stages > 1 or (not streamed and programs > 1))
+            # Whether descriptors pay at all shows at one depth of the pipeline.
+            and (descriptor or architecture < 90 or stages == 3)
+        ):
+            registers = min(255, machine_code.REGISTERS // (32 * warps * programs) // 8 * 8)
+            found.append(configs.Config(m, n, k, warps, stages, descriptor, registers, programs))
+    return list(dict.fromkeys(found))
 
 
 def run_op(task: Task, rows: int, device="cpu") -> None:
