@@ -32,6 +32,8 @@ import torch
 
 import selfsup_kernels as sk
 from selfsup_kernels.core import ops
+from selfsup_kernels.info_nce.call import Call
+from selfsup_kernels.info_nce.objectives import TABLE
 from selfsup_kernels.lab import machine_code, sass
 from selfsup_kernels.tiles import configs
 
@@ -117,11 +119,14 @@ def call(case, dim, dtype):
     samples = case.rows // case.views
     views = [torch.zeros(samples, dim, dtype=dtype, requires_grad=case is not PART) for _ in range(case.views)]
     if case is PART:
+        share = {"first": samples // 2, "count": samples // 2}
+        known = {"labelled": False, "core_view": -1, "normalize": True, "reduction": ops.REDUCTIONS.index("none")}
+        sizes = {"num_views": case.views, "batch": samples, "dim": dim, "queue_rows": 0}
+        objective = TABLE["supcon_out"]._asdict()
+        made = Call(**sizes, **share, **known, **objective, eps=1e-12, temperature=0.1)
         forward, backward = (ops.get(f"info_nce_{way}", "triton") for way in ("forward", "backward"))
-        share = samples // 2, samples // 2
-        _, *saved = forward(views, None, None, None, 0.1, 0, -1, True, 1e-12, 0, *share)
-        sizes = (case.views, samples, dim, 0, -1, True, 0, False, dtype, *share)
-        backward(torch.ones(case.views, samples), *saved, None, None, 0.1, *sizes)
+        _, *saved = forward(views, None, None, None, *made)
+        backward(torch.ones(case.views, samples), *saved, None, *made, False, dtype)
         return
     tensors = {
         "labels": torch.zeros(samples, dtype=torch.int64),
