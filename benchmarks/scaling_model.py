@@ -7,7 +7,7 @@ or bfloat16, no queue.
 
 from typing import NamedTuple
 
-HEADER_BYTES = 16 * 8
+HEADER_BYTES = 19 * 8
 
 
 class Work(NamedTuple):
