@@ -9,13 +9,13 @@ forward and backward adds to its inputs.
 """
 
 import argparse
-import importlib
 import importlib.metadata
 import importlib.util
-import json
 import os
 import sys
 import warnings
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,6 +43,7 @@ class Case(NamedTuple):
     make: callable
     batch: int = BATCH
     target: float = 3.0
+    """The factor to reach."""
 
 
 def embeddings(count=2, batch=BATCH, normalize=False):
@@ -53,87 +54,52 @@ def embeddings(count=2, batch=BATCH, normalize=False):
     return [(F.normalize(x, dim=-1) if normalize else x).requires_grad_() for x in views]
 
 
+def one_sided(batch=BATCH):
+    """A view with a gradient, and one without."""
+    first, second = embeddings(batch=batch)
+    return [first, second.detach()]
+
+
 def labels(batch, classes):
     return torch.randint(classes, (batch,), generator=torch.Generator().manual_seed(1))
 
 
-# ---------------------------------------------------------------- what is compared
-
-
-def lightly(name, *args):
-    def make():
-        originals = importlib.import_module("lightly.loss")
-        return embeddings(), getattr(compat.lightly, name)(*args), getattr(originals, name)(*args)
-
-    return make
-
-
-def lightly_memory_bank():
-    from lightly.loss import NTXentLoss
-
+def lightly(name, *args, inputs=embeddings, **kwargs):
     made = []
-    for module in (compat.lightly.NTXentLoss, NTXentLoss):
-        torch.manual_seed(0)
-        made.append(module(0.1, memory_bank_size=(16384, DIM)))
-    query, key = embeddings()
-    return [query, key.detach()], *made
-
-
-def lightly_negative_cosine(batch):
-    def make():
-        from lightly.loss import NegativeCosineSimilarity
-
-        prediction, target = embeddings(batch=batch)
-        return [prediction, target.detach()], compat.lightly.NegativeCosineSimilarity(), NegativeCosineSimilarity()
-
-    return make
+    for module in (compat.lightly, import_module("lightly.loss")):
+        torch.manual_seed(0)  # of a memory bank
+        made.append(getattr(module, name)(*args, **kwargs))
+    return inputs(), *made
 
 
 def lightly_update_momentum():
-    from lightly.models.utils import update_momentum
     from torchvision.models import resnet50
 
-    model, target, target_ = resnet50(), resnet50(), resnet50()
-    target_.load_state_dict(target.state_dict())
-    return (
-        [],
-        lambda: compat.lightly.update_momentum(model, target, 0.99),
-        lambda: update_momentum(model, target_, 0.99),
-    )
+    model, target, other = resnet50(), resnet50(), resnet50()
+    other.load_state_dict(target.state_dict())
+    original = import_module("lightly.models.utils").update_momentum
+    return [], partial(compat.lightly.update_momentum, model, target, 0.99), partial(original, model, other, 0.99)
 
 
 def metric_learning(name, batch, classes):
-    def make():
-        losses = importlib.import_module("pytorch_metric_learning.losses")
-        inputs = [embeddings(1, batch)[0], labels(batch, classes)]
-        return inputs, getattr(compat.pytorch_metric_learning, name)(0.1), getattr(losses, name)(0.1)
-
-    return make
+    modules = compat.pytorch_metric_learning, import_module("pytorch_metric_learning.losses")
+    return [*embeddings(1, batch), labels(batch, classes)], *(getattr(module, name)(0.1) for module in modules)
 
 
 def open_clip():
-    from open_clip.loss import ClipLoss
-
     scale = torch.tensor(1 / 0.07, requires_grad=True)
-    return [*embeddings(normalize=True), scale], compat.open_clip.ClipLoss(), ClipLoss()
+    modules = compat.open_clip, import_module("open_clip.loss")
+    return [*embeddings(normalize=True), scale], *(module.ClipLoss() for module in modules)
 
 
-def _solo(name):
+def solo(name, inputs):
     """One file of the package, whose own __init__ imports pl_bolts, which new versions of Lightning have broken."""
     folder = Path(importlib.util.find_spec("solo").origin).parent
     spec = importlib.util.spec_from_file_location(f"solo_{name}", folder / "losses" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module
-
-
-def solo_simclr():
-    return embeddings(), compat.solo.simclr_loss_func, _solo("simclr").simclr_loss_func
-
-
-def solo_byol():
-    prediction, target = embeddings()
-    return [prediction, target.detach()], compat.solo.byol_loss_func, _solo("byol").byol_loss_func
+    function = f"{name}_loss_func"
+    return inputs(), getattr(compat.solo, function), getattr(module, function)
 
 
 def solo_mocov3():
@@ -141,32 +107,27 @@ def solo_mocov3():
         query, key = F.normalize(query, dim=1), F.normalize(key, dim=1)
         return 2 * 0.2 * F.cross_entropy(query @ key.T / 0.2, torch.arange(len(query)))
 
-    query, key = embeddings()
-    return [query, key.detach()], compat.solo.mocov3_loss_func, formula
-
-
-class Embedding(nn.Module):
-    """In the place of a sentence encoder: hands on what it is given."""
-
-    def forward(self, features):
-        return features
+    return one_sided(), compat.solo.mocov3_loss_func, formula
 
 
 def sentence_transformers(count):
-    def make():
-        from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss as Original
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss as Original
 
-        def call(criterion):
-            # compute_loss_from_embeddings is what the original's forward calls once the encoder has run
-            direct = getattr(criterion, "compute_loss_from_embeddings", None)
-            if direct is not None:
-                return lambda *columns: direct(list(columns), None)
-            return lambda *columns: criterion([{"sentence_embedding": x} for x in columns], None)
+    class Embedding(nn.Module):
+        """In the place of a sentence encoder: hands on what it is given."""
 
-        ours = compat.sentence_transformers.MultipleNegativesRankingLoss(Embedding())
-        return embeddings(count), call(ours), call(Original(Embedding()))
+        def forward(self, features):
+            return features
 
-    return make
+    def call(criterion):
+        # compute_loss_from_embeddings is what the original's forward calls once the encoder has run
+        direct = getattr(criterion, "compute_loss_from_embeddings", None)
+        if direct is not None:
+            return lambda *columns: direct(list(columns), None)
+        return lambda *columns: criterion([{"sentence_embedding": x} for x in columns], None)
+
+    classes = compat.sentence_transformers.MultipleNegativesRankingLoss, Original
+    return embeddings(count), *(call(kind(Embedding())) for kind in classes)
 
 
 def simcse():
@@ -177,9 +138,7 @@ def simcse():
     return embeddings(batch=512), compat.simcse.unsupervised_loss, formula
 
 
-def supcontrast(classes):
-    criterion = compat.supcontrast.SupConLoss()
-
+def supcontrast(classes=None):
     def formula(features, labels=None):
         """The steps of the repository's losses.py: masks of V B x V B numbers, a softmax, means over the positives."""
         rows, count = torch.cat(features.unbind(1)), features.shape[1]
@@ -191,46 +150,38 @@ def supcontrast(classes):
         log_prob = scores - (scores.exp() * others).sum(1, keepdim=True).log()
         return -((positive * log_prob).sum(1) / positive.sum(1)).mean()
 
-    def make():
-        features = torch.stack([x.detach() for x in embeddings(normalize=True)], 1).requires_grad_()
-        return [features, *([labels(BATCH, classes)] if classes else [])], criterion, formula
-
-    return make
+    features = torch.stack([x.detach() for x in embeddings(normalize=True)], 1).requires_grad_()
+    return [features, *([labels(BATCH, classes)] if classes else [])], compat.supcontrast.SupConLoss(), formula
 
 
+NEGATIVE_COSINE = "NegativeCosineSimilarity"
+PML, SBERT = "pytorch-metric-learning", "sentence-transformers"
+BANK = {"inputs": one_sided, "memory_bank_size": (16384, DIM)}
+LARGE = 16 * BATCH
 CASES = [
-    Case("lightly NTXentLoss", "lightly", lightly("NTXentLoss", 0.1)),
-    Case("lightly NTXentLoss, bank of 16384", "lightly", lightly_memory_bank),
-    Case("lightly DCLLoss", "lightly", lightly("DCLLoss", 0.1)),
-    Case("lightly DCLWLoss", "lightly", lightly("DCLWLoss", 0.1)),
-    Case("lightly NegativeCosineSimilarity", "lightly", lightly_negative_cosine(BATCH)),
-    Case("lightly NegativeCosineSimilarity", "lightly", lightly_negative_cosine(16 * BATCH), 16 * BATCH),
+    Case("lightly NTXentLoss", "lightly", partial(lightly, "NTXentLoss", 0.1)),
+    Case("lightly NTXentLoss, bank of 16384", "lightly", partial(lightly, "NTXentLoss", 0.1, **BANK)),
+    Case("lightly DCLLoss", "lightly", partial(lightly, "DCLLoss", 0.1)),
+    Case("lightly DCLWLoss", "lightly", partial(lightly, "DCLWLoss", 0.1)),
+    *(
+        Case(
+            f"lightly {NEGATIVE_COSINE}", "lightly", partial(lightly, NEGATIVE_COSINE, inputs=partial(one_sided, n)), n
+        )
+        for n in (BATCH, LARGE)
+    ),
     Case("lightly update_momentum, ResNet-50", "lightly", lightly_update_momentum, 0),
-    Case(
-        "pytorch-metric-learning NTXentLoss, pairs",
-        "pytorch-metric-learning",
-        metric_learning("NTXentLoss", 512, 256),
-        512,
-        100.0,
-    ),
-    Case(
-        "pytorch-metric-learning SupConLoss, 100 classes",
-        "pytorch-metric-learning",
-        metric_learning("SupConLoss", BATCH, 100),
-    ),
+    Case(f"{PML} NTXentLoss, pairs", PML, partial(metric_learning, "NTXentLoss", 512, 256), 512, 100.0),
+    Case(f"{PML} SupConLoss, 100 classes", PML, partial(metric_learning, "SupConLoss", BATCH, 100)),
     Case("open_clip ClipLoss", "open_clip_torch", open_clip),
-    Case("SupContrast SupConLoss", FORMULA, supcontrast(None)),
-    Case("SupContrast SupConLoss, 100 classes", FORMULA, supcontrast(100)),
-    Case("solo-learn simclr_loss_func", "solo-learn", solo_simclr),
-    Case("solo-learn byol_loss_func", "solo-learn", solo_byol),
+    Case("SupContrast SupConLoss", FORMULA, supcontrast),
+    Case("SupContrast SupConLoss, 100 classes", FORMULA, partial(supcontrast, 100)),
+    Case("solo-learn simclr_loss_func", "solo-learn", partial(solo, "simclr", embeddings)),
+    Case("solo-learn byol_loss_func", "solo-learn", partial(solo, "byol", one_sided)),
     Case("solo-learn mocov3_loss_func", FORMULA, solo_mocov3),
-    Case("sentence-transformers MNRL", "sentence-transformers", sentence_transformers(2)),
-    Case("sentence-transformers MNRL, hard negatives", "sentence-transformers", sentence_transformers(3)),
+    Case(f"{SBERT} MNRL", SBERT, partial(sentence_transformers, 2)),
+    Case(f"{SBERT} MNRL, hard negatives", SBERT, partial(sentence_transformers, 3)),
     Case("SimCSE, unsupervised", FORMULA, simcse, 512),
 ]
-
-
-# ---------------------------------------------------------------- measuring
 
 
 def step(function, inputs):
@@ -244,30 +195,23 @@ def step(function, inputs):
 
 def measure(case, rounds, with_memory):
     inputs, ours, original = case.make()
-    calls = {"selfsup_kernels": lambda: step(ours, inputs), "original": lambda: step(original, inputs)}
-    values = {name: call() for name, call in calls.items()}
-    if inputs:
-        got, want = (float(v.detach()) for v in values.values())
-        if not abs(got - want) <= 2e-5 * max(abs(want), 1):
-            sys.exit(f"{case.name}: {got} is not the original's {want}")
-    values.clear()
-    times = timing.interleave(calls, rounds(timing.interleave(calls, 1)))
-    version = FORMULA if case.package == FORMULA else importlib.metadata.version(case.package)
-    row = {"name": case.name, "package": case.package, "version": version, "batch": case.batch, "dim": DIM}
-    row |= {"target": case.target, "times": times}
+    calls = {"selfsup_kernels": partial(step, ours, inputs), "original": partial(step, original, inputs)}
+    got, want = (call() for call in calls.values())
+    if inputs and not abs(got - want) <= 2e-5 * max(abs(want), 1):
+        sys.exit(f"{case.name}: {got.item()} is not the original's {want.item()}")
+    del got, want
+    if not rounds:
+        once = timing.interleave(calls, 1)
+        rounds = int(min(200, max(5, 3000 / sum(times["p50_ms"] for times in once.values()))))
+    row = {"name": case.name, "package": case.package, "batch": case.batch, "dim": DIM, "target": case.target}
+    row["version"] = FORMULA if case.package == FORMULA else importlib.metadata.version(case.package)
+    row["times"] = timing.interleave(calls, rounds)
     if with_memory:
-        row["peak_bytes"] = {name: peak_bytes(call) for name, call in calls.items()}
+        row["peak_bytes"] = {}
+        for name, call in calls.items():
+            host_memory.trim()  # freed memory that the allocator keeps would hide what is taken
+            row["peak_bytes"][name] = host_memory.peak_growth(call)
     return row
-
-
-def peak_bytes(call):
-    """The highest resident memory that ``call`` adds; None where that is not known."""
-    host_memory.trim()  # freed memory that the allocator keeps would hide what is taken anew
-    return host_memory.peak_growth(call)
-
-
-def megabytes(size):
-    return "-" if size is None else f"{size / 1e6:.0f} MB"
 
 
 def ratio(row):
@@ -278,20 +222,14 @@ def show(rows):
     table = Table(title=f"Drop-ins, forward + backward, float32, D = {DIM}; medians")
     for name in ("drop-in", "version", "B", "ours", "original", "factor", "target", "memory: ours", "original"):
         table.add_column(name, justify="left" if name == "drop-in" else "right")
+    both = ("selfsup_kernels", "original")
     for row in rows:
-        ours, original = (row["times"][n]["p50_ms"] for n in ("selfsup_kernels", "original"))
-        factor = f"{ratio(row):.1f}x"
-        good = ratio(row) >= row["target"]
-        table.add_row(
-            row["name"],
-            row["version"],
-            str(row["batch"] or "-"),
-            f"{ours:.2f} ms",
-            f"{original:.2f} ms",
-            factor if good else f"[bold red]{factor}",
-            f"{row['target']:g}x",
-            *[megabytes(row.get("peak_bytes", {}).get(name)) for name in ("selfsup_kernels", "original")],
-        )
+        times = [f"{row['times'][name]['p50_ms']:.2f} ms" for name in both]
+        peaks = [row.get("peak_bytes", {}).get(name) for name in both]
+        factor = f"{ratio(row):.1f}x" if ratio(row) >= row["target"] else f"[bold red]{ratio(row):.1f}x"
+        sizes = ["-" if size is None else f"{size / 1e6:.0f} MB" for size in peaks]
+        batch = str(row["batch"] or "-")
+        table.add_row(row["name"], row["version"], batch, *times, factor, f"{row['target']:g}x", *sizes)
     Console(width=150).print(table)
 
 
@@ -303,20 +241,14 @@ def main():
     parser.add_argument("--memory", action="store_true")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
-
-    def rounds(once):
-        total = sum(times["p50_ms"] for times in once.values())
-        return args.rounds or int(min(200, max(5, 3000 / total)))
-
     rows = []
     for case in CASES:
         if args.only.lower() in case.name.lower():
-            rows.append(measure(case, rounds, args.memory))
+            rows.append(measure(case, args.rounds, args.memory))
             print(f"{case.name}: {ratio(rows[-1]):.1f}x", file=sys.stderr, flush=True)
     show(rows)
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"header": results.header(timing.Clock("cpu")), "rows": rows}, indent=1) + "\n")
+        results.write_json(args.json, results.header(timing.Clock("cpu")), rows)
 
 
 if __name__ == "__main__":

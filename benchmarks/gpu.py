@@ -1,4 +1,4 @@
-"""Times, memory and errors of the three operations on one GPU, beside what people use today; results as data.
+"""Times, memory and errors of the three operations on one GPU, against the alternatives; results as data.
 
     python benchmarks/gpu.py --out FOLDER [--quick] [--minutes N] [--skip NAME ...]
 
@@ -18,78 +18,67 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the package o
 
 import torch
 
+from selfsup_kernels.lab import sass
 from selfsup_kernels.lab.bench import results, rivals, tables
 from selfsup_kernels.lab.bench.suite import OUT_OF_TIME, Suite
 from selfsup_kernels.lab.bench.workloads import case
 
-CUDA = rivals.impl_name("cuda")
-"""Beside what impl="auto" takes, the kernels of the CUDA library by themselves."""
-
-# (rows, dim, dtype, whether torch.compile is measured, which takes half a minute). Most important first.
-INFO_NCE = (
-    [(16384, 256, "bfloat16", True), (16384, 128, "bfloat16", False), (16384, 512, "bfloat16", False)],
-    [(16384, 1024, "bfloat16", False), (65536, 256, "bfloat16", False), (16384, 256, "float32", True)],
-    [(8192, d, "bfloat16", False) for d in (128, 256, 512, 1024)],
-    [(65536, d, "bfloat16", False) for d in (128, 512, 1024)],
-    [(16384, d, "float32", False) for d in (128, 512, 1024)],
-    [(262144, 256, "bfloat16", False), (65536, 256, "float32", False), (262144, 128, "bfloat16", False)],
-    [(1048576, 128, "bfloat16", False), (1048576, 256, "bfloat16", False)],
-)
-BYOL = [(262144, "float32", True), (262144, "bfloat16", False), (4096, "float32", False), (32768, "float32", False)]
-BYOL += [(4096, "bfloat16", False), (32768, "bfloat16", False)]
-EMA = [("ResNet-50", "float32", True), ("ResNet-50", "bfloat16", False)]
-EMA += [("ViT-B", "float32", False), ("ViT-B", "bfloat16", False)]
-
-
-def info_nce(rows, dim, dtype):
-    return case("info_nce", views=2, batch=rows // 2, dim=dim, dtype=dtype)
-
-
-def byol(batch, dtype):
-    """Pairs of predictions and targets."""
-    return case("byol", views=1, batch=batch, dim=256, dtype=dtype)
-
-
-def ema(model, dtype):
-    return case("ema", model=model, dtype=dtype)
+HALF, FULL = "bfloat16", "float32"
+# (rows, dim, dtype). The most important first.
+INFO_NCE = [(16384, 256, HALF), (16384, 128, HALF), (16384, 512, HALF)]
+INFO_NCE += [(16384, 1024, HALF), (65536, 256, HALF), (16384, 256, FULL)]
+INFO_NCE += [(8192, dim, HALF) for dim in (128, 256, 512, 1024)] + [(65536, dim, HALF) for dim in (128, 512, 1024)]
+INFO_NCE += [(16384, dim, FULL) for dim in (128, 512, 1024)] + [(262144, 256, HALF), (65536, 256, FULL)]
+INFO_NCE += [(262144, 128, HALF), (1048576, 128, HALF), (1048576, 256, HALF)]
+BYOL = [(262144, FULL), (262144, HALF), (4096, FULL), (32768, FULL), (4096, HALF), (32768, HALF)]
+EMA = [("ResNet-50", FULL), ("ResNet-50", HALF), ("ViT-B", FULL), ("ViT-B", HALF)]
+COMPILED = [(16384, 256, HALF), (16384, 256, FULL), (262144, FULL), ("ResNet-50", FULL)]
+"""Those of which torch.compile is measured too: it takes half a minute."""
 
 
 def cases(quick, tiny):
     """(case, whether torch.compile is measured): the most important first."""
     if tiny:
-        yield from ((case("info_nce", views=2, batch=32, dim=16, dtype=d), True) for d in ("float32", "bfloat16"))
+        yield from ((case("info_nce", views=2, batch=32, dim=16, dtype=d), True) for d in (FULL, HALF))
         yield case("byol", views=1, batch=48, dim=16), True
-        yield from ((ema("tiny", d), True) for d in ("float32", "bfloat16"))
+        yield from ((case("ema", model="tiny", dtype=d), True) for d in (FULL, HALF))
         return
-    groups = INFO_NCE[:2] if quick else INFO_NCE
-    yield from ((info_nce(*shape), compiled) for group in groups[:2] for *shape, compiled in group)
-    yield from ((byol(*shape), compiled) for *shape, compiled in BYOL[: 3 if quick else None])
-    yield from ((ema(*model), compiled) for *model, compiled in EMA[: 2 if quick else None])
-    yield from ((info_nce(*shape), compiled) for group in groups[2:] for *shape, compiled in group)
+
+    def info_nce(shapes):
+        for rows, dim, dtype in shapes:
+            made = case("info_nce", views=2, batch=rows // 2, dim=dim, dtype=dtype)
+            yield made, (rows, dim, dtype) in COMPILED
+
+    yield from info_nce(INFO_NCE[:6])
+    for batch, dtype in BYOL[: 3 if quick else None]:
+        yield case("byol", views=1, batch=batch, dim=256, dtype=dtype), (batch, dtype) in COMPILED
+    for model, dtype in EMA[: 2 if quick else None]:
+        yield case("ema", model=model, dtype=dtype), (model, dtype) in COMPILED
+    yield from info_nce([] if quick else INFO_NCE[6:])
 
 
 def columns(made, compiled):
-    """Ours, ours in CUDA C++, and every rival; torch.compile where it is wanted."""
-    names = [name for name in rivals.RIVALS[made.op] if compiled or name != "compile"]
-    # Its loss over all triplets takes minutes and most of the memory where the others take milliseconds.
-    return [rivals.OURS, CUDA, *(name for name in names if name != "pytorch-metric-learning NTXentLoss")]
+    """Ours and every rival; torch.compile where it is wanted."""
+    # pytorch-metric-learning's loss over all triplets takes minutes and most of the memory.
+    left_out = {"pytorch-metric-learning NTXentLoss", *([] if compiled else ["compile"])}
+    return [rivals.OURS, *(name for name in rivals.RIVALS[made.op] if name not in left_out)]
 
 
 def show(rows):
-    """One line a row: what ours takes, what that is of the device, and how many times it the rivals take."""
+    """Print a line for each row: what ours takes, what that is of the device, and how many times it the rivals take."""
     late = [row for row in rows if not row["times"] and set(row["unavailable"].values()) == {OUT_OF_TIME}]
-    rows = [row for row in rows if row not in late]
-    print(f"\n{'':46} {'ms':>9} {'rate':>14} {'fraction':>9}   rivals, times ours")
+    lines = []
     for row in rows:
-        of = [row.get(k) for k in ("op", "model", "batch", "dim", "dtype", "part")]
-        label = " ".join(str(x) for x in of if x is not None)
-        if rivals.OURS not in row["times"]:
-            print(f"{label:46} {row['unavailable'].get(rivals.OURS)}")
-            continue
-        ours = row["times"][rivals.OURS]["p50_ms"]
-        rate, fraction = tables.rate_of(row, rivals.OURS)
-        beside = ", ".join(f"{n} {results.ratio(row, n):.2f}" for n in row["times"] if n != rivals.OURS)
-        print(f"{label:46} {ours:9.3f} {rate:>14} {fraction:9.2f}   {beside}")
+        facts = [row.get(k) for k in ("op", "model", "batch", "dim", "dtype", "part")]
+        label = " ".join(str(x) for x in facts if x is not None)
+        if rivals.OURS in row["times"]:
+            rate, fraction = tables.rate_of(row, rivals.OURS)
+            others = [f"{n} {results.ratio(row, n):.2f}" for n in row["times"] if n != rivals.OURS]
+            ours = f"{row['times'][rivals.OURS]['p50_ms']:.3f}"
+            lines.append([label, ours, rate, f"{fraction:.2f}", ", ".join(others)])
+        elif row not in late:
+            lines.append([label, "", "", "", str(row["unavailable"].get(rivals.OURS))])
+    sass.print_table(("", "ms", "rate", "fraction", "rivals, times ours"), lines)
     if late:
         print(f"{len(late)} more: {OUT_OF_TIME}")
 
@@ -108,7 +97,7 @@ def main():
     tiny = args.quick and args.device == "cpu"
     suite = Suite(
         args.device,
-        dtypes=("bfloat16", "float32"),
+        dtypes=(HALF, FULL),
         seconds=0.2 if tiny else 3.0,
         target_ms=20 if args.quick else 200,
         minutes=args.minutes,

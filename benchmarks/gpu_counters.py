@@ -7,12 +7,11 @@ how busy the units are that can bound it, and what bounds it or its warps wait f
 (``--clock-control none``), and so do the caches. A time under the profiler is no benchmark: ``benchmarks/gpu.py`` is.
 
 ``ncu`` runs this file once more, with ``--calls``: each call is made twice, the second time with the profiler on, and a
-kernel that does nothing stands between two calls, so that the profiler's list can be divided among them.
+kernel that only waits is launched between two calls, so that the profiler's list can be divided among them.
 """
 
 import argparse
 import csv
-import io
 import json
 import re
 import shutil
@@ -23,15 +22,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the package of this checkout
 
+PEAK = ".avg.pct_of_peak_sustained_elapsed"
 UNITS = {
-    "tensor": "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_elapsed",
-    "xu": "sm__inst_executed_pipe_xu.avg.pct_of_peak_sustained_elapsed",
-    "fma": "sm__inst_executed_pipe_fma.avg.pct_of_peak_sustained_elapsed",
-    "alu": "sm__inst_executed_pipe_alu.avg.pct_of_peak_sustained_elapsed",
-    "issue": "smsp__issue_active.avg.pct_of_peak_sustained_elapsed",
-    "L1": "l1tex__throughput.avg.pct_of_peak_sustained_elapsed",
-    "L2": "lts__throughput.avg.pct_of_peak_sustained_elapsed",
-    "memory": "dram__throughput.avg.pct_of_peak_sustained_elapsed",
+    "tensor": "sm__pipe_tensor_cycles_active" + PEAK,
+    "xu": "sm__inst_executed_pipe_xu" + PEAK,
+    "fma": "sm__inst_executed_pipe_fma" + PEAK,
+    "alu": "sm__inst_executed_pipe_alu" + PEAK,
+    "issue": "smsp__issue_active" + PEAK,
+    "L1": "l1tex__throughput" + PEAK,
+    "L2": "lts__throughput" + PEAK,
+    "memory": "dram__throughput" + PEAK,
 }
 """Name -> the share of its peak at which the unit worked, in percent of the kernel's time. The exponentials of a
 softmax are the xu's, with all conversions between integers and floats; L1 is shared memory too."""
@@ -53,10 +53,7 @@ BUSY = 60
 """Percent of its peak from which on a unit is said to bound a kernel: below, nothing is full and latency does."""
 
 MARK = "spin_kernel"
-"""What PyTorch calls the kernel that only waits, and we put between two calls."""
-
-
-# ---------------------------------------------------------------- the calls, in the process that is profiled
+"""PyTorch's name of the kernel that only waits, launched between two calls."""
 
 
 def calls(quick):
@@ -64,14 +61,13 @@ def calls(quick):
     from selfsup_kernels.lab.bench.workloads import case
 
     rows, pairs, model = (32, 48, "tiny") if quick else (16384, 262144, "ResNet-50")
-    for impl in ("triton", "cuda"):
-        for dim, dtype in ((256, "bfloat16"), (128, "bfloat16"), (512, "bfloat16"), (256, "float32")):
-            made = case("info_nce", views=2, batch=rows, dim=dim, dtype=dtype)
-            yield f"{impl}: {made.label}", made, impl
-        for made in (case("byol", views=1, batch=pairs, dim=256), case("ema", model=model)):
-            yield f"{impl}: {made.label}", made, impl
-    queue = case("info_nce", views=2, batch=rows // 16, dim=128, dtype="bfloat16")
-    yield f"triton: {queue.label}", queue, "triton"
+    shapes = [(rows, dim, "bfloat16") for dim in (256, 128, 512)] + [
+        (rows, 256, "float32"),
+        (rows // 16, 128, "bfloat16"),
+    ]
+    made = [("triton", case("info_nce", views=2, batch=b, dim=d, dtype=dtype)) for b, d, dtype in shapes]
+    made += [("cuda", case("byol", views=1, batch=pairs, dim=256)), ("cuda", case("ema", model=model))]
+    return [(f"{impl}: {made.label}", made, impl) for impl, made in made]
 
 
 def chosen(only, quick):
@@ -93,16 +89,13 @@ def make_calls(only, quick):
                 torch.cuda.synchronize()
                 torch.cuda.profiler.start()
             made.run(part, function, inputs)
-        except Exception as error:  # the other calls are worth making
+        except Exception as error:  # the other calls run all the same
             print(f"FAILED {name}: {type(error).__name__}: {str(error).strip().splitlines()[:1]}", flush=True)
         if gpu:
             torch.cuda.profiler.start()  # also where the call failed before it: its mark has to be seen
             torch.cuda._sleep(1)
             torch.cuda.synchronize()
             torch.cuda.profiler.stop()
-
-
-# ---------------------------------------------------------------- what the profiler prints
 
 
 def command(ncu, log, only):
@@ -115,54 +108,35 @@ def command(ncu, log, only):
     ]
 
 
-def number(text):
-    """A value of the profiler's, which groups digits by commas; None where it is none."""
-    try:
-        return float(text.replace(",", ""))
-    except ValueError:
-        return None
-
-
 def parse(text):
-    """``[(kernel, {metric: value})]`` of a table of the profiler's, in order of launch.
-
-    A row is a kernel (``--page raw``; a line of units stands first), or one metric of one (its other pages).
-    """
-    lines = [line for line in text.splitlines() if line.startswith('"')]
-    kernels = {}
-    for row in csv.DictReader(io.StringIO("\n".join(lines))):
-        if not (row.get("ID") or "").isdigit():
-            continue  # the units
-        _, metrics = kernels.setdefault(row["ID"], (row["Kernel Name"], {}))
-        pairs = [(row["Metric Name"], row["Metric Value"])] if "Metric Name" in row else row.items()
-        metrics.update({k: number(v) for k, v in pairs if k and v and number(v) is not None})
-    return [kernels[key] for key in sorted(kernels, key=int)]
-
-
-def verdict(units, stalls):
-    """What bounds a kernel: the busiest unit, or what its warps wait for where none is busy."""
-    if not units:
-        return "unknown: the profiler gave no counters"
-    unit = max(units, key=units.get)
-    if units[unit] >= BUSY:
-        return f"{unit} {units[unit]:.0f} %"
-    return f"latency: {unit} {units[unit]:.0f} % at most" + (f", waits on {next(iter(stalls))}" if stalls else "")
+    """Read the profiler's table, a row for each kernel in order of launch: ``[(kernel, {metric: value})]``."""
+    kernels = []
+    for row in csv.DictReader(line for line in text.splitlines() if line.startswith('"')):
+        if row["ID"]:  # the first line has the units
+            metrics = {}
+            for name, value in row.items():
+                if value and re.fullmatch(r"[\d,]+(\.\d+)?", value):
+                    metrics[name] = float(value.replace(",", ""))
+            kernels.append((row["Kernel Name"], metrics))
+    return kernels
 
 
 def describe(name, metrics):
-    """A row of the results: one kernel."""
+    """Make a row of the results: one kernel, and what bounds it."""
     units = {unit: metrics[metric] for unit, metric in UNITS.items() if metric in metrics}
     stalls = {match[1]: value for metric, value in metrics.items() if (match := STALL.fullmatch(metric))}
-    # A warp that was selected has not waited.
-    stalls = dict(sorted(((k, v) for k, v in stalls.items() if k != "selected"), key=lambda kv: -kv[1])[:4])
+    stalls.pop("selected", None)  # such a warp has not waited
+    stalls = dict(sorted(stalls.items(), key=lambda item: -item[1])[:4])
+    if not units:
+        bound = "unknown: the profiler gave no counters"
+    else:
+        unit = max(units, key=units.get)
+        bound = f"{unit} {units[unit]:.0f} %"
+        if units[unit] < BUSY:
+            bound = f"latency: {bound} at most" + (f", waits on {next(iter(stalls))}" if stalls else "")
+    name = re.sub(r"[<(].*", "", name.replace("(anonymous namespace)::", ""))  # no template arguments, no parameters
     facts = {fact: metrics.get(metric) for fact, metric in FACTS.items()}
-    return {"kernel": short(name)} | facts | {"units": units, "stalls": stalls, "bound": verdict(units, stalls)}
-
-
-def short(name):
-    """A kernel's name without its namespaces, template arguments and parameters."""
-    name = re.sub(r"^\w+ (?=\S)", "", re.sub(r"[<(].*", "", name.replace("(anonymous namespace)::", "")))
-    return name.rpartition("::")[2].strip()
+    return {"kernel": re.split(r"::| ", name)[-1]} | facts | {"units": units, "stalls": stalls, "bound": bound}
 
 
 def divide(kernels, names):
@@ -179,20 +153,20 @@ def divide(kernels, names):
 
 
 def show(measured):
+    from selfsup_kernels.lab import sass
+
+    def cell(value, form=".0f"):
+        return "-" if value is None else format(value, form)
+
     for name, rows in measured.items():
         print(f"\n{name}")
-        print(f"  {'kernel':34}{'ms':>8}" + "".join(f"{unit:>7}" for unit in UNITS) + "  occ.  regs  bound by")
+        lines = []
         for row in rows:
-            ms, registers = (
-                "-" if v is None else v for v in (row["ns"] and round(row["ns"] / 1e6, 4), row["registers"])
-            )
-            percents = (row["units"].get(unit) for unit in UNITS)
-            line = "".join(f"{'-' if p is None else format(p, '.0f'):>7}" for p in percents)
-            occupancy = "-" if row["occupancy_percent"] is None else f"{row['occupancy_percent']:.0f}"
-            print(f"  {row['kernel'][:33]:34}{ms:>8}{line}{occupancy:>6}{registers:>6}  {row['bound']}")
-
-
-# ---------------------------------------------------------------- the command
+            ms = cell(row["ns"] and row["ns"] / 1e6, ".4g")
+            percents = [cell(row["units"].get(unit)) for unit in UNITS]
+            rest = [cell(row["occupancy_percent"]), cell(row["registers"]), row["bound"]]
+            lines.append([row["kernel"], ms, *percents, *rest])
+        sass.print_table(("kernel", "ms", *UNITS, "occ.", "regs", "bound by"), lines)
 
 
 def measure(ncu, only, folder):
@@ -202,8 +176,7 @@ def measure(ncu, only, folder):
     log.unlink(missing_ok=True)
     run = subprocess.run(command(ncu, log, only), stdin=subprocess.DEVNULL, cwd=ROOT)
     text = log.read_text(errors="replace") if log.exists() else ""
-    messages = [line for line in text.splitlines() if line.startswith("==") and "==PROF==" not in line]
-    print(*messages[-20:], sep="\n")
+    print(*[line for line in text.splitlines() if line.startswith("==") and "==PROF==" not in line][-20:], sep="\n")
     kernels, names = parse(text), [name for name, *_ in chosen(only, quick=False)]
     if run.returncode or not kernels:
         print(f"gpu-counters: no counters were read (ncu's exit status is {run.returncode}); see {log}")
@@ -215,8 +188,8 @@ def measure(ncu, only, folder):
         print(f"gpu-counters: {error}")
     (folder / "counters.json").write_text(json.dumps(measured, indent=1) + "\n")
     show(measured)
-    missing = [metric for metric in (*UNITS.values(), *FACTS.values()) if not any(metric in m for _, m in kernels)]
-    print(*(f"the profiler knows no {metric}" for metric in missing), f"in {folder / 'counters.json'}", sep="\n")
+    missing = {*UNITS.values(), *FACTS.values()}.difference(*(metrics for _, metrics in kernels))
+    print(*(f"the profiler knows no {metric}" for metric in sorted(missing)), folder / "counters.json", sep="\n")
     return 0 if list(measured) == names and all(measured.values()) else 1
 
 
@@ -232,25 +205,21 @@ def main(arguments=None) -> int:
         return 0
     import torch
 
-    ncu = shutil.which("ncu")
-    if not ncu:
-        print("gpu-counters: ncu is not on PATH: it comes with the CUDA toolkit, as Nsight Compute")
-        return 2
-    if not torch.cuda.is_available():
-        print(
-            f"gpu-counters: needs an NVIDIA GPU and a CUDA build of PyTorch; this is {torch.__version__} and sees none"
-        )
-        return 2
-    if not chosen(options.only, quick=False):
-        print(f"gpu-counters: no call has {' or '.join(options.only)} in its name; there are:")
-        print(*(name for name, *_ in calls(quick=False)), sep="\n")
-        return 2
     from selfsup_kernels.lab.bench import results
 
-    folder = options.out or ROOT / "benchmarks" / "results" / results.folder_name(
-        {"device": torch.cuda.get_device_name()}
-    )
-    return measure(ncu, options.only, folder.resolve())
+    ncu, reason = shutil.which("ncu"), None
+    if not ncu:
+        reason = "ncu is not on PATH: it comes with the CUDA toolkit, as Nsight Compute"
+    elif not torch.cuda.is_available():
+        reason = f"needs an NVIDIA GPU and a CUDA build of PyTorch; this is {torch.__version__} and sees none"
+    elif not chosen(options.only, quick=False):
+        names = ", ".join(name for name, *_ in calls(quick=False))
+        reason = f"no call has {' or '.join(options.only)} in its name; there are: {names}"
+    if reason:
+        print(f"gpu-counters: {reason}")
+        return 2
+    device = results.folder_name({"device": torch.cuda.get_device_name()})
+    return measure(ncu, options.only, (options.out or ROOT / "benchmarks" / "results" / device).resolve())
 
 
 if __name__ == "__main__":

@@ -2,20 +2,20 @@
 
     python benchmarks/gpu_smoke.py [--brief] [--initcheck] [--impl triton cuda]
 
-The shapes are the least that reach every kernel and every edge of it: batches that fill no tile, rows that are no power
-of two, rows short enough to stay in a program and long ones that come in pieces. That the numbers are right is for the
-tests; here they only have to be finite. ``--brief`` leaves out what differs in its arithmetic alone.
+The shapes are the smallest that reach every kernel and every edge of it: batches that fill no tile, rows that are no
+power of two, rows short enough to stay in a program and long ones that come in pieces. The results only have to be
+finite here; the tests say whether they are right. ``--brief`` leaves out what differs in its arithmetic alone.
 
-``--initcheck`` is for that tool: without the two places where kernels read, on purpose, memory that nobody has written.
-What adds up the BYOL loss finds a count of arrivals there (``_add_up`` in ``selfsup_kernels/triton/byol.py`` says how,
-and `csrc/cuda/byol.cu` does the same); so the losses are asked for one by one. And a wave's last rows, where they do
-not fill a tile of the product, are multiplied with what was there, and not stored; so long rows come in numbers that
-fill it.
+``--initcheck`` leaves out the two places where kernels read unwritten memory on purpose. The sum of the BYOL losses
+finds a count of arrivals there (``csrc/cuda/byol.cu``), so the losses are asked for one by one. The last rows of a
+wave of InfoNCE, where they do not fill a tile of the product, are multiplied with what was there, and not stored, so
+long rows come in numbers that fill it.
 """
 
 import argparse
-import itertools
 import sys
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the package of this checkout
@@ -25,9 +25,7 @@ import torch
 import selfsup_kernels as sk
 
 
-def info_nce(
-    device, impl, dtype, batch, dim, deterministic=False, labels=False, queue=False, learned=False, **arguments
-):
+def info_nce(dtype, batch, dim, device, deterministic=False, labels=False, queue=False, learned=False, **arguments):
     generator = torch.Generator().manual_seed(0)
 
     def rows(n):
@@ -41,7 +39,7 @@ def info_nce(
         temperature=temperature,
         labels=torch.randint(5, (batch,), generator=generator).to(device) if labels else None,
         queue=rows(70) if queue else None,
-        impl=impl,
+        impl="triton",
         **arguments,
     )
     loss.float().sum().backward()
@@ -49,43 +47,40 @@ def info_nce(
     return [loss, *(v.grad for v in views), *([temperature.grad] if learned else [])]
 
 
-def byol(device, impl, dtype, views, batch, dim, reduction):
-    p, t = (torch.randn(views, batch, dim).to(device, dtype) for _ in range(2))
-    p.requires_grad_()
-    loss = sk.byol_loss(p, t, reduction=reduction, impl=impl)
+def byol(dtype, views, dim, reduction, device):
+    p, t = (torch.randn(views, 37, dim).to(device, dtype) for _ in range(2))
+    loss = sk.byol_loss(p.requires_grad_(), t, reduction=reduction, impl="cuda")
     loss.sum().backward()
     return [loss, p.grad]
 
 
-def ema(device, impl, rounding):
-    sizes = [(3,), (4097,), (64, 65), (1,)]
+def ema(rounding, device):
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    targets = [torch.randn(s).to(device, d) for s, d in itertools.product(sizes, dtypes)]
+    targets = [torch.randn(s).to(device, d) for s in ((3,), (4097,), (64, 65), (1,)) for d in dtypes]
     sources = [torch.randn_like(t, dtype=torch.float32) for t in targets]
-    sk.ema_update_(targets, sources, 0.9, stochastic_rounding=rounding, impl=impl)
+    sk.ema_update_(targets, sources, 0.9, stochastic_rounding=rounding, impl="cuda")
     return targets
 
 
+KINDS = {
+    "plain": {},
+    "labels, queue": {"labels": True, "queue": True, "reduction": "none", "objective": "per_positive"},
+    "deterministic, learned": {"deterministic": True, "queue": True, "learned": True},
+}
+
+
 def calls(brief, initcheck=False):
-    """(name, function of the device and the implementation) of every call."""
+    """(implementation, name, function of the device) of every call."""
+    reduction = "none" if initcheck else "mean"
+    sizes = ((131, 40), (300, 128), (256 if initcheck else 131, 300))
     for dtype in (torch.bfloat16,) if brief else (torch.bfloat16, torch.float16, torch.float32):
-        for batch, dim in ((131, 40), (300, 128), (256 if initcheck else 131, 300)):
-            kinds = {
-                "plain": {},
-                "labels, queue": {"labels": True, "queue": True, "reduction": "none", "objective": "per_positive"},
-                "deterministic, learned": {"deterministic": True, "queue": True, "learned": True},
-            }
-            for name, arguments in kinds.items():
-                yield (
-                    f"info_nce {dtype} {batch}x{dim} {name}",
-                    lambda device, impl, a=(dtype, batch, dim), k=arguments: info_nce(device, impl, *a, **k),
-                )
-        reduction = "none" if initcheck else "mean"
+        for (batch, dim), (name, arguments) in product(sizes, KINDS.items()):
+            call = partial(info_nce, dtype, batch, dim, **arguments)
+            yield "triton", f"info_nce {dtype} {batch}x{dim} {name}", call
         for views, dim in ((2, 100), (3, 2048)):
-            name = f"byol {dtype} {views} views, D={dim} {reduction}"
-            yield name, lambda device, impl, a=(dtype, views, 37, dim, reduction): byol(device, impl, *a)
+            yield "cuda", f"byol {dtype} {views} views, D={dim}", partial(byol, dtype, views, dim, reduction)
     for rounding in (False, True):
-        yield f"ema rounding={rounding}", lambda device, impl, r=rounding: ema(device, impl, r)
+        yield "cuda", f"ema rounding={rounding}", partial(ema, rounding)
 
 
 def main(arguments=None) -> int:
@@ -96,12 +91,13 @@ def main(arguments=None) -> int:
     parser.add_argument("--device", default="cuda")
     options = parser.parse_args(arguments)
     failed = 0
-    for impl, (name, call) in itertools.product(options.impl, calls(options.brief, options.initcheck)):
+    for impl, name, call in calls(options.brief, options.initcheck):
+        if impl not in options.impl:
+            continue
         try:
-            results = call(torch.device(options.device), impl)
-            if not all(bool(x.isfinite().all()) for x in results):
+            if not all(bool(x.isfinite().all()) for x in call(device=torch.device(options.device))):
                 raise ArithmeticError("a result is not finite")
-        except Exception as error:  # the other calls are worth making
+        except Exception as error:  # the other calls run all the same
             failed += 1
             print(f"FAILED {impl} {name}: {type(error).__name__}: {error}", flush=True)
     if torch.cuda.is_available():

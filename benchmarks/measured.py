@@ -1,22 +1,13 @@
-"""What the committed results say, in words: shared by the tables, the pages and the pictures made from them."""
+"""Reads the committed results, and writes their numbers: shared by the tables and the pictures."""
 
 import json
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 OURS = "selfsup_kernels"
 OPS = ("info_nce", "byol", "ema")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-PARTS = {
-    "forward": "forward",
-    "backward": "backward",
-    "both": "forward + backward",
-    "update": "update",
-}
-
-
+PARTS = {"forward": "forward", "backward": "backward", "both": "forward + backward", "update": "update"}
 TRIED = ("out of memory", "skipped")
 """How the reasons begin for which a rival that is there has no time."""
 
@@ -36,15 +27,14 @@ def load(folder, name):
     return json.loads((Path(folder) / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def device_folders(results=RESULTS):
+def device_folders(results):
     """The folders that hold results of the bench command."""
     return sorted(folder for folder in results.iterdir() if any((folder / f"{op}.json").exists() for op in OPS))
 
 
 def cases(rows):
     """``{case: its rows}``, by views, dimension and dtype, and inside by batch and part."""
-    groups = {}
-    parts = list(PARTS)
+    parts, groups = list(PARTS), {}
 
     def place(row):
         return row["views"], row["dim"], DTYPES.index(row["dtype"]), row["batch"], parts.index(row["part"])
@@ -73,6 +63,14 @@ def is_ours(name):
     return name == OURS or name.startswith("impl=")
 
 
+def why_not(row, name):
+    """What stands in the place of a time that is missing, in a word or two."""
+    reason = (row.get("unavailable") or {}).get(name)
+    if reason is None:
+        return "-"
+    return next((word for word in (*TRIED, "absent") if reason.lower().startswith(word)), "not possible")
+
+
 def names(rows):
     """Ours, then our explicit implementations, then the rivals as they were measured.
 
@@ -80,22 +78,8 @@ def names(rows):
     """
     found = dict.fromkeys(name for row in rows for name in row["times"])
     for row in rows:
-        left_out = [name for name in row.get("unavailable") or {} if why_not(row, name) in TRIED]
-        found |= dict.fromkeys(left_out)
+        found |= dict.fromkeys(name for name in row.get("unavailable") or {} if why_not(row, name) in TRIED)
     return sorted(found, key=lambda name: (name != OURS, not is_ours(name)))
-
-
-def why_not(row, name):
-    """What stands in the place of a time that is missing, in a word or two."""
-    reason = (row.get("unavailable") or {}).get(name)
-    if reason is None:
-        return "-"
-    known = (*TRIED, "absent")
-    return next((word for word in known if reason.lower().startswith(word)), "not possible")
-
-
-def by_batch(rows, part):
-    return {row["batch"]: row for row in rows if row["part"] == part}
 
 
 def milliseconds(value):
@@ -118,18 +102,18 @@ def size(count):
         return "-"
     if count < 1e6:
         return "< 1 MB"
-    unit, scale = ("GB", 1e9) if count >= 1e9 else ("MB", 1e6)
-    value = count / scale
+    value, unit = (count / 1e9, "GB") if count >= 1e9 else (count / 1e6, "MB")
     return f"{value:.1f} {unit}" if value < 10 else f"{value:.0f} {unit}"
+
+
+def device_name(header):
+    threads = header.get("threads")
+    return header["device"] + (f", {threads} thread{'s' * (threads > 1)}" if threads else "")
 
 
 def device_line(header):
     """The device and the versions of a results file, as one line."""
-    if header.get("threads"):
-        place = [header["device"], f"{header['threads']} thread{'s' * (header['threads'] > 1)}"]
-        place += [header[key] for key in ("cpu_capability",) if header.get(key)]
-    else:
-        place = [header["device"], *(f"{key} {header[key]}" for key in ("driver", "cuda") if header.get(key))]
-    packages = ("torch",) if header.get("threads") else ("torch", "triton")
-    versions = [f"{key} {header[key]}" for key in packages if header.get(key)]
-    return ", ".join([*place, *versions, f"measured {header['date']}"]) + "."
+    facts = [header["cpu_capability"]] if header.get("threads") and header.get("cpu_capability") else []
+    keys = ("torch",) if header.get("threads") else ("driver", "cuda", "torch", "triton")
+    facts += [f"{key} {header[key]}" for key in keys if header.get(key)]
+    return ", ".join([device_name(header), *facts, f"measured {header['date']}"]) + "."

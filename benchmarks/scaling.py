@@ -1,19 +1,20 @@
-"""A loss over the batch of many processes (gloo, on this machine), beside what `scaling_model.py` says of it.
+"""A loss over the batch of many processes (gloo, on this machine), and what `scaling_model.py` says of it.
 
     python benchmarks/scaling.py [--samples 8192] [--processes 1 2 4 8] [--out DIR]
 
-Each process counts the bytes that it is sent, its highest resident memory, and the processor time that it spends (not
-the time that passes: more processes than processors wait for each other). The loss and the gradient are compared with
-those of one process.
+Each process counts the bytes that it is sent, its highest resident memory, and its CPU time (not the time that passes:
+more processes than cores wait for each other). The loss and the gradient are compared with those of one process.
 """
 
 import argparse
 import contextlib
 import os
+import statistics
 import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 import rich
 import rich.table
@@ -29,29 +30,13 @@ from selfsup_kernels.lab.bench import results, timing
 
 VIEWS = 2
 
-
 # Large blocks of memory go back to the system when they are freed, or the highest resident memory would be luck. The
 # processes read it when they start.
 os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 20)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--samples", type=int, default=8192, help="of the whole batch")
-    parser.add_argument("--dim", type=int, default=128)
-    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4, 8])
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="write scaling.json there")
-    args = parser.parse_args()
-    rows = [measure(n, args) for n in args.processes]
-    show(rows)
-    if args.out:
-        results.write(args.out, "scaling", results.header(timing.Clock("cpu")) | {"threads": 1}, rows)
-    return 1 if any(row["gradient_error"] > 1e-5 for row in rows) else 0
-
-
 def measure(processes, args):
-    """What the processes of one group report, their largest numbers, beside the model's."""
+    """What the processes of one group report, their largest numbers, and the model's."""
     with tempfile.TemporaryDirectory() as folder:
         multiprocessing.spawn(process, (processes, folder, args), nprocs=processes)
         reports = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(processes)]
@@ -81,32 +66,27 @@ def inputs(args):
 
 
 def process(rank, processes, folder, args):
+    """Measure one process of a group, and write its report."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=processes)
-    group = dist.group.WORLD
 
     def step(views):
-        views = views.requires_grad_()
-        loss = sk.info_nce_loss(views, group=group)
+        views = views.detach().requires_grad_()
+        loss = sk.info_nce_loss(views, group=dist.group.WORLD)
         loss.backward()
-        return loss.item(), views.grad
+        return {"loss": loss.item(), "gradient": views.grad}
 
     step(torch.randn(VIEWS, 64, args.dim))  # libraries, threads and code are loaded
     own = inputs(args).tensor_split(processes, 1)[rank].clone()
     dist.barrier()
-    host_memory.reset_peak()  # counts from here on
-    before = host_memory.status("VmRSS")
+    report, times = {}, []
     with counted() as received:
-        loss, gradient = step(own)
-    peak = host_memory.status("VmHWM") - before
-    report = {"received": sum(received), "peak": peak, "loss": loss, "gradient": gradient}
-    times = []
+        report["peak"] = host_memory.peak_growth(lambda: report.update(step(own)))
     for _ in range(args.repeats):
-        own.grad = None
         start = time.process_time()
-        step(own.detach())
+        step(own)
         times.append(time.process_time() - start)
-    report["seconds"] = sorted(times)[len(times) // 2]
+    report |= {"received": sum(received), "seconds": statistics.median_high(times)}
     torch.save(report, Path(folder) / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -126,29 +106,40 @@ def counted():
         received.append((dist.get_world_size(group) - 1) * x.nbytes)
         return reduce(x, group=group)
 
-    groups.all_gather, dist.all_reduce = all_gather, all_reduce
-    try:
+    with mock.patch.object(groups, "all_gather", all_gather), mock.patch.object(dist, "all_reduce", all_reduce):
         yield received
-    finally:
-        groups.all_gather, dist.all_reduce = gather, reduce
 
 
 def show(rows):
     table = rich.table.Table(title=f"{rows[0]['rows']} rows, D = {rows[0]['dim']}: each process, measured / model")
-    for name in ("processes", "received", "peak memory", "processor time", "of one process", "gradient error"):
+    for name in ("processes", "received", "peak memory", "CPU time", "of one process", "gradient error"):
         table.add_column(name, justify="right")
-    alone = rows[0]
     for row in rows:
-        share = row["processor_ms"] / alone["processor_ms"]
+        shares = [row[key] / rows[0][key] for key in ("processor_ms", "model_products")]
         table.add_row(
             str(row["processes"]),
             f"{row['received_bytes'] / 1e6:.2f} / {row['model_received_bytes'] / 1e6:.2f} MB",
             f"{row['peak_bytes'] / 1e6:.1f} / {row['model_peak_bytes'] / 1e6:.1f} MB",
             f"{row['processor_ms']:.0f} ms",
-            f"{share:.2f} / {row['model_products'] / alone['model_products']:.2f}",
+            f"{shares[0]:.2f} / {shares[1]:.2f}",
             f"{row['gradient_error']:.1e}",
         )
     rich.print(table)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--samples", type=int, default=8192, help="of the whole batch")
+    parser.add_argument("--dim", type=int, default=128)
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", type=Path, help="write scaling.json there")
+    args = parser.parse_args()
+    rows = [measure(n, args) for n in args.processes]
+    show(rows)
+    if args.out:
+        results.write(args.out, "scaling", results.header(timing.Clock("cpu")) | {"threads": 1}, rows)
+    return 1 if any(row["gradient_error"] > 1e-5 for row in rows) else 0
 
 
 if __name__ == "__main__":

@@ -7,11 +7,11 @@ or bfloat16, no queue.
 
 from typing import NamedTuple
 
-HEADER_BYTES = 16 * 8
+HEADER_BYTES = 19 * 8
 
 
 class Work(NamedTuple):
-    """Of one process, for one forward and backward."""
+    """One process's share of one forward and backward."""
 
     received_bytes: int
     """By the all-gathers and the all-reduce: what the other processes sent."""
@@ -52,7 +52,7 @@ SPLIT_ROWS = 2 * 132 * 64
 
 
 def gpu(processes, rows, dim, views, element=2) -> Work:
-    """The GPU tiers. Tables are float32: fast and slow weights and coef of each view, three numbers of the whole
+    """The GPU kernels. Tables are float32: fast and slow weights and coef of each view, three numbers of the whole
     process, the upstream gradient. One process alone computes each score once for both rows in the forward."""
     columns = 3 * views + 4
     own = rows / processes
@@ -62,23 +62,13 @@ def gpu(processes, rows, dim, views, element=2) -> Work:
     partial = max(own, SPLIT_ROWS) * dim * 4
     backward = stored + partial + 4 * rows * (3 * views + 1 + 2 * columns + 3 * views)
     return Work(
-        received_bytes(processes, rows // processes, dim, views, element, 4, columns) if processes > 1 else 0,
+        received_bytes(processes, rows // processes, dim, views, element, 4, columns),
         int(max(forward, backward) + own * dim * element),
         dim * (6 * own * rows - (rows * rows if processes == 1 else 0)),
     )
 
 
-class Rates(NamedTuple):
-    """Of one process; none of them measured here."""
-
-    products_per_second: float
-    inside_bytes_per_second: float
-    """Within a machine of ``per_machine`` processes."""
-    outside_bytes_per_second: float
-    per_machine: int = 8
-
-
-def seconds(work: Work, processes: int, rates: Rates) -> tuple[float, float]:
-    """(computing, communicating), one after the other. A ring through all processes runs at its slowest link."""
-    slowest = rates.inside_bytes_per_second if processes <= rates.per_machine else rates.outside_bytes_per_second
-    return work.products / rates.products_per_second, work.received_bytes / slowest
+def seconds(work: Work, processes: int, products, inside, outside, per_machine=8) -> tuple[float, float]:
+    """(computing, communicating), one after the other, from rates per second: operations, and bytes inside a machine of
+    ``per_machine`` processes and outside. A ring through all processes runs at its slowest link."""
+    return work.products / products, work.received_bytes / (inside if processes <= per_machine else outside)

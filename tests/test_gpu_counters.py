@@ -13,7 +13,7 @@ counters = benchmarks_script("gpu_counters")
 pytestmark = pytest.mark.unpoisoned
 
 SUMS = "sums_kernel"
-GRADIENT = "void selfsup::(anonymous namespace)::gradient_kernel<__nv_bfloat16, (int)256>(selfsup::Gradient)"
+EMA = "void selfsup::(anonymous namespace)::ema_kernel<__nv_bfloat16, (int)256>(selfsup::Gradient)"
 SPIN = "at::cuda::(anonymous namespace)::spin_kernel(long)"
 STALL = "smsp__average_warps_issue_stalled_{}_per_issue_active.ratio"
 
@@ -30,15 +30,15 @@ def metrics(tensor, memory, ns=2_500_000):
     }
 
 
-LAUNCHES = [(SUMS, metrics(71.5, 3)), (SPIN, metrics(0, 0, 1)), (GRADIENT, metrics(20, 30)), (SPIN, metrics(0, 0, 1))]
+LAUNCHES = [(SUMS, metrics(71.5, 3)), (SPIN, metrics(0, 0, 1)), (EMA, metrics(20, 30)), (SPIN, metrics(0, 0, 1))]
 
 
-def quoted(*cells):
-    return ",".join(f'"{cell}"' for cell in cells)
+def printed_by_ncu(launches):
+    """A row for each kernel, below one of units."""
 
+    def quoted(*cells):
+        return ",".join(f'"{cell}"' for cell in cells)
 
-def wide(launches):
-    """The page "raw": a row for each kernel, below one of units."""
     names = list(metrics(0, 0))
     lines = [
         "==PROF== Connected to process 7 (/usr/bin/python3)",
@@ -49,61 +49,34 @@ def wide(launches):
     return "\n".join([*lines, "==PROF== Disconnected from process 7"])
 
 
-def long(launches):
-    """The other pages: a row for each metric of each kernel."""
-    lines = [quoted("ID", "Process ID", "Kernel Name", "Section Name", "Metric Name", "Metric Unit", "Metric Value")]
-    for i, (kernel, values) in enumerate(launches):
-        lines += [quoted(i, 7, kernel, "Command line profiler metrics", k, u, v) for k, (v, u) in values.items()]
-    return "\n".join(lines)
-
-
-@pytest.mark.parametrize("page", [wide, long])
-def test_both_tables_of_the_profiler_are_read(page):
-    kernels = counters.parse(page(LAUNCHES))
-    assert [name for name, _ in kernels] == [name for name, _ in LAUNCHES]
-    for (_, got), (_, wanted) in zip(kernels, LAUNCHES, strict=True):
-        for name, (value, _) in wanted.items():
-            assert got[name] == float(value.replace(",", ""))
-
-
-def test_more_than_ten_kernels_stay_in_order():
-    launches = [(f"kernel_{i}", metrics(i, 0)) for i in range(12)]
-    assert [name for name, _ in counters.parse(wide(launches))] == [name for name, _ in launches]
+def test_the_table_of_the_profiler_is_read():
+    launches = [*LAUNCHES, *((f"kernel_{i}", metrics(i, "n/a")) for i in range(12))]
+    kernels = counters.parse(printed_by_ncu(launches))
+    assert [name for name, _ in kernels] == [name for name, _ in launches]
+    for (_, got), (_, wanted) in zip(kernels, launches, strict=True):
+        read = {name: float(v.replace(",", "")) for name, (v, _) in wanted.items() if v != "n/a"}
+        assert {name: value for name, value in got.items() if name in wanted} == read
 
 
 def test_a_row_says_what_bounds_the_kernel():
-    busy, waiting = (counters.describe(*kernel) for kernel in counters.parse(wide(LAUNCHES))[::2])
-    assert busy["kernel"] == "sums_kernel"
-    assert busy["ns"] == 2_500_000
-    assert busy["registers"] == 168
+    busy, waiting = (counters.describe(*kernel) for kernel in counters.parse(printed_by_ncu(LAUNCHES))[::2])
+    assert (busy["kernel"], waiting["kernel"]) == ("sums_kernel", "ema_kernel")
+    assert (busy["ns"], busy["registers"]) == (2_500_000, 168)
     assert busy["occupancy_percent"] is None  # not among what was read
     assert busy["units"] == {"tensor": 71.5, "memory": 3}
     assert busy["bound"] == "tensor 72 %"
-    assert waiting["kernel"] == "gradient_kernel"
     assert list(waiting["stalls"]) == ["math_pipe_throttle", "long_scoreboard"]
     assert waiting["bound"] == "latency: memory 30 % at most, waits on math_pipe_throttle"
     assert "no counters" in counters.describe("other", {})["bound"]
 
 
 def test_kernels_are_divided_by_the_marks():
-    divided = counters.divide(counters.parse(wide(LAUNCHES)), ["first", "second"])
-    assert {name: [row["kernel"] for row in rows] for name, rows in divided.items()} == {
-        "first": ["sums_kernel"],
-        "second": ["gradient_kernel"],
-    }
+    divided = counters.divide(counters.parse(printed_by_ncu(LAUNCHES)), ["first", "second"])
+    assert [[row["kernel"] for row in rows] for rows in divided.values()] == [["sums_kernel"], ["ema_kernel"]]
     for broken in (LAUNCHES[:-1], LAUNCHES[1:3], []):
         with pytest.raises(ValueError, match="were to be made"):
-            counters.divide(counters.parse(wide(broken)), ["first", "second"])
+            counters.divide(counters.parse(printed_by_ncu(broken)), ["first", "second"])
 
-
-def test_values_that_are_none_are_left_out():
-    launches = [(SUMS, metrics(71.5, "n/a"))]
-    ((_, got),) = counters.parse(wide(launches))
-    assert counters.UNITS["memory"] not in got
-    assert counters.describe(SUMS, got)["units"] == {"tensor": 71.5}
-
-
-# ---------------------------------------------------------------- the command, with a stand-in for the profiler
 
 PROFILER = """#!{python}
 import pathlib, subprocess, sys
@@ -117,81 +90,57 @@ print(run.stdout, run.stderr)
 log.write_text({text!r})
 sys.exit({status})
 """
+BUSY = (SUMS, metrics(91, 0))
+MARK = (SPIN, metrics(0, 0))
 
 
-@pytest.fixture
-def profiler(tmp_path, monkeypatch):
-    """Makes a stand-in for ``ncu`` that runs the calls, small and on the CPU, and then prints ``text``."""
+@pytest.mark.parametrize(
+    ("text", "status", "expected", "shown"),
+    [
+        (printed_by_ncu([BUSY, MARK]), 0, 0, ["tensor 91 %", f"knows no {counters.UNITS['xu']}"]),
+        (printed_by_ncu([MARK]), 0, 1, []),  # a call without kernels is one that failed
+        (printed_by_ncu([BUSY]), 0, 1, ["0 calls between the marks", "tensor 91 %"]),
+        ("==ERROR== no permission to access the counters\n", 1, 1, ["no permission", "no counters were read"]),
+        ("", 1, 1, ["no counters were read"]),
+    ],
+)
+def test_a_whole_run(tmp_path, monkeypatch, capfd, text, status, expected, shown):
+    """With a stand-in for ``ncu`` that makes the calls, small and on the CPU, and then prints ``text``."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-
-    def make(text, status=0):
-        path = tmp_path / "ncu"
-        path.write_text(PROFILER.format(python=sys.executable, text=text, status=status))
-        path.chmod(0o755)
-        return str(path)
-
-    return make
-
-
-ONLY = ["triton: ema"]
-
-
-def test_a_whole_run(profiler, tmp_path, capfd):
-    kernels = [("ema_kernel", metrics(0, 91)), (SPIN, metrics(0, 0))]
-    assert counters.measure(profiler(wide(kernels)), ONLY, tmp_path) == 0
+    monkeypatch.setattr(counters, "chosen", lambda only, quick: counters.calls(quick)[4:5])
+    ncu = tmp_path / "ncu"
+    ncu.write_text(PROFILER.format(python=sys.executable, text=text, status=status))
+    ncu.chmod(0o755)
+    assert counters.measure(str(ncu), ["V2 B2 D128"], tmp_path) == expected
     printed = capfd.readouterr().out
     assert "FAILED" not in printed
-    (line,) = [line for line in printed.splitlines() if line.strip().startswith("ema_kernel")]
-    assert line.split()[1] == "2.5"
-    assert line.endswith("memory 91 %")
-    assert f"knows no {counters.UNITS['xu']}" in printed
-    data = json.loads((tmp_path / "counters.json").read_text())
-    assert [row["kernel"] for rows in data.values() for row in rows] == ["ema_kernel"]
+    assert all(words in printed for words in shown)
+    if not expected:
+        ((row,),) = json.loads((tmp_path / "counters.json").read_text()).values()
+        assert row["kernel"] == SUMS
 
 
-def test_a_call_without_kernels_is_a_failure(profiler, tmp_path, capfd):
-    """As one that failed: the others are still shown."""
-    kernels = [("ema_kernel", metrics(0, 91)), (SPIN, metrics(0, 0)), (SPIN, metrics(0, 0))]
-    assert counters.measure(profiler(wide(kernels)), ["ema"], tmp_path) == 1
-    printed = capfd.readouterr().out
-    assert "FAILED cuda: ema" in printed
-    assert "memory 91 %" in printed
+def test_a_call_that_fails_is_named(monkeypatch, capsys):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr("selfsup_kernels.ema_update_", lambda *arguments, **options: 1 / 0)
+    counters.make_calls(["cuda: ema"], quick=True)
+    assert "FAILED cuda: ema" in capsys.readouterr().out
 
 
-def test_marks_that_do_not_fit_are_a_failure_and_hide_nothing(profiler, tmp_path, capfd):
-    assert counters.measure(profiler(wide([("ema_kernel", metrics(0, 91))])), ONLY, tmp_path) == 1
-    printed = capfd.readouterr().out
-    assert "0 calls between the marks" in printed
-    assert "memory 91 %" in printed
-
-
-@pytest.mark.parametrize("text", ["==ERROR== The user has no permission to access the counters\n", ""])
-def test_a_profiler_that_reads_nothing_is_a_failure(profiler, tmp_path, capfd, text):
-    assert counters.measure(profiler(text, status=1), ONLY, tmp_path) == 1
-    printed = capfd.readouterr().out
-    assert text.strip() in printed
-    assert "no counters were read" in printed
-
-
-def test_without_a_profiler_or_a_gpu_it_says_so(monkeypatch, tmp_path):
+def test_without_a_profiler_or_a_gpu_it_says_so(tmp_path):
     environment = os.environ | {"PATH": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
-    run = subprocess.run([sys.executable, counters.__file__], env=environment, capture_output=True, text=True)
-    assert (run.returncode, run.stderr) == (2, "")
-    assert "ncu is not on PATH" in run.stdout
-    (tmp_path / "ncu").write_text("#!/bin/sh\n")
-    (tmp_path / "ncu").chmod(0o755)
-    run = subprocess.run([sys.executable, counters.__file__], env=environment, capture_output=True, text=True)
-    assert (run.returncode, run.stderr) == (2, "")
-    assert "needs an NVIDIA GPU" in run.stdout
+    for reason in ("ncu is not on PATH", "needs an NVIDIA GPU"):
+        run = subprocess.run([sys.executable, counters.__file__], env=environment, capture_output=True, text=True)
+        assert (run.returncode, run.stderr) == (2, "")
+        assert reason in run.stdout
+        (tmp_path / "ncu").write_text("#!/bin/sh\n")
+        (tmp_path / "ncu").chmod(0o755)
 
 
 def test_every_kind_of_kernel_is_called():
     names = [name for name, *_ in counters.calls(quick=False)]
     assert len(set(names)) == len(names)
-    for impl in ("triton", "cuda"):
-        for op in ("info_nce", "byol", "ema"):
-            assert any(name.startswith(f"{impl}: {op}") for name in names)
-    assert [name for name, *_ in counters.chosen(["cuda: ema"], quick=False)] == [
-        name for name in names if name.startswith("cuda: ema")
-    ]
+    for kind in ("triton: info_nce", "cuda: byol", "cuda: ema"):
+        assert [name for name, *_ in counters.chosen([kind], quick=False)] == [n for n in names if n.startswith(kind)]
+        assert any(name.startswith(kind) for name in names)

@@ -13,7 +13,6 @@ import torch
 
 pytest.importorskip("triton")
 
-from selfsup_kernels import __main__ as command
 from selfsup_kernels.lab import machine_code, tune
 from selfsup_kernels.tiles import configs
 
@@ -22,7 +21,7 @@ SMALL = tune.Task("sums", "half", 64)
 
 
 def shipped(task, architecture):
-    return configs.Config(**TABLE[f"sm_{architecture}"][task.kernel][task.kind][configs.width_of(task.dim)])
+    return task.entry(TABLE, architecture)
 
 
 @pytest.mark.parametrize("architecture", configs.ARCHITECTURES)
@@ -65,7 +64,7 @@ def test_what_spills_or_does_not_fit_is_not_measured(processes):
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) if processes else nullcontext() as pool:
         kept, dropped = tune.filter_candidates(SMALL, found, 80, pool)
     assert kept == [good]
-    assert dropped == {"stack frame": 1, "shared memory": 1, "programs do not fit": 1}
+    assert dropped == {"stack frame of N bytes": 1, "shared memory N KB of N": 1, "N programs do not fit": 1}
 
 
 @pytest.fixture
@@ -80,36 +79,34 @@ def pretend(task, config, rows):
     return rows / (config.block_m * config.block_n) * config.num_warps + config.num_stages
 
 
-def test_the_fastest_is_chosen(all_fit, capsys):
-    measured = tune.tune(SMALL, TABLE, 90, pretend)
+def test_the_fastest_is_chosen(all_fit):
+    measured, dropped = tune.tune(SMALL, TABLE, 90, pretend)
     scores = [math.prod(pretend(SMALL, m.config, rows) for rows in SMALL.rows) for m in measured]
     assert scores == sorted(scores)
     assert shipped(SMALL, 90) in [m.config for m in measured]
     assert all(m.config.num_stages > 1 for m in measured)
-    assert "RuntimeError" in capsys.readouterr().out  # a launch that was refused is counted, and ends nothing
+    assert dropped["RuntimeError"] > 0  # a launch that was refused is counted, and ends nothing
 
 
-def test_everything_that_was_measured_is_kept_as_data(all_fit, tmp_path):
-    path = tmp_path / "new" / "tune.json"
-    log = tune.Log(path, device="some GPU")
-    measured = tune.tune(SMALL, TABLE, 90, pretend, log=log)
-    tune.tune(tune.Task("product", "half", 1024), TABLE, 90, pretend, log=log)
-    data = json.loads(path.read_text())
-    assert data["device"] == "some GPU"
-    assert list(data["entries"]) == ["sums half 64", "product half long"]
-    entry = data["entries"]["sums half 64"]
+def test_everything_that_was_measured_is_kept_as_data(all_fit):
+    kept = []
+    todo = [SMALL, tune.Task("product", "half", 1024)]
+    rates = dict.fromkeys(tune.KINDS, 1e15)
+    chosen = tune.run(TABLE, 90, todo, pretend, rates, minutes=10**6, keep=lambda entries: kept.append(dict(entries)))
+    assert [list(entries) for entries in kept] == [["sums half 64"], ["sums half 64", "product half long"]]
+    entry = json.loads(json.dumps(kept[-1]))["sums half 64"]
     assert entry["rows"] == list(SMALL.rows)
-    assert [(m["block_m"], tuple(m["ms"])) for m in entry["measured"]] == [
-        (m.config.block_m, m.times) for m in measured
-    ]
+    assert entry["measured"][0]["block_m"] == chosen[SMALL].block_m
     assert [m["shipped"] for m in entry["measured"]].count(True) == 1
     assert entry["dropped"]["RuntimeError"] > 0
 
 
 def test_without_time_the_shipped_one_is_measured(all_fit, capsys):
-    measured = tune.tune(SMALL, TABLE, 90, pretend, until=time.monotonic() - 1)
+    measured, _ = tune.tune(SMALL, TABLE, 90, pretend, until=time.monotonic() - 1)
     assert [m.config for m in measured] == [shipped(SMALL, 90)]
     assert "left for want of time" in capsys.readouterr().out
+    assert tune.run(TABLE, 90, [SMALL], pretend, {}, minutes=-1) == {}
+    assert "give more --minutes" in capsys.readouterr().out
 
 
 def test_the_table_that_is_written_is_read(all_fit, tmp_path, monkeypatch, capsys):
@@ -148,11 +145,6 @@ def test_tiles_with_masks_that_would_not_divide_the_others_are_not_written():
     assert not_so == TABLE
 
 
-def test_no_time_at_all(all_fit, capsys):
-    assert tune.run(TABLE, 90, [SMALL], pretend, {}, minutes=-1) == {}
-    assert "give more --minutes" in capsys.readouterr().out
-
-
 def test_an_override_ends():
     before = configs.lookup("sums", 90, torch.bfloat16, 64)
     other = before._replace(num_stages=7)
@@ -163,12 +155,15 @@ def test_an_override_ends():
     assert configs.lookup("sums", 90, torch.bfloat16, 64) == before
 
 
-def test_without_a_gpu_it_says_so(monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("arguments", "refused"),
+    [
+        ({}, "needs an NVIDIA GPU"),
+        ({"kernels": ["sums", "addition"]}, "--op: expected some of sums"),
+        ({"kinds": ["double"]}, "--dtype: expected some of half"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(arguments, refused, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert command.main(["tune"]) == 2
-    assert "needs an NVIDIA GPU" in capsys.readouterr().out
-
-
-def test_wrong_names_are_refused(capsys):
-    assert command.main(["tune", "--op", "sums", "addition"]) == 2
-    assert "addition" in capsys.readouterr().out
+    assert tune.main(**arguments) == 2
+    assert refused in capsys.readouterr().out

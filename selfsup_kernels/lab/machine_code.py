@@ -1,8 +1,8 @@
-"""Compiles the kernels for an architecture that need not be there, and tells what is wrong with the machine code.
+"""Compiles the Triton kernels for an architecture that need not be there, and says what is wrong with the machine code.
 
-The public functions are called with CPU tensors while ``_launch.launch`` records instead of launching: what is compiled
-is what a user's call launches. Triton compiles for any architecture; only its driver looks for a device, and is
-replaced meanwhile. No number of the results means anything.
+The public functions are called with CPU tensors while ``launcher.launch`` records instead of launching: what is
+compiled is what a user's call launches. Triton compiles for any architecture; only its driver looks for a device, and
+is replaced meanwhile. The numbers of the results mean nothing.
 """
 
 import contextlib
@@ -11,11 +11,12 @@ import io
 import json
 import math
 import re
-import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 import triton
@@ -27,10 +28,6 @@ from selfsup_kernels.core import backends
 from selfsup_kernels.lab import sass
 from selfsup_kernels.tiles import launcher
 
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-READER = 3
-"""Part of the key under which what was read from a kernel is kept, in Triton's own cache."""
-
 
 class Resources(NamedTuple):
     """What a multiprocessor has (CUDA C++ Programming Guide, technical specifications per compute capability)."""
@@ -41,7 +38,7 @@ class Resources(NamedTuple):
     threads: int
     programs: int
     processors: int
-    """Of the data-centre part that most people have; launchers size their grids by it."""
+    """Multiprocessors of the most common data-centre part; launchers size their grids by it."""
 
 
 KB = 1024
@@ -56,11 +53,11 @@ REGISTERS = 65536
 TENSOR_MEMORY_COLUMNS = 512
 
 MATRIX_KERNELS = ("sums_kernel", "gradient_kernel", "wave_kernel", "product_kernel")
-"""Kernels whose work is matrix products: they are wrong without the architecture's instruction for them."""
+"""Kernels that are wrong without the architecture's matrix instruction."""
 
 
 class Code(NamedTuple):
-    """What the machine code of one kernel says about it."""
+    """The machine code of one kernel, in numbers."""
 
     registers: int
     stack: int
@@ -68,22 +65,15 @@ class Code(NamedTuple):
     tensor_memory: int
     """Columns of Blackwell's tensor memory."""
     counts: dict[str, int]
-    loop: tuple[dict[str, int], dict[str, int]] | None
-    """:class:`selfsup_kernels.lab.sass.MainLoop`."""
 
-    def count(self, *prefixes: str) -> int:
-        return sum(n for name, n in self.counts.items() if name.startswith(prefixes))
-
-    @property
-    def tensor_core_fifth(self) -> int:
-        """tcgen05 products."""
-        return sum(n for name, n in self.counts.items() if re.match(r"UTC\w*MMA", name))
+    def count(self, pattern: str) -> int:
+        """Instructions whose name begins with ``pattern``."""
+        return sum(n for name, n in self.counts.items() if re.match(pattern, name))
 
 
 class Launch(NamedTuple):
-    """One kernel as one launcher asked for it."""
+    """One kernel as a launcher asked for it."""
 
-    module: str
     kernel: str
     constants: dict
     options: dict
@@ -102,124 +92,83 @@ def available() -> str | None:
     """None where kernels can be compiled and read, else the reason."""
     if launcher.INTERPRETED:
         return "TRITON_INTERPRET is set: kernels are interpreted, not compiled"
-    if not (TOOLS / "cuobjdump").exists():
-        return f"this Triton ({triton.__version__}) comes without cuobjdump"
-    return None
+    return None if sass.tool() else f"this Triton ({triton.__version__}) comes without cuobjdump"
 
 
-class _NoDevice:
+def _driver(architecture):
     """As much of a driver as compiling asks for."""
-
-    def __init__(self, architecture):
-        self.target = GPUTarget("cuda", architecture, 32)
-
-    def get_current_target(self):
-        return self.target
-
-    def get_current_device(self):
-        return f"sm_{self.target.arch}"  # the key of each kernel's own cache
-
-    def get_current_stream(self, device):
-        return 0
-
-    def get_active_torch_device(self):
-        return torch.device("cpu")
+    target = GPUTarget("cuda", architecture, 32)
+    return SimpleNamespace(
+        get_current_target=lambda: target,
+        get_current_device=lambda: f"sm_{architecture}",  # the key of each kernel's own cache
+        get_current_stream=lambda device: 0,
+        get_active_torch_device=lambda: torch.device("cpu"),
+    )
 
 
 @contextlib.contextmanager
 def recording(architecture: int, wanted: Callable[[str], bool] = lambda kernel: True):
     """Within it launchers compile for ``architecture`` and launch nothing. Gives a list that fills with one
     :class:`Launch` for every kernel that is ``wanted`` and that differs from those before it."""
-    launches, seen = [], set()
+    launches, keys = [], set()
 
     def record(kernel, grid, *args, **options):
-        if not wanted(kernel.__name__):
-            return
-        launch = compile_kernel(kernel, grid, *args, **options)
-        if launch.key not in seen:
-            seen.add(launch.key)
-            launches.append(launch)
+        if wanted(kernel.__name__):
+            launch = compile_kernel(kernel, grid, *args, **options)
+            if launch.key not in keys:
+                keys.add(launch.key)
+                launches.append(launch)
 
-    replaced = {
-        (launcher, "launch"): record,
-        (launcher, "arch_of"): lambda tensor: architecture,
-        (launcher, "processors_of"): lambda tensor: RESOURCES[architecture].processors,
-        (backends, "select"): lambda impl, *_, **__: "triton",
+    launchers = {
+        "launch": record,
+        "arch_of": lambda tensor: architecture,
+        "processors_of": lambda tensor: RESOURCES[architecture].processors,
     }
-    before = {(owner, name): getattr(owner, name) for owner, name in replaced}
-    active = driver._active
-    deterministic = torch.are_deterministic_algorithms_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory
     # The workspaces of a large call are never written to: filling them would be all the time this takes.
     torch.utils.deterministic.fill_uninitialized_memory = False
-    driver.set_active(_NoDevice(architecture))
-    for (owner, name), function in replaced.items():
-        setattr(owner, name, function)
     try:
-        yield launches
+        with (
+            mock.patch.multiple(launcher, **launchers),
+            mock.patch.multiple(backends, select=lambda *_, **__: "triton"),
+            mock.patch.object(driver, "_active", _driver(architecture)),
+        ):
+            yield launches
     finally:
-        for (owner, name), function in before.items():
-            setattr(owner, name, function)
-        driver._active = active
         torch.utils.deterministic.fill_uninitialized_memory = fill
-        torch.use_deterministic_algorithms(deterministic)
 
 
 def compile_kernel(kernel, grid, *args, **options) -> Launch:
-    """Compile for the active driver's architecture, and read. Never raises on account of the kernel."""
+    """Compile for the active driver's architecture, and read. A kernel that does not compile is a result, not an
+    exception."""
     constants = {name: value for name, value in options.items() if name.isupper()}
     others = {name: value for name, value in options.items() if not name.isupper()}
-    module = kernel.fn.__module__.rsplit(".", 1)[-1]
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # where ptxas refuses, Triton prints the whole listing
             compiled = kernel.warmup(*args, grid=grid, **options)
-        return Launch(module, kernel.__name__, constants, others, compiled.hash, read(compiled), None)
-    except Exception as error:  # a compiler fails in many ways, and each is a finding
+        return Launch(kernel.__name__, constants, others, compiled.hash, read(compiled), None)
+    except Exception as error:  # a compiler fails in many ways
         refused = re.search(r"ptxas (?:fatal|error)\s*: .*", str(error))
         text = refused[0] if refused else " ".join(str(error).split())[-200:]  # the reason comes last, after the place
         text = f"{type(error).__name__}: {text}"
-        key = f"{kernel.__name__} {options} {text}"
-        return Launch(module, kernel.__name__, constants, others, key, None, text)
+        return Launch(kernel.__name__, constants, others, f"{kernel.__name__} {options} {text}", None, text)
 
 
 def read(compiled) -> Code:
-    """What the machine code says; kept beside the kernel in Triton's cache, since disassembling costs as long as
-    finding a compiled kernel there."""
-    manager = get_cache_manager(hashlib.sha256(f"{compiled.hash} {READER}".encode()).hexdigest())
-    kept = manager.get_file("code.json")
-    if kept:
+    """Read the machine code. The result is kept in Triton's cache: disassembling takes as long as finding a compiled
+    kernel there."""
+    manager = get_cache_manager(hashlib.sha256(f"{compiled.hash} machine code 4".encode()).hexdigest())
+    if kept := manager.get_file("code.json"):
         return Code(**json.loads(Path(kept).read_text()))
-    code = _read(compiled)
-    manager.put(json.dumps(code._asdict()), "code.json", binary=False)
-    return code
-
-
-def _read(compiled):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        listing, usage = (_cuobjdump(option, file.name) for option in ("-sass", "-res-usage"))
-    used = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage)
-    code = sass.instructions(listing)
-    counts: dict[str, int] = {}
-    for instruction in code:
-        counts[instruction.name] = counts.get(instruction.name, 0) + 1
-    loop = sass.main_loop(code)
-    return Code(
-        registers=int(used[1]),
-        stack=int(used[2]),
-        shared=compiled.metadata.shared + int(used[3]),
-        tensor_memory=getattr(compiled.metadata, "tmem_size", 0) or 0,
-        counts=counts,
-        loop=loop and tuple(loop),
-    )
-
-
-def _cuobjdump(option, path):
-    done = subprocess.run([TOOLS / "cuobjdump", option, path], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"cuobjdump {option}: {done.stderr.strip()}")
-    return done.stdout
+        (usage,) = sass.usage_of(sass.dump("-res-usage", file.name)).values()
+        (counts,) = sass.counts_of(sass.dump("-sass", file.name).splitlines()).values()
+    shared, columns = compiled.metadata.shared + usage.shared, getattr(compiled.metadata, "tmem_size", 0) or 0
+    code = Code(usage.registers, usage.stack, shared, columns, dict(counts))
+    manager.put(json.dumps(code._asdict()), "code.json", binary=False)
+    return code
 
 
 def occupancy(code: Code, warps: int, architecture: int) -> int:
@@ -227,54 +176,42 @@ def occupancy(code: Code, warps: int, architecture: int) -> int:
     r = RESOURCES[architecture]
     per_warp = 256 * math.ceil(32 * code.registers / 256)  # handed out in these units
     limits = [r.programs, r.threads // (32 * warps), REGISTERS // (per_warp * warps)]
-    limits.append(r.shared // (code.shared + KB))  # each program has one KB of the system's
+    limits.append(r.shared // (code.shared + KB))  # the system takes one KB of each program
     if code.tensor_memory:
         limits.append(TENSOR_MEMORY_COLUMNS // code.tensor_memory)
     return min(limits)
 
 
-def matrix_instruction(architecture: int) -> str:
-    return {90: "HGMMA", 100: "tcgen05"}.get(architecture, "HMMA")
+MATRIX_INSTRUCTION = {90: ("HGMMA", "HGMMA"), 100: ("tcgen05", r"UTC\w*MMA")}
+"""Architecture -> (name, pattern) of its matrix instruction, where that is not HMMA."""
 
 
 def matrix_count(code: Code, architecture: int) -> int:
     """The architecture's own matrix instructions in the code."""
-    name = matrix_instruction(architecture)
-    return code.tensor_core_fifth if name == "tcgen05" else code.count(name)
+    return code.count(MATRIX_INSTRUCTION.get(architecture, ("HMMA", "HMMA"))[1])
 
 
 def problems(launch: Launch, architecture: int) -> list[str]:
-    """Why a kernel must not be shipped with this configuration; none: no objection."""
+    """Why a kernel must not be shipped with this configuration; empty where nothing is wrong."""
     if launch.code is None:
         return [launch.error]
     code, found = launch.code, []
     if code.stack:
         found.append(f"stack frame of {code.stack} bytes")
-    if spills := code.count("LDL", "STL"):
+    if spills := code.count("LDL|STL"):
         found.append(f"{spills} local loads and stores")
     limit = RESOURCES[architecture].block_shared
     if code.shared > limit:
         found.append(f"shared memory {code.shared / KB:.0f} KB of {limit // KB}")
-    if launch.kernel in MATRIX_KERNELS and not matrix_count(code, architecture):
-        # Hopper's and Blackwell's own instructions take float32 operands in one order only; the older one takes both.
+    if launch.kernel in MATRIX_KERNELS:
+        # Hopper's and Blackwell's own instructions take float32 operands in one order only; HMMA takes both.
         older = code.count("HMMA")
-        if not (older and launch.constants.get("PRECISION", "ieee") != "ieee"):
-            found.append(f"no {matrix_instruction(architecture)}" + (" (HMMA instead)" if older else ""))
-    if launch.kernel in MATRIX_KERNELS and (fences := code.count("MEMBAR.ALL.GPU", "MEMBAR.SC.GPU")):
-        found.append(f"{fences} fences of the whole device")  # an atomic's default order; nothing here needs one
+        fits = older and launch.constants.get("PRECISION", "ieee") != "ieee"
+        if not matrix_count(code, architecture) and not fits:
+            name = MATRIX_INSTRUCTION.get(architecture, ("HMMA",))[0]
+            found.append(f"no {name}" + (" (HMMA instead)" if older else ""))
+        if fences := code.count(r"MEMBAR\.(ALL|SC)\.GPU"):
+            found.append(f"{fences} fences of the whole device")  # the default order of an atomic; none here needs it
     if launch.constants.get("DESCRIPTOR") and not code.count("UTMALDG"):
         found.append("no UTMALDG, though its tiles come by descriptor")
-    return found
-
-
-def remarks(launch: Launch, architecture: int, programs: int = 1) -> list[str]:
-    """What costs time, but is not wrong."""
-    found = []
-    if launch.code is None:
-        return found
-    if launch.kernel in MATRIX_KERNELS and not matrix_count(launch.code, architecture):
-        found.append(f"HMMA in place of {matrix_instruction(architecture)}")
-    fit = occupancy(launch.code, launch.warps, architecture)
-    if fit < programs:
-        found.append(f"{programs} programs asked for, {fit} fit")
     return found

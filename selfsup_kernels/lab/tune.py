@@ -2,11 +2,10 @@
 
 For each kernel, kind of numbers and width of rows: generate candidates; compile them all, and drop those that spill or
 do not fit (on the CPU, in several processes; what was compiled is in Triton's cache afterwards); measure the rest at
-two sizes; take the fastest. Nothing of this happens inside a user's step.
+two sizes; take the fastest. None of this happens inside a user's step.
 """
 
 import copy
-import itertools
 import json
 import math
 import multiprocessing
@@ -14,16 +13,17 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 import triton
 
 import selfsup_kernels as sk
-from selfsup_kernels.lab import machine_code
+from selfsup_kernels.lab import machine_code, sass
 from selfsup_kernels.tiles import configs, launcher
 
 OPS = ("sums", "masked_sums", "gradient", "masked_gradient", "wave", "masked_wave", "product")
@@ -68,10 +68,20 @@ class Task(NamedTuple):
     def rows(self):
         return SMALL if self.masked and self.base != "wave" else LARGE
 
+    def entry(self, table, architecture) -> configs.Config:
+        """The configuration that the table has."""
+        entries = table[f"sm_{known(architecture)}"]
+        return configs.Config(**entries[self.kernel][self.kind][configs.width_of(self.dim)])
+
     def launches(self, function, constants):
         """Whether a launch with these constants is of this entry."""
         masked = constants.get("PART", "clean" if not self.masked else "masked") != "clean"
         return function == f"{self.base}_kernel" and masked == self.masked
+
+    def overriding(self, config):
+        """The launchers use ``config`` for this kernel. They take the waves where there is no ``gradient``."""
+        waves = {"gradient": None} if self.base in ("wave", "product") else {}
+        return configs.override({self.kernel: config} | waves)
 
 
 class Measured(NamedTuple):
@@ -85,23 +95,6 @@ class Measured(NamedTuple):
         return math.prod(self.times) ** (1 / len(self.times))
 
 
-class Log:
-    """Everything that was measured, as data: the slow ones too, since they say why the fast one is fast. The file is
-    whole after every entry."""
-
-    def __init__(self, path: Path, **facts):
-        self.path, self.facts, self.entries = path, facts, {}
-
-    def add(self, task: Task, measured: list[Measured], dropped: Counter, shipped: configs.Config) -> None:
-        rows = [m.config._asdict() | {"ms": m.times, "shipped": m.config == shipped} for m in measured]
-        self.entries[task.name] = {"dim": task.dim, "rows": task.rows, "measured": rows, "dropped": dropped}
-        write(json.dumps(self.facts | {"entries": self.entries}, indent=1) + "\n", self.path)
-
-
-Timer = Callable[[Task, configs.Config, int], float]
-"""(task, configuration, rows) -> milliseconds."""
-
-
 def known(architecture: int) -> int:
     """The architecture whose entries a device uses."""
     return max((a for a in configs.ARCHITECTURES if a <= architecture), default=configs.ARCHITECTURES[0])
@@ -110,11 +103,8 @@ def known(architecture: int) -> int:
 def tasks(table: dict, architecture: int, kernels=OPS, kinds=tuple(KINDS), dims=DIMS) -> list[Task]:
     """The entries that the table has: where it has none the launchers go another way."""
     entries = table[f"sm_{known(architecture)}"]
-    return [
-        Task(kernel, kind, dim)
-        for kernel, kind, dim in itertools.product(kernels, kinds, dims)
-        if configs.width_of(dim) in entries.get(kernel, {}).get(kind, {})
-    ]
+    found = [Task(*names) for names in product(kernels, kinds, dims)]
+    return [t for t in found if configs.width_of(t.dim) in entries.get(t.kernel, {}).get(t.kind, {})]
 
 
 def candidates(task: Task, architecture: int, shipped: configs.Config) -> list[configs.Config]:
@@ -133,32 +123,31 @@ def candidates(task: Task, architecture: int, shipped: configs.Config) -> list[c
     # Programs on a multiprocessor are chosen where the grid is persistent; four warps alone there leave it idle.
     crowds = ((8, 1), (4, 2), (4, 3), (8, 2)) if task.base == "sums" else ((8, 1), (4, 1))
     limit = machine_code.RESOURCES[architecture].block_shared
+    most = 2 * MOST if architecture == 100 else MOST
     found = [shipped]
-    for m, n, k, (warps, programs), stages, descriptor in itertools.product(
+    for m, n, k, (warps, programs), stages, descriptor in product(
         blocks, blocks, dict.fromkeys(depths), crowds, (2, 3, 4, 1), descriptors
     ):
         held = m * n + (m * k if task.base == "gradient" else 0)
-        if not LEAST <= held / (32 * warps) <= (2 * MOST if architecture == 100 else MOST):
-            continue
-        if task.base == "sums" and n % m:
-            continue  # a block of columns is walked through in whole blocks of rows
         streamed = k < whole or task.base in ("wave", "product")
-        if stages == 1 and (streamed or programs == 1):
-            continue  # nothing would be loaded ahead
-        if not descriptor and architecture >= 90 and stages != 3:
-            continue  # whether descriptors pay at all shows at one depth of the pipeline
         loaded = stages * (m + n) * k if streamed else m * k + stages * n * k
-        if loaded * (2 if half else 4) * programs > limit:
-            continue
-        most = min(255, machine_code.REGISTERS // (32 * warps * programs) // 8 * 8)
-        config = configs.Config(m, n, k, warps, stages, descriptor, registers=most, programs=programs)
-        if config not in found:
-            found.append(config)
-    return found
+        if (
+            LEAST <= held / (32 * warps) <= most
+            and loaded * (2 if half else 4) * programs <= limit
+            # A block of columns is walked through in whole blocks of rows.
+            and (task.base != "sums" or n % m == 0)
+            # With one stage nothing is loaded ahead.
+            and (stages > 1 or (not streamed and programs > 1))
+            # Whether descriptors pay at all shows at one depth of the pipeline.
+            and (descriptor or architecture < 90 or stages == 3)
+        ):
+            registers = min(255, machine_code.REGISTERS // (32 * warps * programs) // 8 * 8)
+            found.append(configs.Config(m, n, k, warps, stages, descriptor, registers, programs))
+    return list(dict.fromkeys(found))
 
 
 def run_op(task: Task, rows: int, device="cpu") -> None:
-    """A user's call that launches the task's kernel."""
+    """Make a user's call that launches the task's kernel."""
     dtype, precision = KINDS[task.kind]
     before = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
     torch.set_float32_matmul_precision(precision)
@@ -175,27 +164,16 @@ def run_op(task: Task, rows: int, device="cpu") -> None:
         torch.use_deterministic_algorithms(before[1])
 
 
-def overriding(task: Task, config: configs.Config):
-    """The launchers use ``config`` for the task's kernel. The waves are what is left where there is no ``gradient``."""
-    chosen = {task.kernel: config}
-    if task.base in ("wave", "product"):
-        chosen["gradient"] = None
-    return configs.override(chosen)
-
-
 UNUSED = "the launchers do not use it"
 
 
 def objections(task: Task, config: configs.Config, architecture: int) -> list[str]:
-    """Why the configuration is not measured; none: it is."""
-    function = f"{task.base}_kernel"
+    """Why the configuration is not measured; empty where it is."""
+    wanted = f"{task.base}_kernel".__eq__
     try:
-        with (
-            overriding(task, config),
-            machine_code.recording(architecture, lambda kernel: kernel == function) as launches,
-        ):
+        with task.overriding(config), machine_code.recording(architecture, wanted) as launches:
             run_op(task, task.rows[0])
-    except Exception as error:  # a launcher may refuse a shape; that is an answer
+    except Exception as error:  # a launcher may refuse a shape
         return [f"{type(error).__name__}: {error}"]
     own = [x for x in launches if task.launches(x.kernel, x.constants)]
     if not own:
@@ -206,81 +184,54 @@ def objections(task: Task, config: configs.Config, architecture: int) -> list[st
     return found
 
 
-def filter_candidates(task, found: Iterable[configs.Config], architecture: int, pool: Executor | None = None):
+def filter_candidates(task, found, architecture: int, pool=None):
     """(the configurations to be measured, how many were dropped for which reason)."""
-    found = list(found)
     work = zip(*((task, config, architecture) for config in found), strict=True)
     verdicts = list(pool.map(objections, *work, chunksize=2) if pool else map(objections, *work))
-    dropped = Counter(_kind_of(verdict[0]) for verdict in verdicts if verdict)
+    # Numbers differ from one configuration to the next, and are no reasons of their own.
+    dropped = Counter(re.sub(r"\d+", "N", verdict[0].split(": ")[0]) for verdict in verdicts if verdict)
     return [config for config, verdict in zip(found, verdicts, strict=True) if not verdict], dropped
 
 
-def _kind_of(problem):
-    for kind in ("stack frame", "local loads", "shared memory", "programs do not fit", "no "):
-        if kind in problem:
-            return kind.strip() if kind != "no " else problem
-    return problem.split(":")[0]
-
-
 def measure(task: Task, config: configs.Config, rows: int) -> float:
-    """The median of the kernel's own time, all its launches of one call together, on the current CUDA device."""
+    """The median of the kernel's own time in ms, all its launches of one call together, on the current CUDA device."""
     launches = []
-    launch = launcher.launch
 
     def keep(kernel, grid, *args, **options):
-        launch(kernel, grid, *args, **options)
+        kernel[grid](*args, **options)
         if task.launches(kernel.__name__, options):
-            launches.append((kernel, grid, args, options))
+            launches.append((kernel[grid], args, options))
 
-    launcher.launch = keep
-    try:
-        with overriding(task, config):
-            run_op(task, rows, "cuda")
-    finally:
-        launcher.launch = launch
-
+    with mock.patch.object(launcher, "launch", keep), task.overriding(config):
+        run_op(task, rows, "cuda")
     if not launches:
         raise RuntimeError(UNUSED)
 
     def again():
-        for kernel, grid, args, options in launches:
-            kernel[grid](*args, **options)
+        for kernel, args, options in launches:
+            kernel(*args, **options)
 
     return triton.testing.do_bench(again, warmup=5, rep=25, return_mode="median")
 
 
 def matrix_rates() -> dict[str, float]:
-    """Operations a second of PyTorch's own matrix product of 8192 x 8192 matrices of random numbers, by kind."""
-    rates = {}
-    for kind, (dtype, precision) in KINDS.items():
-        before = torch.get_float32_matmul_precision()
-        # Full float32 is made of TF32 products here, so that these are what it is compared with.
-        torch.set_float32_matmul_precision("high" if kind != "half" else precision)
-        a, b = (torch.randn(8192, 8192, device="cuda", dtype=dtype) for _ in range(2))
-        ms = triton.testing.do_bench(lambda a=a, b=b: a @ b, warmup=20, rep=100, return_mode="median")
-        rates[kind] = 2 * 8192**3 / (1e-3 * ms)
-        torch.set_float32_matmul_precision(before)
-    return rates
+    """Operations a second of PyTorch's matrix product, by kind. Full float32 is made of TF32 products here."""
+    from selfsup_kernels.lab.bench import timing
+
+    rates = timing.Rates(timing.Clock("cuda"), ("bfloat16", "float32"))
+    return {kind: 1e12 * rates.tflops(str(dtype).removeprefix("torch.")) for kind, (dtype, _) in KINDS.items()}
 
 
-def operations(task: Task, rows: int) -> float:
-    """Those that the method needs: the forward makes each pair once, the backward both products of each twice."""
-    pairs = rows * rows * task.dim
-    return {"sums": 1, "gradient": 4, "wave": 2, "product": 2}[task.base] * pairs
+def tune(task: Task, table: dict, architecture: int, timer, *, until=math.inf, pool=None):
+    """Measure every candidate that is begun before the clock shows ``until``.
 
+    Args:
+        timer: (task, configuration, rows) -> milliseconds.
 
-def tune(
-    task: Task,
-    table: dict,
-    architecture: int,
-    timer: Timer,
-    *,
-    until: float = math.inf,
-    pool: Executor | None = None,
-    log: Log | None = None,
-) -> list[Measured]:
-    """Every candidate that was measured before the clock shows ``until``, fastest first."""
-    shipped = configs.Config(**table[f"sm_{known(architecture)}"][task.kernel][task.kind][configs.width_of(task.dim)])
+    Returns:
+        ([Measured, fastest first], how many candidates were dropped for which reason)
+    """
+    shipped = task.entry(table, architecture)
     found, dropped = filter_candidates(task, candidates(task, known(architecture), shipped), known(architecture), pool)
     results, unmeasured = [], 0
     for config in found:
@@ -290,165 +241,140 @@ def tune(
         try:
             results.append(Measured(config, tuple(timer(task, config, rows) for rows in task.rows)))
         except Exception as error:  # what compiles may still be refused at the launch
-            dropped[f"{type(error).__name__}"] += 1
+            dropped[type(error).__name__] += 1
     why = ", ".join(f"{n} {reason}" for reason, n in dropped.most_common())
-    print(
-        f"{task.name}: {len(results)} measured, {sum(dropped.values())} dropped ({why or 'none'})"
-        + (f", {unmeasured} left for want of time" if unmeasured else ""),
-        flush=True,
-    )
-    results.sort(key=lambda m: m.score)
-    if log:
-        log.add(task, results, dropped, shipped)
-    return results
+    late = f", {unmeasured} left for want of time" if unmeasured else ""
+    print(f"{task.name}: {len(results)} measured, {dropped.total()} dropped ({why or 'none'}){late}", flush=True)
+    return sorted(results, key=lambda m: m.score), dropped
 
 
 def merged(table: dict, architecture: int, chosen: dict[Task, configs.Config]) -> dict:
     """``table`` with these entries in place of its own."""
     result = copy.deepcopy(table)
-    entries = result.setdefault(f"sm_{known(architecture)}", {})
+    entries = result[f"sm_{known(architecture)}"]
     for task, config in chosen.items():
-        widths = entries.setdefault(task.kernel, {}).setdefault(task.kind, {})
-        old = widths.get(configs.width_of(task.dim), {})
-        new = config._asdict()
-        widths[configs.width_of(task.dim)] = {name: new[name] for name in [*old, *(n for n in new if n not in old)]}
-    _make_divide(entries, table.get(f"sm_{known(architecture)}", {}))
+        # The defaults that the old entry leaves out may matter now.
+        entries[task.kernel][task.kind][configs.width_of(task.dim)] |= config._asdict()
+    before = table[f"sm_{known(architecture)}"]
+    for kernel, kind in product(("sums", "gradient"), KINDS):
+        # Tiles with masks must divide those without, and each was chosen alone: where they do not, both stay.
+        pair = [entries.get(name, {}).get(kind, {}) for name in (kernel, f"masked_{kernel}")]
+        for width in pair[0].keys() & pair[1].keys():
+            try:
+                configs.check_divides(kernel, *(configs.Config(**part[width]) for part in pair))
+            except ValueError:
+                for name, part in zip((kernel, f"masked_{kernel}"), pair, strict=True):
+                    part[width] = before[name][kind][width]
     return result
 
 
-def _make_divide(entries: dict, before: dict) -> None:
-    """Tiles with masks must divide those without, and each was chosen alone: where they do not, the former entries of
-    both come back."""
-    for kernel, kind in itertools.product(("sums", "gradient"), KINDS):
-        masked = f"masked_{kernel}"
-        for width, entry in entries.get(kernel, {}).get(kind, {}).items():
-            if width not in entries.get(masked, {}).get(kind, {}):
-                continue
-            try:
-                configs.check_divides(kernel, configs.Config(**entry), configs.Config(**entries[masked][kind][width]))
-            except ValueError:
-                for name in (kernel, masked):
-                    entries[name][kind][width] = copy.deepcopy(before[name][kind][width])
-
-
 def formatted(table: dict) -> str:
-    """As JSON, a line for each entry: the table is read by people too, and its changes by line."""
+    """As JSON with a line for each entry, so that a change of an entry is a change of one line."""
     text = json.dumps(table, indent=1)
     return re.sub(r"\{\s*(\"block_m\"[^{}]*?)\s*\}", lambda m: "{ " + " ".join(m[1].split()) + " }", text) + "\n"
 
 
-def write(text: str, path: Path) -> None:
-    """All at once, so that a reader never finds half a table."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    temporary.replace(path)
+def write(text: str, path) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(text)
 
 
-def print_results(results: dict[Task, list[Measured]], rates: dict[str, float], shipped: dict) -> None:
-    """The fastest of each entry, and how it compares with what is shipped."""
-    columns = [
-        "entry",
-        "tile",
-        "warps/stages",
-        "programs",
-        "ms",
-        "of product",
-        "shipped",
+HEAD = ("entry", "tile", "warps/stages", "programs", "ms", "of product", "shipped")
+OPERATIONS = {"sums": 1, "gradient": 4, "wave": 2, "product": 2}
+"""Those of a pair and number of a row: the forward makes each pair once, the backward both products of each twice."""
+
+
+def cells(task: Task, measured: list[Measured], rate: float, shipped: configs.Config) -> list[str]:
+    """The fastest of an entry, and how it compares with what is shipped."""
+    c, times = measured[0]
+    fraction = OPERATIONS[task.base] * task.rows[0] ** 2 * task.dim / (1e-3 * times[0]) / rate
+    before = next((m for m in measured if m.config == shipped), None)
+    return [
+        task.name,
+        f"{c.block_m}x{c.block_n}x{c.block_k}",
+        f"{c.num_warps}/{c.num_stages}" + (" TMA" if c.descriptor else ""),
+        str(c.programs),
+        ", ".join(f"{t:.3f} (M={rows})" for t, rows in zip(times, task.rows, strict=True)),
+        f"{fraction:.0%}",
+        f"{before.score / measured[0].score:.2f}x" if before else "not measured",
     ]
-    lines = []
-    for task, measured in results.items():
-        best = measured[0]
-        c = best.config
-        fraction = operations(task, task.rows[0]) / (1e-3 * best.times[0]) / rates[task.kind]
-        before = next((m for m in measured if m.config == shipped.get(task)), None)
-        lines.append(
-            [
-                task.name,
-                f"{c.block_m}x{c.block_n}x{c.block_k}",
-                f"{c.num_warps}/{c.num_stages}" + (" TMA" if c.descriptor else ""),
-                str(c.programs),
-                ", ".join(f"{t:.3f} (M={rows})" for t, rows in zip(best.times, task.rows, strict=True)),
-                f"{fraction:.0%}",
-                f"{before.score / best.score:.2f}x" if before else "not measured",
-            ]
-        )
-    try:
-        from rich.console import Console
-        from rich.table import Table
-    except ImportError:
-        for line in [columns, *lines]:
-            print("  ".join(cell.ljust(14) for cell in line).rstrip())
-        return
-    table = Table(box=None, pad_edge=False)
-    for name in columns:
-        table.add_column(name, no_wrap=True)
-    for line in lines:
-        table.add_row(*line)
-    console = Console()
-    (console if console.is_terminal else Console(width=160)).print(table)
 
 
 def run(
-    table: dict, architecture: int, todo: list[Task], timer: Timer, rates: dict[str, float], minutes: float, **options
-) -> dict[Task, configs.Config]:
-    """Measure every task, each with an equal share of the time that is left; print; the choice for each."""
+    table: dict,
+    architecture: int,
+    todo: list[Task],
+    timer,
+    rates: dict[str, float],
+    minutes: float,
+    pool=None,
+    keep=None,
+):
+    """Measure every task, each with an equal share of the time that is left, and print. After each, ``keep`` gets
+    everything that was measured as data: the slow ones say why the fast one is fast. Returns the choice for each task.
+    """
     end = time.monotonic() + 60 * minutes
-    results = {}
+    chosen, lines, entries = {}, [], {}
     for i, task in enumerate(todo):
         now = time.monotonic()
         if now > end:
             print(f"no time was left for {len(todo) - i} entries, from {task.name} on: give more --minutes", flush=True)
             break
-        measured = tune(task, table, architecture, timer, until=now + (end - now) / (len(todo) - i), **options)
+        until = now + (end - now) / (len(todo) - i)
+        measured, dropped = tune(task, table, architecture, timer, until=until, pool=pool)
+        shipped = task.entry(table, architecture)
+        rows = [m.config._asdict() | {"ms": m.times, "shipped": m.config == shipped} for m in measured]
+        entries[task.name] = {"dim": task.dim, "rows": task.rows, "measured": rows, "dropped": dropped}
+        if keep:
+            keep(entries)
         if measured:
-            results[task] = measured
-    entries = table[f"sm_{known(architecture)}"]
-    shipped = {t: configs.Config(**entries[t.kernel][t.kind][configs.width_of(t.dim)]) for t in results}
-    if results:
-        print_results(results, rates, shipped)
-    return {task: measured[0].config for task, measured in results.items()}
+            chosen[task] = measured[0].config
+            lines.append(cells(task, measured, rates[task.kind], shipped))
+    if lines:
+        sass.print_table(HEAD, lines)
+    return chosen
+
+
+def refusal(kernels, kinds, write_table) -> str | None:
+    """Why the command cannot measure, in one line."""
+    for name, given, choices in (("--op", kernels, OPS), ("--dtype", kinds, KINDS)):
+        if wrong := [x for x in given or () if x not in choices]:
+            return f"{name}: expected some of {', '.join(choices)}, got {', '.join(wrong)}"
+    if not torch.cuda.is_available():
+        return f"needs an NVIDIA GPU and a CUDA build of PyTorch; this is {torch.__version__} and sees no GPU"
+    architecture = launcher.architecture(torch.cuda.current_device())
+    if write_table and architecture not in configs.ARCHITECTURES:
+        return f"--write is for {configs.ARCHITECTURES}, this is {architecture}; use --out FILE"
+    if write_table and not (configs.TABLE.parents[2] / "pyproject.toml").exists():
+        return "--write changes a checkout of the sources, and this package is installed elsewhere; use --out FILE"
+    return machine_code.available()
 
 
 def main(kernels=None, kinds=None, dims=None, out=None, write_table=False, minutes=8.0, log=None) -> int:
-    """The command. 2 where it cannot measure."""
-    for name, given, choices in (("--op", kernels, OPS), ("--dtype", kinds, KINDS)):
-        wrong = [x for x in given or () if x not in choices]
-        if wrong:
-            print(f"tune: {name}: expected some of {', '.join(choices)}, got {', '.join(wrong)}")
-            return 2
-    if not torch.cuda.is_available():
-        print(f"tune: needs an NVIDIA GPU and a CUDA build of PyTorch; this is {torch.__version__} and sees no GPU")
-        return 2
-    reason = machine_code.available()
-    if reason:
+    """Run the command. Returns 2 where it cannot measure."""
+    if reason := refusal(kernels, kinds, write_table):
         print(f"tune: {reason}")
         return 2
-    architecture = launcher.architecture(torch.cuda.current_device())
-    if write_table and architecture not in configs.ARCHITECTURES:
-        print(f"tune: --write is for {configs.ARCHITECTURES}, this is {architecture}; use --out FILE")
-        return 2
-    if write_table and not (configs.TABLE.parents[2] / "pyproject.toml").exists():
-        print(
-            "tune: --write changes a checkout of the sources, and this package is installed elsewhere; use --out FILE"
-        )
-        return 2
-    table = configs._table()
+    architecture, table = launcher.architecture(torch.cuda.current_device()), configs._table()
     todo = tasks(table, architecture, kernels or OPS, kinds or tuple(KINDS), dims or DIMS)
     if not todo:
         print("tune: the table has no such entries")
         return 2
     rates = matrix_rates()
     print(", ".join(f"{kind} matrix product {rate / 1e12:.0f} TFLOP/s" for kind, rate in rates.items()), flush=True)
-    if log:
-        facts = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
-        log = Log(Path(log), **facts, matrix_product=rates)
+    facts = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
+    facts["matrix_product"] = rates
+
+    def keep(entries):
+        if log:
+            write(json.dumps(facts | {"entries": entries}, indent=1) + "\n", log)
+
     processes = min(16, os.cpu_count() or 1)
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        chosen = run(table, architecture, todo, measure, rates, minutes, pool=pool, log=log)
+        chosen = run(table, architecture, todo, measure, rates, minutes, pool, keep)
     if not chosen:
         return 1
-    for path in filter(None, (out and Path(out), configs.TABLE if write_table else None)):
+    for path in filter(None, (out, configs.TABLE if write_table else None)):
         write(formatted(merged(table, architecture, chosen)), path)
         print(f"wrote {path}")
     if not (out or write_table):

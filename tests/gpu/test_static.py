@@ -7,12 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
-
-import pytest
-
-from selfsup_kernels.lab import sass
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -45,9 +40,7 @@ def problems(m, n, k, dot=True, descriptor=False, order="relaxed", **options):
     with machine_code.recording(90) as launches:
         launcher.launch(sums_kernel, (1,), x, x, x.float(), BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, DOT=dot,
                        DESCRIPTOR=descriptor, PRECISION="ieee", ORDER=order, **options)
-    loop = launches[0].code and launches[0].code.loop
-    return {"problems": machine_code.problems(launches[0], 90), "ex2": loop and sum(
-        count for part in loop for name, count in part.items() if name.startswith("MUFU.EX2"))}
+    return machine_code.problems(launches[0], 90)
 
 print(json.dumps({
     "good": problems(64, 64, 64),
@@ -69,35 +62,26 @@ def run(*arguments, **environment):
     )
 
 
-@pytest.fixture(scope="module")
-def verdicts(tmp_path_factory):
-    script = tmp_path_factory.mktemp("static") / "kernels.py"
-    script.write_text(KERNELS)
-    done = run(script, ROOT)
+COMPLAINTS = {
+    "good": [],
+    "spills": ["stack frame of", "local loads and stores"],
+    "shared": ["KB of 227"],
+    "products": ["no HGMMA"],
+    "copies": ["no UTMALDG"],
+    "compiler": ["arange's range must be a power of 2"],
+    "registers": ["Insufficient registers (64)"],
+    "fences": ["fences of the whole device"],
+}
+
+
+def test_bad_kernels_are_reported(tmp_path):
+    (tmp_path / "kernels.py").write_text(KERNELS)
+    done = run(tmp_path / "kernels.py", ROOT)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
-@pytest.mark.parametrize(
-    ("kernel", "complaint"),
-    [
-        ("spills", "stack frame of"),
-        ("spills", "local loads and stores"),
-        ("shared", "KB of 227"),
-        ("products", "no HGMMA"),
-        ("copies", "no UTMALDG"),
-        ("compiler", "arange's range must be a power of 2"),
-        ("registers", "Insufficient registers (64)"),
-        ("fences", "fences of the whole device"),
-    ],
-)
-def test_a_bad_kernel_is_reported(verdicts, kernel, complaint):
-    assert complaint in "; ".join(verdicts[kernel]["problems"])
-
-
-def test_a_good_kernel_is_not_reported(verdicts):
-    assert verdicts["good"]["problems"] == []
-    assert verdicts["good"]["ex2"] == 64 * 64 / 128  # one for each element of the tile, none lost or counted twice
+    problems = json.loads(done.stdout)
+    for kernel, complaints in COMPLAINTS.items():
+        assert bool(problems[kernel]) == bool(complaints), kernel
+        assert all(words in "; ".join(problems[kernel]) for words in complaints), kernel
 
 
 def test_the_command_names_the_configuration_that_fails(tmp_path):
@@ -105,7 +89,7 @@ def test_the_command_names_the_configuration_that_fails(tmp_path):
     wrong = table["sm_80"]["sums"]["half"]["64"]
     wrong |= {"block_m": 128, "block_n": 128, "num_stages": 12}
     (tmp_path / "configs.json").write_text(json.dumps(table))
-    arguments = ["--arch", 80, "--dtype", "bfloat16", "--op", "info_nce", "--dim", 64, "--jobs", 1, "--brief"]
+    arguments = ["--arch", 80, "--dtype", "bfloat16", "--dim", 64, "--jobs", 1, "--brief"]
     done = run(
         "benchmarks/gpu_static.py",
         *arguments,
@@ -119,15 +103,7 @@ def test_the_command_names_the_configuration_that_fails(tmp_path):
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
     sums = next(r for r in rows if r["kernel"] == "sums" and r["case"] == "plain")
     assert sums["shared"] > sums["shared_limit"] == 163 * 1024
-    assert sums["prediction"]["exponentials"] == 128 * 128 / (32 * sums["warps"])
-    assert 0 < sums["prediction"]["fraction"] <= 1
-
-
-def test_the_command_compiles_what_a_call_of_the_package_launches():
-    """The shortest op; a call that the command no longer follows would fail for all."""
-    done = run("benchmarks/gpu_static.py", "--arch", 90, "--dtype", "bfloat16", "--op", "ema", "--jobs", 1, "--brief")
-    assert done.returncode == 0, done.stderr
-    assert " 0 not fit to ship" in done.stdout
+    assert not [r for r in rows if r["kernel"] == "gradient" and r["problems"]]
 
 
 TILES = """
@@ -164,29 +140,3 @@ def test_the_tiles_of_the_tests_fit_the_smallest_gpu(tmp_path):
     result = json.loads(done.stdout)
     assert result["found"] == []
     assert result["kernels"] >= 2 * 2 * 2  # each way, dtype and width has one at least
-
-
-LISTING = """
-	Function : f
-        /*0000*/                   MOV R1, RZ ;
-        /*0010*/               @P0 BRA 0x00a0 ;
-        /*0020*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24 ;
-        /*0030*/                   BRA.U UP0, 0x0060 ;
-        /*0040*/                   MUFU.EX2 R3, R3 ;
-        /*0050*/                   FADD R3, R3, R3 ;
-        /*0060*/                   MUFU.EX2 R2, R2         &req={1} ?trans3;
-        /*0070*/               @P1 BRA 0x00b0 ;
-        /*0080*/              @!P0 BRA 0x0020 ;
-        /*0090*/                   STG.E [R2], R3 ;
-        /*00a0*/                   EXIT ;
-        /*00b0*/                   SYNCS.PHASECHK P1 ;
-        /*00c0*/                   BRA 0x0080 ;
-"""
-
-
-def test_the_main_loop_is_what_runs_every_time():
-    """Without the branch that is skipped, and without the wait that lies behind the end."""
-    loop = sass.main_loop(sass.instructions(LISTING))
-    assert loop.inner == {}
-    assert Counter(loop.once) == {"HGMMA.64x128x16.F32.BF16": 1, "BRA.U": 1, "MUFU.EX2": 1, "BRA": 2}
-    assert sass.matrix_operations("HGMMA.64x128x16.F32.BF16", 8) == 2 * 128 * 128 * 16
