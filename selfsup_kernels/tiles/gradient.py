@@ -118,7 +118,7 @@ def gradient_kernel(
         start, steps = low, high - low
     end = tl.minimum(end, steps)
     for v in range(tl.where(from_queue, VIEWS, 0), tl.where(from_queue, VIEWS + 1, VIEWS)):
-        if negatives_meet(u, v, CORE, VIEWS, CROSS):
+        if negatives_meet(u, v, from_queue, CORE, CROSS):
             for t in range(begin, end):
                 block = start + t
                 if PART == "clean":

@@ -31,7 +31,7 @@ def anchor_tables(
     """(loss, log_weights, positives) of anchors of view ``u``; ``column`` numbers the last axis of ``n`` and ``p``.
     NEGATIVES, POSITIVES, NUMERATOR: the three columns of an objective."""
     is_view = column < VIEWS
-    meets = negatives_meet(u, column, CORE, VIEWS, False)
+    meets = negatives_meet(u, column, False, CORE, False)
     positive = (is_view & (column != u) & meets)[None, :]
     is_queue = (column == VIEWS) if QUEUE else (column < 0)
     is_own = column == u

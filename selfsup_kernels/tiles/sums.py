@@ -66,7 +66,7 @@ def _decode(
         chunk = item // own_blocks // VIEWS % chunks
         v = item // own_blocks // VIEWS // chunks
         length = tl.where(v == VIEWS, QUEUE_BLOCKS, blocks)
-        length = tl.where(negatives_meet(u, v, CORE, VIEWS, CROSS), length, 0)
+        length = tl.where(negatives_meet(u, v, v == VIEWS, CORE, CROSS), length, 0)
         y_block = first_block + item % own_blocks
     return u, v, y_block, chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, length)
 

@@ -188,7 +188,7 @@ def view_tables_kernel(
     p = tl.zeros((BLOCK, WIDTH), tl.float64)
     for v in range(VIEWS + QUEUE):
         is_queue = v == VIEWS
-        if negatives_meet(u, v, CORE, VIEWS, NEGATIVES == OTHER):
+        if negatives_meet(u, v, is_queue, CORE, NEGATIVES == OTHER):
             value = negatives(
                 sums,
                 stored,

@@ -140,10 +140,10 @@ def sigmoid(x):
 
 
 @triton.jit
-def negatives_meet(u, v, CORE, VIEWS, CROSS: tl.constexpr):
-    """Whether rows of view ``u`` have negatives in view ``v`` (VIEWS: the queue): ``objectives.negative_views``, for
+def negatives_meet(u, v, is_queue, CORE, CROSS: tl.constexpr):
+    """Whether rows of view ``u`` have negatives in view ``v``, or in the queue: ``objectives.negative_views``, for
     kernels. CROSS: none in their own view."""
-    meets = (CORE < 0) | (u == v) | (u == CORE) | (v == CORE) | (v == VIEWS)
+    meets = (CORE < 0) | (u == v) | (u == CORE) | (v == CORE) | is_queue
     if CROSS:
         meets = meets & (u != v)
     return meets
