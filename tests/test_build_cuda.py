@@ -51,7 +51,7 @@ def toolkit(tmp_path, monkeypatch):
     return make
 
 
-def build_cuda(tree, **environment):  # noqa: F811
+def build_library(tree, **environment):  # noqa: F811
     return run(tree, "setup.py", "build_cuda", **environment)
 
 
@@ -69,7 +69,7 @@ def one_line(built):
 @pytest.mark.parametrize("release", [None, "12.5"])
 def test_no_toolkit_or_one_that_is_too_old(tree, toolkit, tmp_path, release):  # noqa: F811
     home = toolkit(release) if release else str(tmp_path / "nowhere")
-    line = one_line(build_cuda(tree, CUDA_HOME=home))
+    line = one_line(build_library(tree, CUDA_HOME=home))
     assert home in line
     assert ("too old" if release else "there is no") in line
     assert "12.6 or later (12.8 for Blackwell)" in line
@@ -78,7 +78,7 @@ def test_no_toolkit_or_one_that_is_too_old(tree, toolkit, tmp_path, release):  #
 
 def test_a_compiler_that_fails(tree, toolkit):  # noqa: F811
     toolkit()
-    built = build_cuda(tree)
+    built = build_library(tree)
     assert "nvcc failed" in one_line(built)
     assert "fake nvcc" in built.stderr
     assert not list(tree.rglob("_CUDA*.so"))
@@ -86,7 +86,7 @@ def test_a_compiler_that_fails(tree, toolkit):  # noqa: F811
 
 def test_architectures_and_jobs_reach_the_compiler(tree, toolkit):  # noqa: F811
     toolkit(action=WRITES)
-    built = build_cuda(tree, TORCH_CUDA_ARCH_LIST="9.0a 8.0+PTX", MAX_JOBS="1")
+    built = build_library(tree, TORCH_CUDA_ARCH_LIST="9.0a 8.0+PTX", MAX_JOBS="1")
     assert built.returncode == 0, built.stderr
     assert (tree / "selfsup_kernels" / "_CUDA.so").exists()
     facts = recorded(tree)
@@ -102,9 +102,9 @@ def test_architectures_and_jobs_reach_the_compiler(tree, toolkit):  # noqa: F811
 def test_another_build_takes_an_old_library_away(tree, toolkit):  # noqa: F811
     """It would be taken for the new one's, which has a record that says otherwise."""
     toolkit(action=WRITES)
-    assert build_cuda(tree).returncode == 0
+    assert build_library(tree).returncode == 0
     toolkit()
-    assert build_cuda(tree, TORCH_CUDA_ARCH_LIST="8.0").returncode != 0
+    assert build_library(tree, TORCH_CUDA_ARCH_LIST="8.0").returncode != 0
     assert not list(tree.rglob("selfsup_kernels/_CUDA*.so"))
 
 
@@ -257,8 +257,6 @@ def test_the_gates_can_fail():
     assert findings(store="STL")[0] == ["1 accesses to local memory"]
     assert findings(load="LDG.E.64")[0] == ["no 128-bit loads"]
     assert findings(load="LDG.E", numbers=1)[0] == []  # for rows that are not aligned
-    assert findings("sums_kernel")[0] == ["no matrix instructions"]
-    assert findings("gradient_kernel", product="HMMA.16816.F32.BF16")[0] == []
     _, fine = findings()
     assert cuda_static.problems(fine._replace(registers=72)) == ["72 registers, with 4 blocks of 256 threads"]
 
