@@ -104,7 +104,7 @@ test: export SELFSUP_KERNELS_FAILED_TESTS := $(CURDIR)/build/failed-tests
 test: setup  ## all tests, the GPU kernels simulated
 	@mkdir -p build && rm -f "$$SELFSUP_KERNELS_FAILED_TESTS"
 	status=0; \
-	$(PY) -m pytest tests --ignore=tests/gpu -rsfE --durations=10 || status=$$?; \
+	$(PY) -m pytest tests --ignore=tests/gpu $(SHARED_OUT) -rsfE --durations=10 || status=$$?; \
 	{ emulator=$$($(PY) tests/emulator/build.py) && \
 	  $(SIMULATED) $(PY) -m pytest tests/gpu $(SHARED_OUT) -rsfE --durations=5; } || status=$$?; \
 	if [ -s "$$SELFSUP_KERNELS_FAILED_TESTS" ]; then \
