@@ -26,8 +26,8 @@ def class_tables_kernel(
     order,
     loss,
     weights,
-    slow,
-    coef,
+    log_weights,
+    positives,
     rows,
     BATCH,
     QUEUE_ROWS,
@@ -43,8 +43,8 @@ def class_tables_kernel(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Losses, ``weights``, ``slow`` (1 [+ 1], rows) and ``coef`` (3, rows), see ``pair_coefficient``. BATCH counts
-    rows here, SAMPLES the user's samples. An anchor without positives has loss 0 and pushes nothing away."""
+    """Write the losses, weights, log_weights and positives (:func:`pair_coefficient`) of BLOCK anchors. SAMPLES: B. An
+    anchor without positives has loss 0 and no gradient."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = row < BATCH
     group = tl.load(classes + row, mask=valid, other=-2)
@@ -125,16 +125,16 @@ def class_tables_kernel(
     tl.store(loss + view * SAMPLES + sample, tl.where(alone, 0.0, value).to(tl.float32), mask=valid)
     weight = tl.where(alone, none, weight)
     for c in range(1 + QUEUE):
-        store_weights(weights, slow, scalars, weight, reference, c * rows + row, valid)
-    tl.store(coef + row, tl.where(alone, 0.0, pivot).to(tl.float32), mask=valid)
-    tl.store(coef + rows + row, tl.where(alone, 0.0, 1.0 / count).to(tl.float32), mask=valid)
-    tl.store(coef + 2 * rows + row, tl.where(alone, 0.0, factor).to(tl.float32), mask=valid)
+        store_weights(weights, log_weights, scalars, weight, reference, c * rows + row, valid)
+    tl.store(positives + row, tl.where(alone, 0.0, pivot).to(tl.float32), mask=valid)
+    tl.store(positives + rows + row, tl.where(alone, 0.0, 1.0 / count).to(tl.float32), mask=valid)
+    tl.store(positives + 2 * rows + row, tl.where(alone, 0.0, factor).to(tl.float32), mask=valid)
 
 
 @triton.jit
 def pair_coefficient(s, pivot, share, factor, POSITIVES: tl.constexpr, NUMERATOR: tl.constexpr):
-    """d loss_i / d S of an anchor's positive with score ``s``, from the anchor's three numbers, without cancellation"""
-    below = tl.where(s > pivot, 0.0, s - pivot)  # rounding alone puts a score above the sum that it is part of
+    """Return d loss_i / d S for an anchor's positive of score ``s``, from the three numbers of ``Saved.positives``."""
+    below = tl.where(s > pivot, 0.0, s - pivot)  # only rounding can put a score above the sum that it is part of
     if POSITIVES == ALL_INSIDE and NUMERATOR == MEAN:
         return factor * tl.exp2(below * LOG2E) - share
     elif NUMERATOR == LOG_SUM:
@@ -153,32 +153,32 @@ def class_gradient(
     y,
     upstream,
     classes,
-    coef,
+    positives,
     rows,
     BATCH,
     POSITIVES: tl.constexpr,
     NUMERATOR: tl.constexpr,
     FACTOR: tl.constexpr,
 ):
-    """``g`` with the pairs of one class in their place: zero for a row with itself, else both anchors' coefficients.
-    ``x``, ``y``: the tile's rows; ``s``: scores."""
+    """Return ``g`` with the pairs of one class replaced: by zero for a row with itself, else by the sum of both
+    anchors' coefficients. ``x``, ``y``: the rows of the tile; ``s``: its scores."""
     x_in, y_in = x < BATCH, y < BATCH
     x_class = tl.load(classes + x, mask=x_in, other=-1)
     y_class = tl.load(classes + y, mask=y_in, other=-2)
     same = x_class[:, None] == y_class[None, :]
     cx = pair_coefficient(
         s,
-        tl.load(coef + x, mask=x_in, other=0.0)[:, None],
-        tl.load(coef + rows + x, mask=x_in, other=0.0)[:, None],
-        tl.load(coef + 2 * rows + x, mask=x_in, other=0.0)[:, None],
+        tl.load(positives + x, mask=x_in, other=0.0)[:, None],
+        tl.load(positives + rows + x, mask=x_in, other=0.0)[:, None],
+        tl.load(positives + 2 * rows + x, mask=x_in, other=0.0)[:, None],
         POSITIVES,
         NUMERATOR,
     )
     cy = pair_coefficient(
         s,
-        tl.load(coef + y, mask=y_in, other=0.0)[None, :],
-        tl.load(coef + rows + y, mask=y_in, other=0.0)[None, :],
-        tl.load(coef + 2 * rows + y, mask=y_in, other=0.0)[None, :],
+        tl.load(positives + y, mask=y_in, other=0.0)[None, :],
+        tl.load(positives + rows + y, mask=y_in, other=0.0)[None, :],
+        tl.load(positives + 2 * rows + y, mask=y_in, other=0.0)[None, :],
         POSITIVES,
         NUMERATOR,
     )
@@ -192,7 +192,7 @@ def class_gradient(
 
 
 def class_tables(layout, stored, sums, scalars, order, classes, precision):
-    """(losses of this process's anchors (V, own), log_weights, weights, positives), in float32."""
+    """Return the losses of this process's anchors (V, own samples), log_weights, weights and positives."""
     call = layout.call
     new = functools.partial(launcher.empty, dtype=torch.float32, device=stored.device)
     loss = new((layout.call.num_views, layout.call.batch))

@@ -44,12 +44,12 @@ def gradient_kernel(
     source_x,
     source_y,
     weights,
-    slow,
+    log_weights,
     upstream,
     scalars,
     classes,
     ends,
-    coef,
+    positives,
     partial,
     rows,
     BATCH,
@@ -136,10 +136,10 @@ def gradient_kernel(
                     u,
                     v,
                     weights,
-                    slow,
+                    log_weights,
                     upstream,
                     classes,
-                    coef,
+                    positives,
                     scale,
                     reference,
                     rows,
@@ -168,8 +168,7 @@ def gradient_kernel(
 
 
 def gradient(layout, saved, upstream, factor, precision):
-    """(partial sums, how many of them are of pairs in the batch): ``finish_rows`` adds them up. The others are the
-    queue's."""
+    """Return (partial, how many of its slots hold pairs of the batch; the other slots hold pairs with the queue)."""
     call, stored = layout.call, saved.rows
     key = launcher.arch_of(stored), stored.dtype, layout.stride
     clean, masked = (configs.lookup(kernel, *key) for kernel in ("gradient", "masked_gradient"))
@@ -185,13 +184,13 @@ def gradient(layout, saved, upstream, factor, precision):
         return layout.views * layout.own_blocks(config.block_m)[1]
 
     def shares(config):
-        """Few rows leave most of the machine idle: give each block's columns to several programs."""
+        """How many programs share the columns of a block: several where few rows would leave SMs idle."""
         programs = config.programs * launcher.processors_of(stored)
         return max(1, min(launcher.cdiv(layout.batch, config.block_n), programs // blocks(config)))
 
     tiles = blocks(clean) * layout.views * launcher.cdiv(layout.batch, clean.block_n)
     if tiles < launcher.MANY_TILES * clean.programs * launcher.processors_of(stored):
-        # Few tiles are one launch, at the speed of masked ones; of many, those with masks are a small share.
+        # Few tiles take one launch with masks. Of many tiles only a small share needs masks.
         splits = shares(masked)
         parts = (("all", masked, splits, 0, splits),)
     else:

@@ -5,34 +5,34 @@ import torch
 from selfsup_kernels.info_nce.call import Call
 
 PADDING = 256
-"""Each view's rows are stored up to a multiple of this, the rest zeros: no tile of any configuration needs a mask to
-be loaded, or reaches into the next view."""
+"""The rows of each view are padded with zeros to a multiple of this, so that no tile needs a mask to load or reaches
+into the next view."""
 
 
 class Layout:
-    """Where the rows of a call lie. With labels all views are one, sorted by class: then ``views`` is 1."""
+    """Where the rows of a call lie. With labels all views form one, sorted by class, and ``views`` is 1."""
 
     def __init__(self, call: Call):
         self.call = call
 
     @property
     def partial(self):
-        """Whether tables and gradient are of some rows alone. With labels, where they are sorted by class, a process's
-        rows lie among all others: it does the work of all."""
+        """Whether tables and gradient are computed for a part of the rows. With labels a process computes all of them:
+        its rows are spread over the classes."""
         return self.call.own < self.call.batch and not self.call.labelled
 
     def own_rows(self):
-        """(first, end) of this process's rows within each view."""
+        """Return (first, end) of this process's rows within each view."""
         return (self.call.first, self.call.first + self.call.own) if self.partial else (0, self.batch)
 
     def own_blocks(self, size):
-        """(first, count) of the blocks of ``size`` rows that hold own rows of a view."""
+        """Return (first, count) of the blocks of ``size`` rows that hold rows of this process."""
         first, end = self.own_rows()
         return first // size, _round_up(end, size) // size - first // size
 
     @property
     def part(self):
-        """(first, count) of the rows of a view for which the backward has memory: those of its own, padded."""
+        """(first, count) of the rows of a view in ``partial``: those of this process, padded."""
         if not self.partial:
             return 0, self.padded
         first, count = self.own_blocks(PADDING)
@@ -85,20 +85,21 @@ def sort_by_class(layout, labels):
 
 
 def takes_tf32(dtype):
-    """Whether products of float32 numbers may lose all beyond TF32: as PyTorch's own, where one of its settings says so
-    (`set_float32_matmul_precision` sets this too; to ask it raises once a newer setting was used)."""
+    """Whether float32 products may use TF32, as PyTorch's settings say. (``set_float32_matmul_precision`` writes this
+    setting too, but its getter raises after the newer one was used.)"""
     return dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def half_factor(dtype):
-    """float16 holds G, the gradient of pairs, times this: a pair's gradient is at most 2 of the largest upstream
-    gradient, so nothing overflows, and what is 4e-12 of it is not lost yet (bfloat16 has float32's range)."""
+    """The factor by which float16 tiles of G are multiplied. |G| is at most 2 relative to the largest upstream
+    gradient, so nothing overflows, and values down to 4e-12 survive. bfloat16 has the range of float32 and needs no
+    factor."""
     return 16384.0 if dtype == torch.float16 else 1.0
 
 
 def upstream_of_rows(layout, grad, order):
-    """One number per stored row, relative to the largest; and that, so that G has numbers of the size of probabilities
-    whatever the loss is scaled by."""
+    """Return ``upstream`` (M,) relative to its largest value, and that value (), so that G has the size of
+    probabilities whatever the loss is multiplied by."""
     grad = grad.float()
     largest = grad.abs().amax()
     largest = torch.where(largest == 0, 1.0, largest)

@@ -1,4 +1,4 @@
-"""The objectives, for a block of anchors at once: the device's form of ``csrc/cpu/objectives.h``.
+"""The arithmetic of the objectives for a block of anchors, as in ``csrc/cpu/objectives.h``.
 
 From N (log-sum-exp of the negatives in each column) and P (the positive in each view), both (anchors, columns) in
 float64, to the loss and the two tables of the backward, log_weights and positives. The queue is column VIEWS.

@@ -1,4 +1,4 @@
-"""A tile of G, the gradient of pairs: G_ij = exp(S_ij - r) (w_i + w_j), the pair's share in both anchors' losses."""
+"""A tile of G, the gradient of pairs: G_ij = exp(S_ij - reference) (w_i + w_j), from both rows as anchors."""
 
 import torch
 import triton
@@ -20,10 +20,10 @@ def masked_blocks(
     BLOCK_Y: tl.constexpr,
     LABELS: tl.constexpr,
 ):
-    """Blocks [low, high) of a view hold columns that the rows around x_local must not take for negatives.
+    """Return [low, high): the blocks of a view with columns that are no negatives of the rows around x_local.
 
-    Rows and columns are counted in spans, the blocks of the launch without masks: both launches must draw the same
-    line, and a block of either is a span or a piece of one.
+    Rows and columns are rounded to spans, the blocks of the launch without masks, since both launches must divide the
+    work along the same lines; a block of either launch is a span or a piece of one.
     """
     x_local = x_local // SPAN_X * SPAN_X
     if LABELS:
@@ -45,10 +45,10 @@ def pair_gradient(
     u,
     v,
     weights,
-    slow,
+    log_weights,
     upstream,
     classes,
-    coef,
+    positives,
     scale,
     reference,
     rows,
@@ -64,10 +64,11 @@ def pair_gradient(
     BLOCK_Y: tl.constexpr,
     FACTOR: tl.constexpr,
 ):
-    """G (BLOCK_X, BLOCK_Y) of rows of view u (x) and of view v (y; v == VIEWS: the queue), from inner products ``s``.
+    """Return G (BLOCK_X, BLOCK_Y) of rows of view u (x) and of view v (y; v == VIEWS: the queue), from inner products
+    ``s``.
 
-    With MASKED, pairs of one sample (of one class) are told apart, and weights of any size are right, at the price of
-    two exponentials. Without, columns past the end need no mask: the rows there are zeros, and G is finite.
+    With MASKED, pairs of one sample (with labels: of one class) are excluded, and weights of any size are right; it
+    takes two exponentials per pair. Without, columns past the end need no mask: their rows are zeros, and G is finite.
     """
     xs = x_local + tl.arange(0, BLOCK_X)
     ys = y_local + tl.arange(0, BLOCK_Y)
@@ -75,10 +76,10 @@ def pair_gradient(
     x_in, y_in = xs < BATCH, (ys < limit) & (v != VIEWS)
     if MASKED:
         score = s * scale
-        x_slow = tl.load(slow + v * rows + x_at, mask=x_in, other=float("-inf"))
-        y_slow = tl.load(slow + u * rows + y_at, mask=y_in, other=float("-inf"))
-        # Probabilities: where a long row's score was rounded otherwise than in its sum, at most 1 all the same. Not by
-        # a minimum, which may drop NaN.
+        x_slow = tl.load(log_weights + v * rows + x_at, mask=x_in, other=float("-inf"))
+        y_slow = tl.load(log_weights + u * rows + y_at, mask=y_in, other=float("-inf"))
+        # These are probabilities, so at most 1 even where the score of a long row was rounded differently in its sum.
+        # tl.minimum may drop NaN.
         gx, gy = score + x_slow[:, None], score + y_slow[None, :]
         gx = tl.exp2(tl.where(gx > 0, 0.0, gx) * LOG2E)
         gy = tl.exp2(tl.where(gy > 0, 0.0, gy) * LOG2E)
@@ -90,10 +91,12 @@ def pair_gradient(
             g = gx * x_scale[:, None] + gy * y_scale[None, :]
         if LABELS:
             if v != VIEWS:
-                g = class_gradient(g, score, xs, ys, upstream, classes, coef, rows, BATCH, POSITIVES, NUMERATOR, FACTOR)
+                g = class_gradient(
+                    g, score, xs, ys, upstream, classes, positives, rows, BATCH, POSITIVES, NUMERATOR, FACTOR
+                )
         else:
             g = tl.where((xs[:, None] == ys[None, :]) & (v != VIEWS), 0.0, g)
-        # A row of zeros past the end has score 0, which may be infinitely far above those of a row's own.
+        # A row of zeros past the end has score 0, which may lie far above all real scores of a row.
         g = tl.where((ys < limit)[None, :], g, 0.0)
     else:
         wx = FACTOR * tl.load(weights + v * rows + x_at, mask=x_in, other=0.0)
@@ -103,11 +106,11 @@ def pair_gradient(
             wy *= tl.load(upstream + y_at, mask=y_in, other=0.0)
         g = relative_exponential(s, scale, reference, NORMALIZE) * (wx[:, None] + wy[None, :])
         if FACTOR != 1.0:
-            if y_local + BLOCK_Y > limit:  # float16 alone: there it may be infinite
+            if y_local + BLOCK_Y > limit:  # only in float16, where it may be infinite
                 g = tl.where((ys < limit)[None, :], g, 0.0)
     return g
 
 
 def partial_sums(layout, splits, queues, stored):
-    """Memory for (splits + queues, own rows, stride) of sums over pairs, which ``finish_rows`` adds up."""
+    """Allocate ``partial`` (splits + queues, own rows, S), which ``finish_rows`` adds up."""
     return launcher.empty((splits + queues, layout.views * layout.part[1], layout.stride), torch.float32, stored.device)

@@ -1,4 +1,4 @@
-"""First and last pass over the rows: read and normalise them; turn the gradient of unit rows into that of the input."""
+"""The first and the last pass over the rows: normalise them; turn the gradient of unit rows into that of the input."""
 
 import torch
 import triton
@@ -10,7 +10,7 @@ from selfsup_kernels.tiles.tile import LONGEST, SCALE, SLOW
 
 @triton.jit
 def _source_rows(sources, strides, order, row, BATCH_PADDED, BATCH, VIEWS: tl.constexpr, LABELS: tl.constexpr):
-    """Pointers to the user's rows that storage rows ``row`` hold, and which of them hold one at all."""
+    """Return pointers to the user's rows that the stored rows ``row`` hold, and a mask of those that hold one."""
     if LABELS:  # row = place in the order of the classes * views + view
         view = row % VIEWS
         valid = row < BATCH * VIEWS
@@ -26,7 +26,7 @@ def _source_rows(sources, strides, order, row, BATCH_PADDED, BATCH, VIEWS: tl.co
     return pointers, valid
 
 
-# A temperature, and the gradient of the loss, may be an element of a tensor: no variant for where it lies.
+# temperature_tensor and grad_scale may point into a larger tensor. Their alignment must not compile another variant.
 @triton.jit(
     do_not_specialize=["BATCH_PADDED", "BATCH", "rows", "first_row"],
     do_not_specialize_on_alignment=["temperature_tensor"],
@@ -55,8 +55,10 @@ def load_rows_kernel(
     BLOCK: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """stored <- unit rows, zeros where the padding is; inverse_norms <- 1 / norm, negative at the floor; the
-    accumulators of this row block <- 0. The first program writes the scale. COLUMNS = 0: the rows of the queue."""
+    """stored <- unit rows, zeros in the padding; inverse_norms <- 1 / norm, negative at the floor; sums <- 0.
+
+    ``sources``: V matrices (B, D) of row strides ``strides``. The first program writes the scale. COLUMNS: C, or 0 for
+    the rows of the queue."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     d = tl.arange(0, BLOCK_D)
     pointers, valid = _source_rows(sources, strides, order, row, BATCH_PADDED, BATCH, VIEWS, LABELS)
@@ -74,7 +76,7 @@ def load_rows_kernel(
     h = tl.where(valid[:, None], h, 0.0)  # padding is zeros whatever 1 / eps is
     at = stored + (first_row + row).to(tl.int64)[:, None] * STRIDE + d[None, :]
     tl.store(at, h.to(stored.dtype.element_ty), mask=(row < rows)[:, None] & (d < STRIDE)[None, :])
-    # The queue's part of inverse_norms has no padding: its length is how the backward knows that of the queue.
+    # The queue's part of inverse_norms has no padding: the backward derives K from its length.
     tl.store(
         inverse_norms + first_row + row, reciprocal.to(tl.float32), mask=(row < rows) if COLUMNS > 0 else (row < BATCH)
     )
@@ -99,7 +101,7 @@ def finish_rows_kernel(
     partial,
     stored,
     inverse_norms,
-    coef,
+    positives,
     upstream,
     grad_scale,
     scalars,
@@ -127,10 +129,11 @@ def finish_rows_kernel(
     FACTOR: tl.constexpr,
     LIMIT: tl.constexpr,
 ):
-    """out <- the gradient of the user's rows of samples first .. first + count, in their order.
+    """out (V, count, D) <- the gradient of samples first .. first + count, in the order of the user's rows.
 
-    The partial sums over pairs of different samples are added in order; the positives come from the rows themselves,
-    in float32. ``partial`` is (SPLITS + QUEUES, rows from part_first on of each view, STRIDE), FACTOR times too large.
+    Adds the partial sums over pairs of different samples in a fixed order; recomputes the part of the positives from
+    the rows, in float32. ``partial`` is (SPLITS + QUEUES, rows from part_first on of each view, STRIDE), multiplied by
+    FACTOR. ``scale_gradient`` (M,) float64 <- each row's part of the temperature's gradient.
     """
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     d = tl.arange(0, BLOCK_D)
@@ -163,8 +166,8 @@ def finish_rows_kernel(
         for v in range(VIEWS):
             other = v * BATCH_PADDED + sample
             there = valid & (view != v)
-            c = own * tl.load(coef + v * rows + row, mask=there, other=0.0)
-            back = tl.load(coef + view * rows + other, mask=there, other=0.0)
+            c = own * tl.load(positives + v * rows + row, mask=there, other=0.0)
+            back = tl.load(positives + view * rows + other, mask=there, other=0.0)
             if upstream is not None:
                 back *= tl.load(upstream + other, mask=there, other=0.0)
             zv = tl.load(
@@ -198,14 +201,14 @@ def finish_rows_kernel(
 
 
 def _blocks(dim):
-    """(rows of a program, padded width, warps): about 4096 numbers in registers, a row never split."""
+    """Return (rows of a program, padded width, warps): about 4096 numbers in registers, whole rows."""
     width = max(16, launcher.next_power_of_2(dim))
     rows = max(1, min(64, 4096 // width))
     return rows, width, 4 if width <= 4096 else 16
 
 
 def load_rows(layout, views, queue, order, temperature_tensor):
-    """(stored rows, inverse_norms, sums, scalars) of a call; ``layout`` says where each row lies."""
+    """Return (stored rows, inverse_norms, sums, scalars) of a call."""
     call, temperature = layout.call, layout.call.temperature
     device = views[0].device
     views = [v if v.stride(1) == 1 or v.shape[1] == 1 else v.contiguous() for v in views]
@@ -265,7 +268,7 @@ def load_rows(layout, views, queue, order, temperature_tensor):
 
 
 def finish_rows(layout, partial, splits, saved, upstream, grad_scale, constant, need_temperature, factor, dtype):
-    """(gradient of the views (V, own, D), (rows,) float64 parts of the temperature's gradient or None)."""
+    """Return the gradient of the views (V, own samples, D), and (M,) float64 parts of the temperature's or None."""
     call, stored = layout.call, saved.rows
     device = stored.device
     out = launcher.empty((layout.call.num_views, layout.call.own, layout.call.dim), dtype, device)

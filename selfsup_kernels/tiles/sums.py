@@ -1,12 +1,12 @@
-"""The forward's quadratic part: sums over negatives of exp(score - r), each pair of rows computed once.
+"""The quadratic part of the forward: sums over negatives of exp(score - reference), each pair of rows computed once.
 
-Tile (x, y) of the symmetric matrix gives its row sums to the rows of x and its column sums to those of y. A program
-keeps the rows of y and the column sums, streams blocks x past them, and adds row sums to memory atomically. Blocks are
-paired round a circle, block J with J, J + 1, ..., J + n / 2 (mod n), so that every block has the same work.
+The matrix of scores is symmetric: tile (x, y) adds its row sums to the rows of x and its column sums to the rows of y.
+A program keeps the rows of y and their column sums in registers, streams blocks x past them, and adds row sums to
+memory atomically. Block J meets blocks J, J + 1, ..., J + n / 2 (mod n), so that every block has the same work.
 
-With ``SYMMETRIC = False`` (``torch.use_deterministic_algorithms``) a program sees all columns of its rows, at twice the
-work, and each sum is added to memory once: no order to depend on. Where other processes have the other rows, a program
-sees a part of all columns of its rows.
+With ``SYMMETRIC = False`` (``torch.use_deterministic_algorithms``) a program computes all columns of its rows, which is
+twice the work, and adds each sum once, so that the result does not depend on the order of execution. Over many
+processes, a program computes a part of the columns of its process's rows.
 """
 
 import triton
@@ -30,8 +30,8 @@ def _decode(
     SYMMETRIC: tl.constexpr,
     CROSS: tl.constexpr,
 ):
-    """Work item -> (view u of the rows that stay, view v of those that stream by (VIEWS: the queue), the block of u,
-    its first offset on the circle, the one past the last)."""
+    """Return, for a work item: the view u of the rows that stay, the view v of those that stream (VIEWS: the queue),
+    the block of u, and the first offset on the circle and the one past the last."""
     if SYMMETRIC:
         own_length = blocks // 2 + 1
         own_chunks = tl.cdiv(own_length, CHUNK)
@@ -44,7 +44,7 @@ def _decode(
             u = item // per
             v = u
             chunk = item % per // blocks
-            # An even circle has its opposite block once, not twice.
+            # On an even circle two blocks that face each other meet once, not twice.
             length = tl.where((blocks % 2 == 0) & (item % blocks >= blocks // 2), own_length - 1, own_length)
         elif item < own + cross:
             per = blocks * cross_chunks
@@ -109,10 +109,10 @@ def _stream(
     DESCRIPTOR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Blocks of view v past the rows of y: offsets start, start + 1, ... on the circle, without the ``skipped`` ones
-    from ``skip`` on. Returns the column sums; the row sums go to memory.
+    """Stream blocks of view v past the rows of y, at offsets start, start + 1, ... on the circle, without ``skipped``
+    of them from ``skip`` on. Add the row sums to memory; return the column sums.
 
-    Without MASKED no pair of a tile may be left out, save for rows past the end: nearly all tiles are such, and their
+    Without MASKED every pair of a tile counts, except rows past the end. Nearly all tiles are of that kind, and their
     loop has no registers to spare for masks.
     """
     STEPS: tl.constexpr = SPAN // BLOCK_M
@@ -157,18 +157,18 @@ def _stream(
             else:
                 keep = xs[:, None] != ys[None, :]
             e = tl.where(keep | (v == VIEWS), e, 0.0)
-        # What a thread can add by itself; across threads once an item.
+        # Add what one thread holds; across threads only once per work item.
         if PAIRED:
             column_sums += tl.sum(tl.reshape(e, (BLOCK_M // 16, 2, 8, BLOCK_N)), 1)
         else:
             column_sums += e
         if SYMMETRIC:
-            # On the diagonal the tile holds each pair twice, and the column sums have them all.
+            # A tile on the diagonal holds each pair twice: its column sums are complete.
             if (v != VIEWS) & ((v != u) | (x_block != y_block)):
                 if MASKED:
                     e = tl.where((ys < BATCH)[None, :], e, 0.0)
-                # Nothing in this launch reads a sum. Triton's default order would cost a fence of the whole device and
-                # the L1 cache, once a tile.
+                # No thread of this launch reads a sum. Triton's default memory order would add a fence of the whole
+                # device, which also empties the L1 cache, to every tile.
                 at = sums + u * rows + x_row + tl.arange(0, BLOCK_M)
                 tl.atomic_add(at, tl.sum(e, 1), mask=xs < BATCH, sem="relaxed")
     if PAIRED:
@@ -222,12 +222,12 @@ def sums_kernel(
     DESCRIPTOR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """sums[c, i] += sum of exp(S_ij - r) over the negatives j of row i in view c (the queue is the last column).
+    """sums[c, i] += sum of exp(S_ij - reference) over the negatives j of row i in column c (the queue is the last one).
 
-    PART: the tiles of which no pair is left out ("clean"), the others ("masked"), or "all" of them, as masked ones. The
-    circle is of spans, the blocks of the launch without masks; a program's own block is a span or a piece of one.
-    Rows of one view follow each other, PADDED apart from those of the next; the rows of the queue come last. PAIRED
-    says that a thread holds rows r and r + 8 of a tile's product (mma and wgmma; tcgen05 gives it one row).
+    PART: "clean" computes the tiles in which every pair counts, "masked" the others, "all" all of them with masks. The
+    circle consists of spans, the blocks of the clean launch; a program's own block is a span or a piece of one. The
+    views follow each other at a distance of PADDED rows, then the queue. PAIRED: a thread holds rows r and r + 8 of a
+    tile's product (mma and wgmma; with tcgen05 it holds one row).
     """
     PIECES: tl.constexpr = SPAN // BLOCK_N
     blocks = tl.cdiv(BATCH, SPAN)
@@ -242,7 +242,7 @@ def sums_kernel(
         y_row = u * PADDED + y_local
         limit = tl.where(v == VIEWS, QUEUE, BATCH)
         count = tl.where(v == VIEWS, queue_blocks, blocks)
-        # Offsets [clean, dirty) of the circle hold no pair that is to be left out.
+        # At offsets [clean, dirty) of the circle every pair counts.
         if v == VIEWS:
             clean, dirty = first, last
         else:
@@ -307,7 +307,7 @@ def sums_kernel(
 
 
 def pair_sums(layout, stored, sums, scalars, classes, precision):
-    """sums (C, M) += what :func:`sums_kernel` says, over all tiles; ``classes`` (2, M) with labels."""
+    """Launch :func:`sums_kernel` over all tiles. ``classes``: ``Saved.classes``."""
     call, cross = layout.call, layout.call.columns == Columns.OTHER
     begins, ends = classes if call.labelled else (None, None)
     clean, masked = (
@@ -328,17 +328,17 @@ def pair_sums(layout, stored, sums, scalars, classes, precision):
             return layout.own_blocks(config.block_n)[1] * layout.views * (layout.views * n + q)
         return n * (own * (n // 2 + 1) + pairs * n + layout.views * q)
 
-    # Few tiles are one launch, at the speed of masked ones; of many, those with masks are a small share.
+    # Few tiles take one launch with masks. Of many tiles only a small share needs masks.
     many = not deterministic and tiles(clean) >= launcher.MANY_TILES * processors * clean.programs
     for part, config in (("clean", clean), ("masked", masked)) if many else (("all", masked),):
-        circle = clean if many else config  # both launches go round the same circle
+        circle = clean if many else config  # both launches divide the work along the same blocks
         configs.check_divides("sums", circle, config)
         n, q = blocks(circle)
         first_block, own_blocks = layout.own_blocks(circle.block_n)
         programs = processors * config.programs
-        # Long enough to load a block of rows once for many tiles, short enough for eight rounds of work a program. Of
-        # the masked part nearly all items are empty, and finding that out takes a chain of loads and divisions: few of
-        # them, but so many that the row of a last block, all of it masked, is the work of several programs.
+        # Long enough to load a block of rows once for many tiles, short enough for eight rounds of work per program. In
+        # the masked part nearly all items are empty, and finding that out takes loads and divisions: so fewer items,
+        # but enough that several programs share the last block's row, which is masked throughout.
         chunk = max(4, min(64, n // 8)) if part == "masked" else max(1, min(64, tiles(circle) // (8 * programs)))
         if symmetric:
             rounds = (own * launcher.cdiv(n // 2 + 1, chunk), pairs * launcher.cdiv(n, chunk))

@@ -16,11 +16,12 @@ from selfsup_kernels.tiles.objectives import OTHER, anchor_tables
 from selfsup_kernels.tiles.tile import SLOW, finite_or_zero, negatives_meet, score_reference
 
 FAST_WEIGHT = tl.constexpr(60.0)
-"""Above exp(60) a weight belongs to a row all of whose scores are below r - 60: exp(S - r) would lose those that are
-1e-12 of its sum."""
+"""All scores of a row with a weight above exp(60) lie below reference - 60: exp(S - reference) would flush those to
+zero that are 1e-12 of its sum."""
 
 LOST_SHARE = tl.constexpr(1.2e-31)
-"""A sum of n terms, each wrong by what float32 flushes to zero (1.2e-38), is right to 1e-7 above n times this."""
+"""float32 flushes terms below 1.2e-38 to zero, so a sum of n terms has a relative error below 1e-7 above n times this.
+"""
 
 
 @triton.jit
@@ -36,7 +37,7 @@ def block_scores(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Scores of BLOCK stored rows with BLOCK others (those from ``limit`` on are not read)."""
+    """Return the scores of BLOCK stored rows with BLOCK others; rows from ``limit`` on are not read."""
     s = tl.zeros((BLOCK, BLOCK), tl.float32)
     k = tl.arange(0, BLOCK_K)
     at_x = stored + row.to(tl.int64)[:, None] * STRIDE
@@ -66,10 +67,8 @@ def running_log_sum(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Log-sum-exp, with a running maximum, of the scores of BLOCK rows with ``count`` rows from ``first_row`` on.
-
-    ``exclude``: leave out those of the row's own sample, ``own`` (with labels: of its class).
-    """
+    """Return the log-sum-exp, with a running maximum, of the scores of BLOCK rows with ``count`` rows from
+    ``first_row`` on. ``exclude``: without those of the row's own sample ``own`` (with labels: of its class)."""
     top = tl.full((BLOCK,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, count, BLOCK):
@@ -109,8 +108,9 @@ def negatives(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """N of BLOCK rows in column c, in float64. Sums too small to be right are computed again, with a running maximum:
-    the reference that all rows share lets those of a row underflow whose scores are all far below the highest."""
+    """Return the log-sum-exp N of BLOCK rows in column c, in float64. Sums that are too small to be accurate are
+    computed again with a running maximum: relative to the reference that all rows share, the scores of a row may
+    all underflow."""
     total = tl.load(sums + c * rows + row, mask=valid, other=1.0)
     n = tl.log(total.to(tl.float64)) + reference.to(tl.float64)
     doubtful = valid & (total < tl.maximum(count * LOST_SHARE, 1e-30))
@@ -136,11 +136,11 @@ def negatives(
 
 
 @triton.jit
-def store_weights(weights, slow, scalars, logw, reference, at, mask):
-    """logw: as exp(logw + r), and itself for the slow path."""
+def store_weights(weights, log_weights, scalars, logw, reference, at, mask):
+    """Store exp(logw + reference), and logw for the path that adds logarithms."""
     relative = logw + reference.to(tl.float64)
     tl.store(weights + at, tl.exp(tl.where(relative > 80.0, 80.0, relative)).to(tl.float32), mask=mask)
-    tl.store(slow + at, logw.to(tl.float32), mask=mask)
+    tl.store(log_weights + at, logw.to(tl.float32), mask=mask)
     if tl.sum((mask & (relative > FAST_WEIGHT)).to(tl.int32)) > 0:
         tl.atomic_max(scalars + SLOW, 1.0, sem="relaxed")
 
@@ -152,8 +152,8 @@ def view_tables_kernel(
     scalars,
     loss,
     weights,
-    slow,
-    coef,
+    log_weights,
+    positives,
     rows,
     BATCH,
     PADDED,
@@ -174,8 +174,8 @@ def view_tables_kernel(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Program (samples of first .. first + count, view u): the losses of these anchors, ``weights``, ``slow``
-    (VIEWS [+ 1], rows) and ``coef`` (VIEWS, rows). Positives are inner products of the rows in float32."""
+    """Program (samples of first .. first + count, view u): the losses of these anchors, ``weights``, ``log_weights``
+    (VIEWS [+ 1], rows) and ``positives`` (VIEWS, rows). Positives are inner products of the rows in float32."""
     u = tl.program_id(1)
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = place < count
@@ -225,12 +225,12 @@ def view_tables_kernel(
     # (BLOCK, WIDTH) tables, a few columns: element (i, v) goes to [v][i].
     at = column[None, :] * rows + row[:, None]
     there = valid[:, None] & (column < VIEWS + QUEUE)[None, :]
-    store_weights(weights, slow, scalars, logw, reference, at, there)
-    tl.store(coef + at, c.to(tl.float32), mask=there & (column < VIEWS)[None, :])
+    store_weights(weights, log_weights, scalars, logw, reference, at, there)
+    tl.store(positives + at, c.to(tl.float32), mask=there & (column < VIEWS)[None, :])
 
 
 def view_tables(layout, stored, sums, scalars, precision):
-    """(losses of this process's anchors (V, own), log_weights, weights, positives), in float32."""
+    """Return the losses of this process's anchors (V, own samples), log_weights, weights and positives."""
     call = layout.call
     new = functools.partial(launcher.empty, dtype=torch.float32, device=stored.device)
     loss = new((layout.call.num_views, layout.call.own))
@@ -266,15 +266,15 @@ def view_tables(layout, stored, sums, scalars, precision):
         BLOCK_K=table_width(layout, stored.dtype),
         PRECISION=precision,
         num_warps=8,
-        maxnreg=255,  # else the compiler spills a few registers to fit one more program
+        maxnreg=255,  # the compiler would spill registers to fit one more program on an SM
     )
     return loss, log_weights, weights, positives
 
 
 TABLE_BLOCK = 32
-"""Anchors of a program. Small: a batch of a few hundred samples should still use many multiprocessors."""
+"""Anchors per program: few, so that a batch of a few hundred samples uses many SMs."""
 
 
 def table_width(layout, dtype):
-    """Numbers of a row at a time: fewer in float32, whose exact products need more registers."""
+    """How many numbers of a row are loaded at a time: fewer in float32, whose exact products need more registers."""
     return min(32 if dtype == torch.float32 else 64, max(16, launcher.next_power_of_2(layout.stride)))

@@ -1,5 +1,5 @@
-"""The backward's quadratic part for rows too long for an accumulator: in waves, a block of G into a workspace, then a
-plain matrix product from there."""
+"""The quadratic part of the backward for rows that are too long for an accumulator in registers. It goes in waves: one
+kernel writes a block of G to a workspace, and a plain matrix product reads it."""
 
 import triton
 import triton.language as tl
@@ -19,12 +19,12 @@ def wave_kernel(
     source_x,
     source_y,
     weights,
-    slow,
+    log_weights,
     upstream,
     scalars,
     classes,
     ends,
-    coef,
+    positives,
     workspace,
     rows,
     BATCH,
@@ -48,7 +48,10 @@ def wave_kernel(
     FACTOR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """workspace[i, j] <- G of a wave: rows of view u from x_first on with rows of view v from y_first on."""
+    """workspace[i, j] <- G of rows of view u from x_first on and rows of view v from y_first on.
+
+    ``workspace``: (rows, WIDTH) in the dtype of the views.
+    """
     x_local = x_first + tl.program_id(1) * BLOCK_M
     y_local = y_first + tl.program_id(0) * BLOCK_N
     x_row, y_row = u * PADDED + x_local, v * PADDED + y_local
@@ -82,10 +85,10 @@ def wave_kernel(
             u,
             v,
             weights,
-            slow,
+            log_weights,
             upstream,
             classes,
-            coef,
+            positives,
             scale,
             reference,
             rows,
@@ -111,10 +114,10 @@ def wave_kernel(
             u,
             v,
             weights,
-            slow,
+            log_weights,
             upstream,
             classes,
-            coef,
+            positives,
             scale,
             reference,
             rows,
@@ -153,7 +156,10 @@ def product_kernel(
     DESCRIPTOR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """partial[x_row + i, d] (+)= sum over the wave's columns j of workspace[i, j] z[y_row + j, d]."""
+    """partial[x_row + i, d] (+)= sum over the columns j of the workspace of workspace[i, j] z[y_row + j, d].
+
+    ``source_g``: the workspace (rows, WIDTH), as a pointer or a TMA descriptor. FIRST: overwrite ``partial``.
+    """
     i = tl.program_id(1) * BLOCK_M
     d = tl.program_id(0) * BLOCK_N
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -188,7 +194,7 @@ def in_waves(layout, stored, tables, constants):
         )
     padded = max(layout.padded, layout.queue_padded)
     part_first, part_rows = layout.part
-    # As many rows as give each multiprocessor a tile of the product.
+    # Enough rows for one tile of the product per SM.
     filling = launcher.processors_of(stored) // launcher.cdiv(layout.stride, product.block_n) * product.block_m
     height, width = wave_shape(padded, part_rows, stored.element_size(), filling)
     partial = partial_sums(layout, 1, int(layout.call.queue_rows > 0), stored)
@@ -251,9 +257,11 @@ def in_waves(layout, stored, tables, constants):
 
 
 def wave_shape(columns, rows, element_size, filling):
-    """(rows, columns) of the workspace: ``filling`` rows where there are so many, or the product would leave a part of
-    the machine idle, and else as long as it may be, since each pass over its columns reads and writes the accumulators
-    of its rows once. Multiples of 256, the padding of the views."""
+    """Return (rows, columns) of the workspace, multiples of 256.
+
+    At least ``filling`` rows, so that the product keeps every SM busy; then as many columns as fit, since each pass
+    over the columns reads and writes the accumulators of its rows once.
+    """
 
     def fitting(other):
         return max(256, WORKSPACE_BYTES // (element_size * other) // 256 * 256)
@@ -266,7 +274,7 @@ def wave_shape(columns, rows, element_size, filling):
 
 
 def visits(layout):
-    """The ordered pairs (u, v) of views that meet; v == views is the queue."""
+    """Yield the ordered pairs (u, v) of views whose rows are negatives of each other; v == views is the queue."""
     call = layout.call
     for u in range(layout.views):
         yield from ((u, v) for v in negative_views(u, layout.views, call.core_view, call.columns))
