@@ -54,24 +54,24 @@ def info_nce_loss(
         labels: ``(B,)`` integers. Samples that share one are positives of each other in every view and never
             negatives. An anchor without positives (V = 1, alone in its class) counts as zero. Not for ``pairwise``
             and ``cross_view``, nor with ``core_view``.
-        queue: ``(K, D)`` further negatives of every anchor, without gradient; normalised like the views.
-        core_view: two different views then meet, as positives and as negatives, only if one of them is this one.
+        queue: ``(K, D)`` more negatives for every anchor, without gradient; normalised like the views.
+        core_view: a view, or None. With one, two different views are compared only if one of them is this view (CMC's
+            core-view graph, arXiv:1906.05849, section 3.4).
         normalize: divide the rows by their norm. With ``False`` scores are plain inner products.
         eps: the floor of the norm.
         reduction: ``"mean"`` or ``"sum"`` over the anchors, or ``"none"`` for ``(V, B)``.
-        group: a ``torch.distributed`` process group, or ``"world"`` for all processes, looked up in the call (where
-            there is one process, that one): the batch is then that of all its processes together, each of
-            which passes the views (and labels) of its own samples, as many as it has. ``"mean"`` and ``"sum"`` are over
-            all anchors, the same number on every process; ``"none"`` gives ``(V, B)`` for its own. The gradient is
-            that of the sum over the processes of what each makes of its result, so that after
-            DistributedDataParallel's averaging the gradient of ``"mean"`` is the one of a single process with the
-            whole batch. A temperature gets this process's part of its gradient: let DistributedDataParallel average
-            it too. Every process has to make the same calls, forward and backward, in the same order. A queue is
-            each process's own. ``"local"``, or None: the batch is this process's; None warns, once, where several
-            processes run.
-        impl: ``"auto"``, ``"reference"``, ``"cpu"`` or, for GPUs, ``"triton"``. The reference is pure Python; it keeps
-            all scores for the backward, as a loss written by hand does, where they are few: up to 1 MB, with labels or
-            a queue 16 MB, and for ``cross_view`` 64 MB.
+        group: a ``torch.distributed`` process group, or ``"world"`` for all processes (looked up in each call). The
+            batch is then that of all its processes together. Each process passes the views (and labels) of its own
+            samples; their numbers may differ. ``"mean"`` and ``"sum"`` are over all anchors and give the same number on
+            every process; ``"none"`` gives ``(V, B)`` for the process's own anchors. The gradient is that of the sum of
+            the results of all processes, so that after the averaging of DistributedDataParallel the gradient of
+            ``"mean"`` equals that of one process with the whole batch. A temperature gets this process's part of its
+            gradient; let DistributedDataParallel average it too. All processes must make the same calls, forward and
+            backward, in the same order. Each process has its own queue. ``"local"`` or None: the batch of this process
+            alone; None warns once where several processes run.
+        impl: ``"auto"``, ``"reference"``, ``"cpu"`` or, for GPUs, ``"triton"``. The reference is pure Python. Where the
+            scores are few (up to 1 MB; 16 MB with labels or a queue; 64 MB for ``cross_view``) it keeps them all for
+            the backward, as a loss written by hand does.
 
     Returns:
         The loss in the dtype of the views (float32 under autocast), computed in float32 at least. It is
@@ -80,9 +80,9 @@ def info_nce_loss(
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message says which and why.
-        RuntimeError: ``impl`` cannot be used here, a second or a forward-mode derivative is asked for, or another
-            process of the group refused its arguments (arguments that differ between processes are a ValueError on all
-            of them).
+        RuntimeError: ``impl`` cannot be used here; a second or a forward-mode derivative was requested; or another
+            process of the group refused its arguments (arguments that differ between processes are a ValueError on
+            every process).
     """
     if others:
         raise TypeError(
@@ -101,14 +101,14 @@ def info_nce_loss(
         else:
             loss = apply(InfoNCE, impl, stacked, call, *tensors)
     else:
-        if torch.compiler.is_compiling():  # says why before _disable_dynamo says that
+        if torch.compiler.is_compiling():  # gives the reason, which _disable_dynamo would not
             torch._dynamo.graph_break(msg="selfsup_kernels: a loss over many processes reads their sizes on the host")
         loss, checked = _group_info_nce(group, arguments)
     return loss if checked.autocast else loss.to(checked.view.dtype)
 
 
 def check_objective(value) -> str:
-    """An objective's name. The message for one that the field calls otherwise says its name here."""
+    """Return the name, or raise; the message translates names that the field uses for it."""
     hint = ""
     if isinstance(value, str):
         plain = "".join(filter(str.isalnum, value.lower()))
@@ -119,20 +119,20 @@ def check_objective(value) -> str:
 
 
 class _Checked(NamedTuple):
-    """A call whose arguments fit."""
+    """The checked arguments of a call."""
 
     impl: str
     stacked: bool
-    """Whether the views came as one tensor."""
+    """Whether the views are one tensor (V, B, D)."""
     call: Call
     tensors: tuple
-    """The temperature's tensor, labels, queue, then the views as they came."""
+    """The temperature as a tensor, labels and queue (each may be None), then the views as given."""
     view: torch.Tensor
     autocast: bool
 
 
 def _check_info_nce(views, temperature, objective, labels, queue, core_view, normalize, eps, reduction, impl):
-    """What the user passed, checked."""
+    """Check the arguments of :func:`info_nce_loss` and make the record of the call."""
     matrices = check.views("views", views, 1 if labels is not None else 2)
     first = matrices[0]
     batch, dim = first.shape
@@ -189,7 +189,7 @@ def _check_info_nce(views, temperature, objective, labels, queue, core_view, nor
 
 @torch._disable_dynamo  # torch.compiler.disable would import torch._dynamo, which takes as long as torch
 def _group_info_nce(group, arguments):
-    """(loss, checked call) of this process's share. Not traced: the sizes of the others are read on the host."""
+    """Return (loss, checked call) of this process's samples. Not traced: the host reads the other processes' sizes."""
     if active():
         raise RuntimeError(
             "group: a loss over many processes cannot be transformed by torch.func; use backward(), or group='local'"
@@ -198,6 +198,6 @@ def _group_info_nce(group, arguments):
     checked = exchange.announced(group, _check_info_nce, *arguments)
     impl, stacked, call, tensors, view, _ = checked
     shares, call, longest_queue = exchange.agree(group, impl, call, tensors, view)
-    if impl == "triton":  # here, where all processes come to the same answer
+    if impl == "triton":  # before any exchange of rows: all processes raise together
         check_size(impl, Layout(call._replace(queue_rows=longest_queue)))
     return GroupInfoNCE.apply(shares, impl, stacked, call, *tensors), checked

@@ -25,8 +25,8 @@ from selfsup_kernels.info_nce.call import SCALE, Call, Saved, unpack_backward
 from selfsup_kernels.info_nce.objectives import Columns, Numerator, Positives, negative_views, positive_views
 
 _BLOCK_BYTES = 1 << 22
-"""Scores held at a time, with up to three copies of them: so many that the work of a block dwarfs the overhead of
-its dozen of calls, so few that they stay in the processor's cache. Larger blocks are slower as well as larger."""
+"""Bytes of scores per block; up to three copies exist at a time. Smaller blocks pay more for calls of operators, larger
+ones leave the cache."""
 
 
 def forward(views, labels, queue, temperature_tensor, *call):
@@ -117,7 +117,7 @@ def backward(grad, *arguments):
 
 
 def _rows(h, call):
-    """Unit rows and 1 / max(|h|, eps), the latter negative where the floor was taken."""
+    """Return unit rows and 1 / max(|h|, eps), the latter negative where the floor was taken."""
     h = h.detach()
     if not call.normalize:
         return h.clone(), torch.ones_like(h[:, 0])
@@ -127,7 +127,7 @@ def _rows(h, call):
 
 
 def _met(call, device):
-    """(V, W): the views that an anchor of each view is compared with; None where that is all of them."""
+    """Return (V, W), the views that an anchor of each view is compared with, or None where these are all views."""
     if call.columns != Columns.OTHER:
         return None
     every = range(call.num_views)
@@ -135,7 +135,7 @@ def _met(call, device):
 
 
 def _pick(table, met, dim):
-    """Of a table (V, ...) with one entry for each view along ``dim``: those of the views that are met."""
+    """Select, along ``dim`` of a table (V, ...), the entries of the views in ``met``."""
     if met is None:
         return table
     shape = [len(met) if d == 0 else met.shape[1] if d == dim else 1 for d in range(table.dim())]
@@ -143,13 +143,13 @@ def _pick(table, met, dim):
 
 
 def _columns(z, met, num_views):
-    """The rows that anchors are compared with, W B of them: for all views the same, or (V, W B, D)."""
+    """Return the rows that anchors are compared with: (W B, D) for all views, or (V, W B, D)."""
     return z if met is None else z.view(num_views, -1, z.shape[1])[met].flatten(1, 2)
 
 
 def _blocks(rows, scale, call, samples):
-    """By blocks of ``samples``: their slice, the scores of their rows with the columns (V, n, W, B) and, or None, with
-    the queue (V, n, K)."""
+    """Yield, for blocks of ``samples``: their slice, the scores of their rows with the columns (V, n, W, B), and their
+    scores with the queue (V, n, K) or None."""
     batch = call.batch
     z, zq = rows.split([call.num_views * batch, call.queue_rows])
     columns = _columns(z, _met(call, z.device), call.num_views)
@@ -166,7 +166,7 @@ def _blocks(rows, scale, call, samples):
 
 
 def _product(rows, matrix):
-    """(V, n, x) times one (x, y) or one for each view: (V, n, y)."""
+    """Multiply (V, n, x) by one matrix (x, y), or by one for each view; returns (V, n, y)."""
     return rows @ matrix if matrix.dim() == 3 else (rows.flatten(0, 1) @ matrix).unflatten(0, rows.shape[:2])
 
 
@@ -185,7 +185,7 @@ def _join(blocks):
 
 
 def _of_all_rows(table, samples, batch):
-    """The table (V, n, columns) as (columns, V B); NaN in other processes' rows, which have not come yet."""
+    """Return the table (V, n, columns) as (columns, V B), with NaN in the rows of other processes."""
     if len(samples) < batch:
         own, table = table, table.new_full((len(table), batch, table.shape[-1]), torch.nan)
         table[:, samples.start : samples.stop] = own
@@ -193,7 +193,7 @@ def _of_all_rows(table, samples, batch):
 
 
 def _view_tables(blocks, call, device):
-    """loss (V, n), log weights (V, n, C) and positives (V, n, P)."""
+    """Return loss (V, n), log weights (V, n, C) and positives (V, n, P)."""
     num_views, met = call.num_views, _met(call, device)
 
     def of_all_views(table, otherwise):
@@ -215,17 +215,21 @@ def _view_tables(blocks, call, device):
 
 
 def _logsumexp_(scores):
-    """Over the last dimension, overwriting it; in float64 from the sum on: rounding the result to float32 at scores of
-    1 / temperature would make probabilities that do not sum to one, and the gradient of the temperature is a difference
-    of scores."""
+    """Return the log-sum-exp over the last dimension, in float64, and overwrite the scores.
+
+    Rounded to float32 at scores of 1 / temperature, it would give probabilities that do not sum to one, and the
+    gradient of the temperature is a difference of scores.
+    """
     largest = scores.amax(-1, keepdim=True)
     largest = torch.where(largest.isinf(), 0, largest)
     return scores.sub_(largest).exp_().sum(-1).double().log_().add_(largest.squeeze(-1))
 
 
 def _coefficients(call, n, p):
-    """loss (V, n), log weights (V, n, C), positives (V, n, V) from the log-sum-exp of the negatives by column, n
-    (V, n, C), and the positives' scores p (V, n, V). The arithmetic of the objectives."""
+    """Return loss (V, n), log weights (V, n, C) and positives (V, n, V): the arithmetic of the objectives.
+
+    ``n`` (V, n, C): the log-sum-exp of the negatives in each column; ``p`` (V, n, V): the scores of the positives.
+    """
     device, num_views, every = n.device, call.num_views, range(call.num_views)
     met = [positive_views(u, num_views, call.core_view) for u in every]
     share = torch.tensor([[[(v in met[u]) / len(met[u]) for v in every]] for u in every], dtype=n.dtype, device=device)
@@ -268,12 +272,12 @@ def _coefficients(call, n, p):
 
 
 def _log_ratio(rest, pos):
-    """``logaddexp(rest, pos) - pos`` without cancellation; NaN, as that is, where the positive's score is infinite."""
+    """Return ``logaddexp(rest, pos) - pos`` without cancellation, and NaN where the positive's score is infinite."""
     return torch.nn.functional.softplus(torch.where(pos < torch.inf, rest - pos, torch.nan), threshold=80)
 
 
 def _label_tables(blocks, call, labels):
-    """As ``_view_tables``, for labels."""
+    """Return the tables of ``_view_tables``, with labels."""
     tables = []
     for block, scores, queue_scores in blocks:
         same = _same_label(labels, block, call.num_views)
@@ -316,12 +320,12 @@ def _label_tables(blocks, call, labels):
 
 
 def _same_label(labels, block, num_views):
-    """Whether a sample of the block and a row have the same label: (n, V B)."""
+    """Return (n, V B): whether a sample of the block and a row have the same label."""
     return (labels[block, None] == labels).repeat(1, num_views)
 
 
 def _label_pairs(scores, block, log_weights, positives, g, labels, call):
-    """G (V, n, W, B) of the rows of a block; with labels the view of a negative does not matter."""
+    """Return G (V, n, W, B) of the rows of a block, with labels."""
     same = _same_label(labels, block, len(g))
     tables = (log_weights[..., 0], g, *positives.unbind(-1))
     as_anchors = _label_anchors(scores.flatten(2), same, *(t[:, block, None] for t in tables), call)
@@ -332,7 +336,7 @@ def _label_pairs(scores, block, log_weights, positives, g, labels, call):
 
 
 def _label_anchors(scores, same, log_weights, g, pivot, share, factor, call):
-    """``g d loss / d S`` of the anchors whose tables are given."""
+    """Return ``g d loss / d S`` of the anchors whose tables are given."""
     apart = _weighted(scores, *_exponents(log_weights, g, scores.dtype))
     together = (-g * share).to(scores.dtype)
     if call.numerator == Numerator.LOG_SUM:
@@ -345,12 +349,12 @@ def _label_anchors(scores, same, log_weights, g, pivot, share, factor, call):
 
 
 def _weighted(scores, high, factor):
-    """``factor exp(high + scores)``, with tables of ``_exponents``."""
+    """Return ``factor exp(high + scores)``, with the tables of ``_exponents``."""
     return (scores + high).exp_().mul_(factor)
 
 
 def _exponents(logw, g, dtype):
-    """``g exp(logw)`` as ``factor exp(high)``, see :func:`_weighted`."""
+    """Return (high, factor) with ``factor exp(high) = g exp(logw)``, for :func:`_weighted`."""
     high, low = _split(logw, dtype)
     return high, (g * low.exp()).to(dtype)
 
@@ -361,9 +365,11 @@ def _minus(n, scores):
 
 
 def _split(x, dtype):
-    """Float64 numbers as ``high``, what ``dtype`` can hold of them, and the rest. At -100, rounding to float32 alone
-    would move all of an anchor's probabilities by up to 4e-6 of them, and the gradient of the temperature is a
-    difference of scores."""
+    """Split float64 numbers into ``high``, their rounding to ``dtype``, and the rest.
+
+    Rounding -100 to float32 alone changes all probabilities of an anchor by up to 4e-6 of their value, and the gradient
+    of the temperature is a difference of scores.
+    """
     x = x.clamp(min=-(2.0**100))  # in place of -inf, whose difference with itself is NaN
     high = x.to(dtype)
     return high, x - high
@@ -377,11 +383,8 @@ _MB = 1 << 20
 
 
 def takes(view, call):
-    """Whether ``by_autograd`` is for a call with views like ``view`` (B, D).
-
-    It is up to the size from which the op is as fast as a loss written by hand. Autograd keeps up to ten times the
-    scores.
-    """
+    """Whether ``by_autograd`` computes a call with views like ``view`` (B, D): up to the size from which the op is as
+    fast as a loss written by hand. Autograd keeps up to ten times the scores."""
     rows = call.num_views * call.batch
     if call.columns == Columns.OTHER:  # the op computes each score twice: for its row, and for its column
         scores, limit = rows * (rows - call.batch) // 2 + rows * call.queue_rows, 64 * _MB
@@ -392,7 +395,7 @@ def takes(view, call):
 
 
 class _Scores(torch.autograd.Function):
-    """``rows @ columns.mT``, also backwards in their dtype where that is called under autocast."""
+    """``rows @ columns.mT``, whose backward keeps their dtype under autocast."""
 
     @staticmethod
     def forward(ctx, rows, columns):
@@ -408,7 +411,7 @@ class _Scores(torch.autograd.Function):
 
 
 def by_autograd(call, temperature_tensor, labels, queue, *views):
-    """The loss, in float32 at least, of the arguments of ``info_nce.autograd.InfoNCE``."""
+    """Return the loss, in float32 at least; differentiable by autograd."""
     reduction, num_views, normalize, eps = REDUCTIONS[call.reduction], call.num_views, call.normalize, call.eps
     z, scale = UnitRows.apply(normalize, eps, temperature_tensor, *views)
     scaled = z * (1 / call.temperature if scale is None else scale)
@@ -426,7 +429,7 @@ def by_autograd(call, temperature_tensor, labels, queue, *views):
 
 
 def _nt_xent(scores, reduction):
-    """Of the scores (2 B, 2 B + K) of two views (arXiv:2002.05709, eq. 1)."""
+    """Return NT-Xent (arXiv:2002.05709, eq. 1) from the scores (2 B, 2 B + K) of two views."""
     rows, columns = scores.shape
     itself = torch.eye(rows, columns, dtype=torch.bool, device=scores.device)
     positive = torch.arange(rows, device=scores.device).roll(rows // 2)
@@ -435,8 +438,8 @@ def _nt_xent(scores, reduction):
 
 
 def _by_view_pairs(scaled, z, queue, call):
-    """(V, B): the mean of a term for each view that the anchor's view meets, whose negatives are of these two views
-    or of the other one."""
+    """Return (V, B): the mean over the views of the positives, each with the negatives of its view (and of the anchor's
+    own)."""
     num_views, batch = call.num_views, call.batch
     rest = None  # the log-sum-exp of what all terms of an anchor have in common
     if queue is not None:
@@ -462,7 +465,7 @@ def _by_view_pairs(scaled, z, queue, call):
 
 
 def _pooled(scores, labels, call):
-    """(V, B) of the scores (M, M + K), where the negatives of all views count alike."""
+    """Return (V, B) from the scores (M, M + K), with the negatives of all views in one denominator."""
     rows, device, num_views, batch = len(scores), scores.device, call.num_views, call.batch
     samples = torch.arange(batch, device=device) if labels is None else labels
     same = (samples[:, None] == samples).repeat(num_views, num_views)
@@ -499,5 +502,6 @@ def _pooled(scores, labels, call):
 
 
 def _log_sum_exp(scores, left_out, alone):
-    """Of each row's other columns. Rows that have none, ``alone``, keep all: of nothing, the gradient would be NaN."""
+    """Return the log-sum-exp over the columns that are not left out. Rows without any (``alone``) keep all of them: the
+    gradient of an empty sum would be NaN."""
     return scores.masked_fill(left_out & ~alone[:, None], -torch.inf).logsumexp(-1)
