@@ -156,7 +156,7 @@ compat: setup $(if $(NVCC),$(CUDA_LIBRARY)) .venv-compat/.dependencies  ## the o
 interop-setup: setup .venv-interop/.dependencies  ## the libraries that there are drop-ins for
 
 interop: interop-setup  ## the drop-ins, methods and examples beside them
-	.venv-interop/bin/python -m pytest tests/interop --durations=5
+	.venv-interop/bin/python -m pytest tests/interop $(SHARED_OUT) --durations=5
 
 # The speed of each drop-in beside its original. ARGUMENTS="--json FILE" and the like.
 interop-bench: interop-setup  ## the speed of each drop-in beside its original
