@@ -205,8 +205,8 @@ std::tuple<Tensor, Tensor> backward(
   parallel(rows, std::max<int64_t>(1, 16384 / dim), [&](int64_t i) { std::fill_n(dz + i * dim, dim, T(0)); });
 
   const double bound = score_bound(z, rows, zq, queued, dim, scale, call.normalize);
-  const double from_queue = 1 / boost * Pairs<T>(layout, z, dim, zq, queued, scale, bound)
-                                            .gradient(data<double>(saved.log_weights), g, dz);
+  const double from_queue =
+      1 / boost * Pairs<T>(layout, z, dim, zq, queued, scale, bound).gradient(data<double>(saved.log_weights), g, dz);
   if (labels)
     label_gradient<T>(call, layout, z, scale, data<double>(saved.positives), g, dz);
   else

@@ -173,10 +173,10 @@ void label_gradient(
   });
 }
 
-#define SK_INSTANTIATE(T)                                                                                          \
-  template void label_tables<T>(                                                                                   \
-      const Call&, const Layout&, T*, double, const std::vector<double>&, double*, double*, double*);              \
-  template void label_gradient<T>(                                                                                 \
+#define SK_INSTANTIATE(T)                                                                             \
+  template void label_tables<T>(                                                                      \
+      const Call&, const Layout&, T*, double, const std::vector<double>&, double*, double*, double*); \
+  template void label_gradient<T>(                                                                    \
       const Call&, const Layout&, T*, double, const double*, const std::vector<double>&, T*);
 SK_INSTANTIATE(float)
 SK_INSTANTIATE(double)

@@ -16,9 +16,9 @@ template <typename T>
 struct Limits;
 template <>
 struct Limits<float> {
-  static constexpr double headroom = 70;         // exp(70) times 1e8 terms is below float's limit
-  static constexpr double smallest_sum = 1e-30;  // terms below float's range are then below 1e-8 of the sum
-  static constexpr double largest_log_weight = 69.1;   // -log(smallest_sum)
+  static constexpr double headroom = 70;              // exp(70) times 1e8 terms is below float's limit
+  static constexpr double smallest_sum = 1e-30;       // terms below float's range are then below 1e-8 of the sum
+  static constexpr double largest_log_weight = 69.1;  // -log(smallest_sum)
 };
 template <>
 struct Limits<double> {
@@ -100,8 +100,9 @@ class Pairs {
     return n;
   }
 
-  // dz_i += sum_j G_ij z_j over the negatives of the owned rows i, G_ij = e^S (g_i w_ij + g_j w_ji) with w = exp(log_weights).
-  // log_weights is columns x rows, g the upstream gradient of each row. Returns sum <z_i, the queue's part of dz_i>.
+  // dz_i += sum_j G_ij z_j over the negatives of the owned rows i, G_ij = e^S (g_i w_ij + g_j w_ji) with w =
+  // exp(log_weights). log_weights is columns x rows, g the upstream gradient of each row. Returns sum <z_i, the queue's
+  // part of dz_i>.
   double gradient(const double* log_weights, const std::vector<double>& g, T* dz) {
     double from_queue = queue_ > 0 ? queue_gradient(log_weights, g, dz) : 0;
 
@@ -250,7 +251,8 @@ class Pairs {
 
   // As `gradient`, for the given rows as anchors: their own part, then what they add to every other owned row. Each
   // exponent is S + log_weights <= 0, so nothing overflows.
-  void exact_gradient(const std::vector<int64_t>& which, const double* log_weights, const std::vector<double>& g, T* dz) {
+  void exact_gradient(
+      const std::vector<int64_t>& which, const double* log_weights, const std::vector<double>& g, T* dz) {
     if (which.empty()) return;
     auto weigh = [&](Tile<T>& tile, const std::vector<int64_t>& rows, int64_t j) {
       exclude(tile, segments_[j], [&](int64_t r) { return rows[r]; });

@@ -54,14 +54,7 @@ struct Kernels {
 
   // S <- c_ij + c_ji, the derivatives of a pair of one class with either row as the anchor.
   void (*label_gradient)(
-      T* s,
-      int64_t ld,
-      int64_t rows,
-      int64_t cols,
-      T scale,
-      LabelForm form,
-      LabelRow<T> row,
-      LabelRow<T> col);
+      T* s, int64_t ld, int64_t rows, int64_t cols, T scale, LabelForm form, LabelRow<T> row, LabelRow<T> col);
 
   // ---- rows of d features ----
 

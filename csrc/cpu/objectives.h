@@ -1,5 +1,5 @@
-// The objectives, for one anchor: from N (log-sum-exp of its negatives in each column) and P (its positive in each view)
-// to the loss and to the two coefficient tables of the backward.
+// The objectives, for one anchor: from N (log-sum-exp of its negatives in each column) and P (its positive in each
+// view) to the loss and to the two coefficient tables of the backward.
 //
 //   log_weights[c]: d loss / d S_ij = exp(log_weights[c] + S_ij) for every negative j of column c;
 //   positives[v]: d loss / d P_v.
@@ -42,9 +42,7 @@ inline double log_add(double a, double b) {
 }
 inline double softplus(double x) { return x > 0 ? x + log1p(exp(-x)) : log1p(exp(x)); }
 // log(exp(rest) + exp(positive)) - positive; NaN, as that is, where the positive's score is infinite.
-inline double log_ratio(double rest, double positive) {
-  return positive == INFINITY ? NAN : softplus(rest - positive);
-}
+inline double log_ratio(double rest, double positive) { return positive == INFINITY ? NAN : softplus(rest - positive); }
 inline double sigmoid(double x) {
   double y = exp(x > 0 ? -x : x);
   return (x > 0 ? 1 : y) / (1 + y);
