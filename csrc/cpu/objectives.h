@@ -24,11 +24,11 @@ struct ViewRule {
   int queues;  // 0 or 1
 
   int columns() const { return views + queues; }
-  // Two different views meet unless there is a core view and neither is it.
+  // True if u == v, or there is no core view, or one of the two is the core view.
   bool meets(int u, int v) const { return core < 0 || u == v || u == core || v == core; }
   bool positive(int u, int v) const { return u != v && meets(u, v); }
   bool negative(int u, int v) const { return meets(u, v) && !(u == v && used == Columns::OTHER); }
-  // Whether column c (a view, or the queue) holds negatives of an anchor of view u.
+  // True if column c (a view, or the queue) holds negatives of an anchor of view u.
   bool uses(int u, int c) const { return c >= views || negative(u, c); }
   int positives(int u) const { return core < 0 || core == u ? views - 1 : 1; }
 };

@@ -15,7 +15,7 @@ namespace selfsup_kernels {
 // of a round-robin tournament, in which each block plays at most once per round.
 //
 // Threads take the games in one global order and start a game when both of its blocks have finished all earlier games.
-// There is no barrier between rounds, where one late thread would hold up all. There is no deadlock: a game waits only
+// There is no barrier between rounds, where one late thread would delay all. There is no deadlock: a game waits only
 // for games that were taken before it.
 template <typename Visit>
 void tournament(int64_t blocks, const Visit& visit) {

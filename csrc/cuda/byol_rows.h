@@ -38,7 +38,7 @@ struct RowPack {
   __device__ float operator[](int k) const { return static_cast<float>(raw[k]); }
 };
 
-// Packs of a row in flight at once: two packs of 16 bytes of each of two rows.
+// Packs of a row in flight at once. With packs of 16 bytes a thread has 32 bytes of each of two rows in flight.
 template <typename T, int n>
 constexpr int in_flight = n == 1 ? 4 : 2;
 

@@ -165,7 +165,7 @@ def build(kit: Toolkit, folder: Path, include_dirs, library_dirs, libraries, def
         _compile(kit.nvcc, flags, link, objects, jobs)
     except (OSError, subprocess.CalledProcessError) as error:
         status = getattr(error, "returncode", error)
-        raise Unavailable(f"nvcc failed ({status}); what it printed stands above.") from None
+        raise Unavailable(f"nvcc failed ({status}); see its output above.") from None
     folder.mkdir(parents=True, exist_ok=True)
     # Replaced in one step: a process that has the old library open keeps it.
     shutil.copy(objects / LIBRARY, folder / f"{LIBRARY}.new")
