@@ -1,8 +1,8 @@
-# Every target works alone on a fresh machine: it makes .venv and builds the extension where they are missing or stale.
-# `make help` lists them. ARGUMENTS="..." goes to the command behind a target.
+# Every target works on its own on a fresh machine: it makes .venv and builds the extension if they are missing or
+# stale. `make help` lists the targets. ARGUMENTS="..." is passed on to the target's command.
 #
-# With PYTHON given on the command line (make test PYTHON=python3) that interpreter is used as it is: it needs torch
-# and the tools listed in pyproject.toml, and only the extension is built, in place.
+# PYTHON on the command line (make test PYTHON=python3) uses that interpreter as it is: it needs torch and the tools
+# listed in pyproject.toml, and only the extension is built, in place.
 
 TORCH ?= torch==2.13.0
 TRITON ?= triton==3.7.1
@@ -22,8 +22,8 @@ endif
 BUILT := selfsup_kernels/_build_info.json
 SOURCES := setup.py selfsup_kernels/core/build.py selfsup_kernels/version.py $(wildcard csrc/common/* csrc/cpu/*) \
   selfsup_kernels/info_nce/call.py selfsup_kernels/info_nce/objectives.py
-# The CUDA library is part of a build beside a CUDA build of torch, as $(PYTHON) of the command line may have; beside the
-# CPU-only torch of .venv it is a target of its own.
+# A build for a CUDA build of torch, which PYTHON on the command line may have, includes the CUDA library. For the
+# CPU-only torch of .venv the library is a separate target.
 CUDA_LIBRARY := selfsup_kernels/_CUDA.so
 CUDA_SOURCES := selfsup_kernels/core/build_cuda.py $(wildcard csrc/cuda/*)
 ifeq ($(DEPENDENCIES),)
@@ -31,7 +31,7 @@ SOURCES += $(CUDA_SOURCES)
 endif
 NVCC := $(firstword $(wildcard $(addsuffix /bin/nvcc,$(CUDA_HOME) $(CUDA_PATH))) $(shell command -v nvcc) \
   $(wildcard /usr/local/cuda/bin/nvcc))
-# The op tests: what depends on the library, and on torch. Not those of the build, the demo and the command line.
+# The tests of the ops, which depend on the library and on torch. Without those of the build, the demo and the commands.
 OP_TESTS := tests/test_ops.py tests/test_info_nce.py tests/test_info_nce_parts.py tests/test_distributed.py tests/test_info_nce_precision.py tests/test_byol.py \
   tests/test_ema.py tests/test_optim.py tests/test_ema_memory.py tests/test_ema_rounding.py tests/test_memory_layout.py tests/test_properties.py tests/test_compile.py tests/test_bad_input.py
 
@@ -39,11 +39,11 @@ OP_TESTS := tests/test_ops.py tests/test_info_nce.py tests/test_info_nce_parts.p
 
 setup: $(BUILT)  ## the environment, and the package with its C++ extension
 
-help:  ## this list
+help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.* ## \(.*\)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) | \
 	  while IFS='|' read -r target does; do printf '  make %-15s %s\n' "$$target" "$$does"; done
 
-# The one list of what is needed is pyproject.toml's; pip's own TOML reader serves Python 3.10, which has none.
+# The requirements are listed in pyproject.toml only. Python 3.10 has no TOML reader, so pip's is used.
 EXTRAS = from pip._vendor import tomli; \
   extras = tomli.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; \
   print(*sorted(set(sum(extras.values(), []))), sep="\n")
@@ -61,7 +61,7 @@ else
 	$(PY) -m pip install --no-build-isolation --no-deps -e .
 endif
 
-# Needs nvcc, no GPU. TORCH_CUDA_ARCH_LIST and MAX_JOBS are respected.
+# Needs nvcc, no GPU. Honours TORCH_CUDA_ARCH_LIST and MAX_JOBS.
 cuda: $(CUDA_LIBRARY)  ## the CUDA library (needs nvcc, no GPU)
 	$(PY) benchmarks/cuda_static.py --contents
 
@@ -69,19 +69,19 @@ $(CUDA_LIBRARY): $(BUILT) $(CUDA_SOURCES)
 	$(PY) setup.py build_cuda
 	touch $@
 
-demo: setup  ## the whole of it once, a report in out/demo
+demo: setup  ## train with eager losses and with ours, report in out/demo
 	$(PY) -m selfsup_kernels demo --out out/demo
 
 bench: setup  ## the speed of every op
 	$(PY) -m pytest benchmarks --benchmark-columns=min,median,iqr,rounds --benchmark-group-by=group
 
-# This version beside another in one run; fails where something is slower beyond the noise of that run. BASE defaults to
-# the parent of the commit that is checked out, or to that commit where files of the package have been changed.
-bench-compare: setup  ## this version beside another one: BASE=COMMIT
+# Measures this version and another in one run; fails if something is slower beyond the noise of that run. BASE defaults
+# to the parent of the checked-out commit, or to that commit if files of the package have been changed.
+bench-compare: setup  ## this version against another one: BASE=COMMIT
 	$(PY) -m selfsup_kernels bench --base "$(or $(BASE),auto)" $(ARGUMENTS)
 
-# Measures this machine beside the libraries of `make interop`, for benchmarks/results.
-bench-results: interop-setup  ## this machine beside the libraries, for benchmarks/results: RESULTS=DIR
+# Measures our losses and those of the libraries of `make interop` on this machine, for benchmarks/results.
+bench-results: interop-setup  ## our losses and other libraries' on this machine: RESULTS=DIR
 	PYTHONPATH=. .venv-interop/bin/python -m selfsup_kernels bench --vs all --views 2,4 --dtype float32,bf16 \
 	  --model ResNet-50,ViT-B --seconds 4 --results "$(or $(RESULTS),benchmarks/results)" $(ARGUMENTS)
 
@@ -95,9 +95,9 @@ docs: setup  ## the site, in build/docs
 	$(PY) -m sphinx -W --keep-going -q -E -d build/doctrees docs build/docs
 	@echo "the site: $(CURDIR)/build/docs/index.html"
 
-# The second run has the GPU kernels on the CPU: Triton's in its interpreter, CUDA's in our emulator. Each of its
-# processes has one thread: what takes the time is Python. Both run, whatever the first finds. What failed is shown
-# last, when make has ended: its own last line only names the target.
+# The second run simulates the GPU kernels on the CPU: Triton's in its interpreter, CUDA's in our emulator. Its
+# processes have one thread each, since Python takes most of the time. It runs even if the first run fails. Failures
+# are printed after make has ended, since make's own last line only names the target.
 SIMULATED := OMP_NUM_THREADS=1 TRITON_INTERPRET=1 SELFSUP_KERNELS_CUDA_EMULATOR=$$emulator
 SHARED_OUT := -n logical --maxprocesses 8 --dist worksteal
 test: export SELFSUP_KERNELS_FAILED_TESTS := $(CURDIR)/build/failed-tests
@@ -111,8 +111,8 @@ test: setup  ## all tests, the GPU kernels simulated
 	  { while kill -0 $$PPID 2>/dev/null; do sleep 0.1; done; echo; cat "$$SELFSUP_KERNELS_FAILED_TESTS"; } & \
 	fi; exit $$status
 
-# Random calls of every public function against the dense equations in float64. CASES=N SEED=S; CASE=K runs number K of
-# SEED alone, as a failure says. IMPL=reference and the like: on these kernels alone; DEVICE=cuda IMPL=triton: on a GPU.
+# Random calls of every public function against the dense equations in float64. CASES=N SEED=S; CASE=K runs only case K
+# of SEED, which a failure names. IMPL=reference runs only that implementation; DEVICE=cuda IMPL=triton runs on a GPU.
 CASES ?= 2000
 SEED ?= 0
 FUZZ = PYTHONPATH=. $(PY) tests/fuzz --cases $(CASES) --seed $(SEED) $(if $(CASE),--case $(CASE)) $(if $(IMPL),--impl $(IMPL))
@@ -123,21 +123,21 @@ else
 	emulator=$$($(PY) tests/emulator/build.py) && SELFSUP_KERNELS_CUDA_EMULATOR=$$emulator $(FUZZ) $(ARGUMENTS)
 endif
 
-lint: $(DEPENDENCIES)  ## ruff and clang-format, changing nothing
+lint: $(DEPENDENCIES)  ## ruff and clang-format, without changing files
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -c 'from clang_format import clang_format; clang_format()' --dry-run -Werror $(wildcard csrc/*/*) \
 	  $(wildcard tests/emulator/*.h tests/emulator/*.cpp tests/emulator/*.cu tests/emulator/include/*/* tests/gpu/stub_driver/*.c)
 
-# The same sources under AddressSanitizer and UBSan, in a copy of the tree, under the tests marked `sanitize`.
+# Builds a copy of the tree with AddressSanitizer and UBSan, and runs the tests marked `sanitize`.
 asan: $(DEPENDENCIES)  ## tests under AddressSanitizer and UBSan
 	bash tests/sanitizer/run.sh "$(abspath $(dir $(PY)))/$(notdir $(PY))"
 
-# The libraries that were built against $(TORCH), not rebuilt, under $(COMPAT_TORCH), and the GPU kernels under
-# $(COMPAT_TRITON), whose interpreter cannot take the newest numpy. The CUDA library where there is an nvcc: it has to
-# load in that CUDA build of torch and to register its ops, which takes no GPU. Last, the extension is built against the
-# headers of $(COMPAT_TORCH) too.
-compat: setup $(if $(NVCC),$(CUDA_LIBRARY)) .venv-compat/.dependencies  ## the oldest torch and Triton that are supported
+# Tests the libraries built against $(TORCH), without a rebuild, under $(COMPAT_TORCH), and the GPU kernels under
+# $(COMPAT_TRITON), whose interpreter does not support the newest numpy. If there is an nvcc, the CUDA library has to
+# load in that CUDA build of torch and register its ops, which needs no GPU. Last, builds the extension against the
+# headers of $(COMPAT_TORCH).
+compat: setup $(if $(NVCC),$(CUDA_LIBRARY)) .venv-compat/.dependencies  ## tests with the oldest torch and Triton
 	.venv-compat/bin/python -m selfsup_kernels info
 	.venv-compat/bin/python -m pytest $(OP_TESTS)
 	$(if $(NVCC),.venv-compat/bin/python -m pytest tests/test_build_cuda.py -k "registers")
@@ -152,14 +152,14 @@ compat: setup $(if $(NVCC),$(CUDA_LIBRARY)) .venv-compat/.dependencies  ## the o
 	  rich psutil pybind11 ninja "setuptools>=77" wheel
 	touch $@
 
-# Drop-ins, methods and examples against the libraries that they are for, in an environment that has them.
-interop-setup: setup .venv-interop/.dependencies  ## the libraries that there are drop-ins for
+# Tests drop-ins, methods and examples with the libraries that they replace or use, in an environment that has them.
+interop-setup: setup .venv-interop/.dependencies  ## install the libraries that there are drop-ins for
 
-interop: interop-setup  ## the drop-ins, methods and examples beside them
+interop: interop-setup  ## drop-ins, methods and examples with those libraries
 	.venv-interop/bin/python -m pytest tests/interop $(SHARED_OUT) --durations=5
 
-# The speed of each drop-in beside its original. ARGUMENTS="--json FILE" and the like.
-interop-bench: interop-setup  ## the speed of each drop-in beside its original
+# The speed of each drop-in and of its original. ARGUMENTS="--json FILE" and the like.
+interop-bench: interop-setup  ## the speed of each drop-in and its original
 	PYTHONPATH=. .venv-interop/bin/python benchmarks/compat.py $(ARGUMENTS)
 
 .venv-interop/.dependencies: tests/interop/requirements.txt Makefile
@@ -168,25 +168,25 @@ interop-bench: interop-setup  ## the speed of each drop-in beside its original
 	.venv-interop/bin/python -m pip install --quiet --no-deps solo-learn==1.0.2
 	touch $@
 
-# Every configuration of the GPU kernels, compiled without a GPU. ARGUMENTS="--arch 90 --json FILE" and the like.
+# Compiles every configuration of the GPU kernels without a GPU. ARGUMENTS="--arch 90 --json FILE" and the like.
 gpu-static: $(DEPENDENCIES)  ## every GPU kernel compiled, without a GPU
 	$(PY) benchmarks/gpu_static.py $(ARGUMENTS)
 
-# The machine code of the CUDA library. ARGUMENTS="--json FILE" and the like.
-cuda-static: $(CUDA_LIBRARY)  ## the machine code of the CUDA library
+# Checks the machine code of the CUDA library. ARGUMENTS="--json FILE" and the like.
+cuda-static: $(CUDA_LIBRARY)  ## checks of the CUDA library's machine code
 	$(PY) benchmarks/cuda_static.py $(ARGUMENTS)
 
-# On a machine with a GPU, whose Python has a CUDA build of torch: make gpu-check PYTHON=python3 [RESULTS=DIR]
+# Needs a GPU and a Python with a CUDA build of torch: make gpu-check PYTHON=python3 [RESULTS=DIR]
 # ARGUMENTS="--skip build" and "--only racecheck" and the like.
-gpu-check: $(DEPENDENCIES)  ## everything once on a GPU: PYTHON=python3
+gpu-check: $(DEPENDENCIES)  ## all tests and measurements on a GPU: PYTHON=python3
 	$(PY) benchmarks/gpu_check.py $(if $(RESULTS),--out "$(RESULTS)") $(ARGUMENTS)
 
-# What bounds each kernel there, by the hardware's counters, once gpu-check has built the libraries. ARGUMENTS="--only
-# TEXT" and the like.
-gpu-counters: $(DEPENDENCIES)  ## what bounds each kernel there
+# What bounds each GPU kernel, by the hardware's counters. Run gpu-check first, which builds the libraries.
+# ARGUMENTS="--only TEXT" and the like.
+gpu-counters: $(DEPENDENCIES)  ## what bounds each GPU kernel
 	$(PY) benchmarks/gpu_counters.py $(if $(RESULTS),--out "$(RESULTS)") $(ARGUMENTS)
 
-clean:  ## remove all that was built
+clean:  ## remove everything that was built
 	rm -rf build dist out .venv .venv-compat .venv-interop *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
 	rm -f $(BUILT) selfsup_kernels/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

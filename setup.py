@@ -1,10 +1,10 @@
-"""Builds the C++ extension, and with a CUDA build of torch, where there is a CUDA toolkit of its major version, the
-CUDA library. A build that cannot compile is an error that says what to type.
+"""Build the C++ extension, and the CUDA library if torch is a CUDA build and there is a CUDA toolkit of the same major
+version. A build that cannot compile fails with an error that says what to type.
 
-SELFSUP_KERNELS_SKIP_BUILD=1 asks for a pure-Python package, SELFSUP_KERNELS_SKIP_CUDA_BUILD=1 for no CUDA library;
-FORCE_CUDA=1 builds that one with any torch, or is an error; TORCH_CUDA_ARCH_LIST says for which GPUs; MAX_JOBS how
-many compilers run at once. SELFSUP_KERNELS_SANITIZE=1 builds the extension with AddressSanitizer and UBSan.
-``python setup.py build_cuda`` builds the CUDA library alone, in place.
+SELFSUP_KERNELS_SKIP_BUILD=1 gives a pure-Python package, SELFSUP_KERNELS_SKIP_CUDA_BUILD=1 leaves out the CUDA
+library. FORCE_CUDA=1 builds the CUDA library with any torch, or fails. TORCH_CUDA_ARCH_LIST selects the GPUs, MAX_JOBS
+the number of parallel compilers. SELFSUP_KERNELS_SANITIZE=1 builds the extension with AddressSanitizer and UBSan.
+``python setup.py build_cuda`` builds only the CUDA library, in place.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ PACKAGE = Path(__file__).resolve().parent / "selfsup_kernels"
 
 
 def _module(name):
-    """A module of the package, without importing the package (which would need torch)."""
+    """Load a module of the package without importing the package, which would need torch."""
     spec = importlib.util.spec_from_file_location(Path(name).name, PACKAGE / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -37,7 +37,7 @@ version = _module("version").__version__
 
 
 def _folder(command, in_place):
-    """Where libraries and the record go: the source tree, or what becomes the wheel."""
+    """Return the folder for libraries and the record: the source tree, or the wheel's contents."""
     return PACKAGE if in_place else Path(command.build_lib) / PACKAGE.name
 
 
@@ -48,7 +48,7 @@ def _record(command, in_place, **facts):
 
 
 def _fail(reason, command):
-    """pip shows a build's output only where it fails: what stands at its end is what is read."""
+    """Exit with the reason as the last lines: pip shows a build's output only if it fails, and users read its end."""
     raise SystemExit(f"selfsup_kernels: {reason}\nType: {command}")
 
 
@@ -63,10 +63,10 @@ def _pure_python():
 
 
 def _import_torch():
-    """torch, and the command of which this build is a part.
+    """Return torch and the command that runs this build.
 
-    An isolated build hides the packages of the environment that it is for. torch is looked up there all the same:
-    a copy of its own would be gigabytes, and need not be of a version that the extension can be loaded into.
+    An isolated build hides the environment's packages. torch is imported from the environment anyway: a copy for the
+    build would be gigabytes, and its version might not be able to load the extension.
     """
     command = build.INSTALL
     try:
@@ -85,7 +85,7 @@ def _import_torch():
 
 @contextlib.contextmanager
 def _copied_output():
-    """A list of the lines that this process and those that it starts print; they are printed as well."""
+    """Collect in a list the lines that this process and its children print, and print them too."""
     read, write = os.pipe()
     printed, lines = (os.dup(1), os.dup(2)), []
 
@@ -113,13 +113,13 @@ def _copied_output():
 
 
 def _errors(lines):
-    """What compilers said, of all that a build printed: the first errors, else the end."""
+    """Return the first compiler errors of a build's output, or its last lines if there are none."""
     found = [line for line in lines if re.search(r"\berror: |\bKilled\b|: not found|cannot find ", line)]
     return [line[:300] for line in found[:3] or lines[-3:]]
 
 
 def _cuda(folder, force=False):
-    """Build the CUDA library into ``folder``. Returns what the record says of it, or why it was not built."""
+    """Build the CUDA library into ``folder``. Return its entries for the record, or why it was not built."""
     import torch
     from torch.utils.cpp_extension import include_paths, library_paths
 
@@ -177,7 +177,7 @@ def _extension():
     sanitize = build.environment_flag("SELFSUP_KERNELS_SANITIZE")
 
     class Build(BuildExtension):
-        """A build that says in its last lines why it failed, and records what it was made of."""
+        """A build that ends with the reason if it fails, and records its facts if it succeeds."""
 
         def run(self):
             if (lacking := build.cannot_compile()) is not None:
@@ -200,18 +200,18 @@ def _extension():
                 "flags": " ".join(build.COMPILE_FLAGS),
                 "sanitized": sanitize,
             }
-            # Twice: the CUDA library may fail the build, and the extension is here and needs its record.
+            # Written twice: if the CUDA library fails the build, the extension still needs its record.
             _record(self, in_place, **facts, cuda_failure="its build failed.")
             _record(self, in_place, **facts | _cuda(_folder(self, in_place)))
 
-    # First, since the headers of torch 2.11 have a pybind11 that refuses the stable ABI.
+    # pybind11 comes first, since the copy in torch 2.11's headers refuses the stable ABI.
     include_dirs = [pybind11.get_include(), *include_paths()]
     extension = build.extension(Extension, include_dirs, library_paths(), sanitize=sanitize)
     return {"ext_modules": [extension], "cmdclass": {"build_ext": Build, "build_cuda": BuildCuda}}
 
 
 class WithoutMetadata(Distribution):
-    """Reads no pyproject.toml: setuptools before 77 rejects its license, and builds in place need nothing of it."""
+    """Ignores pyproject.toml: setuptools < 77 rejects its SPDX `license` field, and in-place builds do not need it."""
 
     def parse_config_files(self, filenames=None, ignore_option_errors=False):
         super().parse_config_files([], ignore_option_errors)

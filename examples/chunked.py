@@ -2,7 +2,7 @@
 
     python examples/chunked.py [--steps N] [--batch B] [--chunk C]
 
-BatchNorm would see chunks instead of the batch, so that this encoder has none.
+This encoder has no BatchNorm, which would see chunks instead of the batch.
 """
 
 import argparse

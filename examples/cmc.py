@@ -12,7 +12,7 @@ import selfsup_kernels as sk
 
 
 def edges(images):
-    """``(B, 2, 8, 8)``: horizontal and vertical differences."""
+    """Return the horizontal and vertical differences, ``(B, 2, 8, 8)``."""
     across = torch.diff(images, dim=3, prepend=images[..., :1])
     down = torch.diff(images, dim=2, prepend=images[..., :1, :])
     return torch.cat([across, down], dim=1)

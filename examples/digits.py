@@ -1,4 +1,4 @@
-"""What the examples share: scikit-learn's handwritten digits, views of them, small networks, and a k-NN score."""
+"""Shared by the examples: scikit-learn's handwritten digits, views of them, small networks, and a k-NN score."""
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,7 @@ WIDTH, DIM = 128, 64
 
 
 def load():
-    """(training images, labels, test images, labels); 1797 images ``(1, 8, 8)`` in [0, 1]."""
+    """Return (training images, labels, test images, labels): 1797 images ``(1, 8, 8)`` in [0, 1]."""
     pixels, labels = load_digits(return_X_y=True)
     images = torch.tensor(pixels / 16, dtype=torch.float32).view(-1, 1, 8, 8)
     labels = torch.tensor(labels)
@@ -19,7 +19,7 @@ def load():
 
 
 def augment(images):
-    """One random view of each image: rotated, sheared, moved, scaled, with another contrast and noise."""
+    """Return a random view of each image: rotated, sheared, shifted and scaled, with random contrast and noise."""
     n = len(images)
     theta = torch.eye(2, 3).repeat(n, 1, 1) + 0.25 * torch.randn(n, 2, 3)
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
@@ -28,7 +28,7 @@ def augment(images):
 
 
 def loader(images, batch=256, num_views=2, view=augment):
-    """Batches of ``num_views`` views each, epoch after epoch in another order."""
+    """Return batches of ``num_views`` views, shuffled in every epoch."""
 
     def views(items):
         chosen = images[torch.stack(items)]
@@ -44,7 +44,7 @@ def endless(batches):
 
 
 def encoder(channels=1):
-    """``(B, channels, 8, 8)`` to ``(B, WIDTH)``."""
+    """Return a network from ``(B, channels, 8, 8)`` to ``(B, WIDTH)``."""
     return nn.Sequential(
         nn.Conv2d(channels, 32, 3, padding=1, bias=False),
         nn.BatchNorm2d(32),
@@ -58,13 +58,13 @@ def encoder(channels=1):
 
 
 def head(inside=WIDTH, outside=DIM):
-    """A projector or a predictor: an MLP of one hidden layer."""
+    """Return a projector or predictor: an MLP with one hidden layer."""
     return nn.Sequential(nn.Linear(inside, 128), nn.BatchNorm1d(128), nn.ReLU(), nn.Linear(128, outside))
 
 
 @torch.no_grad()
 def knn_accuracy(network, k=5):
-    """Test accuracy of the vote of the ``k`` nearest training images by cosine."""
+    """Return the test accuracy of a vote of the ``k`` nearest training images by cosine."""
     training = network.training
     network.eval()
     x, y, x_test, y_test = load()

@@ -1,8 +1,8 @@
-"""SimCLR as one writes it with lightly: its transform, its projection head, its loss. One line makes the loss ours.
+"""SimCLR with lightly's transform, projection head and loss. One line replaces the loss by ours.
 
     python examples/lightly_simclr.py [--steps N]
 
-Needs lightly and torchvision. The images are random blots of colour, so that there is nothing to download.
+Needs lightly and torchvision. The images are random blots of colour, so there is nothing to download.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import selfsup_kernels; selfsup_kernels.compat.patch("lightly")  # isort: skip  
 
 
 class Blots(torch.utils.data.Dataset):
-    """Smooth random images of 40 x 40, each always the same."""
+    """Smooth random images of 40 x 40; an index always gives the same image."""
 
     def __init__(self, size, transform):
         self.size, self.transform = size, transform
@@ -34,7 +34,7 @@ class Blots(torch.utils.data.Dataset):
 
 
 def convnet(widths=(32, 64, 128, 256)):
-    """A few stages of convolutions that halve the image, and an average over what is left of it."""
+    """Return a few convolutions that halve the image, followed by an average over its positions."""
     stages = [
         nn.Sequential(nn.Conv2d(before, width, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
         for before, width in zip((3, *widths[:-1]), widths, strict=True)

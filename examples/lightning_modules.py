@@ -2,7 +2,7 @@
 
     python examples/lightning_modules.py {simclr,moco,byol,cmc,byol_contrast,chunked} [--steps N]
 
-Needs Lightning. A method is a plain module; what Lightning adds is said in `Contrastive`, `WithTarget` and `Chunked`.
+Needs Lightning. A method is a plain module; `Contrastive`, `WithTarget` and `Chunked` adapt methods to Lightning.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import selfsup_kernels as sk
 class Contrastive(lightning.LightningModule):
     """A method without a target: SimCLR, CMC. A batch is a list of views.
 
-    For negatives of all processes build the method with ``group="world"``.
+    To use the negatives of all processes, build the method with ``group="world"``.
     """
 
     def __init__(self, method, lr=1e-3):
@@ -37,14 +37,14 @@ class Contrastive(lightning.LightningModule):
 class WithTarget(Contrastive):
     """A method with a target network: BYOL, MoCo, BYOLContrast.
 
-    The target moves in `optimizer_step`: after the optimizer's step, only where there was one (not for every batch of
-    an accumulated gradient), and before Lightning's callbacks save a checkpoint, which `on_train_batch_end` of a module
-    is too late for. Queue and target are part of the module's state, so that a checkpoint holds them.
+    `optimizer_step` updates the target after each step of the optimizer (not after every batch of an accumulated
+    gradient), and before Lightning's callbacks save a checkpoint; the module's `on_train_batch_end` runs after them.
+    Queue and target are in the module's state dict, so a checkpoint holds them.
     """
 
     def __init__(self, method, lr=1e-3, momentum=None):
         super().__init__(method, lr)
-        self.momentum = momentum  # where BYOL's cosine schedule starts; None for the method's constant one
+        self.momentum = momentum  # the start of BYOL's cosine schedule; None for the method's constant momentum
 
     def optimizer_step(self, *arguments, **named):
         super().optimizer_step(*arguments, **named)
@@ -56,7 +56,7 @@ class WithTarget(Contrastive):
 
 
 class BYOLContrast(WithTarget):
-    """Logs both parts of the loss."""
+    """BYOLContrast, with both parts of the loss logged."""
 
     def training_step(self, views, batch_idx):
         loss = super().training_step(views, batch_idx)
@@ -65,9 +65,9 @@ class BYOLContrast(WithTarget):
 
 
 class Chunked(Contrastive):
-    """SimCLR over batches whose activations do not fit: manual optimization, since the gradients come chunk by chunk.
+    """SimCLR on batches whose activations do not fit: manual optimization, since gradients come chunk by chunk.
 
-    `manual_backward` lets Lightning scale the loss where its precision wants that.
+    `manual_backward` lets Lightning scale the loss if its precision plugin does so.
     """
 
     def __init__(self, method, lr=1e-3, chunk_size=64):
@@ -85,7 +85,7 @@ class Chunked(Contrastive):
 
 
 def build(name):
-    """The module of that name, with small networks for digits."""
+    """Return the module of that name, with small networks for digits."""
     methods = sk.methods
     if name == "simclr":
         return Contrastive(methods.SimCLR(encoder(), head()))

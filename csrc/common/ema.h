@@ -1,5 +1,4 @@
-// The moving average and its random bits. V and Bits are a number or a vector of numbers: the same arithmetic for the
-// CPU's vectors and for one thread of a GPU.
+// The moving average and its random bits. V and Bits are a scalar (one GPU thread) or a SIMD vector (CPU).
 #pragma once
 
 #include <cstdint>
@@ -8,7 +7,7 @@
 
 namespace selfsup_kernels {
 
-// t + w (s - t), from whichever end is nearer, so that w = 0 and w = 1 give t and s exactly (as torch.lerp does).
+// t + w (s - t), computed from the nearer end, so that w = 0 gives t and w = 1 gives s exactly (as in torch.lerp).
 template <bool from_t, typename V, typename A>
 SK_INLINE V lerp_from(V t, V s, A w) {
   return from_t ? t + (s - t) * w : s - (s - t) * (A(1) - w);
@@ -18,9 +17,8 @@ SK_INLINE V lerp(V t, V s, A w) {
   return w < A(0.5) ? lerp_from<true, V, A>(t, s, w) : lerp_from<false, V, A>(t, s, w);
 }
 
-// The moving average (1 - w) t + w s: `step`, which is lerp(t, s, w), unless that is not finite because an end is
-// infinite or the difference overflows. Then it is the sum as it stands here, in which an infinity of weight 0 does not
-// count. NaN in either end is NaN.
+// The moving average (1 - w) t + w s. Returns `step` = lerp(t, s, w) if that is finite. If an end is infinite or s - t
+// overflows, returns the sum above, in which an infinity of weight 0 is ignored. NaN in either end gives NaN.
 template <typename V, typename A>
 SK_INLINE V average(V t, V s, A w, V step) {
   const bool from_t = w < A(0.5);
@@ -44,13 +42,12 @@ SK_INLINE Bits hash(Bits x) {
   return x ^ (x >> 15);
 }
 
-// What the random bits of an element depend on, besides its number modulo 2^32.
+// The inputs of an element's random bits other than its index modulo 2^32.
 struct RandomStream {
   uint32_t key, high;
 };
 
-// `stream` is the tensor's place in its list, `element` the number of any of the 2^32 elements that share the upper
-// half.
+// `stream` is the tensor's index in its list, `element` the index of an element, of which only the upper 32 bits count.
 SK_INLINE RandomStream random_stream(int64_t seed, uint32_t stream, uint64_t element) {
   const uint64_t bits = static_cast<uint64_t>(seed);
   return {
@@ -58,7 +55,7 @@ SK_INLINE RandomStream random_stream(int64_t seed, uint32_t stream, uint64_t ele
       hash<uint32_t>(static_cast<uint32_t>(element >> 32) * 0x85ebca6bu ^ static_cast<uint32_t>(bits >> 32))};
 }
 
-// 32 random bits for each element, by its number.
+// 32 random bits for each element index.
 template <typename Bits>
 SK_INLINE Bits random_bits(RandomStream stream, Bits element) {
   return hash<Bits>(hash<Bits>(element + stream.key) + stream.high);

@@ -1,4 +1,4 @@
-// What the multi-tensor updates of the host and of the device ask about the tensors of a pair.
+// Dtype, shape and memory layout of tensor pairs, for the multi-tensor updates on host and device.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -24,7 +24,7 @@ inline bool same_shape(const torch::stable::Tensor& a, const torch::stable::Tens
   return true;
 }
 
-// Whether the elements lie in memory without holes, in any order of the dimensions.
+// True if the elements fill their memory without gaps, in any order of the dimensions.
 inline bool is_dense(const torch::stable::Tensor& t) {
   if (t.is_contiguous()) return true;
   std::vector<std::pair<int64_t, int64_t>> dims;  // (stride, size)
@@ -39,7 +39,7 @@ inline bool is_dense(const torch::stable::Tensor& t) {
   return true;
 }
 
-// Whether both, of one shape, lie in memory in the same order without holes, so that they can be read as vectors.
+// True if two tensors of one shape have the same gap-free memory layout, so that both can be read as flat arrays.
 inline bool same_dense_layout(const torch::stable::Tensor& a, const torch::stable::Tensor& b) {
   if (a.is_contiguous() && b.is_contiguous()) return true;
   for (int64_t d = 0; d < a.dim(); ++d)
@@ -47,7 +47,7 @@ inline bool same_dense_layout(const torch::stable::Tensor& a, const torch::stabl
   return is_dense(a);
 }
 
-// A copy of `s` in memory of its own, whose elements lie in the order of the dense tensor `t`.
+// Copies `s` into new memory with the strides of the dense tensor `t`.
 inline torch::stable::Tensor copy_in_order_of(const torch::stable::Tensor& t, const torch::stable::Tensor& s) {
   using torch::stable::Tensor;
   using torch::stable::detail::from;

@@ -1,4 +1,4 @@
-// What functions that serve the host and the device are declared with.
+// Declaration macros for functions shared by host and device.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -6,6 +6,6 @@
 #define SK_INLINE __host__ __device__ __forceinline__
 #else
 #define SK_HOST_DEVICE
-// Always inlined, so that no copy that was compiled for one instruction set serves another (see cpu/simd.h).
+// Always inlined, so that a copy compiled for one instruction set is never used for another (see cpu/simd.h).
 #define SK_INLINE inline __attribute__((always_inline))
 #endif

@@ -1,7 +1,7 @@
-// The steps of the optimizers on one element, for the host and the device, and the moving average that follows them.
+// One-element optimizer steps and the moving average that follows them, shared by host and device.
 //
-// A is the arithmetic type: double for double parameters, else float. The order of the operations is that of
-// torch.optim's own (`torch/optim/sgd.py`, `adam.py`).
+// A is the arithmetic type: double for double parameters, else float. The operations have the order of torch.optim
+// (`torch/optim/sgd.py`, `adam.py`).
 #pragma once
 
 #include <cmath>
@@ -16,14 +16,15 @@ namespace selfsup_kernels {
 template <typename T>
 using ArithmeticOf = std::conditional_t<sizeof(T) == 8, double, float>;
 
-// first: the buffer is new, becomes the gradient, and is not read.
+// first: the momentum buffer is new; it is set to the gradient without being read.
 struct SgdSettings {
   double weight_decay, momentum, dampening;
   bool nesterov, maximize, first;
 };
 
 // g <- grad + weight_decay p, times `scale` (LARS);  b <- momentum b + (1 - dampening) g;  p <- p - lr b, or with
-// Nesterov's momentum p - lr (g + momentum b). Without states p <- p - lr g. No decay is none of an infinite p either.
+// Nesterov momentum p - lr (g + momentum b). Without states p <- p - lr g. With weight_decay = 0, an infinite p adds no
+// NaN to g.
 template <int states_>
 struct Sgd {
   static constexpr int states = states_;
@@ -73,7 +74,7 @@ struct Adamw {
   struct Step {
     A keep, lr, weight1, beta2, weight2, unbias2, eps, sign;
 
-    // The norms of LARS have no place here: `scale` is not used.
+    // `scale` is for LARS and is not used here.
     SK_HOST_DEVICE Step(const Settings& s, double lr, double)
         : keep(static_cast<A>(1 - lr * s.weight_decay)),
           lr(static_cast<A>(lr * s.unbias1)),
@@ -93,7 +94,7 @@ struct Adamw {
   };
 };
 
-// The moving average of a target and the parameter as it was stored, in the target's arithmetic type.
+// The moving average of a target and the stored parameter, in the target's arithmetic type.
 template <typename T, typename P>
 SK_INLINE ArithmeticOf<T> averaged(T target, P source, ArithmeticOf<T> weight) {
   using A = ArithmeticOf<T>;

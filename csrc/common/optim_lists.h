@@ -1,5 +1,5 @@
-// What the fused optimizer steps of the host and of the device do before the work: checks, and tensors that do not lie
-// in memory as their parameter does.
+// Preparation of the fused optimizer steps, shared by host and device: checks, and packed copies of tensors whose
+// memory layout differs from their parameter's.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -14,7 +14,7 @@ namespace selfsup_kernels {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// One parameter and what belongs to it, all in the same order of memory. target: of no elements where there is none.
+// One parameter with its gradient, states and target, all in one memory layout. Without a target `target` is empty.
 struct StepItem {
   Tensor param, grad, target;
   std::vector<Tensor> states;
@@ -26,13 +26,13 @@ struct StepList {
   std::vector<StepItem> items;
   std::vector<std::pair<Tensor, Tensor>> write_back;  // (the user's tensor, its packed copy)
 
-  // Copies the packed ones back; call it when the work is in the stream.
+  // Copies the packed tensors back. Call it after the kernels are launched.
   void finish() {
     for (auto& [to, from] : write_back) torch::stable::copy_(to, from);
   }
 };
 
-// `fits(t)`: whether a tensor is where these kernels run.
+// `fits(t)`: true if a tensor is on the device of these kernels.
 template <typename Fits>
 StepList step_list(
     const char* op,
@@ -52,7 +52,7 @@ StepList step_list(
         op,
         ": expected a contiguous float64 scale for each parameter, on their device");
   StepList list;
-  // A tensor of an item, in the order of `order`; one that is written to comes back where it was copied.
+  // `t` in the memory layout of `order`, copied if necessary. `finish` copies back what the kernel writes to.
   auto arranged = [&](const Tensor& order, const Tensor& t, bool written) {
     if (same_dense_layout(order, t)) return t;
     Tensor packed = copy_in_order_of(order, t);

@@ -1,5 +1,5 @@
-// The ops of the fused optimizers, from their schemas' arguments to `fused_step<Rule>`. Included once, by each
-// implementation's file, in its namespace and after its `fused_step`; so there is no include guard.
+// The fused optimizer ops, which pass their arguments on to `fused_step<Rule>`. Each implementation includes this file
+// once, in its namespace and after its `fused_step`, so there is no include guard.
 
 void fused_sgd_(
     std::vector<Tensor> params,

@@ -1,4 +1,4 @@
-// The ops byol_forward.cpu and byol_backward.cpu: one pass over the rows each way, linear in the views.
+// The ops byol_forward.cpu and byol_backward.cpu: one pass over the rows in each direction, linear in the views.
 #include "common/byol.h"
 
 #include "cpu/rows.h"
@@ -7,7 +7,7 @@ namespace selfsup_kernels {
 
 namespace {
 
-// The rows of one sample in all views, of the samples up to `end` one after the other.
+// Reads the rows of one sample in all views, and prefetches those of the next sample before `end`.
 template <typename T>
 struct SampleReader {
   const RowReader<T>& reader;

@@ -1,5 +1,5 @@
-// The op ema_update_.cpu: one call for any list of tensors, one pass over their memory, no temporaries (but for pairs
-// in different memory layouts).
+// The op ema_update_.cpu: one call for any list of tensors, one pass over their memory, no temporaries (except for
+// pairs in different memory layouts).
 #include "common/layouts.h"
 #include "cpu/rows.h"
 
@@ -7,13 +7,13 @@ namespace selfsup_kernels {
 
 namespace {
 
-// One stretch of memory of a target and its source, at most so long that threads share the work evenly.
+// A range of a target and its source, short enough that threads share the work evenly.
 struct Span {
   char* target;
   const char* source;
   int64_t count;
   uint32_t stream;
-  uint64_t offset;  // of the first element in its tensor
+  uint64_t offset;  // index of the first element in its tensor
   EmaSpan update;
 };
 
@@ -46,7 +46,7 @@ void ema_update_(
       continue;
     }
     if (!same_dense_layout(t, s)) {
-      // Rare (channels_last against contiguous, a column of a matrix): through packed copies of the two.
+      // Rare (channels_last against contiguous, a column of a matrix): use packed copies of both.
       s = torch::stable::contiguous(s);
       if (!t.is_contiguous()) {
         t = torch::stable::contiguous(t);
@@ -65,7 +65,7 @@ void ema_update_(
            table.ema[static_cast<int>(to)][static_cast<int>(from)]});
   }
 
-  // Threads take runs of spans of about equal total length.
+  // Each thread takes consecutive spans, of about equal total length.
   std::vector<int64_t> before(spans.size() + 1, 0);
   for (size_t k = 0; k < spans.size(); ++k) before[k + 1] = before[k] + spans[k].count;
   const int64_t total = before.back();

@@ -1,4 +1,4 @@
-// The ops info_nce_forward.cpu and info_nce_backward.cpu. `selfsup_kernels/core/ops.py` states what goes in and out.
+// The ops info_nce_forward.cpu and info_nce_backward.cpu. `selfsup_kernels/info_nce/ops.py` documents their arguments.
 #include "cpu/info_nce_labels.h"
 #include "cpu/info_nce_pairs.h"
 #include "cpu/rows.h"
@@ -7,28 +7,28 @@ namespace selfsup_kernels {
 
 namespace {
 
-// 1 / temperature; NaN, which no loss survives, where the temperature is not a positive number. Rounded to the
-// arithmetic type: positives and negatives must see the same temperature, whichever type their scores are computed in.
+// 1 / temperature, or NaN (which makes the loss NaN) if the temperature is not positive and finite. Rounded to the
+// arithmetic type, because some scores are computed in double, and all must use the same temperature.
 double scale_of(const std::optional<Tensor>& tensor, double temperature, ScalarType dtype) {
   double t = tensor ? read_number(*tensor) : temperature;
   double scale = t > 0 && std::isfinite(t) ? 1 / t : NAN;
   return dtype == ScalarType::Double ? scale : static_cast<float>(scale);
 }
 
-// Where the row of (view, sample number in row order) lies, and which sample that is.
+// Maps a row to its view and its sample.
 struct RowMap {
   const int64_t* order;  // null without labels
   int64_t views, batch;
 
   int64_t view(int64_t row) const { return order ? row % views : row / batch; }
   int64_t sample(int64_t row) const { return order ? order[row / views] : row % batch; }
-  // Of an owned row in what is given to the user: (view, owned sample).
+  // The index of an owned row in the user's result, (view, owned sample).
   int64_t owned_place(const Layout& layout, int64_t row) const {
     return view(row) * layout.count + sample(row) - layout.first;
   }
 };
 
-// The largest |S| that rows of these norms allow: scale for unit rows, else by the longest finite row.
+// An upper bound of |S|: `scale` for unit rows, else computed from the longest finite rows.
 template <typename T>
 double score_bound(const T* z, int64_t rows, const T* zq, int64_t queue, int64_t dim, double scale, bool normalize) {
   if (normalize) return scale;
@@ -37,7 +37,7 @@ double score_bound(const T* z, int64_t rows, const T* zq, int64_t queue, int64_t
     parallel(count, 1024, [&](int64_t i) {
       square[i] = kernels<T>().dot(p + i * dim, p + i * dim, dim);
       if (std::isfinite(square[i])) return;
-      square[i] = 0;  // too long for T, or not finite at all
+      square[i] = 0;  // overflow in T, or a row that is not finite
       for (const T* x = p + i * dim; x < p + (i + 1) * dim; ++x) square[i] += static_cast<double>(*x) * *x;
     });
     double top = 0;
@@ -68,7 +68,7 @@ void load_rows(const RowReader<T>& reader, RowMap map, int64_t rows, bool normal
   });
 }
 
-// The losses and tables of the objectives that tell views apart, for the owned samples, by row.
+// The losses and coefficient tables without labels, for the rows of the owned samples.
 template <typename T>
 void view_tables(
     const Layout& layout,
@@ -99,7 +99,7 @@ void view_tables(
   });
 }
 
-// dz += the positives' part: every row meets its sample's rows in the other views, as anchor and as positive.
+// dz += the positives' part: each row with its sample's rows in the other views, as anchor and as positive.
 template <typename T>
 void view_positives(
     const Layout& layout, const T* z, int64_t dim, const double* positives, const std::vector<double>& g, T* dz) {
@@ -118,7 +118,7 @@ void view_positives(
   });
 }
 
-// What the forward leaves for the backward: the fields of `Saved` in selfsup_kernels/info_nce/call.py, in their order.
+// The tensors saved for the backward: the fields of `Saved` in selfsup_kernels/info_nce/call.py, in the same order.
 struct Saved {
   Tensor rows, inverse_norms, log_weights, weights, positives, scalars, order, classes;
 };
@@ -194,19 +194,19 @@ std::tuple<Tensor, Tensor> backward(
     g[i] = upstream.at(map.view(i), map.sample(i));
     if (std::isfinite(g[i])) largest = std::max(largest, std::abs(g[i]));
   }
-  // A mean over many rows makes g small, and its products with small weights would leave T's range. Everything below
-  // runs on g times `boost`; the last step divides by it.
+  // With a mean over many rows g is small, and its products with small weights would underflow in T. So g is multiplied
+  // by `boost` here, and the last step divides by it.
   const double boost = largest > 0 ? 0x1p20 / largest : 1;
   for (double& value : g) value *= boost;
 
-  // In the order of the rows and the arithmetic type; this is the result itself where the user's rows are the same.
+  // In row order and the arithmetic type. It is also the result if the user's rows have that order and type.
   Tensor dz_tensor = cpu_empty({count, batch, dim}, scalar_type<T>);
   T* dz = data<T>(dz_tensor);
   parallel(rows, std::max<int64_t>(1, 16384 / dim), [&](int64_t i) { std::fill_n(dz + i * dim, dim, T(0)); });
 
   const double bound = score_bound(z, rows, zq, queued, dim, scale, call.normalize);
-  const double from_queue = 1 / boost * Pairs<T>(layout, z, dim, zq, queued, scale, bound)
-                                            .gradient(data<double>(saved.log_weights), g, dz);
+  const double from_queue =
+      1 / boost * Pairs<T>(layout, z, dim, zq, queued, scale, bound).gradient(data<double>(saved.log_weights), g, dz);
   if (labels)
     label_gradient<T>(call, layout, z, scale, data<double>(saved.positives), g, dz);
   else
@@ -226,8 +226,8 @@ std::tuple<Tensor, Tensor> backward(
     kernels<T>().narrow(dz + i * dim, dim, r < 0, to + place * item_size(storage), storage);
   });
 
-  // d loss / d scale = sum <z_i, dz_i> / scale, a pair of the batch counted for both of its rows, one with the queue
-  // once. It falls out of products that are needed anyway.
+  // d loss / d scale = sum <z_i, dz_i> / scale, from inner products that are needed anyway. The sum counts a pair of
+  // the batch twice, for both of its rows, and a pair with the queue once.
   double total = 0;
   for (double a : along) total += a;
   double grad_scale = 0.5 * (total / scale - from_queue) + from_queue;

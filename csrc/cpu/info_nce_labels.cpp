@@ -6,11 +6,11 @@ namespace selfsup_kernels {
 
 namespace {
 
-// Classes of no more rows than this are many and small: plain loops beat calls of a matrix library.
+// For classes of at most this many rows, plain loops are faster than calls of a matrix library.
 constexpr int64_t small_class = 16;
 
-// Calls visit(first row, first column, tile) for the tiles of every class's owned rows with all its rows; each piece of
-// rows meets all of its class in one thread, in order.
+// Calls visit(first row, first column, tile) for the tiles (owned rows of a class) x (all rows of the class). One
+// thread visits all tiles of a piece of rows, in order.
 template <typename T, typename Visit>
 void class_tiles(const Layout& layout, T* z, int64_t dim, const Visit& visit) {
   constexpr int64_t limit = 256;
@@ -27,7 +27,7 @@ void class_tiles(const Layout& layout, T* z, int64_t dim, const Visit& visit) {
       pieces.push_back({first + blocks.begin[k], first + blocks.begin[k + 1], all});
     first += own;
   }
-  // A thread takes a run of classes. At least two tasks: see parallel_products.
+  // Each thread takes a run of classes. At least two tasks: see parallel_products.
   const int64_t count = pieces.size();
   Tiles<T> tiles(limit, limit);
   parallel(count == 0 ? 0 : std::max<int64_t>(count, 2), std::max<int64_t>(1, count / (8 * threads())), [&](int64_t k) {
@@ -57,7 +57,7 @@ void class_tiles(const Layout& layout, T* z, int64_t dim, const Visit& visit) {
   });
 }
 
-// Calls part(begin, count) for the tile columns of a row but its own: at most two runs.
+// Calls part(begin, count) for the tile's columns except the row's own: at most two runs.
 template <typename Part>
 void but_itself(int64_t row, int64_t from, int64_t cols, const Part& part) {
   int64_t own = row - from;
@@ -113,7 +113,7 @@ void label_tables(
           sum.top = high;
         }
         double part[2] = {0, 0};
-        // All -Inf: nothing to add, unless a NaN hides among them, which the sum finds.
+        // If all are -Inf there is nothing to add, except for a NaN, which the sum propagates.
         kernel.label_sums(row, length, s, sum.top == -INFINITY ? T(0) : static_cast<T>(sum.top), part);
         sum.linear += part[0];
         sum.exponential += part[1];
@@ -173,10 +173,10 @@ void label_gradient(
   });
 }
 
-#define SK_INSTANTIATE(T)                                                                                          \
-  template void label_tables<T>(                                                                                   \
-      const Call&, const Layout&, T*, double, const std::vector<double>&, double*, double*, double*);              \
-  template void label_gradient<T>(                                                                                 \
+#define SK_INSTANTIATE(T)                                                                             \
+  template void label_tables<T>(                                                                      \
+      const Call&, const Layout&, T*, double, const std::vector<double>&, double*, double*, double*); \
+  template void label_gradient<T>(                                                                    \
       const Call&, const Layout&, T*, double, const double*, const std::vector<double>&, T*);
 SK_INSTANTIATE(float)
 SK_INSTANTIATE(double)

@@ -6,9 +6,9 @@
 
 namespace selfsup_kernels {
 
-// From n, the log-sum-exp of each row's negatives (columns x rows, the queue last), to the losses and the tables of the
-// backward: log_weights (columns x rows) and positives (3 x rows), as `Saved` has them. A row without positives has loss
-// 0 and pushes nothing away.
+// Computes the losses and the backward's tables, log_weights (columns x rows) and positives (3 x rows) of `Saved`, from
+// n, the log-sum-exp of each row's negatives (columns x rows, the queue last). An anchor without positives has loss 0
+// and no gradient.
 template <typename T>
 void label_tables(
     const Call& call,

@@ -66,7 +66,7 @@ Layout label_layout(const Call& call, const Tensor& labels, int64_t* order, bool
     std::stable_sort(order, others, by_label);
     std::stable_sort(others, order + batch, by_label);
   }
-  // The classes in ascending order, from both parts at once.
+  // Merge the classes of both parts in ascending order.
   layout.class_of.resize(layout.rows);
   const int64_t ends[2] = {layout.count, batch};
   for (int64_t at[2] = {0, layout.count}; at[0] < ends[0] || at[1] < ends[1];) {

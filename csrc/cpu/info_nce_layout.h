@@ -1,4 +1,4 @@
-// How the rows of an InfoNCE problem are ordered, and which pairs of them are negatives of each other.
+// The order of the rows of an InfoNCE problem, and which pairs of rows are negatives.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -11,15 +11,15 @@
 
 namespace selfsup_kernels {
 
-// Without labels the rows are view by view, row = view * batch + sample: the negatives of one view are one column of
-// the tables, and the rows of one sample are excluded. With labels they are sorted by class, and views no longer
-// matter: one column of negatives, and the rows of one class are excluded.
+// Without labels, row = view * batch + sample. The negatives of each view are one column of the tables, and rows of the
+// same sample are excluded. With labels, rows are sorted by class and views do not matter: there is one column of
+// negatives, and rows of the same class are excluded.
 //
-// Of a batch that is spread over many processes, only the rows of this one's samples are owned: they get tables and a
-// gradient, the others serve as columns. With labels the owned rows come first, so that a class is two runs of rows.
+// If the batch is spread over processes, this process owns the rows of its samples. Only owned rows get tables and a
+// gradient; the rest serve as columns. With labels the owned rows come first, so that a class is two runs of rows.
 struct Layout {
   struct Segment {
-    int column;  // of the tables
+    int column;  // index into the tables
     int64_t begin, end;
   };
   struct Run {
@@ -29,7 +29,7 @@ struct Layout {
     bool holds(int64_t row) const { return begin <= row && row < end; }
   };
   struct Class {
-    Run runs[2];  // among the owned rows, among the others
+    Run runs[2];  // its owned rows, its other rows
 
     int64_t size() const { return runs[0].size() + runs[1].size(); }
   };
@@ -38,7 +38,7 @@ struct Layout {
   int64_t views, batch, rows;
   int64_t first, count;  // the owned samples
   bool labels = false;
-  std::vector<Class> class_of;  // of each row, with labels
+  std::vector<Class> class_of;  // for each row, with labels
   Blocks blocks;
 
   int64_t queue_column() const { return rule.views; }
@@ -56,7 +56,7 @@ struct Layout {
     if (labels) {
       blocks.add_even(owned_rows(), limit);
       blocks.add_even(rows - owned_rows(), limit);
-    } else if (!whole()) {  // a block is owned or not
+    } else if (!whole()) {  // no block mixes owned and other rows
       for (int v = 0; v < rule.views; ++v)
         for (int64_t part : {first, count, batch - first - count}) blocks.add_even(part, limit);
     } else if (rows <= limit) {
@@ -70,7 +70,7 @@ struct Layout {
     }
   }
 
-  // The parts of rows begin..end that belong to one column of the tables.
+  // Splits rows begin..end by their column of the tables.
   std::vector<Segment> segments(int64_t begin, int64_t end) const {
     if (labels) return {{0, begin, end}};
     std::vector<Segment> result;
@@ -82,10 +82,10 @@ struct Layout {
     return result;
   }
 
-  // Whether rows of columns u and v are ever negatives of each other.
+  // True if rows of columns u and v can be negatives of each other.
   bool meets(int u, int v) const { return labels || rule.negative(u, v); }
 
-  // Whether the tile rows i x rows j holds any negatives.
+  // True if the tile (rows i) x (rows j) holds any negatives.
   bool wanted(const std::vector<Segment>& i, const std::vector<Segment>& j) const {
     if (labels) {
       auto within = [](const Segment& s, const Class& c) {
@@ -102,7 +102,7 @@ struct Layout {
     return false;
   }
 
-  // Calls mark(column) for the tile columns, counted from `begin`, that are no negatives of `row`.
+  // Calls mark(column) for the tile's columns that are not negatives of `row`; they are counted from the first segment.
   template <typename Mark>
   void excluded(int64_t row, const std::vector<Segment>& columns, Mark mark) const {
     int64_t origin = columns.front().begin;
@@ -123,12 +123,11 @@ struct Layout {
 
 Layout view_layout(const Call& call);
 
-// The samples by label (`order`, filled where `sort`), and the rows in that order: row = place in `order` * views +
-// view.
+// The layout with samples sorted by label: row = (index in `order`) * views + view. Fills `order` if `sort`.
 Layout label_layout(const Call& call, const Tensor& labels, int64_t* order, bool sort);
 
-// weight * exp(x - ref) as weight' * exp(x - ref') with ref' a T: what rounding takes from the reference point, which
-// may be large at low temperatures, goes into the weight.
+// Returns (ref', weight') with weight' * exp(x - ref') = weight * exp(x - ref) and ref' a T. At low temperatures `ref`
+// may be large; the weight absorbs its rounding error.
 template <typename T>
 std::pair<T, T> split_reference(double ref, double weight) {
   T rounded = static_cast<T>(ref);

@@ -1,8 +1,8 @@
 // The quadratic work of InfoNCE, for any objective: sums of exponentials over the negatives, and their gradient.
 //
-// One exponential serves a pair in both directions: e = exp(S - ref) with one reference point for all rows, chosen so
-// that nothing overflows. A row whose sum is then too small to be trusted (very low temperatures, all negatives far
-// away) is done again by itself, with its own reference point.
+// One exponential serves both directions of a pair: e = exp(S - ref), with one reference point for all rows, chosen so
+// that nothing overflows. A row whose sum is too small to be accurate (very low temperatures, all negatives far away)
+// is recomputed with its own reference point.
 #pragma once
 
 #include "cpu/info_nce_layout.h"
@@ -16,9 +16,9 @@ template <typename T>
 struct Limits;
 template <>
 struct Limits<float> {
-  static constexpr double headroom = 70;         // exp(70) times 1e8 terms is below float's limit
-  static constexpr double smallest_sum = 1e-30;  // terms below float's range are then below 1e-8 of the sum
-  static constexpr double largest_log_weight = 69.1;   // -log(smallest_sum)
+  static constexpr double headroom = 70;              // exp(70) times 1e8 terms is below float's limit
+  static constexpr double smallest_sum = 1e-30;       // terms below float's range are then below 1e-8 of the sum
+  static constexpr double largest_log_weight = 69.1;  // -log(smallest_sum)
 };
 template <>
 struct Limits<double> {
@@ -30,7 +30,7 @@ struct Limits<double> {
 template <typename T>
 class Pairs {
  public:
-  // z: layout.rows x dim; zq: queue x dim. `bound` is at least every |S|.
+  // z: layout.rows x dim; zq: queue x dim. `bound` is an upper bound of |S|.
   Pairs(const Layout& layout, T* z, int64_t dim, T* zq, int64_t queue, double scale, double bound)
       : layout_(layout),
         kernel_(kernels<T>()),
@@ -49,8 +49,8 @@ class Pairs {
     }
   }
 
-  // N[c * rows + i]: log-sum-exp of row i's negatives in column c (a view, or the queue last). -Inf where there are
-  // none. Of the owned rows.
+  // Returns N[c * rows + i] for the owned rows i: the log-sum-exp of row i's negatives in column c (a view, or the
+  // queue last), -Inf if there are none.
   std::vector<double> log_sums() {
     const int64_t rows = layout_.rows, columns = layout_.rule.columns();
     std::vector<double> n(columns * rows, 0.0);
@@ -62,7 +62,7 @@ class Pairs {
         for (const auto& b : segments_[j]) {
           if (!layout_.meets(a.column, b.column)) continue;
           const T* s = tile.values + (a.begin - blocks_.begin[i]) * tile.cols + (b.begin - blocks_.begin[j]);
-          // A tile of a block with itself has both triangles: its row sums are all there is.
+          // The tile of a block with itself holds both triangles, so its row sums are complete.
           T* sums = i == j || !owned_[j] ? nullptr : column_sums.at(thread);
           if (sums) std::fill(sums, sums + (b.end - b.begin), T(0));
           kernel_.exp_sums(
@@ -100,8 +100,9 @@ class Pairs {
     return n;
   }
 
-  // dz_i += sum_j G_ij z_j over the negatives of the owned rows i, G_ij = e^S (g_i w_ij + g_j w_ji) with w = exp(log_weights).
-  // log_weights is columns x rows, g the upstream gradient of each row. Returns sum <z_i, the queue's part of dz_i>.
+  // dz_i += sum_j G_ij z_j over the negatives of the owned rows i, G_ij = e^S (g_i w_ij + g_j w_ji) with w =
+  // exp(log_weights). log_weights is columns x rows, g the upstream gradient of each row. Returns sum <z_i, the queue's
+  // part of dz_i>.
   double gradient(const double* log_weights, const std::vector<double>& g, T* dz) {
     double from_queue = queue_ > 0 ? queue_gradient(log_weights, g, dz) : 0;
 
@@ -155,12 +156,12 @@ class Pairs {
   }
 
  private:
-  // Whether owned rows have negatives in the tile of two blocks.
+  // True if owned rows have negatives in the tile of two blocks.
   bool wanted(int64_t i, int64_t j) const {
     return (owned_[i] || owned_[j]) && layout_.wanted(segments_[i], segments_[j]);
   }
 
-  // The inner products of two blocks, -Inf where the pair is none of negatives.
+  // The inner products of two blocks, -Inf for pairs that are not negatives.
   Tile<T>& scores(int64_t thread, int64_t i, int64_t j) {
     Tile<T>& tile = tiles_.get(thread, blocks_.rows(i), blocks_.rows(j));
     multiply(tile, z_, i, z_, j);
@@ -184,14 +185,14 @@ class Pairs {
   bool has_small_sum(const std::vector<double>& sums, int64_t row) const {
     const int64_t rows = layout_.rows;
     int u = column_of(row);
-    // The only sample of its problem, or a class that is everyone, has no negatives to look for.
+    // If there is one sample or one class only, no row has negatives in the batch.
     bool some = layout_.labels ? layout_.class_of[row].size() < rows : layout_.batch > 1;
     for (int c = 0; some && c < layout_.rule.views; ++c)
       if (layout_.meets(u, c) && sums[c * rows + row] < Limits<T>::smallest_sum) return true;
     return queue_ > 0 && sums[layout_.queue_column() * rows + row] < Limits<T>::smallest_sum;
   }
 
-  // Rows `which`, gathered in pieces: visit(piece's rows, their z as a tensor, thread).
+  // Gathers the rows `which` in pieces and calls visit(rows of the piece, their z as a tensor, thread).
   template <typename Visit>
   void gather(const std::vector<int64_t>& which, const Visit& visit) {
     int64_t limit = blocks_.longest(), pieces = (static_cast<int64_t>(which.size()) + limit - 1) / limit;
@@ -207,7 +208,7 @@ class Pairs {
     });
   }
 
-  // N of the given rows, each with a running maximum of its own.
+  // Computes N of the given rows, each with its own running maximum.
   void exact_log_sums(const std::vector<int64_t>& which, std::vector<double>& n) {
     const int64_t all = layout_.rows, columns = layout_.rule.columns();
     gather(which, [&](const std::vector<int64_t>& rows, const Tensor& z, int64_t thread) {
@@ -218,7 +219,7 @@ class Pairs {
           total[slot] *= std::exp(top[slot] - high);
           top[slot] = high;
         }
-        // All -Inf: nothing to add, unless a NaN hides among them, which the sum below finds.
+        // If all are -Inf there is nothing to add, except for a NaN, which the sum below propagates.
         T ref = std::isinf(top[slot]) ? T(0) : static_cast<T>(top[slot]);
         double sum = 0;
         kernel_.exp_sums(s, count, 1, count, scale_, ref, &sum, nullptr);
@@ -248,9 +249,10 @@ class Pairs {
     });
   }
 
-  // As `gradient`, for the given rows as anchors: their own part, then what they add to every other owned row. Each
-  // exponent is S + log_weights <= 0, so nothing overflows.
-  void exact_gradient(const std::vector<int64_t>& which, const double* log_weights, const std::vector<double>& g, T* dz) {
+  // As `gradient`, with only the given rows as anchors: first their own gradient, then what they add to the owned rows.
+  // Each exponent is S + log_weights <= 0, so nothing overflows.
+  void exact_gradient(
+      const std::vector<int64_t>& which, const double* log_weights, const std::vector<double>& g, T* dz) {
     if (which.empty()) return;
     auto weigh = [&](Tile<T>& tile, const std::vector<int64_t>& rows, int64_t j) {
       exclude(tile, segments_[j], [&](int64_t r) { return rows[r]; });
@@ -278,7 +280,7 @@ class Pairs {
         kernel_.add_scaled(dz + rows[r] * dim_, data<T>(sum) + r * dim_, T(1), dim_);
     });
 
-    // Now by blocks of columns, so that each thread again owns what it adds to.
+    // Now by blocks of columns, so that each thread again adds to its own rows only.
     const int64_t count = which.size(), limit = blocks_.longest();
     Tensor packed = cpu_empty({count, dim_}, scalar_type<T>);
     for (int64_t r = 0; r < count; ++r) std::copy_n(z_.rows + which[r] * dim_, dim_, data<T>(packed) + r * dim_);
@@ -298,8 +300,7 @@ class Pairs {
     });
   }
 
-  // dz <- the queue's part. The queue takes no gradient, so each row needs only its own weight, and has its own
-  // reference.
+  // dz <- the queue's part. The queue gets no gradient, so each row uses only its own weight and reference point.
   double queue_gradient(const double* log_weights, const std::vector<double>& g, T* dz) {
     BlockMatrix<T> out(dz, dim_, blocks_);
     std::vector<double> along(blocks_.count(), 0.0);

@@ -1,6 +1,6 @@
 // The vector kernels, one table for each instruction set; dispatch.cpp picks one at run time.
 //
-// T is the arithmetic type, float or double. A kernel works on one tile or one row and knows nothing of threads.
+// T is the arithmetic type, float or double. A kernel works on one tile or one row, in one thread.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@ namespace selfsup_kernels {
 // The storage types, in the order of the EMA kernels' table.
 enum class Storage : int { Float = 0, Double = 1, BFloat16 = 2, Float16 = 3 };
 
-// What an anchor with labels contributes to the gradient of a pair of one class; x is the pair's score.
+// The contribution of an anchor with labels to the gradient of a pair in its class; x is the pair's score.
 //   Difference: weight * exp(x - ref) - share    Exponential: -weight * exp(x - ref)
 //   Sigmoid: -share * sigmoid(ref - x)           Constant: -share
 enum class LabelForm : int { Difference = 0, Exponential = 1, Sigmoid = 2, Constant = 3 };
@@ -24,10 +24,10 @@ template <typename T>
 struct Kernels {
   // ---- InfoNCE, on a tile of inner products S (rows x cols, leading dimension ld); x = scale * S ----
 
-  // row_sum[i] += sum_j exp(x_ij - ref), col_sum[j] += sum_i of the same (not if null). An entry of -Inf counts 0.
+  // row_sum[i] += sum_j exp(x_ij - ref), col_sum[j] += sum_i of the same (unless null). An entry of -Inf adds 0.
   void (*exp_sums)(const T* s, int64_t ld, int64_t rows, int64_t cols, T scale, T ref, double* row_sum, T* col_sum);
 
-  // S <- exp(x - ref) * (row_weight[i] + col_weight[j]), and its transpose (not if null).
+  // S <- exp(x - ref) * (row_weight[i] + col_weight[j]); `turned` (unless null) <- its transpose.
   void (*exp_gradient)(
       T* s,
       int64_t ld,
@@ -43,7 +43,7 @@ struct Kernels {
   // S <- exp(x - row_ref[i]) * row_weight[i].
   void (*exp_rows)(T* s, int64_t ld, int64_t rows, int64_t cols, T scale, const T* row_ref, const T* row_weight);
 
-  // The largest number in the row; NaN is passed over (the sums that follow carry it), -Inf if there is none.
+  // The largest number in the row, -Inf if there is none. Ignores NaN, which the sums that follow propagate.
   T (*row_max)(const T* row, int64_t n);
 
   // sums[0] += sum x, sums[1] += sum exp(x - ref).
@@ -54,29 +54,22 @@ struct Kernels {
 
   // S <- c_ij + c_ji, the derivatives of a pair of one class with either row as the anchor.
   void (*label_gradient)(
-      T* s,
-      int64_t ld,
-      int64_t rows,
-      int64_t cols,
-      T scale,
-      LabelForm form,
-      LabelRow<T> row,
-      LabelRow<T> col);
+      T* s, int64_t ld, int64_t rows, int64_t cols, T scale, LabelForm form, LabelRow<T> row, LabelRow<T> col);
 
   // ---- rows of d features ----
 
-  // z <- h / max(|h|, eps); returns 1 / max(|h|, eps), negative where the floor was taken.
+  // z <- h / max(|h|, eps); returns 1 / max(|h|, eps), negated if |h| < eps.
   T (*unit_row)(const T* h, int64_t d, double eps, T* z);
   T (*dot)(const T* a, const T* b, int64_t d);
   // y <- y + a x.
   void (*add_scaled)(T* y, const T* x, T a, int64_t d);
-  // dz <- scale * dz; then, with rnorm != 0, through the normalisation: (dz - z <z, dz>) |rnorm|, without the
-  // projection where rnorm < 0. Returns <z, scale dz>.
+  // dz <- scale * dz; then, if rnorm != 0, back through the normalisation: (dz - z <z, dz>) |rnorm|, without the
+  // projection if rnorm < 0. Returns <z, scale dz>.
   T (*finish_row)(const T* z, T* dz, int64_t d, T scale, T rnorm);
 
   // ---- BYOL, one sample: p[v], t[v] are its rows in the V views ----
 
-  // sum <- sum of the unit targets (scratch, d). Writes 1/|p|, 1/|t| (negative at the floor) and the anchors' cosines.
+  // Writes 1/|p|, 1/|t| (negated below eps) and the anchors' sums of cosines. `sum` is scratch of d numbers.
   void (*byol_forward)(
       const T* const* p, const T* const* t, int64_t views, int64_t d, double eps, T* sum, T* rp, T* rt, T* cosines);
   // dp[v] <- weight[v] * |rp| * (opposite - unit p * cosine).
@@ -94,12 +87,12 @@ struct Kernels {
 
   // ---- conversion between storage and arithmetic ----
   void (*widen)(const void* from, Storage storage, int64_t n, T* to);
-  // saturate: a finite value beyond float16's range becomes its largest number instead of Inf.
+  // saturate: a value beyond float16's range becomes float16's largest number instead of Inf.
   void (*narrow)(const T* from, int64_t n, bool saturate, void* to, Storage storage);
 };
 
 // target <- target + weight * (source - target) on n elements, computed in float, or double for double targets.
-// seed != null rounds a 16-bit target stochastically: `stream` and `offset` name the tensor and the first element.
+// With a seed, 16-bit targets are rounded stochastically; `stream` and `offset` identify the tensor and first element.
 using EmaSpan = void (*)(
     void* target, const void* source, int64_t n, double weight, const int64_t* seed, uint32_t stream, uint64_t offset);
 
@@ -110,7 +103,7 @@ struct KernelTable {
   EmaSpan ema[4][4];  // [target][source]
 };
 
-// The table of the running machine, or of SELFSUP_KERNELS_CPU_CAPABILITY = default | avx2 | avx512 if it has that.
+// The table for this machine, or for SELFSUP_KERNELS_CPU_CAPABILITY = default | avx2 | avx512 if the machine has that.
 const KernelTable& kernel_table();
 
 template <typename T>

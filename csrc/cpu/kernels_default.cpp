@@ -1,4 +1,4 @@
-// The kernels for any machine: 16-byte vectors (SSE2, NEON), no more than the compiler's baseline.
+// The kernels for any machine: 16-byte vectors (SSE2, NEON), with the compiler's baseline instruction set.
 #include <cstdint>
 #include <cstring>
 #include <type_traits>

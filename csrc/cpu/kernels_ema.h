@@ -1,4 +1,4 @@
-// The moving average on a stretch of memory. Included by kernels_impl.h; see simd.h for the rules.
+// The moving average on a range of memory. Included by kernels_impl.h; see simd.h for the rules.
 #pragma once
 
 #include "common/ema.h"
@@ -13,7 +13,7 @@ inline FloatBits random_bits(int64_t seed, uint32_t stream, uint64_t element) {
   return selfsup_kernels::random_bits<FloatBits>(random_stream(seed, stream, element), index);
 }
 
-// The source as a vector of the arithmetic type; a float64 on either side makes that double.
+// Loads the source as a vector of the arithmetic type A, which is double for float64 targets only.
 template <typename A, typename S>
 inline Vec<A> load_source(const S* p) {
   if constexpr (sizeof(A) == sizeof(S) || (sizeof(A) == 4 && sizeof(S) == 2)) {
@@ -42,11 +42,11 @@ inline void prefetch(const T* p) {
   for (int k = 0; k < count; k += 64 / sizeof(T)) __builtin_prefetch(p + k, write);
 }
 
-// The average of n elements; `save(p, v, k)` stores a vector from element k on.
+// Averages n elements; `save(p, v, k)` stores a vector that begins at element k.
 template <bool from_t, typename A, typename Target, typename Source, typename Save>
 inline void ema_elements(Target* t, const Source* s, int64_t n, A w, Save save) {
   constexpr int W = lanes<A>, several = 4;
-  constexpr int64_t ahead = 256;  // elements: two streams per thread are more than the hardware's prefetchers fill
+  constexpr int64_t ahead = 256;  // in elements; hardware prefetchers cannot keep up with two streams per thread
   auto one = [&](Target* t, const Source* s, int64_t k) {
     save(t, average<Vec<A>, A>(load_as<A>(t), load_source<A>(s), w), k);
   };
@@ -59,7 +59,7 @@ inline void ema_elements(Target* t, const Source* s, int64_t n, A w, Save save) 
       step[u] = lerp_from<from_t, Vec<A>, A>(load_as<A>(t + j + u * W), load_source<A>(s + j + u * W), w);
       zero += step[u] * A(0);
     }
-    if (any<A>(zero != A(0)))  // one test tells of all of them that they are finite, as they mostly are
+    if (any<A>(zero != A(0)))  // one test for all vectors, as results are rarely not finite
       for (int u = 0; u < several; ++u) one(t + j + u * W, s + j + u * W, j + u * W);
     else
       for (int u = 0; u < several; ++u) save(t + j + u * W, step[u], j + u * W);

@@ -63,7 +63,7 @@ void exp_gradient(
     for (int64_t i = 0; i < rows; ++i) one_row(i, 0);
     return;
   }
-  // Squares of W x W go through the registers once for both results.
+  // A W x W square passes through the registers once and gives both results.
   const int64_t whole_rows = rows / W * W, whole_cols = cols / W * W;
   for (int64_t i = 0; i < whole_rows; i += W) {
     for (int64_t j = 0; j < whole_cols; j += W) {
@@ -108,7 +108,7 @@ T row_max(const T* row, int64_t n) {
   return result;
 }
 
-// f(vector of the row, its valid lanes as a mask of ones and zeros) over a row.
+// Calls f(vector of the row, mask of its valid lanes) over a row.
 template <typename T, typename F>
 inline void visit_row(const T* row, int64_t n, F f) {
   constexpr int W = lanes<T>;
@@ -133,7 +133,7 @@ void label_sums(const T* row, int64_t n, T scale, T ref, double* sums) {
   sums[1] += sum<T>(exponential);
 }
 
-// log(1 + y) for 0 <= y <= 1 with a small relative error at small y too: the rounding of 1 + y is divided out.
+// log(1 + y) for 0 <= y <= 1, accurate for small y too: the division cancels the rounding error of 1 + y.
 template <typename T>
 inline Vec<T> log_plus_one(Vec<T> y) {
   Vec<T> u = y + T(1);

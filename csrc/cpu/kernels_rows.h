@@ -41,13 +41,13 @@ inline T magnitude(T x) {
   return x < 0 ? -x : x;
 }
 
-// 1 / max(|h|, eps), negative where the floor was taken.
+// 1 / max(|h|, eps), negated if |h| < eps.
 template <typename T>
 inline T reciprocal_norm(const T* h, int64_t d, double eps) {
   return signed_reciprocal<T>(__builtin_sqrt(square_norm(h, d)), eps);
 }
 
-// <ra a, rb b>, scaled before the products: those of long or very short rows would leave the type's range.
+// <ra a, rb b>, scaled before multiplying: products of very long or very short rows would leave the type's range.
 template <typename T>
 inline T scaled_dot(const T* a, T ra, const T* b, T rb, int64_t d) {
   constexpr int W = lanes<T>;
@@ -91,7 +91,7 @@ T finish_row(const T* z, T* dz, int64_t d, T scale, T rnorm) {
 
 // ---------------------------------------------------------------- BYOL
 
-// The sum of the other views' unit targets is `sum - own`; with one view (pairs) a row meets its own target.
+// sum <- the sum of all unit targets. A view subtracts its own to get the sum over the other views.
 template <typename T>
 inline void sum_targets(const T* const* t, const T* rt, int64_t views, int64_t d, T* sum) {
   for (int64_t v = 0; v < views; ++v) {
@@ -103,14 +103,14 @@ inline void sum_targets(const T* const* t, const T* rt, int64_t views, int64_t d
   }
 }
 
-// Whether sums of products of elements of such rows stay in the type's range, given the squares of their norms.
+// True if the squared norm of a row shows that sums of products of its elements stay in the type's range.
 template <typename T>
 inline bool ordinary(double square) {
   constexpr bool wide = sizeof(T) == 8;
   return square > (wide ? 1e-290 : 1e-30) && square < (wide ? 1e300 : 1e38);
 }
 
-// <a, a>, <b, b> and <a, b> in one pass: of float in parts of 512, which are added up in double.
+// <a, a>, <b, b> and <a, b> in one pass, summed in T over parts of 512 elements and in double over the parts.
 template <typename T>
 struct Products {
   double aa = 0, bb = 0, ab = 0;
@@ -156,7 +156,7 @@ void byol_forward(
     const T* const* p, const T* const* t, int64_t views, int64_t d, double eps, T* sum, T* rp, T* rt, T* cosines) {
   if (views <= 2) {
     for (int64_t v = 0; v < views; ++v) {
-      int64_t other = views - 1 - v;
+      int64_t other = views - 1 - v;  // with one view, the view itself
       cosines[v] = cosine<T>(p[v], t[other], d, eps, rp[v], rt[other]);
     }
     return;

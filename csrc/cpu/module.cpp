@@ -1,5 +1,5 @@
-// The Python module selfsup_kernels._C. Importing it registers the CPU kernels of the ops; what it binds itself is what
-// has no tensor schema.
+// The Python module selfsup_kernels._C. Importing it registers the CPU kernels of the ops. It binds only functions
+// without a tensor schema.
 #include <pybind11/pybind11.h>
 
 #include "cpu/kernels.h"

@@ -1,11 +1,11 @@
-// The objectives, for one anchor: from N (log-sum-exp of its negatives in each column) and P (its positive in each view)
-// to the loss and to the two coefficient tables of the backward.
+// The objectives for one anchor: compute the loss and the backward's two coefficient tables from N (the log-sum-exp of
+// the anchor's negatives in each column) and P (its positive in each view).
 //
 //   log_weights[c]: d loss / d S_ij = exp(log_weights[c] + S_ij) for every negative j of column c;
 //   positives[v]: d loss / d P_v.
 //
-// Views are numbered 0..V-1; column V of N and log_weights, where there is one, is the queue. `reference.py` of InfoNCE
-// has the same equations, `objectives.py` what the three columns of an objective mean.
+// Views are numbered 0..V-1; column V of N and log_weights, if there is one, is the queue. `reference.py` of InfoNCE
+// has the same equations; `objectives.py` explains the three fields of an objective.
 #pragma once
 
 #include <cmath>
@@ -14,7 +14,7 @@
 
 namespace selfsup_kernels {
 
-// Which views meet.
+// Which views are positives and negatives of each other.
 struct ViewRule {
   Columns used;
   Positives inside;
@@ -24,11 +24,11 @@ struct ViewRule {
   int queues;  // 0 or 1
 
   int columns() const { return views + queues; }
-  // Two different views meet unless there is a core view and neither is it.
+  // True if u == v, or there is no core view, or one of the two is the core view.
   bool meets(int u, int v) const { return core < 0 || u == v || u == core || v == core; }
   bool positive(int u, int v) const { return u != v && meets(u, v); }
   bool negative(int u, int v) const { return meets(u, v) && !(u == v && used == Columns::OTHER); }
-  // Whether column c (a view, or the queue) holds negatives of an anchor of view u.
+  // True if column c (a view, or the queue) holds negatives of an anchor of view u.
   bool uses(int u, int c) const { return c >= views || negative(u, c); }
   int positives(int u) const { return core < 0 || core == u ? views - 1 : 1; }
 };
@@ -41,10 +41,8 @@ inline double log_add(double a, double b) {
   return high + log1p(exp(low - high));
 }
 inline double softplus(double x) { return x > 0 ? x + log1p(exp(-x)) : log1p(exp(x)); }
-// log(exp(rest) + exp(positive)) - positive; NaN, as that is, where the positive's score is infinite.
-inline double log_ratio(double rest, double positive) {
-  return positive == INFINITY ? NAN : softplus(rest - positive);
-}
+// log(exp(rest) + exp(positive)) - positive; NaN, like that formula, if the positive's score is +Inf.
+inline double log_ratio(double rest, double positive) { return positive == INFINITY ? NAN : softplus(rest - positive); }
 inline double sigmoid(double x) {
   double y = exp(x > 0 ? -x : x);
   return (x > 0 ? 1 : y) / (1 + y);
@@ -60,7 +58,7 @@ inline double anchor_loss(
   for (int v = 0; v < views; ++v) positives[v] = 0;
 
   if (rule.used != Columns::ALL) {
-    // Each positive view has its own denominator; columns beside it (own view, queue) are shared by all.
+    // Each positive view has its own denominator; the other columns in it (own view, queue) are shared by all.
     double own = rule.used == Columns::OWN_AND_OTHER ? n[u] : -INFINITY;
     double shared = rule.queues ? log_add(own, n[views]) : own;
     double loss = 0, total = -INFINITY;
@@ -99,7 +97,7 @@ inline double anchor_loss(
   } else {
     double den = rule.inside == Positives::NONE ? rest : log_add(rest, inside);
     weight = den == -INFINITY ? -INFINITY : -den;
-    // With one positive, den - p without the cancellation.
+    // With one positive, den - p without cancellation.
     if (rule.numerator == Numerator::LOG_SUM)
       loss = log_ratio(rest, inside) + log_count;
     else if (rule.inside == Positives::ALL && count == 1)
@@ -125,7 +123,7 @@ inline double anchor_loss(
 
 // ---- With labels: the positives of an anchor are the other rows of its class ----
 
-// Over the scores x of an anchor's positives; `rest` is the log-sum-exp of its negatives.
+// Sums over the scores x of an anchor's positives; `rest` is the log-sum-exp of its negatives.
 struct ClassSums {
   double linear = 0;       // x (per_positive: softplus(rest - x))
   double share = 0;        // per_positive: sigmoid(rest - x)
@@ -136,11 +134,11 @@ struct ClassSums {
 struct ClassAnchor {
   double loss;
   double log_weight;  // of every negative, as above
-  // From which the derivatives by its positives are made, see `Saved.positives`.
+  // Parameters of the derivatives by its positives, see `Saved.positives`.
   double pivot, share, factor;
 };
 
-// An anchor that is alone in its class (`count` = 0) has loss 0 and pushes nothing away.
+// An anchor that is alone in its class (`count` = 0) has loss 0 and no gradient.
 inline ClassAnchor class_anchor(const Call& call, double rest, const ClassSums& sums, double count) {
   if (count < 1) return {0, -INFINITY, 0, 0, 0};
   const double inside = sums.top + log(sums.exponential);
@@ -157,7 +155,7 @@ inline ClassAnchor class_anchor(const Call& call, double rest, const ClassSums& 
     a.log_weight = -den;
     if (call.numerator == static_cast<int64_t>(Numerator::LOG_SUM)) {
       a.loss = log_ratio(rest, inside) + log(count);
-      a.pivot = inside;  // exp(x - den) - exp(x - inside), without the cancellation
+      a.pivot = inside;  // exp(x - den) - exp(x - inside), without cancellation
       a.factor = sigmoid(rest - inside);
     } else {
       a.loss = den - sums.linear / count;

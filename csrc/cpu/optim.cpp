@@ -1,8 +1,8 @@
-// The ops fused_sgd_.cpu and fused_adamw_.cpu: the step of an optimizer and the moving average of its parameters in one
-// pass over memory.
+// The ops fused_sgd_.cpu and fused_adamw_.cpu: an optimizer step and the moving average of its parameters in one pass
+// over memory.
 //
-// Scalar loops, which the compiler turns into vectors for float and double: the work waits for memory, and it is the
-// same arithmetic as the device's, from common/optim.h.
+// The loops are scalar and share the GPU's arithmetic in common/optim.h. The compiler vectorises them for float and
+// double, which is enough, as the work is memory-bound.
 #include "common/optim_lists.h"
 #include "cpu/rows.h"
 
@@ -12,7 +12,7 @@ namespace {
 
 constexpr int64_t span_length = 1 << 14;
 
-// What all tensors of a call share.
+// The numbers that all tensors of a call share.
 template <typename Rule>
 struct StepNumbers {
   typename Rule::Settings settings;
@@ -28,7 +28,7 @@ void step_span(const StepItem& item, const StepNumbers<Rule>& numbers, int64_t b
   const typename Rule::template Step<A> step(
       numbers.settings, numbers.lr, numbers.scales ? numbers.scales[item.stream] : 1.0);
   const auto weight = static_cast<ArithmeticOf<T>>(numbers.weight);
-  // No two of them share memory.
+  // These pointers do not alias.
   P* __restrict param = static_cast<P*>(item.param.mutable_data_ptr());
   const P* __restrict grad = static_cast<const P*>(item.grad.const_data_ptr());
   T* __restrict target = has_target ? static_cast<T*>(item.target.mutable_data_ptr()) : nullptr;
@@ -47,8 +47,8 @@ void step_span(const StepItem& item, const StepNumbers<Rule>& numbers, int64_t b
   if constexpr (!has_target) {
     for (int64_t k = begin; k < end; ++k) element(k);
   } else {
-    // The targets are written when it is known that the steps of a block are finite, as they mostly are: a choice for
-    // each element would keep the compiler from making vectors.
+    // Average a block with lerp, and again with `averaged` if a result is not finite, which is rare: a branch for each
+    // element would prevent vectorisation.
     using B = ArithmeticOf<T>;
     constexpr int64_t block = 512;
     for (int64_t first = begin; first < end; first += block) {
@@ -114,7 +114,7 @@ void fused_step(
       scales ? static_cast<const double*>(scales->const_data_ptr()) : nullptr,
       seed ? static_cast<const int64_t*>(seed->const_data_ptr()) : nullptr};
 
-  // Threads take stretches of equal length of all elements in a row.
+  // Threads take ranges of equal length of the concatenated tensors.
   std::vector<int64_t> before{0};
   for (const StepItem& item : list.items) before.push_back(before.back() + item.param.numel());
   torch::stable::parallel_for(0, before.back(), span_length, [&](int64_t begin, int64_t end) {

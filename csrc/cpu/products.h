@@ -1,9 +1,9 @@
-// Matrix products of tiles, through the libraries that torch brings.
+// Matrix products of tiles, through the libraries that torch ships.
 //
-// Two are used. `mm` is torch's BLAS. oneDNN, reached through the op behind a fused linear layer, was measured about
-// twice as fast in float32 on an AMD processor with AVX-512 (Zen 5, torch 2.13's wheel, tiles of 256 x 256 x 128: 206
-// against 105 GFLOP/s on one core). Other makers' processors were not measured and keep `mm`. The choice depends on the
-// processor and the shape alone, so results repeat.
+// Two are used. `mm` is torch's BLAS. oneDNN, reached through the fused linear op, was measured about twice as fast in
+// float32 on an AMD CPU with AVX-512 (Zen 5, torch 2.13's wheel, tiles of 256 x 256 x 128: 206 against 105 GFLOP/s on
+// one core). CPUs of other vendors were not measured and use `mm`. The choice depends only on the CPU and the shape, so
+// results are reproducible.
 #pragma once
 
 #include <cstdlib>
@@ -12,7 +12,7 @@
 #include "cpu/kernels.h"
 #include "cpu/tiles.h"
 
-// Declared here, weakly: a torch built without oneDNN has no such symbol, and then `mm` serves.
+// Weak, since a torch built without oneDNN does not have this symbol; `mm` is used then.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_cpu__linear_pointwise(
     AtenTensorHandle x,
     AtenTensorHandle weight,
@@ -41,13 +41,13 @@ inline bool prefers_onednn() {
   return answer;
 }
 
-// Small products cost less to run than oneDNN's op costs to call.
+// For small products the call of oneDNN's op costs more than the product.
 template <typename T>
 bool use_onednn(int64_t m, int64_t n, int64_t k) {
   return sizeof(T) == sizeof(float) && 2 * m * n * k >= 3'000'000 && prefers_onednn();
 }
 
-// a w^T, both contiguous or plain views of contiguous matrices.
+// a w^T; both are contiguous, or transposed views of contiguous matrices.
 inline Tensor onednn_product(const Tensor& a, const Tensor& w) {
   AtenTensorHandle result;
   TORCH_ERROR_CODE_CHECK(
@@ -65,7 +65,7 @@ struct Tile {
   Tensor own_plain;
 };
 
-// One scratch tile for each thread, and tensors over it in the shapes that come up.
+// One scratch tile for each thread, with cached tensors over it for the shapes in use.
 template <typename T>
 class Tiles {
  public:
@@ -118,7 +118,7 @@ void multiply_add(
   }
 }
 
-// The same for blocks: tile <- rows a[i] times rows b[j].
+// The same for blocks: tile <- a[i] b[j]^T.
 template <typename T>
 void multiply(Tile<T>& tile, const BlockMatrix<T>& a, int64_t i, const BlockMatrix<T>& b, int64_t j) {
   multiply<T>(tile, a.plain[i], b.plain[j], b.turned[j], a.width);

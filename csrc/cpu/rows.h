@@ -1,4 +1,4 @@
-// Reading the user's rows: any stride, any floating dtype, into the arithmetic type.
+// Reads the user's rows, of any stride and floating dtype, as the arithmetic type.
 #pragma once
 
 #include <cmath>
@@ -45,12 +45,12 @@ struct RowReader {
     }
   }
 
-  // Whether rows can be used where they lie.
+  // True if rows can be used in place.
   bool direct(int64_t source) const {
     return item_size(storage) == sizeof(T) && (sources[source].col_stride == sizeof(T) || width == 1);
   }
 
-  // The row as T: in place where it can be, else in `scratch` (2 * width numbers).
+  // Returns the row as T, in place if possible, else in `scratch` (2 * width numbers).
   const T* read(int64_t source, int64_t row, T* scratch) const {
     const Source& from = sources[source];
     const char* p = from.base + row * from.row_stride;
@@ -65,7 +65,7 @@ struct RowReader {
     return scratch;
   }
 
-  // Begins to fetch a row that will soon be read, or its beginning: for rows of several sources that take turns.
+  // Prefetches a row that will soon be read, up to 4 KB of it, for reads that alternate between several sources.
   void prefetch(int64_t source, int64_t row) const {
     const Source& from = sources[source];
     const int64_t item = item_size(storage);
@@ -75,7 +75,7 @@ struct RowReader {
   }
 };
 
-// A number from a tensor of one element, at `offset` elements from its start.
+// Reads one number of a tensor, `offset` elements from its start.
 inline double read_number(const Tensor& t, int64_t offset = 0) {
   Storage storage = storage_of(t.scalar_type());
   const char* p = static_cast<const char*>(t.data_ptr()) + offset * item_size(storage);
@@ -85,7 +85,7 @@ inline double read_number(const Tensor& t, int64_t offset = 0) {
   return value;
 }
 
-// The upstream gradient of each of rows * cols losses: () for a reduced loss, else (rows, cols).
+// The upstream gradient of each of rows * cols losses; `grad` is () for a reduced loss, else (rows, cols).
 struct Upstream {
   std::vector<double> values;
   int64_t row_stride = 0, col_stride = 0;

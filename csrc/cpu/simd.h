@@ -1,9 +1,8 @@
 // Vectors of one instruction set, in GCC/Clang vector extensions.
 //
-// Included once by each kernels_<capability>.cpp, which has named the instruction set in a target pragma and defined
-// SK_ARCH (a namespace) and SK_VECTOR_BYTES. Everything here must live in that namespace, and no standard header may be
-// included below the pragma: an inline function compiled for AVX-512 must never be the copy that the linker keeps for
-// everyone.
+// Included once by each kernels_<capability>.cpp, after a target pragma for the instruction set and definitions of
+// SK_ARCH (a namespace) and SK_VECTOR_BYTES. All code here must be in that namespace, and no standard header may be
+// included below the pragma: else the linker could keep the AVX-512 copy of an inline function for the whole library.
 #pragma once
 
 #include <cstdint>
@@ -57,7 +56,7 @@ inline Vec<T> select(IntVec<T> mask, Vec<T> yes, Vec<T> no) {
   return (Vec<T>)((mask & (IntVec<T>)yes) | (~mask & (IntVec<T>)no));
 }
 
-// Whether a comparison holds for a lane.
+// True if the mask is set in any lane.
 template <typename T>
 inline bool any(IntVec<T> mask) {
 #if defined(SK_AVX512)
@@ -72,8 +71,7 @@ inline bool any(IntVec<T> mask) {
 #endif
 }
 
-// The lanes of a and b that one stage of a transpose exchanges: in pairs of runs of `Run` lanes, a keeps its even runs
-// and takes b's, or (Upper) b keeps its odd runs and takes a's.
+// One stage of a transpose: interleaves the even runs of `Run` lanes of a and b, or (Upper) their odd runs.
 template <typename T, int Run, bool Upper>
 inline Vec<T> exchange(Vec<T> a, Vec<T> b) {
   IntVec<T> index{};
@@ -90,7 +88,7 @@ inline Vec<T> exchange(Vec<T> a, Vec<T> b) {
 #endif
 }
 
-// Transposes a square of lanes<T> vectors in place: log2 stages, each exchanging runs of half the length.
+// Transposes a square of lanes<T> vectors in place, in log2(lanes<T>) stages with runs of half the length each.
 template <typename T, int Run = lanes<T> / 2>
 inline void transpose(Vec<T>* rows) {
   if constexpr (Run > 0) {
@@ -104,7 +102,7 @@ inline void transpose(Vec<T>* rows) {
   }
 }
 
-// Sum of the lanes in a fixed order: the same bits however the rows were shared out.
+// Sums the lanes in a fixed order, so that the result does not depend on how rows are distributed over threads.
 template <typename T, int Width = lanes<T> / 2>
 inline T sum(Vec<T> v) {
 #if defined(__clang__)
@@ -124,7 +122,7 @@ inline T sum(Vec<T> v) {
 #endif
 }
 
-// exp with relative error below 2 ulp on the range of normal results. Results below it are 0, above it Inf; NaN stays.
+// exp with an error below 2 ulp where the result is normal. Smaller results are 0, larger ones Inf; NaN stays NaN.
 inline Vec<float> exp(Vec<float> x) {
   typedef Vec<float> V;
   const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
@@ -138,7 +136,7 @@ inline Vec<float> exp(Vec<float> x) {
   p = p * f + 1.6666665459e-1f;
   p = p * f + 5.0000001201e-1f;
   p = p * (f * f) + (f + 1.0f);
-  IntVec<float> power = ((IntVec<float>)shifted + 127) << 23;  // the magic's own bits shift out
+  IntVec<float> power = ((IntVec<float>)shifted + 127) << 23;  // shifts the magic's own bits out
   V y = p * (V)power;
   y = select<float>(x < -87.33f, V{}, y);
   return select<float>(x > 88.37f, broadcast<float>(__builtin_inff()), y);

@@ -1,4 +1,4 @@
-// bfloat16 and float16, loaded as and stored from vectors of float. Included below simd.h, under the same rules.
+// Loads and stores of bfloat16 and float16 as vectors of float. See simd.h for the rules.
 #pragma once
 
 #include "cpu/simd.h"
@@ -23,7 +23,7 @@ inline HalfBits load_bits(const void* p) {
 
 inline FloatBits pick(FloatBits mask, FloatBits yes, FloatBits no) { return (mask & yes) | (~mask & no); }
 
-// load_as<T>(pointer to the stored type): one vector of the arithmetic type T.
+// load_as<T>(pointer to the storage type) loads one vector of the arithmetic type T.
 template <typename T>
 inline Vec<T> load_as(const T* p) {
   return load<T>(p);
@@ -90,13 +90,12 @@ inline void store_as(Float16* p, Vec<float> v) {
 #endif
 }
 
-// Stochastic rounding: to the neighbour above in magnitude with probability the distance from the one below. `random`
-// has 32 uniform bits a lane. A finite value stays finite where rounding to nearest keeps it so.
+// Stochastic rounding, as in common/rounding.h. `random` holds 32 uniform bits per lane.
 inline void store_stochastically(BFloat16* p, Vec<float> v, FloatBits random) {
   FloatBits bits = (FloatBits)v;
   FloatBits rounded = (bits + (random >> 16)) >> 16;
   FloatBits magnitude = bits & 0x7fffffffu;
-  FloatBits keep = (FloatBits)(magnitude >= 0x7f7f0000u);  // the last step below Inf, Inf and NaN: to nearest
+  FloatBits keep = (FloatBits)(magnitude >= 0x7f7f0000u);  // to nearest in the last step below Inf, and for Inf and NaN
   uint16_t nearest[lanes<float>];
   store_as(reinterpret_cast<BFloat16*>(nearest), v);
   store_bits(p, pick(keep, __builtin_convertvector(load_bits(nearest), FloatBits), rounded));
@@ -107,7 +106,7 @@ inline void store_stochastically(Float16* p, Vec<float> v, FloatBits random) {
   FloatBits sign = (bits >> 16) & 0x8000;
   bits &= 0x7fffffffu;
   FloatBits normal = (bits - (112u << 23) + (random >> 19)) >> 13;
-  // Below 2^-14 the steps are 2^-24: scale them to integers, add a fraction in [0, 1), cut.
+  // Below 2^-14 the step is 2^-24: scale to integers, add a fraction in [0, 1), truncate.
   Vec<float> steps = (Vec<float>)bits * 16777216.0f;
   Vec<float> fraction = __builtin_convertvector(random >> 8, Vec<float>) * 5.9604644775390625e-8f;
   FloatBits whole = (FloatBits) __builtin_convertvector(steps, IntVec<float>);
@@ -115,7 +114,7 @@ inline void store_stochastically(Float16* p, Vec<float> v, FloatBits random) {
   FloatBits subnormal = whole + ((FloatBits)(fraction < rest) & 1);
   FloatBits is_small = (FloatBits)(bits < (113u << 23));
   FloatBits result = pick(is_small, subnormal, normal) | sign;
-  FloatBits keep = (FloatBits)(bits >= 0x477fe000u);  // 65504 and more, Inf and NaN: to nearest
+  FloatBits keep = (FloatBits)(bits >= 0x477fe000u);  // 65504 and above, Inf and NaN: to nearest
   uint16_t nearest[lanes<float>];
   store_as(reinterpret_cast<Float16*>(nearest), v);
   store_bits(p, pick(keep, __builtin_convertvector(load_bits(nearest), FloatBits), result));

@@ -1,11 +1,11 @@
-// Rows whose length is no multiple of a vector. Included by kernels_impl.h; see simd.h for the rules.
+// Rows whose length is not a multiple of the vector length. Included by kernels_impl.h; see simd.h for the rules.
 #pragma once
 
 #include "cpu/simd.h"
 
 namespace selfsup_kernels::SK_ARCH {
 
-// A vector whose first n lanes are p[0..n), the others `fill`.
+// A vector whose first n lanes are p[0..n), the rest `fill`.
 template <typename T>
 inline Vec<T> load_part(const T* p, int64_t n, T fill) {
   T lane[lanes<T>];
@@ -22,7 +22,7 @@ inline void store_part(T* p, int64_t n, Vec<T> v) {
 template <typename T>
 constexpr T infinity = static_cast<T>(__builtin_inf());
 
-// row[j] <- f(vector of row[j...], j, count) over a row, its last vector part-filled with zeros.
+// row[j...] <- f(vector of row[j...], at) over a row; at(p) loads p[j...]. The last vectors are padded with zeros.
 template <typename T, typename F>
 inline void map_row(T* row, int64_t n, F f) {
   constexpr int W = lanes<T>;

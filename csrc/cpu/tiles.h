@@ -1,5 +1,4 @@
-// Tiles of inner products: how the rows are cut into blocks, who works on which pair of blocks when, and the products
-// themselves, through the matrix library behind `aten`.
+// The basis for tiles of inner products: tensors and scratch memory, blocks of rows, parallel loops.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
@@ -24,15 +23,15 @@ using torch::stable::Tensor;
 template <typename T>
 constexpr ScalarType scalar_type = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
 
-// Asks for large pages behind a large new tensor. Fresh memory costs a page fault for every page first written, which
-// for 4 KB pages takes several times as long as the writing itself. Only whole large pages inside the tensor are named,
-// and all of them will be written, so no more memory is used.
+// Requests large pages for a large new tensor. The first write to each page costs a page fault, which for 4 KB pages
+// takes several times as long as the writing. Only whole large pages inside the tensor are requested, and all of them
+// will be written, so no more memory is used.
 inline void use_large_pages(void* p, int64_t bytes) {
 #if defined(__linux__)
   constexpr uintptr_t page = 2 << 20;
   uintptr_t begin = (reinterpret_cast<uintptr_t>(p) + page - 1) / page * page;
   uintptr_t end = (reinterpret_cast<uintptr_t>(p) + bytes) / page * page;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: failure is no matter
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // only advice: may fail
 #endif
 }
 
@@ -93,8 +92,8 @@ struct Blocks {
   }
 };
 
-// The longest block for so many rows. Large tiles run the product at full rate and stay in the second-level cache; with
-// few rows smaller ones leave work for every thread. It depends on nothing else, so that results do not either.
+// The maximum block length for a number of rows. Large tiles multiply at full rate and fit in the L2 cache; with few
+// rows, smaller tiles give work to every thread. It depends on `rows` only, so that results do too.
 inline int64_t block_limit(int64_t rows) { return rows >= 2048 ? 256 : rows >= 512 ? 128 : 64; }
 
 inline Blocks cut(int64_t size, int64_t limit) {
@@ -110,8 +109,8 @@ void parallel(int64_t count, int64_t grain, const Visit& visit) {
   });
 }
 
-// visit(task) for tasks that multiply matrices. Always a parallel region where there are threads, even for one task, so
-// that the matrix library runs on one thread inside and sums in the same order however many threads there are.
+// Calls visit(task) for tasks that multiply matrices. Opens a parallel region even for one task, so that the matrix
+// library inside runs on one thread and sums in the same order for any number of threads.
 template <typename Visit>
 void parallel_products(int64_t tasks, const Visit& visit) {
   if (tasks == 0) return;
@@ -120,7 +119,7 @@ void parallel_products(int64_t tasks, const Visit& visit) {
   });
 }
 
-// The blocks of one matrix as tensors, made once: making one costs as much as multiplying a small tile.
+// The blocks of a matrix as tensors, created once: creating one costs as much as multiplying a small tile.
 template <typename T>
 struct BlockMatrix {
   std::vector<Tensor> plain, turned;
@@ -142,7 +141,7 @@ class Scratch {
  public:
   explicit Scratch(int64_t size)
       : size_((size + 63) / 64 * 64),
-        // A caller that is itself inside a parallel region runs everything here as one of that region's threads.
+        // Inside a caller's parallel region everything here runs on the calling thread, whose index must fit too.
         memory_(cpu_empty({std::max(threads(), thread_index() + 1), size_}, scalar_type<T>)) {}
   T* at(int64_t thread) const { return data<T>(memory_) + thread * size_; }
 

@@ -1,4 +1,4 @@
-// The schedule of symmetric work: every pair of blocks once, by many threads, without locks on the data.
+// The schedule of symmetric work: every pair of blocks once, on many threads, without locks on the data.
 #pragma once
 
 #include <atomic>
@@ -10,16 +10,16 @@
 
 namespace selfsup_kernels {
 
-// Calls visit(i, j, thread) for every pair of blocks i <= j, in parallel, so that no two calls at a time share a block
-// and the calls that touch a block come in an order that does not depend on the number of threads: first each block
-// with itself, then the rounds of a round-robin tournament, in which nobody plays twice in a round.
+// Calls visit(i, j, thread) for every pair of blocks i <= j, in parallel. Concurrent calls never share a block, and the
+// order of the calls on a block does not depend on the number of threads: first each block with itself, then the rounds
+// of a round-robin tournament, in which each block plays at most once per round.
 //
-// Threads take the games in one global order and start one as soon as both its blocks have played all their earlier
-// games. There is no barrier between rounds (on a busy machine one late thread would hold up all), and no deadlock: a
-// game only ever waits for games that were taken before it.
+// Threads take the games in one global order and start a game when both of its blocks have finished all earlier games.
+// There is no barrier between rounds, where one late thread would delay all. There is no deadlock: a game waits only
+// for games that were taken before it.
 template <typename Visit>
 void tournament(int64_t blocks, const Visit& visit) {
-  const int64_t players = blocks + blocks % 2;  // an odd one out sits against nobody
+  const int64_t players = blocks + blocks % 2;  // with an odd number, one block pauses each round
   const int64_t games = players / 2, turn = players - 1;
   const int64_t tasks = blocks + games * std::max<int64_t>(turn, 0);
   std::vector<std::atomic<int64_t>> played(players);
@@ -35,7 +35,7 @@ void tournament(int64_t blocks, const Visit& visit) {
   auto play = [&](int64_t task, int64_t thread) {
     int64_t i = task, j = task, before = 0;
     if (task >= blocks) {
-      // The circle method: the last player stays, the others turn.
+      // The circle method: the last player stays in place, the rest rotate.
       int64_t round = (task - blocks) / games, game = (task - blocks) % games;
       i = game == 0 ? turn : (round + game) % turn;
       j = (round + turn - game) % turn;
@@ -52,7 +52,7 @@ void tournament(int64_t blocks, const Visit& visit) {
     played[i].store(before + 1, std::memory_order_release);
   };
 
-  // At least two, for the reason given at parallel_products; one too many finds no task and leaves.
+  // At least two workers, as in parallel_products; one too many finds no task and returns.
   const int64_t workers = std::max<int64_t>(std::min(threads(), games), 2);
   torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
     try {

@@ -1,10 +1,9 @@
-// The ops byol_forward.cuda and byol_backward.cuda: one launch each way, linear in the views.
+// The ops byol_forward.cuda and byol_backward.cuda: one launch in each direction, linear in the views.
 //
-// A group of threads, a warp or for long rows a block, has a sample: forward it goes once over the two rows of a pair
-// for both norms and the inner product. From three views on the norms of the targets come first, then the sum of the
-// unit targets, which stays in shared memory (in a workspace where a row is too long for it). The squares are float32;
-// where their sum leaves what float32 can hold the row is read again in double. Backward everything is element by
-// element.
+// A warp handles a sample, or a block if rows are long. With two views the forward reads the rows of a pair once, for
+// both norms and the inner product. With more views it first computes the targets' norms and the sum of the unit
+// targets, which stays in shared memory (or in a workspace if a row does not fit). Squares are summed in float32; if a
+// sum leaves float32's range, the row is read again in double. The backward is elementwise.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -19,16 +18,17 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
-// Of a multiprocessor at once, which leave a thread 64, 80 or 128 registers.
+// Resident blocks per SM, which leave a thread 64, 80 or 128 registers.
 constexpr int blocks_wanted(int group_warps, bool pairs) {
   return group_warps == 1 ? (pairs ? 4 : 3) : (pairs ? 3 : 2);
 }
-// Each view is two pointers and two strides among a kernel's arguments. More views are copied into one matrix.
+// Each view takes two pointers and two strides of a kernel's arguments. More views are copied into one tensor.
 constexpr int max_views = 48;
-constexpr int max_blocks = 4 * threads;  // whose sums the last block adds up, four a thread
-constexpr int64_t warp_columns = 1024;   // of longer rows a block has one
+constexpr int max_blocks = 4 * threads;  // the last block adds up their sums, four per thread
+constexpr int64_t warp_columns = 1024;   // longer rows take a block each
 
-// View v's row a begins at first[v] + a * stride[v]; beyond max_views at first[0] + v * apart + a * stride[0].
+// Row a of view v begins at first[v] + a * stride[v]. With more than max_views views it begins at
+// first[0] + v * apart + a * stride[0].
 template <typename T>
 struct Rows {
   const T* first[max_views];
@@ -44,8 +44,8 @@ template <typename T>
 struct ForwardParameters {
   Rows<T> p, t;
   float *loss, *stats;
-  double* workspace;  // a count and the blocks' sums; null: the losses are not added up
-  float* sums;        // a row for each block, null: they are in shared memory
+  double* workspace;  // an arrival count and the blocks' sums; null if the losses are not reduced
+  float* sums;        // a row for each block; null if the sums are in shared memory
   int64_t batch, dim;
   int views;
   double eps, others, factor;
@@ -61,21 +61,20 @@ struct BackwardParameters {
   float factor;
 };
 
-// Whether float32 sums of squares are those of the row: nothing that counts left its range. Not for NaN.
+// True if a float32 sum of squares is accurate: no significant term left float32's range. False for NaN.
 __device__ inline bool in_range(float squares) { return squares > 1e-30f && squares < 1e38f; }
 __device__ inline float reciprocal(float squares, float eps) {
   const float norm = sqrtf(squares);
   return norm < eps ? -1 / eps : 1 / norm;
 }
 
-// Adds up what the blocks' sums are: by the block that arrives last, in a fixed order.
+// Adds up the blocks' sums, in a fixed order, in the block that arrives last.
 //
-// Nobody has zeroed the count of arrivals, for that would be a launch of its own: it holds what the allocator left
-// there. Whoever finds something other than a marked count swaps it for none arrived; a swap that fails shows that
-// another block has done so. The last one takes the mark away, so that neither a later launch nor the replay of a graph
-// finds this one's count. Every call has a workspace of its own.
+// The arrival count starts uninitialised, since zeroing it would take another launch. A block that finds a count
+// without the mark swaps it for the mark with zero arrivals; if the swap fails, another block has done it. The last
+// block removes the mark, so that later launches and graph replays start over. Every call has its own workspace.
 __device__ inline void add_up(double sum, double* workspace, double factor, float* loss, double* scratch) {
-  constexpr unsigned long long mark = 0x7fa5b1c3d2e60000ull;  // the upper 48 bits, which no computed number has
+  constexpr unsigned long long mark = 0x7fa5b1c3d2e60000ull;  // its upper 48 bits occur in no computed number
   auto count = reinterpret_cast<unsigned long long*>(workspace);
   volatile double* sums = workspace + 1;
   const unsigned blocks = gridDim.x * gridDim.y;
@@ -154,7 +153,7 @@ byol_forward_kernel(SK_GRID_CONSTANT(ForwardParameters<T>) in) {
       float* sum = in.sums ? in.sums + int64_t(blockIdx.x) * in.dim
                            : reinterpret_cast<float*>(shared_memory() + scratch_bytes) +
                                  threadIdx.x / Group<group_warps>::width * ((in.dim + 3) / 4 * 4);
-      group.wait();  // the sum of the sample before has been read
+      group.wait();  // until the sum of the previous sample has been read
       for (int v = 0; v < in.views; ++v) {
         const T* t = in.t.row(v, a);
         float sums[3];
@@ -170,7 +169,7 @@ byol_forward_kernel(SK_GRID_CONSTANT(ForwardParameters<T>) in) {
         }
         if (group.rank == 0) of_t[v * in.batch + a] = rt;
         const float size = fabsf(rt);
-        // Each thread has its own columns of the sum, but for the wide sums.
+        // Each thread owns its columns of the sum, except in wide_sums.
         for_packs<T, n, Group<group_warps>::width>(t, t, in.dim, group.rank, [&](int64_t at, const auto& x, auto&) {
 #pragma unroll
           for (int k = 0; k < n; ++k) sum[at + k] = v ? sum[at + k] + x[k] * size : x[k] * size;
@@ -202,7 +201,7 @@ byol_forward_kernel(SK_GRID_CONSTANT(ForwardParameters<T>) in) {
   }
 
   if (in.workspace == nullptr) return;
-  __syncthreads();  // the scratch is free
+  __syncthreads();  // until the scratch is free
   if (group.rank == 0) scratch[threadIdx.x / Group<group_warps>::width] = total;
   __syncthreads();
   total = 0;
@@ -210,7 +209,7 @@ byol_forward_kernel(SK_GRID_CONSTANT(ForwardParameters<T>) in) {
   add_up(total, in.workspace, in.factor, in.loss, scratch);
 }
 
-// A zero row's gradient, over eps, is finite in float32 only. NaN stays.
+// Clamps to float16's range the gradient of a row shorter than eps: 1 / eps may be too large for it. NaN stays NaN.
 template <typename T>
 __device__ inline float clamped(float x, bool floored) {
   if (sizeof(T) == 2 && std::is_same_v<T, Half> && floored) {
@@ -220,7 +219,7 @@ __device__ inline float clamped(float x, bool floored) {
   return x;
 }
 
-// A warp has some columns of a row (pairs), or of all rows of a sample.
+// The columns that a warp handles at once: of one row (pairs), or of all rows of a sample.
 template <typename T, int n>
 constexpr int backward_columns = 32 * n * in_flight<T, n>;
 
@@ -277,14 +276,14 @@ byol_backward_kernel(SK_GRID_CONSTANT(BackwardParameters<T>) in) {
   }
 }
 
-// ---------------------------------------------------------------- the host's side
+// ---------------------------------------------------------------- host side
 
 int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// The views, with contiguous rows: a copy only of those that have others, and of all where they are too many.
+// The views, with contiguous rows. Copies views with strided rows, and all views if there are more than max_views.
 struct Views {
   std::vector<Tensor> kept;
-  bool aligned = true;  // every row starts at a multiple of 16 bytes, and has a multiple of 16 bytes
+  bool aligned = true;  // every row starts at a multiple of 16 bytes and is a multiple of 16 bytes long
 
   Views(const std::vector<Tensor>& views, const Tensor& like) {
     const int64_t batch = like.size(0), dim = like.size(1), item = like.element_size();
@@ -368,10 +367,10 @@ std::tuple<Tensor, Tensor> byol_forward(
   Tensor stats = new_floats(like, {3, views, batch});
   Tensor loss = reduction == 0 ? new_floats(like, {views, batch}) : new_floats(like, {});
 
-  const int64_t floats = (long_rows ? 1 : warps) * ((dim + 3) / 4 * 4);  // of a block, for the sum of the targets
+  const int64_t floats = (long_rows ? 1 : warps) * ((dim + 3) / 4 * 4);  // per block, for the sum of the targets
   size_t shared = scratch_bytes + (pairs ? 0 : floats * sizeof(float));
   const bool spills = shared > static_cast<size_t>(device.shared_limit());
-  // Enough blocks to fill the device once: each takes several samples, so that few numbers are left to add up.
+  // Enough blocks to fill the device once. Each takes several samples, so that few sums remain to be added up.
   const int64_t resident =
       std::min<int64_t>(device.processors() * (spills ? 2 : blocks_wanted(long_rows ? warps : 1, pairs)), max_blocks);
   const int64_t blocks = std::max<int64_t>(

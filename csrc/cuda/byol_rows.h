@@ -1,4 +1,4 @@
-// Rows read by a group of threads, for `byol.cu`: packs of 16 bytes, and sums over a warp or a block.
+// Row access for `byol.cu`: packs of 16 bytes, and sums over a warp or a block.
 #pragma once
 
 #include <cstring>
@@ -11,8 +11,8 @@ namespace selfsup_kernels::cuda {
 constexpr int threads = 256;
 constexpr int warps = threads / 32;
 
-// n numbers that are moved at once: 16 bytes of an aligned row, else one number. Kept as they are stored, which takes
-// half of the registers that float32 would.
+// n numbers that are loaded or stored at once: 16 bytes of an aligned row, else one number. They stay in the storage
+// type; 16-bit types then take half the registers of float32.
 template <typename T, int n>
 struct RowPack {
   T raw[n];
@@ -38,17 +38,17 @@ struct RowPack {
   __device__ float operator[](int k) const { return static_cast<float>(raw[k]); }
 };
 
-// Packs of a row that are on their way at once, so that a thread has 32 bytes of each of two rows to wait for.
+// Packs of a row in flight at once. With packs of 16 bytes a thread has 32 bytes of each of two rows in flight.
 template <typename T, int n>
 constexpr int in_flight = n == 1 ? 4 : 2;
 
-// The threads that share a row: `width` of them, of which this one is number `rank`.
+// The `width` threads that share a row; this thread has number `rank`.
 template <int group_warps>
 struct Group {
   static constexpr int width = 32 * group_warps;
   int rank = threadIdx.x % width;
 
-  // The sums of N numbers over the group, in the same order every time. `scratch`: 2 * warps * N doubles of the block.
+  // Sums N numbers over the group, in a fixed order. `scratch`: 2 * warps * N doubles of the block.
   template <typename A, int N>
   __device__ void sum(A (&x)[N], void* scratch) const {
 #pragma unroll
@@ -57,7 +57,7 @@ struct Group {
       for (int k = 0; k < N; ++k) x[k] += __shfl_xor_sync(0xffffffffu, x[k], lanes);
     if constexpr (group_warps > 1) {
       A* parts = static_cast<A*>(scratch);
-      __syncthreads();  // the sums before have been read
+      __syncthreads();  // until the previous sums have been read
       if (rank % 32 == 0)
         for (int k = 0; k < N; ++k) parts[rank / 32 * N + k] = x[k];
       __syncthreads();
@@ -67,15 +67,14 @@ struct Group {
       }
     }
   }
-  // What threads of the group have written is there for the others. A block needs nothing here: between writing a sum
-  // and reading what another thread wrote of it, and before it is written again, lie the barriers of `sum`.
+  // Makes the writes of the group's threads visible to the whole group. A block needs nothing here: the barriers of
+  // `sum` separate writing the sum of the targets, reading it and writing it again.
   __device__ void wait() const {
     if constexpr (group_warps == 1) __syncwarp();
   }
 };
 
-// use(column, a's pack, b's pack) for this thread's share of the columns; loads of several packs are on their way at
-// once.
+// Calls use(column, a's pack, b's pack) for this thread's columns, with the loads of several packs in flight at once.
 template <typename T, int n, int width, typename Use>
 __device__ inline void for_packs(const T* a, const T* b, int64_t dim, int rank, const Use& use) {
   constexpr int many = in_flight<T, n>;
@@ -97,7 +96,7 @@ __device__ inline void for_packs(const T* a, const T* b, int64_t dim, int rank, 
   }
 }
 
-// The squares of two rows, and their product.
+// <a, a>, <b, b> and <a, b>.
 template <typename T, int n, int group_warps>
 __device__ inline void products(
     float (&total)[3], const T* a, const T* b, int64_t dim, const Group<group_warps>& group, void* scratch) {
@@ -113,7 +112,7 @@ __device__ inline void products(
   group.sum(total, scratch);
 }
 
-// The squares of a row, and its product with a sum of unit rows less one of them: a (sum - size t).
+// <a, a> and <a, sum - size t>: `sum` is a sum of unit rows, size t is one of them.
 template <typename T, int n, int group_warps>
 __device__ inline void products_with_sum(
     float (&total)[2],
@@ -135,7 +134,8 @@ __device__ inline void products_with_sum(
   group.sum(total, scratch);
 }
 
-// The same in double, number by number, for rows that float32 has no squares of: N sums of `terms(column, sums)`.
+// N sums in double, element by element, for rows whose squares leave float32's range. terms(column, sums) adds a
+// column.
 template <int N, int group_warps, typename Terms>
 __device__ inline void wide_sums(
     double (&total)[N], int64_t dim, const Group<group_warps>& group, void* scratch, const Terms& terms) {

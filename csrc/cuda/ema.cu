@@ -1,5 +1,5 @@
-// The op ema_update_.cuda: one launch for any list of tensors (of up to about a thousand; then one more), one pass over
-// their memory, no temporaries (but for pairs in different memory layouts).
+// The op ema_update_.cuda: one launch for each thousand tensors or so, one pass over their memory, no temporaries
+// (except for pairs in different memory layouts).
 #include "common/ema.h"
 #include "common/layouts.h"
 #include "common/rounding.h"
@@ -9,7 +9,7 @@ namespace selfsup_kernels::cuda {
 
 namespace {
 
-// What is done with a tensor: 4 * target + source for two floating dtypes, or its bytes are copied.
+// The kind of a pair is 4 * target + source for two floating dtypes; pairs of `copy_kind` are copied byte by byte.
 constexpr int copy_kind = 16;
 
 struct EmaNumbers {
@@ -24,7 +24,7 @@ struct EmaParameters {
 static_assert(sizeof(EmaParameters<argument_limit>) <= argument_limit);
 static_assert(sizeof(EmaParameters<small_argument_limit>) <= small_argument_limit);
 
-// t[i] <- update(t[i], s[i], i) for i < left, of one chunk. All loads of a thread are on their way before it waits.
+// t[i] <- update(t[i], s[i], i) for i < left, in one chunk. A thread issues all its loads before it waits for one.
 template <typename T, typename S, typename Update>
 __device__ inline void update_chunk(T* t, const S* s, int left, Update update) {
   constexpr int n = elements_of_vector(sizeof(T) > sizeof(S) ? sizeof(T) : sizeof(S));
@@ -56,7 +56,7 @@ __device__ inline void update_chunk(T* t, const S* s, int left, Update update) {
     if (at < left) t[at] = update(t[at], s[at], at);
     return;
   }
-  // Neighbouring threads still take neighbouring elements.
+  // Unaligned: one element per load, with neighbouring elements in neighbouring threads.
   constexpr int several = 2 * list_unroll;
   for (int start = thread; start < left; start += several * list_threads) {
     T to[several];
@@ -76,7 +76,7 @@ __device__ inline void update_chunk(T* t, const S* s, int left, Update update) {
   }
 }
 
-// In float, or double for a double target.
+// Averages a chunk in float, or in double for a double target.
 template <typename T, typename S>
 __device__ inline void average_chunk(
     T* t, const S* s, int left, double weight, const int64_t* seed, uint32_t stream, uint64_t first) {
@@ -85,7 +85,7 @@ __device__ inline void average_chunk(
   auto average = [w](T a, S b) { return selfsup_kernels::average<A, A>(static_cast<A>(a), static_cast<A>(b), w); };
   if constexpr (sizeof(T) == 2) {
     if (seed) {
-      // A chunk lies within 2^32 elements that share the upper half of their number: chunks are powers of two.
+      // Chunk lengths are powers of two, so the elements of a chunk share the upper 32 bits of their indices.
       const RandomStream random = random_stream(*seed, stream, first);
       const uint32_t low = static_cast<uint32_t>(first);
       return update_chunk(t, s, left, [&](T a, S b, int at) {
@@ -168,7 +168,7 @@ void ema_update_(
   }
 
   std::vector<ListItem<2>> items;
-  std::vector<Tensor> keep;                           // packed copies, until the work is in the stream
+  std::vector<Tensor> keep;                           // packed copies, until the launch
   std::vector<std::pair<Tensor, Tensor>> write_back;  // (target, its packed copy)
   for (size_t i = 0; i < targets.size(); ++i) {
     Tensor t = targets[i], s = sources[i];
@@ -183,8 +183,8 @@ void ema_update_(
       continue;
     }
     if (!same_dense_layout(t, s)) {
-      // Rare (channels_last against contiguous, a column of a matrix): through a packed copy of the source in the order
-      // of the target, or of both where the target has gaps.
+      // Rare (channels_last against contiguous, a column of a matrix): copy the source to the target's memory layout;
+      // if the target has gaps, pack both.
       if (!is_dense(t)) {
         t = torch::stable::contiguous(t);
         write_back.push_back({targets[i], t});

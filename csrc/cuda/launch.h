@@ -1,7 +1,7 @@
-// What the host side of every CUDA op shares: the device it runs on, and the one call that starts a kernel.
+// The host side shared by all CUDA ops: the device, and the function that launches a kernel.
 //
-// `tests/emulator/include/cuda/launch.h` takes this file's place in the tests, where the kernels run on the CPU: what
-// is used of CUDA's runtime is used here alone. Kernels have dynamic shared memory only, from `shared_memory()`.
+// In the tests `tests/emulator/include/cuda/launch.h` replaces this file and runs the kernels on the CPU. So no other
+// file uses the CUDA runtime, and kernels have dynamic shared memory only, from `shared_memory()`.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -15,9 +15,9 @@
 #include <tuple>
 
 #define SK_CUDA_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(selfsup_kernels, CUDA, m)
-// A kernel of at most `threads` threads a block, of which a multiprocessor shall hold at least `blocks`.
+// A kernel with at most `threads` threads per block, compiled so that an SM can hold at least `blocks` blocks.
 #define SK_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
-// A large struct of arguments that all threads read where the launch put it.
+// A large struct of arguments, which threads read in place without a local copy.
 #define SK_GRID_CONSTANT(type) const __grid_constant__ type
 
 namespace selfsup_kernels::cuda {
@@ -43,7 +43,7 @@ class Device {
   }
 
   int processors() const { return attribute(cudaDevAttrMultiProcessorCount); }
-  // Bytes of shared memory that a block may ask for.
+  // The maximum shared memory per block, in bytes.
   int shared_limit() const { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
 
   template <typename... Parameters, typename... Arguments>

@@ -1,7 +1,7 @@
 // One launch over many tensors: a table of them in the kernel's arguments, chunks of equal work, 16 bytes per load.
 //
-// A block works on one chunk of one tensor. Tables are arguments, not memory on the device: nothing has to be kept for
-// a captured graph or another stream, and nothing is copied ahead of a launch.
+// A block works on one chunk of one tensor. Tables are kernel arguments, not device memory: nothing has to stay alive
+// for a captured graph or another stream, and no copy precedes a launch.
 #pragma once
 
 #include <algorithm>
@@ -18,16 +18,16 @@ namespace selfsup_kernels::cuda {
 
 using torch::headeronly::ScalarType;
 
-// With 64 registers a thread, 4 blocks share a multiprocessor and have 4 * 256 * 4 * 32 bytes = 128 KB of reads of two
-// tensors on their way: more than latency times bandwidth, 25 KB, so that a block may first look for its tensor.
+// With 64 registers per thread an SM holds 4 blocks, which have 4 * 256 * 4 * 32 bytes = 128 KB of reads of two tensors
+// in flight. Latency times bandwidth is only 25 KB, so that a block has time to search for its tensor first.
 constexpr int list_threads = 256;
 constexpr int list_unroll = 4;
 
-// Kernels take 32,764 bytes of arguments; the first 4,096 are the cheapest.
+// Kernels take up to 32,764 bytes of arguments; launches with at most 4,096 bytes are the cheapest.
 constexpr size_t argument_limit = 32764;
 constexpr size_t small_argument_limit = 4096;
 
-// The floating dtypes have numbers, so that a block can choose its code by its tensor's.
+// Floating dtypes are numbered, so that a block can select the code for its tensor's dtype.
 template <typename T>
 struct Dtype {
   using type = T;
@@ -61,13 +61,13 @@ SK_HOST_DEVICE inline void with_dtype(int number, F f) {
   }
 }
 
-// Elements that a thread takes at a time: 16 bytes of the widest dtype. And those of a block.
+// The elements of one load (16 bytes of the widest dtype), and of a block's chunk.
 SK_HOST_DEVICE constexpr int elements_of_vector(int widest) { return 16 / widest; }
 SK_HOST_DEVICE constexpr int elements_of_chunk(int widest) {
   return elements_of_vector(widest) * list_threads * list_unroll;
 }
 
-// `streams` are the tensors' places in the user's list. `first` has their first chunks, and the number of all at last.
+// `streams`: the tensors' indices in the user's list. `first`: their first chunks, then the number of all chunks.
 template <int pointers_, int capacity_>
 struct TensorTable {
   static constexpr int pointers = pointers_, capacity = capacity_;
@@ -78,7 +78,7 @@ struct TensorTable {
   uint8_t kind[capacity];
   int tensors;
 };
-// How many tensors fit into so many bytes of arguments, beside `other` bytes.
+// The number of tensors that fit into `bytes` of arguments, of which `other` are taken.
 constexpr int table_capacity(int pointers, size_t bytes, size_t other) {
   return static_cast<int>((bytes - other - 32) / (8 * pointers + 17));
 }
@@ -97,7 +97,7 @@ __device__ inline int tensor_of_chunk(const Table& table, uint32_t chunk) {
   return low;
 }
 
-// A tensor as the host sees it; `widest` is the size of its widest dtype, which sets the length of its chunks.
+// One entry of the host's list. `widest` is the size of its widest dtype, which sets the chunk length.
 template <int pointers>
 struct ListItem {
   void* address[pointers];

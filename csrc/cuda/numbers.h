@@ -1,4 +1,4 @@
-// A number that may lie on the device: read by the kernel, so that nothing waits for it.
+// A number that may be in device memory, where the kernel reads it, so that the host does not wait for it.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -13,20 +13,19 @@ using c10::BFloat16;
 using c10::Half;
 using torch::headeronly::ScalarType;
 
-// Whether both are on the device that these kernels run on, and on the same one.
+// True if both tensors are on the same device, one that these kernels run on.
 inline bool on_one_device(const Tensor& a, const Tensor& b) {
   return on_this_device(a) && on_this_device(b) && a.get_device_index() == b.get_device_index();
 }
 
-// A number, or a tensor of one number, which the kernel reads where it lies on the device, and the host where it lies
-// there.
+// A number, or a tensor of one number: the kernel reads a tensor on the device, the host one on the host.
 struct Number {
   const void* on_device = nullptr;
   ScalarType dtype = ScalarType::Double;
   double value = 0;
 
   explicit Number(double value) : value(value) {}
-  // `like` is on the device of the kernel.
+  // `like` is on the kernel's device.
   Number(const Tensor& t, const Tensor& like) : on_device(t.const_data_ptr()), dtype(t.scalar_type()) {
     if (on_one_device(t, like)) return;
     STD_TORCH_CHECK(t.is_cpu(), "expected a number on the device of the tensors or on the host");

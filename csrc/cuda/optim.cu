@@ -1,5 +1,5 @@
-// The ops fused_sgd_.cuda and fused_adamw_.cuda: the step of an optimizer and the moving average of its parameters in
-// one pass over memory and one launch (for up to about five hundred tensors; then one more).
+// The ops fused_sgd_.cuda and fused_adamw_.cuda: an optimizer step and the moving average of its parameters in one pass
+// over memory, with one launch for each five hundred tensors or so.
 #include "common/optim_lists.h"
 #include "cuda/multi_tensor.h"
 
@@ -7,7 +7,7 @@ namespace selfsup_kernels::cuda {
 
 namespace {
 
-// Four or five tensors are read at once: two vectors of each are as many bytes on their way as four of two tensors.
+// Four or five tensors are read at once: two loads of each put as many bytes in flight as four loads of two tensors.
 constexpr int step_unroll = 2;
 static_assert(list_unroll % step_unroll == 0);
 
@@ -18,7 +18,7 @@ struct StepNumbers {
   const int64_t* seed;
   typename Rule::Settings settings;
 };
-// Addresses: parameter, gradient, target (null: none), states. The kind is 4 * parameter + target.
+// Addresses: parameter, gradient, target (null if none), states. The kind is 4 * parameter dtype + target dtype.
 template <typename Rule>
 struct StepParameters {
   TensorTable<3 + Rule::states, table_capacity(3 + Rule::states, argument_limit, sizeof(StepNumbers<Rule>))> table;
@@ -37,9 +37,9 @@ struct Chunk {
   ArithmeticOf<T> weight;
   bool random;
   RandomStream stream;
-  uint32_t low;  // of the number of the chunk's first element
+  uint32_t low;  // lower 32 bits of the index of the chunk's first element
 
-  // One element: what was loaded becomes what is to be stored.
+  // Updates the loaded values of one element in place.
   __device__ void update(P& p, P g, T& t, P* s, int at) const {
     A wide[states > 0 ? states : 1];
 #pragma unroll

@@ -1,7 +1,7 @@
-"""The one description of the C++ extension: sources, flags, and the record of how it was built.
+"""The description of the C++ extension: sources, flags, and the record of how it was built.
 
-Read by ``setup.py``, by the loader (``backends``), by ``python -m selfsup_kernels info`` and by the sanitizer build.
-Importing it needs neither torch nor a compiler.
+``setup.py``, the loader (``backends``), ``python -m selfsup_kernels info`` and the sanitizer build read it. Importing
+it needs neither torch nor a compiler.
 """
 
 import importlib.metadata
@@ -18,15 +18,15 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1]
 RECORD = PACKAGE / "_build_info.json"
-"""What the last build was made of, or why it failed. Written by ``setup.py``."""
+"""The facts of the last build, or why it failed. Written by ``setup.py``."""
 
 MIN_TORCH = (2, 11)
 TORCH_TARGET_VERSION = "0x020b000000000000"
-"""The oldest torch whose stable ABI the extension uses: one library serves that version and later ones."""
+"""The oldest torch version whose stable ABI the extension uses: one library loads in that version and later ones."""
 
 PREPARE = "pip install 'torch>=2.11' pybind11 ninja 'setuptools>=77' wheel"
 INSTALL = "pip install --no-build-isolation ."
-"""What a build needs, and the build itself, as commands; run from a checkout."""
+"""The commands that install the build's requirements and build; run from a checkout."""
 
 SOURCES = (
     "csrc/cpu/module.cpp",
@@ -43,8 +43,8 @@ SOURCES = (
 )
 HEADERS = ("csrc/common", "csrc/cpu")
 
-# No -march=native and no -ffast-math: the vector kernels choose their instruction set at run time, and NaN and Inf
-# must come through. Contraction into fused multiply-adds is asked for explicitly, -std=c++20 switches it off.
+# No -march=native: the kernels choose their instruction set at run time. No -ffast-math: NaN and Inf must propagate.
+# Contraction to fused multiply-adds is explicit, because -std=c++20 turns it off.
 COMPILE_FLAGS = (
     "-O3",
     "-std=c++20",
@@ -55,7 +55,7 @@ COMPILE_FLAGS = (
     "-Wno-psabi",
     f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
 )
-# The library names libtorch among its needs, so that its symbols are found however it is loaded.
+# The library links to libtorch, so that symbols resolve however the library is loaded.
 LIBRARIES = ("torch", "torch_cpu", "c10")
 SANITIZER_FLAGS = (
     "-O1",
@@ -67,13 +67,13 @@ SANITIZER_FLAGS = (
 
 
 GENERATED = PACKAGE.parent / "build" / "include"
-"""Where headers go that are printed from Python."""
+"""The folder of the headers that are generated from Python."""
 
 _CPP_TYPES = {"Size": "int64_t", "int": "int64_t", "bool": "bool", "float": "double"}
 
 
 def write_headers() -> Path:
-    """Print the record of an InfoNCE call, and the numbers of the objectives, as C++; returns the include folder."""
+    """Write the record of an InfoNCE call and the enumerations of the objectives as C++. Return the include folder."""
     call, objectives = (_load(PACKAGE / "info_nce" / f"{name}.py") for name in ("call", "objectives"))
     fields = [(name, kind.__name__) for name, kind in call.Call.__annotations__.items()]
     lines = [
@@ -95,17 +95,17 @@ def write_headers() -> Path:
     lines += ["  }", f"  static constexpr int fields = {len(fields)};", "};"]
     lines += [f"constexpr int saved_fields = {len(call.Saved._fields)};", "}  // namespace selfsup_kernels", ""]
     path, text = GENERATED / "generated" / "call.h", "\n".join(lines)
-    if not path.exists() or path.read_text() != text:  # else everything would be compiled again
+    if not path.exists() or path.read_text() != text:  # a new time stamp would recompile everything
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     return GENERATED
 
 
 def _load(path):
-    """A module of the package, without importing the package."""
+    """Load a module of the package without importing the package."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module  # where enumerations and named tuples look for themselves
+    sys.modules[path.stem] = module  # Enum and NamedTuple look up their module here
     try:
         spec.loader.exec_module(module)
     finally:
@@ -114,7 +114,7 @@ def _load(path):
 
 
 def extension(setuptools_extension, include_dirs, library_dirs, sanitize=False):
-    """The ``Extension`` for setuptools."""
+    """Return the ``Extension`` for setuptools."""
     extra = SANITIZER_FLAGS if sanitize else ()
     return setuptools_extension(
         "selfsup_kernels._C",
@@ -130,12 +130,12 @@ def extension(setuptools_extension, include_dirs, library_dirs, sanitize=False):
 
 
 def write_record(folder, **facts) -> None:
-    """Write the record, with this machine's facts, into ``folder``, where the library lies."""
+    """Write the record, with this machine's facts, to the library's ``folder``."""
     (Path(folder) / RECORD.name).write_text(json.dumps(facts | machine(), indent=2, sort_keys=True) + "\n")
 
 
 def record() -> dict:
-    """What ``setup.py`` wrote; empty where nothing was built from this tree."""
+    """Return what ``setup.py`` wrote; empty if nothing was built from this tree."""
     try:
         return json.loads(RECORD.read_text())
     except (OSError, ValueError):
@@ -143,11 +143,11 @@ def record() -> dict:
 
 
 SOURCE = PACKAGE.parent if (PACKAGE.parent / "setup.py").is_file() else None
-"""The folder of the sources where the package is used from there, as in a checkout; None where it is installed."""
+"""The source folder if the package is imported from it, as in a checkout; None if the package is installed."""
 
 
 def not_built() -> str:
-    """Why there is no extension in the package's folder."""
+    """Return why the package's folder holds no extension."""
     if "failure" in record():
         return f"the C++ extension was not built: {record()['failure']}"
     if SOURCE is None:
@@ -162,7 +162,7 @@ def not_built() -> str:
 
 
 def _installed_elsewhere() -> Path | None:
-    """Another copy of the package on ``sys.path``, which has an extension."""
+    """Return the folder of another copy of the package on ``sys.path`` that has an extension."""
     for entry in sys.path:
         folder = Path(entry).resolve() / PACKAGE.name
         if folder != PACKAGE and next(folder.glob("_C.*"), None):
@@ -171,7 +171,7 @@ def _installed_elsewhere() -> Path | None:
 
 
 def rebuild() -> str:
-    """The command that builds the package again where it is imported from."""
+    """Return the command that rebuilds the package in the place it is imported from."""
     own = "SELFSUP_KERNELS_SKIP_BUILD=0 " if environment_flag("SELFSUP_KERNELS_SKIP_BUILD") else ""
     if SOURCE is not None:
         return f"{own}pip install -e {shlex.quote(str(SOURCE))}"
@@ -179,7 +179,7 @@ def rebuild() -> str:
 
 
 def _installed_from() -> str:
-    """The folder that pip installed the package from (PEP 610); "." where that is not known or is gone."""
+    """Return the folder that pip installed the package from (PEP 610); "." if it is unknown or gone."""
     try:
         url = json.loads(importlib.metadata.distribution("selfsup-kernels").read_text("direct_url.json") or "{}")["url"]
         folder = Path(urllib.parse.unquote(urllib.parse.urlsplit(url).path))
@@ -196,7 +196,7 @@ def machine() -> dict:
 
 
 def built_for() -> str:
-    """One sentence: built for X, you have Y."""
+    """Return a sentence: built for X, you have Y."""
     import torch
 
     facts = record()
@@ -210,7 +210,7 @@ def too_old(torch_version: str) -> bool:
 
 
 def mismatch() -> str | None:
-    """Why the built library must not be loaded here, or None."""
+    """Return why the built library must not be loaded here, or None."""
     import torch
 
     from selfsup_kernels.version import __version__
@@ -228,7 +228,7 @@ def mismatch() -> str | None:
 
 
 def cuda_library() -> tuple[Path | None, str | None]:
-    """(the CUDA library that was built, None) or (None, why there is none)."""
+    """Return (path of the CUDA library, None) or (None, why there is none)."""
     found = [p for pattern in ("_CUDA*.so", "_CUDA*.pyd") for p in sorted(PACKAGE.glob(pattern))]
     if found:
         return found[0], None
@@ -240,16 +240,16 @@ _PACKAGES = {
     "dnf": ("dnf install -y", "gcc-c++", "python3-devel"),
     "apk": ("apk add", "g++", "python3-dev"),
 }
-"""By package manager: its command, a C++ compiler, Python's headers."""
+"""For each package manager: its command and its packages of a C++ compiler and of Python's headers."""
 
 
 def compiler() -> str | None:
-    """The C++ compiler that a build would use; None where it is not here."""
+    """Return the path of the C++ compiler that a build would use; None if it is not found."""
     return shutil.which((os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++").split()[0])
 
 
 def cannot_compile() -> tuple[str, str] | None:
-    """(what is missing, the beginning of the command that a build then needs) or None."""
+    """Return (what is missing, a prefix for the build command that provides it), or None."""
     without_compiler = compiler() is None
     if without_compiler:
         wanted = os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++"

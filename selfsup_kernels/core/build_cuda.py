@@ -1,9 +1,9 @@
-"""How the CUDA library is built: the toolkit that is looked for, the architectures, the commands.
+"""The build of the CUDA library: finding the toolkit, the architectures, the commands.
 
-Read by ``setup.py`` and by ``python -m selfsup_kernels info``; imports neither torch nor the package. The sources are
-compiled by commands of our own, not by ``torch.utils.cpp_extension``: that one finds no toolkit beside a CPU-only
-torch, refuses a toolkit of another minor version, and dies with an IndexError where no GPU and no list tells it the
-architectures. ``TORCH_CUDA_ARCH_LIST`` and ``MAX_JOBS`` mean here what they mean there.
+``setup.py`` and ``python -m selfsup_kernels info`` use it; it imports neither torch nor the package. It does not use
+``torch.utils.cpp_extension``, which finds no toolkit if torch is CPU-only, refuses a toolkit of another minor version,
+and raises an IndexError if neither a GPU nor a list gives the architectures. ``TORCH_CUDA_ARCH_LIST`` and ``MAX_JOBS``
+have the same meaning as there.
 """
 
 import os
@@ -17,18 +17,18 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARY = "_CUDA.so"
-"""Not a module of Python's: ``torch.ops.load_library`` loads it. See ``_build.cuda_library``."""
+"""The file name. ``torch.ops.load_library`` loads it; it is not a Python module. See ``build.cuda_library``."""
 
 MIN_TOOLKIT = (12, 6)
-"""The oldest that PyTorch has builds for from the oldest version on that the library serves. 12.8 knows Blackwell."""
+"""The oldest CUDA version that there are builds of PyTorch 2.11 and later for. Blackwell needs 12.8."""
 
 DEFAULT_ARCHITECTURES = ("8.0+PTX", "9.0a", "10.0", "12.0")
-"""8.0 serves 8.6, 8.7 and 8.9 too, 10.0 serves 10.3, and 12.0 serves 12.1. The PTX is that of 8.0 because it is good
-for every GPU that has no machine code here (11.0, those to come, Blackwell where the toolkit is older than it)."""
+"""8.0 also runs on 8.6, 8.7 and 8.9, 10.0 on 10.3, and 12.0 on 12.1. The PTX is that of 8.0, because it runs on every
+GPU without machine code here (11.0, future GPUs, Blackwell if the toolkit does not know it)."""
 NAMED = {"Ampere": "8.0;8.6+PTX", "Ada": "8.9+PTX", "Hopper": "9.0+PTX", "Blackwell": "10.0;10.3;12.0;12.1+PTX"}
 
-# No fast-math: NaN and Inf must come through. The line numbers are for profilers, compute-sanitizer and the listings.
-# The code of several architectures is large, and compresses well.
+# No fast-math: NaN and Inf must propagate. Profilers, compute-sanitizer and the listings use the line numbers. The code
+# of several architectures is large, and compresses well.
 COMPILE_FLAGS = (
     "-O3",
     "-std=c++20",
@@ -38,21 +38,21 @@ COMPILE_FLAGS = (
     "-Xfatbin=-compress-all",
     "-Xcompiler=-fPIC,-fvisibility=hidden",
 )
-# The runtime is part of the library, which so serves torch builds of several versions of CUDA; its symbols stay inside.
-# `libtorch` has no symbols that a linker would see a need for: without --no-as-needed it would be dropped, and with it
-# the way to those of libtorch_cuda.
+# The CUDA runtime is linked in statically, with hidden symbols, so that one library works with torch builds of several
+# CUDA versions. No symbol comes from `libtorch` itself, so without --no-as-needed the linker would drop it, and
+# libtorch_cuda would not be found through it.
 LINK_FLAGS = ("-shared", "-cudart=static", "-Xlinker=--no-as-needed", "-Xlinker=--exclude-libs,ALL")
 
 
 class Unavailable(Exception):
-    """Why the library cannot be built, in one line, with what to do about it."""
+    """The library cannot be built: one line that says why, and what to do about it."""
 
 
 class Toolkit(NamedTuple):
     nvcc: Path
     version: tuple[int, int]
     architectures: frozenset[int]
-    """Those it has machine code for: 80, 90, ..."""
+    """The architectures that it can compile for: 80, 90, ..."""
 
     @property
     def name(self):
@@ -64,7 +64,7 @@ _INSTALL = f"Install {WANTED}, and set CUDA_HOME to its folder"
 
 
 def find_nvcc() -> Path:
-    """That of CUDA_HOME or CUDA_PATH where one is set, else of PATH, else of /usr/local/cuda."""
+    """Return the nvcc of CUDA_HOME or CUDA_PATH if one is set, else of PATH, else of /usr/local/cuda."""
     for name in ("CUDA_HOME", "CUDA_PATH"):
         if home := os.environ.get(name):
             nvcc = Path(home) / "bin" / "nvcc"
@@ -97,7 +97,7 @@ def toolkit() -> Toolkit:
 
 
 def architectures(kit: Toolkit, listed: str | None = None) -> tuple[str, ...]:
-    """Those of TORCH_CUDA_ARCH_LIST, as they stand there; else the default ones that the toolkit knows."""
+    """Return the architectures of TORCH_CUDA_ARCH_LIST, unchanged; else the default ones that the toolkit knows."""
     listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "") if listed is None else listed
     for name, meaning in NAMED.items():
         listed = re.sub(rf"\b{name}\b(\+PTX)?", meaning, listed)
@@ -133,30 +133,30 @@ def sources() -> list[Path]:
 
 
 def prepare(torch_version: str, torch_cuda: str | None, force: bool) -> Toolkit:
-    """The toolkit to build with beside this torch. Raises :class:`Unavailable`."""
+    """Return the toolkit to build with for this torch. Raises :class:`Unavailable`."""
     if not sources():
         raise Unavailable("there are no CUDA sources in csrc/cuda.")
     if torch_cuda is None and not force:
         raise Unavailable(
             f"this PyTorch ({torch_version}) was built without CUDA. Install a CUDA build of it; FORCE_CUDA=1 builds"
-            " the library all the same."
+            " the library anyway."
         )
     kit = toolkit()
     if not force and kit.version[0] != int(torch_cuda.split(".")[0]):
         raise Unavailable(
             f"{kit.nvcc} is of CUDA {kit.name}, PyTorch {torch_version} of CUDA {torch_cuda}. Set CUDA_HOME to a"
-            f" toolkit of CUDA {torch_cuda.split('.')[0]}; FORCE_CUDA=1 builds with this one all the same."
+            f" toolkit of CUDA {torch_cuda.split('.')[0]}; FORCE_CUDA=1 builds with this one anyway."
         )
     return kit
 
 
 def build(kit: Toolkit, folder: Path, include_dirs, library_dirs, libraries, defines) -> dict[str, str]:
-    """Compile and link ``folder/_CUDA.so``. Returns what the record says of it. Raises :class:`Unavailable`."""
+    """Compile and link ``folder/_CUDA.so``. Return its entries for the record. Raises :class:`Unavailable`."""
     listed = architectures(kit)
     objects = ROOT / "build" / "cuda"
     objects.mkdir(parents=True, exist_ok=True)
     jobs = max(1, int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1))
-    threads = max(1, min(len(listed), jobs // len(sources())))  # for one file, of the processors that files leave over
+    threads = max(1, min(len(listed), jobs // len(sources())))  # per file, if there are more jobs than files
     flags = [*COMPILE_FLAGS, *defines, *target_flags(listed), f"--threads={threads}"]
     flags += [f"-I{ROOT / 'csrc'}", *(f"-isystem={p}" for p in include_dirs)]
     flags += [f"-ccbin={os.environ['CXX']}"] if os.environ.get("CXX") else []
@@ -165,7 +165,7 @@ def build(kit: Toolkit, folder: Path, include_dirs, library_dirs, libraries, def
         _compile(kit.nvcc, flags, link, objects, jobs)
     except (OSError, subprocess.CalledProcessError) as error:
         status = getattr(error, "returncode", error)
-        raise Unavailable(f"nvcc failed ({status}); what it printed stands above.") from None
+        raise Unavailable(f"nvcc failed ({status}); see its output above.") from None
     folder.mkdir(parents=True, exist_ok=True)
     # Replaced in one step: a process that has the old library open keeps it.
     shutil.copy(objects / LIBRARY, folder / f"{LIBRARY}.new")
@@ -178,7 +178,7 @@ def build(kit: Toolkit, folder: Path, include_dirs, library_dirs, libraries, def
 
 
 def _compile(nvcc, flags, link, folder, jobs):
-    """By ninja, which compiles only what changed; where there is none, everything anew."""
+    """Compile what changed with ninja, or everything if there is no ninja."""
     library = folder / LIBRARY
     named = {folder / f"{s.stem}.o": s for s in sources()}
     ninja = _ninja()
@@ -217,5 +217,5 @@ def _ninja() -> str | None:
 
 
 def discard(folder: Path) -> None:
-    """A library that an earlier build left would be taken for this one's."""
+    """Delete the library of an earlier build, which would be mistaken for this build's."""
     (folder / LIBRARY).unlink(missing_ok=True)

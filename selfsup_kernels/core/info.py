@@ -1,4 +1,4 @@
-"""What this machine runs, what is missing, why, and what to type."""
+"""The ``info`` command: what this machine runs, what is missing, why, and what to type."""
 
 import importlib
 import importlib.util
@@ -21,7 +21,7 @@ COMMANDS = {
     "profile": (*_PAGE, "rich", "psutil"),
     "demo": ("sklearn", *_PAGE, "rich", "psutil"),
 }
-"""The packages that a command imports and the losses do not (the extras of pyproject.toml)."""
+"""The packages that each command needs in addition to those of the losses (the extras of pyproject.toml)."""
 
 
 def main(as_json=False, verbose=False) -> int:
@@ -31,7 +31,7 @@ def main(as_json=False, verbose=False) -> int:
 
 
 def collect() -> dict:
-    """Everything that ``info`` prints, as plain data. Never raises: a probe that fails says so in its place."""
+    """Return everything that ``info`` prints, as plain data. Never raises: a failing probe returns its error."""
     return {
         "selfsup_kernels": _probe(_package_version),
         "location": _probe(_location),
@@ -50,7 +50,7 @@ def collect() -> dict:
 
 
 def cpu() -> dict:
-    """The processor, and how much of it torch uses. Also printed beside every number of the demo."""
+    """Return the CPU and how much of it torch uses. The demo prints it next to its numbers."""
     return {
         "model": _probe(_cpu_model),
         "cores": os.cpu_count(),
@@ -62,7 +62,7 @@ def cpu() -> dict:
 def _probe(function):
     try:
         return function()
-    except Exception as error:  # whatever is broken here is what the reader wants to know
+    except Exception as error:  # any failure is worth reporting
         return {"error": f"{type(error).__name__}: {error}"}
 
 
@@ -79,7 +79,7 @@ def _location():
 
 
 def missing(command, page=True) -> list[str]:
-    """The packages that ``command`` needs and that are not installed; ``page``: whether it writes an HTML page."""
+    """Return the packages that ``command`` needs and that are not installed; ``page``: if it writes an HTML page."""
     needed = (name for name in COMMANDS[command] if page or name not in _PAGE)
     return [name for name in needed if not _is_installed(name)]
 
@@ -89,7 +89,7 @@ def _is_installed(name):
 
 
 def install(names) -> str:
-    """The command that installs packages. Not an extra of ours: pip would build the kernels again."""
+    """Return the command that installs packages. It names no extra of ours, since pip would rebuild the kernels."""
     return f"pip install {' '.join('scikit-learn' if name == 'sklearn' else name for name in names)}"
 
 
@@ -138,7 +138,7 @@ def _implementation(name):
 
 
 def _no_gpu(name):
-    """Asked here, not by ``backends``: at import the question would start the CUDA driver, which no fork survives."""
+    """Return why there is no GPU, or None. ``backends`` does not ask at import: CUDA once initialised breaks forks."""
     import torch
 
     from selfsup_kernels.core import backends
@@ -153,7 +153,7 @@ def _auto():
 
     from selfsup_kernels.core import backends
 
-    with warnings.catch_warnings():  # what it says stands in the report
+    with warnings.catch_warnings():  # the report has the same information
         warnings.simplefilter("ignore", RuntimeWarning)
         return backends.select("auto", torch.empty(0))
 
@@ -170,7 +170,7 @@ def _extension():
 
 
 def _cuda_library():
-    """What stands in the package's folder, whether or not this torch can load it."""
+    """Describe the CUDA library in the package's folder, even if this torch cannot load it."""
     from selfsup_kernels.core import backends, build
 
     path, missing = build.cuda_library()
@@ -187,7 +187,7 @@ def _cuda_library():
 
 
 def _toolkit():
-    """The compiler that a build would use, or what is missing and what to do about it."""
+    """Return the compiler that a build would use, or what is missing and what to do about it."""
     from selfsup_kernels.core import build_cuda
 
     try:
@@ -198,7 +198,7 @@ def _toolkit():
 
 
 def render(facts, verbose=False) -> str:
-    """The report as text; ``verbose`` adds how the libraries were built, and whether a CUDA library could be."""
+    """Return the report as text; ``verbose`` adds how the libraries were built, and if a CUDA library can be built."""
     location = facts["location"]
     where = _text(location)
     if "package" in location:
@@ -254,7 +254,7 @@ def _render_extension(extension):
     for title in ("build_info", "record"):
         if extension.get(title):
             lines.append(f"  {'build' if title == 'build_info' else 'build record'}")
-            # What concerns the CUDA library stands below.
+            # The CUDA library's entries are printed below.
             items = sorted((k, v) for k, v in extension[title].items() if not k.startswith("cuda_"))
             lines += [f"    {key:<14} {value}" for key, value in items]
     return lines

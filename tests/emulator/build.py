@@ -1,6 +1,6 @@
-"""Compiles the CUDA sources for the emulator: ``python tests/emulator/build.py`` prints the path of the library.
+"""Compile the CUDA sources for the emulator: ``python tests/emulator/build.py`` prints the path of the library.
 
-With ``SELFSUP_KERNELS_SANITIZE=1`` under AddressSanitizer and UBSan. Needs torch and a C++ compiler, no CUDA.
+``SELFSUP_KERNELS_SANITIZE=1`` adds AddressSanitizer and UBSan. Needs torch and a C++ compiler, no CUDA.
 """
 
 import importlib.util
@@ -13,7 +13,7 @@ ROOT = HERE.parents[1]
 
 
 def _description():
-    """The package's own description of its build, without importing the package."""
+    """Load the package's build description without importing the package."""
     spec = importlib.util.spec_from_file_location("build", ROOT / "selfsup_kernels" / "core" / "build.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -32,7 +32,7 @@ def main() -> Path:
         "-fPIC",
         "-fvisibility=default",
         "-w",
-        "-U_FORTIFY_SOURCE",  # its longjmp takes a jump to another stack for an attack
+        "-U_FORTIFY_SOURCE",  # the fortified longjmp refuses to jump to another stack
         "-g1",
         f"-DTORCH_TARGET_VERSION={build.TORCH_TARGET_VERSION}",
     ]

@@ -34,8 +34,8 @@ constexpr int warp_size = 32;
 enum class State { Ready, Barrier, Warp, Done };
 
 struct Fiber {
-  ucontext_t context;  // where it begins; with the sanitizer, where it goes on
-  jmp_buf jump;        // where it goes on
+  ucontext_t context;  // entry point; with the sanitizer also the resume point
+  jmp_buf jump;        // resume point without the sanitizer
   bool started = false;
   unsigned char* stack = nullptr;
   void* fake_stack = nullptr;  // the sanitizer's
@@ -58,7 +58,7 @@ std::vector<std::unique_ptr<Fiber>> fibers;
 std::vector<Meeting> meetings;
 std::vector<std::vector<unsigned>> ready;  // threads of each warp
 unsigned favoured = 0;                     // the warp that runs while it can
-std::string barrier;                       // where the threads that wait for the block are
+std::string barrier;                       // where threads of the block wait
 unsigned waiting, live;
 std::string failure;
 ucontext_t scheduler;
@@ -69,7 +69,7 @@ Fiber* current = nullptr;
 const std::function<void()>* body = nullptr;
 std::mt19937_64 randomness(0);
 uint64_t launches = 0;
-// Every barrier that was met, by its place, and the one to be left out.
+// The number of arrivals at each barrier, by site, and the barrier to skip.
 std::map<std::string, uint64_t> sites;
 std::string skipped;
 
@@ -83,7 +83,7 @@ void to_scheduler(bool ended = false) {
   swapcontext(&self->context, &scheduler);
   __sanitizer_finish_switch_fiber(self->fake_stack, &scheduler_stack, &scheduler_stack_size);
 #else
-  // Not swapcontext, which asks the system for the signals' mask every time.
+  // Not swapcontext, which makes a system call for the signal mask every time.
   if (_setjmp(self->jump) == 0) _longjmp(scheduler_jump, 1);
 #endif
 }
@@ -101,7 +101,7 @@ void start() {
 
 void fail(const std::string& what) {
   if (failure.empty()) failure = what;
-  to_scheduler();  // never comes back
+  to_scheduler();  // never returns
   std::abort();
 }
 
@@ -126,8 +126,8 @@ void make_ready(unsigned thread) {
   ready[thread / warp_size].push_back(thread);
 }
 
-// The next thread to run, or -1. One warp runs far ahead of the others, until by chance another does: threads that
-// all advance alike would seldom overtake each other where a barrier is missing.
+// Returns the next thread to run, or -1. One warp runs far ahead until, at random, another is favoured: if all threads
+// advanced at one pace, a missing barrier would rarely matter.
 int draw() {
   if (ready[favoured].empty() || randomness() % 256 == 0) {
     const unsigned start = randomness() % ready.size();
@@ -157,7 +157,7 @@ void run_block(unsigned threads, size_t shared) {
     if (memory == MAP_FAILED) throw std::runtime_error("emulator: no memory for a stack");
     fibers.back()->stack = static_cast<unsigned char*>(memory);
   }
-  // Of exactly the size asked for, so that the sanitizer sees what goes past it; without one, a fence behind it does.
+  // The sanitizer finds writes past the end of the allocation; without it, the fence behind shared memory does.
   constexpr size_t fence = 64;
   auto release = [](unsigned char* p) { std::free(p); };
   const size_t bytes = (shared + 127) / 128 * 128 + (SK_SANITIZED ? 0 : fence * 2);
@@ -188,7 +188,7 @@ void run_block(unsigned threads, size_t shared) {
   while (live > 0 && failure.empty()) {
     const int next = draw();
     if (next < 0) {
-      // Threads that have ended do not hold up a barrier.
+      // A barrier does not wait for threads that have ended.
       if (waiting == live) {
         release_barrier();
         continue;
@@ -274,9 +274,9 @@ extern "C" {
 void sk_emulator_seed(uint64_t seed) { sk_emulator::randomness.seed(seed); }
 void sk_emulator_processors(int count) { sk_emulator::processors = count; }
 uint64_t sk_emulator_launches() { return sk_emulator::launches; }
-// Leaves out the barrier at "file:line"; "" none.
+// Skips the barrier at "file:line"; "" skips none.
 void sk_emulator_skip(const char* site) { sk_emulator::skipped = site; }
-// The barriers that were met so far, one a line.
+// The barriers reached so far, one per line.
 const char* sk_emulator_sites() {
   static std::string text;
   text.clear();

@@ -1,13 +1,12 @@
 // Runs CUDA kernels on the CPU, to test them: the threads of a block are fibers, blocks run one after the other.
 //
-// A fiber runs until it meets a barrier or an instruction of the whole warp; which one is next is drawn at random from
-// a seed, as is the order of the blocks. Shared memory starts as NaN in every block. So a barrier that is missing shows
-// as a wrong number, in some order.
-// Why not a library: those that run such kernels on a CPU (HIP-CPU, hipCPU, chipStar) know HIP, and run threads in one
-// order.
+// A fiber runs until a barrier or a warp-wide instruction. The next fiber and the order of the blocks are drawn at
+// random from a seed. Shared memory starts as NaN in every block. So, in some order, a missing barrier gives a wrong
+// number.
+// Libraries that run such kernels on a CPU (HIP-CPU, hipCPU, chipStar) support HIP only, and run threads in one order.
 //
-// What is not modelled: races on global memory (one thread runs at a time), time, several blocks at once, warps of
-// which only some threads take part in an instruction.
+// Not modelled: races on global memory (one thread runs at a time), time, concurrent blocks, warp-wide instructions in
+// which only some threads take part.
 #pragma once
 
 #include <cstddef>
@@ -29,19 +28,19 @@ struct Thread {
   dim3 threads, blocks;
   unsigned char* shared = nullptr;
 };
-// The thread that runs now.
+// The running thread.
 extern Thread here;
 
-// What the emulated device says of itself.
+// The number of SMs that the emulated device reports.
 extern int processors;
 
-// `body` once for every thread of the grid; throws where threads wait for each other for ever, or disagree.
+// Runs `body` once for every thread of the grid. Throws if threads deadlock or wait at different barriers.
 void run(dim3 grid, unsigned threads, size_t shared, const std::function<void()>& body);
 
-// Waits for all threads of the block that have not ended. The place names the barrier (see `skip_site`).
+// Waits for all threads of the block that have not ended. File and line name the barrier (see `sk_emulator_skip`).
 void sync_threads(const char* file, int line);
 
-// Waits for the 32 threads of the warp; the last one calls `finish` with what each brought, in the order of lanes.
+// Waits for the 32 threads of the warp; the last one calls `finish` with everyone's `mine`, in lane order.
 using Finish = void (*)(void* const* lanes);
 void warp_meet(Finish finish, void* mine, const char* what);
 

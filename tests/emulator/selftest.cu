@@ -1,4 +1,4 @@
-// Kernels for the tests of the emulator itself, some of them wrong on purpose.
+// Kernels that test the emulator itself, some of them wrong on purpose.
 #include <cstdint>
 #include <string>
 
@@ -31,7 +31,7 @@ std::string message;
 
 extern "C" {
 
-// Runs the kernel of that name; null, or what the emulator had against it.
+// Runs the kernel of that name. Returns null, or the emulator's error message.
 const char* sk_selftest(const char* kernel, const void* a, const void* b, void* out, int n) {
   const std::string name = kernel;
   auto f = static_cast<float*>(out);

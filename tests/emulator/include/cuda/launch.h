@@ -1,4 +1,4 @@
-// Stands in for csrc/cuda/launch.h: CUDA's words for a C++ compiler, and launches that run on the CPU.
+// Replaces csrc/cuda/launch.h: defines CUDA's keywords for a C++ compiler, and runs launches on the CPU.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -14,7 +14,7 @@
 
 #include "emulator.h"
 
-// The tensors of the emulated kernels are the CPU's.
+// Emulated kernels take CPU tensors.
 #define SK_CUDA_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(selfsup_kernels, CPU, m)
 #define SK_KERNEL(threads, blocks) void
 #define SK_GRID_CONSTANT(type) const type&
@@ -110,7 +110,7 @@ class Device {
  public:
   explicit Device(const Tensor&) {}
   int processors() const { return sk_emulator::processors; }
-  int shared_limit() const { return 99 << 10; }  // of the smallest that is supported (compute capability 12.0)
+  int shared_limit() const { return 99 << 10; }  // the smallest of the supported GPUs (compute capability 12.0)
 
   template <typename... Parameters, typename... Arguments>
   void launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared, Arguments&&... arguments) const {
