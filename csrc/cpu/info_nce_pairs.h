@@ -300,7 +300,8 @@ class Pairs {
     });
   }
 
-  // dz <- the queue's part. The queue gets no gradient, so each row uses only its own weight and reference point.
+  // dz, which holds zeros, += the queue's part. The queue gets no gradient, so each row uses only its own weight and
+  // reference point.
   double queue_gradient(const double* log_weights, const std::vector<double>& g, T* dz) {
     BlockMatrix<T> out(dz, dim_, blocks_);
     std::vector<double> along(blocks_.count(), 0.0);
