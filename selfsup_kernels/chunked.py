@@ -113,8 +113,8 @@ def chunked_backward(encoder, views, loss, chunk_size, *, scaler=None, backward=
             _Deliver.apply(list(gradients.values()), *gradients).backward()
     if missed and not _reaches_others(value, embeddings):
         raise RuntimeError(
-            "encoder: expected rows that require grad, got none in any chunk: all that it trains is frozen, or it runs "
-            "under no_grad, or under reentrant checkpointing of inputs that do not require grad "
+            "encoder: expected rows that require grad, got none in any chunk: all its parameters are frozen, or it "
+            "runs under no_grad, or under reentrant checkpointing of inputs that do not require grad "
             "(element 0 of tensors does not require grad)"
         )
     return value.detach()
@@ -289,7 +289,7 @@ def _replicas(streams) -> list[DistributedDataParallel]:
     replicas = [m for m in _submodules(m for s in streams for m in s.modules) if isinstance(m, DistributedDataParallel)]
     for replica in replicas:
         for name, used, reason in (
-            ("static_graph=True", replica.static_graph, "it expects as many backward passes in each step"),
+            ("static_graph=True", replica.static_graph, "it expects equally many backward passes in each step"),
             ("mixed_precision=", replica.mixed_precision, "its casts last from a forward to the backward that reduces"),
             ("join()", replica._join_config.enable, "it counts forward passes, and processes differ in their chunks"),
         ):

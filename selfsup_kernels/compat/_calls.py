@@ -66,7 +66,7 @@ def record(name: str, reason: str | None) -> None:
         _calls[name] = calls
     if first:
         warnings.warn(
-            f"{name}: the library's own code computes this, the kernels do not serve {reason}; said once,"
+            f"{name}: the library's own code computes this, the kernels do not serve {reason}; warned once,"
             " selfsup_kernels.compat.report() counts such calls",
             stacklevel=2,
         )

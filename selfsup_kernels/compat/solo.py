@@ -41,7 +41,7 @@ def simclr_loss_func(z, indexes, temperature=0.1, extra_pos_mask=None):
     """
     if extra_pos_mask is not None:
         raise unsupported(
-            "solo.losses.simclr_loss_func", "extra_pos_mask", "give indexes, of which equal ones are positives"
+            "solo.losses.simclr_loss_func", "extra_pos_mask", "pass indexes, where equal ones mark positives"
         )
     if not isinstance(indexes, torch.Tensor):
         raise TypeError(f"indexes: expected a tensor of integers, or z2, got {type(indexes).__name__}")

@@ -110,6 +110,6 @@ def labels_of_mask(mask, batch, views):
             _ORIGINAL,
             "mask",
             "only masks of classes are supported (zeros and ones, symmetric, transitive, ones on the diagonal),"
-            " in place of which labels can be given; use the original for others",
+            " and can be passed as labels instead; use the original for others",
         )
     return labels

@@ -21,7 +21,7 @@ class _Refuse(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         raise RuntimeError(
-            "selfsup_kernels: the losses are differentiable once, and a second derivative was asked for"
+            "selfsup_kernels: the losses are differentiable once, and a second derivative was requested"
             " (a gradient taken with create_graph=True was differentiated again)"
         )
 

@@ -67,8 +67,8 @@ def resolve(group):
         if _several():
             check.warn_once(
                 "group",
-                f"{dist.get_world_size()} processes run, and this loss has no group: each takes its negatives from its"
-                f" own samples. Pass group={WORLD!r} to take those of all, or group={LOCAL!r} to keep it so.",
+                f"{dist.get_world_size()} processes run, and this loss has no group: each uses only its own samples as"
+                f" negatives. Pass group={WORLD!r} to use those of all processes, or group={LOCAL!r} to keep this.",
             )
         return None
     check_kind(group)

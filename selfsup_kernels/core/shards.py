@@ -64,14 +64,14 @@ def local(targets, sources, pair_names):
             t, s = pair_names(i)
             raise TypeError(
                 f"{s}: expected {'a DTensor' if spread else 'a plain tensor'} like {t}, got"
-                f" {type(source).__name__} (a module that fully_shard left gathered gives its shards after reshard())"
+                f" {type(source).__name__} (call reshard() on a module that fully_shard left gathered)"
             )
         if spread:
             _check_same(target, source, pair_names(i))
             if target._is_view():
                 raise TypeError(
                     f"{pair_names(i)[0]}: expected a DTensor of its own, got a view of one, whose local part may be"
-                    " gathered memory: what is written there would be lost"
+                    " gathered memory: writes to it would be lost"
                 )
             target, source = target.to_local(), source.to_local()
         shards[0].append(target)

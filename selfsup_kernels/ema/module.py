@@ -108,7 +108,7 @@ class EMA(nn.Module):
         low = {p.dtype for p in self.module.parameters()} & {torch.bfloat16, torch.float16}
         if low and not stochastic_rounding:
             warnings.warn(
-                f"EMA: the copy is {low.pop()}, in which the steps of a momentum near 1 round to nothing; use"
+                f"EMA: the copy is {low.pop()}, where updates with a momentum near 1 round to nothing; use"
                 " dtype=torch.float32 or stochastic_rounding=True",
                 stacklevel=2,
             )
@@ -225,7 +225,7 @@ def _copy(model: nn.Module) -> nn.Module:
     except Exception as error:
         raise RuntimeError(
             f"model: copy.deepcopy cannot copy this {type(model).__name__} ({type(error).__name__}: {error});"
-            " make a second one and give it as module="
+            " make a second one and pass it as module="
         ) from error
 
 

@@ -198,8 +198,8 @@ class _Average:
             raise ValueError(
                 "ema: expected a model whose parameters with a gradient are all of this optimizer, but it lacks"
                 f" {len(others)} of them ({found}): another optimizer, or another process of a sharded one"
-                " (ZeroRedundancyOptimizer), would change them after they were averaged. Give no ema here, and call"
-                " ema.update() after the last step; what is not trained at all wants requires_grad_(False)"
+                " (ZeroRedundancyOptimizer), would change them after they were averaged. Pass no ema here, and call"
+                " ema.update() after the last step; set requires_grad_(False) on parameters that are not trained"
             )
 
     def check_device(self, calls):

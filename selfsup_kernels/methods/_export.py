@@ -77,7 +77,7 @@ def _encoder_of(module, network, view) -> nn.Module:
         module = module.encoder
         if isinstance(module, nn.ModuleList):
             if view not in range(len(module)):
-                raise ValueError(f"view: expected whose encoder, an integer in [0, {len(module)}), got {view!r}")
+                raise ValueError(f"view: expected an encoder's index, an integer in [0, {len(module)}), got {view!r}")
             module = module[view]
         elif view is not None:
             raise ValueError(f"view: expected None, since all views have one encoder, got {view!r}")
