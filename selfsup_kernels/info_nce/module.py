@@ -78,7 +78,7 @@ class InfoNCELoss(SharesGroup, nn.Module):
 
     @property
     def temperature(self):
-        """The temperature: a number, or a differentiable 0-dim tensor if it is learnable."""
+        """The temperature, a number or, if it is learnable, a differentiable 0-dim tensor."""
         value = self._temperature_or_tensor()
         return value.reshape(()) if isinstance(value, torch.Tensor) else value
 
