@@ -1,4 +1,4 @@
-"""A loss over a batch whose activations do not fit: gradient caching (arXiv:2101.06983)."""
+"""Backward of a loss over a batch whose activations do not fit in memory: gradient caching (arXiv:2101.06983)."""
 
 import contextlib
 import functools
@@ -19,11 +19,11 @@ Tensor = torch.Tensor
 
 
 def chunked_backward(encoder, views, loss, chunk_size, *, scaler=None, backward=None, modules=()):
-    r"""The loss of a whole batch and its gradients, with the activations of one chunk in memory.
+    r"""Compute the loss of a whole batch and its gradients, with the activations of only one chunk in memory.
 
-    The gradient caching of arXiv:2101.06983: every chunk is encoded without a graph, the loss of all embeddings is
-    computed and run backward as far as the embeddings, then every chunk is encoded again, with a graph, and run
-    backward with its part of their gradient. The price is a second forward of the encoder. In place of
+    Gradient caching (arXiv:2101.06983): encode every chunk without a graph; compute the loss of all embeddings and its
+    gradient with respect to them; then encode every chunk again with a graph and backpropagate its part of that
+    gradient. The cost is a second forward of the encoder. Instead of
     ``criterion([encoder(x) for x in views]).backward()``::
 
         criterion = sk.InfoNCELoss(0.07)
@@ -31,49 +31,50 @@ def chunked_backward(encoder, views, loss, chunk_size, *, scaler=None, backward=
         optimizer.step()
         optimizer.zero_grad()
 
-    Gradients are added to ``.grad`` as ``backward()`` does it, those of the loss' own parameters too (a learnable
-    temperature). They are exact where the encoder treats each sample by itself, up to the order of summation.
+    Gradients are added to ``.grad`` as by ``backward()``, including those of the loss' own parameters (a learnable
+    temperature). They are exact up to the order of summation if the encoder treats samples independently.
 
-    What makes the second forward equal to the first:
+    The second forward repeats the first:
 
-    - Random numbers: each chunk starts from the states of the CPU's and the accelerators' generators that it had the
-      first time, so that dropout masks are the same. Afterwards the generators stand where the loss left them.
-      Generators of Python, NumPy or your own are not replayed.
-    - Buffers (BatchNorm's running statistics) go back to where they were and are updated again in the same order, so
-      that in the end each chunk has updated them once. In training mode BatchNorm takes mean and variance over a
-      *chunk*: the loss is then not the one of the whole batch, but its gradient is still exact.
-    - Autocast: call this function inside it. Both encodings and the loss run under it, the backward passes do not.
+    - Random numbers: each chunk starts from the same states of the CPU and accelerator generators both times, so
+      dropout masks are equal. Afterwards the generators are in the state that the loss left. Python's, NumPy's and your
+      own generators are not replayed.
+    - Buffers (BatchNorm's running statistics) are restored before the second forward and updated in the same order, so
+      each chunk updates them once. In training mode BatchNorm takes mean and variance over a *chunk*: the loss then
+      differs from that of the whole batch, but its gradient is still exact.
+    - Autocast: call this function inside it. Both forwards and the loss run under it, the backward passes do not.
 
-    Under DistributedDataParallel give the wrapped module as ``encoder``: all chunks run in ``no_sync()``, and one pass
-    through the wrapper then reduces the gradients of all its parameters, whichever chunks trained them. An outer
-    ``no_sync()`` is respected. The loss wants a ``group=``, which makes it the loss of the global batch. Processes may
-    have different numbers of samples and of chunks (not with FSDP and ``nn.SyncBatchNorm``, which communicate in every
-    chunk). Parameters of the loss are outside the wrapped module: averaging their gradients is up to you.
+    With DistributedDataParallel pass the wrapped module as ``encoder``: all chunks run in ``no_sync()``, then one pass
+    through the wrapper reduces the gradients of all parameters, whichever chunks trained them. An outer ``no_sync()``
+    is respected. Give the loss a ``group=`` to make it the loss of the global batch. Processes may have different
+    numbers of samples and chunks (except with FSDP and ``nn.SyncBatchNorm``, which communicate in every chunk). The
+    loss' parameters are outside the wrapped module: average their gradients yourself.
 
     Args:
-        encoder: a module or a function, from a chunk of one view to a tensor with a row per sample; or a sequence of
-            one per view.
-        views: a sequence of the views' inputs, or one ``(V, B, ...)`` tensor of ``V`` views. All tensors in a view but
-            0-dim ones have the samples as their first dimension and are cut into chunks. A tensor is passed as
-            ``encoder(x)``, a tuple or list as ``encoder(*x)``, a mapping as ``encoder(**x)``; what is nested in these
-            is cut, too.
+        encoder: a module or function that maps a chunk of one view to a tensor with one row per sample, or a sequence
+            of one per view.
+        views: a sequence of inputs, one per view, or one ``(V, B, ...)`` tensor of ``V`` views. Except for 0-dim
+            tensors, every tensor in a view has the samples in its first dimension and is split into chunks. A tensor is
+            passed as ``encoder(x)``, a tuple or list as ``encoder(*x)``, a mapping as ``encoder(**x)``; nested tensors
+            are split too.
         loss: a function from the list of embeddings, one ``(B, D)`` tensor per view, to a tensor of one element: a
             module such as :class:`selfsup_kernels.InfoNCELoss`, or a lambda.
         chunk_size: samples per chunk, or a sequence of one number per view.
-        scaler: a ``torch.amp.GradScaler``: the gradients are those of the scaled loss.
-        backward: what runs the loss backward in place of ``loss.backward()``: Lightning's ``self.manual_backward``,
+        scaler: a ``torch.amp.GradScaler``; the gradients are then those of the scaled loss.
+        backward: a function to call instead of ``loss.backward()``: Lightning's ``self.manual_backward``,
             ``fabric.backward``, ``accelerator.backward``, ``lambda loss: (loss / 4).backward()``.
-        modules: the modules behind an ``encoder`` that is a plain function: their buffers go back, and those of
-            DistributedDataParallel are synchronised once. Modules, their methods, and partials of both are found.
+        modules: the modules that an ``encoder`` which is a plain function uses: their buffers are restored, and
+            DistributedDataParallel modules among them are synchronised once. Not needed if the encoder is a module, a
+            module's method, or a partial of these.
 
     Returns:
-        The loss, detached and unscaled. Its backward pass has happened: there is no ``.backward()`` to call on it.
+        The loss, detached and unscaled. Its backward pass is done: do not call ``.backward()`` on it.
 
     Raises:
-        ValueError, TypeError: an argument does not fit, or what the encoder or the loss returned; the message says why.
-        RuntimeError: gradients are switched off (``torch.no_grad()``); nothing that is trained was reached, where
-            ``loss.backward()`` raises, too; a DistributedDataParallel module is used in a way that chunks cannot serve
-            (``static_graph=True``, ``mixed_precision=``, ``join()``, a call inside its forward).
+        ValueError, TypeError: an argument, or a result of the encoder or the loss, does not fit; the message says why.
+        RuntimeError: gradients are disabled (``torch.no_grad()``); nothing trainable was reached, where
+            ``loss.backward()`` would raise too; a DistributedDataParallel module is used in a way that does not work
+            with chunks (``static_graph=True``, ``mixed_precision=``, ``join()``, a call inside its forward).
     """
     if not torch.is_grad_enabled():
         raise RuntimeError("chunked_backward: expected gradients to be on, got a call under torch.no_grad()")
@@ -112,8 +113,8 @@ def chunked_backward(encoder, views, loss, chunk_size, *, scaler=None, backward=
             _Deliver.apply(list(gradients.values()), *gradients).backward()
     if missed and not _reaches_others(value, embeddings):
         raise RuntimeError(
-            "encoder: expected rows that require grad, got none in any chunk: all that it trains is frozen, or it runs "
-            "under no_grad, or under reentrant checkpointing of inputs that do not require grad "
+            "encoder: expected rows that require grad, got none in any chunk: all its parameters are frozen, or it "
+            "runs under no_grad, or under reentrant checkpointing of inputs that do not require grad "
             "(element 0 of tensors does not require grad)"
         )
     return value.detach()
@@ -121,7 +122,7 @@ def chunked_backward(encoder, views, loss, chunk_size, *, scaler=None, backward=
 
 @dataclass
 class _Stream:
-    """One view: its encoder, its inputs, and what is known of the modules that encode it."""
+    """One view: its encoder, its inputs, and the modules that encode it."""
 
     view: int
     encoder: object
@@ -210,7 +211,7 @@ def _modules_behind(function) -> list[nn.Module]:
 
 
 def _is_known(function) -> bool:
-    """Whether it has nothing to train but what is in its modules: a module, its method, or a partial of these."""
+    """Return True if all trainable tensors are in known modules: a module, its method, or a partial of these."""
     if isinstance(function, functools.partial):
         bound = _tensors([function.args, function.keywords])
         return _is_known(function.func) and not any(t.requires_grad for t in bound)
@@ -218,7 +219,7 @@ def _is_known(function) -> bool:
 
 
 def _embed(streams, chunks, devices) -> list[Tensor]:
-    """All rows of each view, leaves of the graph of the loss; every chunk has noted its random states."""
+    """Return all rows of each view as leaves of the loss' graph; every chunk records its random states."""
     parts: dict[int, list[Tensor]] = {}
     for chunk in chunks:
         chunk.random_states = _random_states(devices)
@@ -230,7 +231,10 @@ def _embed(streams, chunks, devices) -> list[Tensor]:
 
 
 def _encode_again(chunks, embeddings, devices) -> bool:
-    """Each chunk's forward with a graph, and its backward. True if there were gradients and no rows to take them."""
+    """Run each chunk's forward with a graph, and its backward.
+
+    Returns True if there were gradients but no rows that require grad.
+    """
     given = taken = False
     idle = {}  # modules whose forward no backward follows
     after = _random_states(devices)
@@ -238,7 +242,7 @@ def _encode_again(chunks, embeddings, devices) -> bool:
         for chunk in chunks:
             _set_random_states(chunk.random_states, devices)
             grad = embeddings[chunk.stream.view].grad
-            # A view that the loss does not use is encoded for the buffers' sake: its parameters keep a grad of None.
+            # A view that the loss does not use is encoded only to update buffers: its parameters keep a grad of None.
             with torch.set_grad_enabled(grad is not None):
                 rows = chunk.encode()
             given |= grad is not None
@@ -252,12 +256,12 @@ def _encode_again(chunks, embeddings, devices) -> bool:
         _set_random_states(after, devices)
     for module in _submodules(idle):
         if isinstance(module, _fsdp("FSDPModule")):
-            module.reshard()  # its parameters are those with gradients again
+            module.reshard()  # back from gathered parameters to the shards
     return given and not taken
 
 
 def _reaches_others(value, embeddings) -> bool:
-    """Whether the loss has something to train apart from the embeddings."""
+    """Return True if the loss depends on trainable leaves other than the embeddings."""
     nodes = seen = {value.grad_fn} - {None}
     while nodes:
         nodes = {n for node in nodes for n, _ in node.next_functions if n is not None} - seen
@@ -271,12 +275,12 @@ def _submodules(modules) -> dict[nn.Module, None]:
 
 
 def _fsdp(name) -> type | tuple:
-    """A class of torch.distributed.fsdp, for isinstance, or none where that was never imported."""
+    """Return a class of torch.distributed.fsdp for isinstance, or an empty tuple if that was never imported."""
     return getattr(sys.modules.get("torch.distributed.fsdp"), name, ())
 
 
 def _replicas(streams) -> list[DistributedDataParallel]:
-    """The DistributedDataParallel modules among the encoders, all of which can be synchronised after the chunks."""
+    """Return the encoders' DistributedDataParallel modules; raise if one cannot be synchronised after the chunks."""
     if DistributedDataParallel._get_active_ddp_module() is not None:
         raise RuntimeError(
             "chunked_backward: expected a call outside of the forward of a DistributedDataParallel module, which would "
@@ -285,7 +289,7 @@ def _replicas(streams) -> list[DistributedDataParallel]:
     replicas = [m for m in _submodules(m for s in streams for m in s.modules) if isinstance(m, DistributedDataParallel)]
     for replica in replicas:
         for name, used, reason in (
-            ("static_graph=True", replica.static_graph, "it expects as many backward passes in each step"),
+            ("static_graph=True", replica.static_graph, "it expects equally many backward passes in each step"),
             ("mixed_precision=", replica.mixed_precision, "its casts last from a forward to the backward that reduces"),
             ("join()", replica._join_config.enable, "it counts forward passes, and processes differ in their chunks"),
         ):
@@ -297,7 +301,7 @@ def _replicas(streams) -> list[DistributedDataParallel]:
 
 
 def _check_counts(streams, devices) -> None:
-    """Modules that communicate in every forward want as many chunks in each process; others would wait for ever."""
+    """Raise if the processes' chunk counts differ while modules communicate in every forward: they would hang."""
     if not (dist.is_available() and dist.is_initialized()):
         return
     groups, sharded = {}, _fsdp("FullyShardedDataParallel")
@@ -321,10 +325,10 @@ def _check_counts(streams, devices) -> None:
 
 
 def _synchronise(replica, gradients) -> None:
-    """DistributedDataParallel's forward and backward over all its parameters, which reduces what the chunks have left.
+    """Run DistributedDataParallel's forward and backward over all its parameters, to reduce the chunks' gradients.
 
-    Processes may have trained different parameters: the pass covers all, and what none has trained keeps a gradient of
-    None. ``gradients`` are those that parameters with hooks have still to get.
+    Processes may have trained different parameters, so the pass covers all of them; a parameter that no process trained
+    keeps a gradient of None. ``gradients`` holds the gradients not yet given to parameters with hooks.
     """
     if not replica.require_backward_grad_sync:  # an outer no_sync()
         return
@@ -348,7 +352,7 @@ def _synchronise(replica, gradients) -> None:
 
 
 class _Deliver(torch.autograd.Function):
-    """A scalar whose backward gives each parameter its gradient; None leaves its ``.grad`` as it is."""
+    """Return a scalar whose backward gives each parameter its gradient; None leaves ``.grad`` unchanged."""
 
     @staticmethod
     def forward(ctx, gradients, *parameters):
@@ -361,7 +365,7 @@ class _Deliver(torch.autograd.Function):
 
 
 class _Delivery(nn.Module):
-    """Stands for the wrapped module in the pass that synchronises it."""
+    """Replaces the wrapped module during the pass that synchronises it."""
 
     def __init__(self, leaves, gradients):
         super().__init__()
@@ -372,7 +376,7 @@ class _Delivery(nn.Module):
 
 
 class _Hooks:
-    """Takes the hooks of parameters off while chunks run: one pass calls them once, with the whole gradient."""
+    """Removes the hooks of parameters while chunks run, so that they run once, with the whole gradient."""
 
     def __init__(self, streams):
         trained = dict.fromkeys(p for s in streams for p in s.trained)
@@ -386,7 +390,7 @@ class _Hooks:
         return self
 
     def collect(self) -> dict[Tensor, Tensor]:
-        """What parameters have still to get. Where that is nothing, the hooks stay off: they expect a tensor."""
+        """Return the gradients still to deliver. Hooks of parameters without one stay off: they expect a tensor."""
         gradients = {p: p.grad for p in self.hooks if p.grad is not None}
         for p, grad in self.grads.items():
             p.grad = grad
@@ -403,7 +407,7 @@ class _Hooks:
 
 
 class _Buffers:
-    """The buffers that the second encoding changes again."""
+    """Saves the buffers and restores them before the second encoding."""
 
     def __init__(self, streams):
         self.saved, self.hooks = {}, []
@@ -411,7 +415,7 @@ class _Buffers:
             self._save(outer)
             for module in outer.modules():
                 if isinstance(module, nn.parallel.DistributedDataParallel) and module.broadcast_buffers:
-                    # Its first forward takes the buffers of rank 0: those are what the first encoding starts from.
+                    # Its first forward broadcasts rank 0's buffers: save them after that.
                     self.hooks.append(module.module.register_forward_pre_hook(self._save_once()))
 
     def _save(self, module):
@@ -436,11 +440,11 @@ class _Buffers:
             hook.remove()
         for (owner, name), (buffer, before) in self.saved.items():
             buffer.copy_(before)
-            owner._buffers[name] = buffer  # where the module has put another tensor in its place
+            owner._buffers[name] = buffer  # the module may have replaced the tensor
 
 
 def _accelerators(streams) -> list[torch.device]:
-    """Devices other than the CPU, whose generators and autocast may take part."""
+    """Return the devices other than the CPU, whose generators and autocast may be in use."""
     tensors = [t for s in streams for t in _tensors(s.inputs)]
     tensors += [t for s in streams for m in s.modules for t in m.parameters()]
     return list(dict.fromkeys(t.device for t in tensors if t.device.type not in ("cpu", "meta")))
@@ -474,7 +478,7 @@ def _tensors(tree):
 
 
 def _take(tree, rows: slice):
-    """``tree`` with every tensor cut to these rows."""
+    """Return ``tree`` with every tensor sliced to these rows."""
     if isinstance(tree, Tensor):
         return tree[rows] if tree.dim() else tree
     if isinstance(tree, Mapping):

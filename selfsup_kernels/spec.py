@@ -1,8 +1,8 @@
 """The losses as their papers state them: dense, eager, differentiable by autograd, any floating dtype.
 
-This is the specification that every implementation is tested against. It materialises the M x M matrix of
-similarities, one view pair at a time, so it is for understanding and for tests. ``impl="reference"`` of the public
-functions is the fast form in eager PyTorch, in ``reference.eager`` and ``reference.info_nce``.
+Every implementation is tested against this specification. It materialises the M x M matrix of similarities, so use it
+only for understanding and tests. ``impl="reference"`` of the public functions is the fast form in eager PyTorch, in
+``core.eager`` and the ``reference`` module of each loss.
 """
 
 import math
@@ -27,16 +27,16 @@ def info_nce_loss(
 ):
     r"""N-view InfoNCE, dense. The arguments are those of :func:`selfsup_kernels.info_nce_loss`.
 
-    With unit rows ``z`` and ``S_ij = <z_i, z_j> / temperature``, for an anchor with negatives ``n`` and positives ``p``
+    For an anchor with negatives ``n`` and positives ``p``, unit rows ``z`` and ``S_ij = <z_i, z_j> / temperature``:
 
     - ``supcon_out``:   ``LSE(S_n, S_p) - mean S_p``                  (arXiv:2004.11362, eq. 2)
     - ``supcon_in``:    ``LSE(S_n, S_p) - LSE(S_p) + log |p|``        (arXiv:2004.11362, eq. 3)
     - ``per_positive``: ``mean over p of LSE(S_n, S_p) - S_p``
     - ``decoupled``:    ``LSE(S_n) - mean S_p``                       (arXiv:2110.06848)
 
-    and, where the negatives ``n_v`` of one view are told apart, ``u`` being the anchor's own view,
+    With ``n_v`` the negatives of view ``v`` and ``u`` the anchor's own view:
 
-    - ``pairwise``:     ``mean over v of LSE(S_(n_u), S_(n_v), S_(p_v)) - S_(p_v)``   (arXiv:2002.05709, each two views)
+    - ``pairwise``:     ``mean over v of LSE(S_(n_u), S_(n_v), S_(p_v)) - S_(p_v)``   (arXiv:2002.05709, per view pair)
     - ``cross_view``:   ``mean over v of LSE(S_(n_v), S_(p_v)) - S_(p_v)``            (arXiv:1906.05849, full graph)
     """
     h = torch.stack(tuple(views))
@@ -53,7 +53,7 @@ def info_nce_loss(
 
     losses = []
     for u in range(num_views):
-        # Row a of `negatives[v]` and `positives[v]` holds anchor (u, a)'s scores with view v, -inf where not one.
+        # Row a of `negatives[v]` and `positives[v]` holds the scores of anchor (u, a) with view v, -inf elsewhere.
         negatives, positives, is_positive = {}, {}, {}
         for v in negative_views(u, num_views, core, TABLE[objective].columns):
             negatives[v] = scores[u, :, v].masked_fill(same, -torch.inf)
@@ -68,7 +68,7 @@ def info_nce_loss(
 
 
 def _anchor_losses(objective, u, negatives, positives, is_positive, queue):
-    """Per-anchor loss (B,) from the scores of one anchor view, by view of the other side; -inf marks an absent pair."""
+    """Return the losses (B,) of one anchor view from its scores, keyed by the other view; -inf marks an absent pair."""
     if objective in ("pairwise", "cross_view"):
         terms = []
         for v, score in positives.items():
@@ -84,7 +84,7 @@ def _anchor_losses(objective, u, negatives, positives, is_positive, queue):
     if objective == "supcon_out":
         loss = torch.cat([negative, positive], -1).logsumexp(-1) - mean
     elif objective == "supcon_in":
-        # An anchor without positives (count 0) is replaced below; its -inf must not reach the gradient.
+        # The loss of an anchor without positives (count 0) is set to 0 below; its -inf must not reach the gradient.
         inside = torch.where((count > 0)[:, None], positive, 0).logsumexp(-1) - count.clamp_min(1).log()
         loss = torch.cat([negative, positive], -1).logsumexp(-1) - inside
     elif objective == "decoupled":
@@ -99,7 +99,7 @@ def _anchor_losses(objective, u, negatives, positives, is_positive, queue):
 def byol_loss(predictions, targets, *, eps=1e-12, reduction="mean"):
     r"""BYOL's regression loss, dense (arXiv:2006.07733, eq. 2): ``2 - 2 cos(p, t)``.
 
-    ``(B, D)`` pairs give one value a row. Over V views, anchor ``(u, a)`` has the mean of
+    ``(B, D)`` pairs give one value per row. For V views the loss of anchor ``(u, a)`` is the mean of
     ``2 - 2 cos(p_(u,a), t_(v,a))`` over the other views ``v != u``.
     """
     pairs = isinstance(predictions, torch.Tensor) and predictions.dim() == 2
@@ -119,14 +119,14 @@ def byol_loss(predictions, targets, *, eps=1e-12, reduction="mean"):
 
 
 def ema_update_(targets, sources, momentum):
-    """``t <- momentum * t + (1 - momentum) * s``, tensor by tensor, in float32 at least (arXiv:2006.07733, eq. 1)."""
+    """Set ``t <- momentum * t + (1 - momentum) * s`` per tensor, in float32 or float64 (arXiv:2006.07733, eq. 1)."""
     with torch.no_grad():
         for t, s in zip(targets, sources, strict=True):
             if not t.is_floating_point():
                 t.copy_(s)
                 continue
             wide = torch.float64 if t.dtype == torch.float64 else torch.float32
-            # 0 times an infinity would be NaN: with a weight of 0 it does not count.
+            # An infinity with weight 0 counts as 0: the product would be NaN.
             terms = [
                 weight * (x if weight else x.nan_to_num(math.nan, 0.0, 0.0))
                 for weight, x in ((float(momentum), t.to(wide)), (float(1 - momentum), s.to(wide)))

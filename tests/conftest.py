@@ -2,13 +2,13 @@
 
 import os
 
-# Threads that wait shall sleep: on a shared machine, spinning makes small parallel regions a hundred times slower.
-# Before torch is imported, since OpenMP reads it once.
+# Waiting threads sleep: on a shared machine, spinning makes small parallel regions a hundred times slower.
+# Set before torch is imported, since OpenMP reads it once.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-# For `poisoned_memory`, which switches deterministic algorithms on: what cuBLAS wants for the same bits every time.
-# Before PyTorch gave it such a workspace for each stream itself, products of CUDA tensors raised without it.
+# `poisoned_memory` enables deterministic algorithms, for which cuBLAS needs a workspace. Older versions of PyTorch do
+# not provide one per stream: without this variable, products of CUDA tensors raise there.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-# With fused multiply-add an average has other bits than without; some are compared with PyTorch's, bit for bit.
+# Fused multiply-add changes the bits of an average, and some tests compare them with PyTorch's.
 if os.environ.get("SELFSUP_KERNELS_CPU_CAPABILITY") == "default":
     os.environ.setdefault("ATEN_CPU_CAPABILITY", "default")
 
@@ -25,8 +25,8 @@ from selfsup_kernels import byol, info_nce
 from selfsup_kernels.core import backends
 from selfsup_kernels.lab.profile.recorder import CPUClock
 
-# Without deadlines, since a first call may compile, and without the check that examples are made fast enough, which a
-# busy machine fails; derandomized, so that a failure is a failure on every run.
+# No deadlines, since a first call may compile; no check that examples are generated fast, which fails on a busy
+# machine; derandomized, so that failures are reproducible.
 hypothesis.settings.register_profile(
     "suite",
     deadline=None,
@@ -43,7 +43,7 @@ collect_ignore = [] if importlib.util.find_spec("lightly") else ["interop"]
 
 
 class KeepsFailures:
-    """Appends the names of what fails to a file, which `make test` shows last."""
+    """Appends the names of failed tests to a file, which `make test` prints at the end."""
 
     def __init__(self, path):
         self.path = path
@@ -61,7 +61,7 @@ class KeepsFailures:
 
 def pytest_configure(config):
     path = os.environ.get("SELFSUP_KERNELS_FAILED_TESTS")
-    if path and not hasattr(config, "workerinput"):  # the processes of xdist report to one that writes
+    if path and not hasattr(config, "workerinput"):  # workers of xdist report to the main process, which writes
         config.pluginmanager.register(KeepsFailures(path))
 
 
@@ -84,14 +84,14 @@ def impl(request):
 
 @pytest.fixture(params=IMPLS)
 def op_impl(request, monkeypatch):
-    """As ``impl``, for what the ops alone promise: "reference" is its op, and not autograd's, on few samples too."""
+    """Like ``impl``, but "reference" always uses its op, never autograd, even for few samples."""
     _without_autograd(monkeypatch)
     return request.param
 
 
 @pytest.fixture(params=[*IMPLS, "the reference's op"])
 def each_impl(request, monkeypatch):
-    """As ``impl``, with the op of the reference besides."""
+    """Like ``impl``, and additionally the reference's op."""
     if request.param in IMPLS:
         return request.param
     _without_autograd(monkeypatch)
@@ -105,7 +105,7 @@ def _without_autograd(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def threads():
-    """Tests that change the number of threads leave it as it was."""
+    """Restore the number of threads after each test."""
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
@@ -113,7 +113,7 @@ def threads():
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(request):
-    """``torch.empty`` gives NaN (or the largest integer), so that an element never written shows."""
+    """Make ``torch.empty`` return NaN (or the largest integer), so that elements never written are noticed."""
     if request.node.get_closest_marker("unpoisoned"):
         yield
         return
@@ -124,7 +124,7 @@ def poisoned_memory(request):
 
 @pytest.fixture
 def counted_time(monkeypatch):
-    """Sleeping takes no time, but moves the profile's clock on the CPU, which nothing else does."""
+    """Make ``time.sleep`` return at once and advance the profile's CPU clock, which nothing else advances."""
     clock = CountedTime()
     monkeypatch.setattr(time, "sleep", clock.sleep)
     monkeypatch.setattr(CPUClock, "read", staticmethod(clock.read))

@@ -1,4 +1,4 @@
-"""What the tests share: implementations, random inputs, a brute force written out in loops, and error bounds."""
+"""Code shared by the tests: implementations, random inputs, a brute force in loops, and error bounds."""
 
 import importlib.util
 import math
@@ -14,23 +14,23 @@ from selfsup_kernels.info_nce.call import Call
 from selfsup_kernels.info_nce.objectives import LABEL_OBJECTIVES, OBJECTIVES, TABLE
 
 EXTENSION_REQUIRED = not build.environment_flag("SELFSUP_KERNELS_SKIP_BUILD")
-"""Without the variable, no test of the C++ kernels is left out unseen."""
+"""Unless the variable is set, missing C++ kernels end the test session instead of skipping their tests."""
 EVERY_CASE = os.environ.get("SELFSUP_KERNELS_EVERY_CASE", "0") not in ("", "0")
-"""Triton's interpreter is slow: without this it leaves out some of the cases that a GPU has."""
+"""Triton's interpreter is slow: without this it skips some of the cases that run on a GPU."""
 IMPLS = [impl for impl in ("reference", "cpu") if backends.unavailable(impl) is None]
-"""Those that take CPU tensors; the GPU's have their tests in `tests/gpu`."""
+"""The implementations that take CPU tensors; those for GPUs are tested in `tests/gpu`."""
 PAIRED_OBJECTIVES = [o for o in OBJECTIVES if o not in LABEL_OBJECTIVES]
 LOW_PRECISION = [torch.bfloat16, torch.float16]
 
 FLOAT64_BOUND = 1e-9
 FLOAT32_BOUND = 2e-4
 TF32_EPS = 2**-9
-"""A tensor core takes 10 bits of a float32 and cuts the others off: up to 2^-10 of it, where rounding to a dtype moves
-a number by up to eps / 2. Both operands are too small then, and a product by up to this."""
+"""Tensor cores truncate a float32 to 10 bits, an error of up to 2^-10 (rounding would give eps / 2). Both operands are
+then too small, and a product by up to this factor."""
 
 
 def benchmarks_script(name):
-    """The module that ``benchmarks/<name>.py`` is."""
+    """Import the module ``benchmarks/<name>.py``."""
     path = Path(__file__).resolve().parent.parent / "benchmarks" / f"{name}.py"
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
@@ -39,7 +39,7 @@ def benchmarks_script(name):
 
 
 def randn(*shape, dtype=torch.float32, seed=0):
-    """Normal numbers that are exact in ``dtype``, the same on every machine and for every dtype up to rounding."""
+    """Return normal random numbers, rounded to ``dtype``, the same on every machine and for every dtype."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
@@ -49,9 +49,9 @@ def random_labels(batch, classes, seed=0):
 
 
 def run(function, views, temperature, upstream=None, **arguments):
-    """(loss, gradient of the views, gradient of the temperature) as detached tensors.
+    """Return (loss, gradient of the views, gradient of the temperature) as detached tensors.
 
-    ``views`` is the (V, B, D) tensor; ``upstream`` weighs the loss' elements (ones by default).
+    ``views`` is the (V, B, D) tensor; ``upstream`` weights the loss' elements (ones by default).
     """
     views = views.detach().clone().requires_grad_()
     temperature = torch.as_tensor(temperature, dtype=views.dtype).requires_grad_()
@@ -65,10 +65,10 @@ def compare_info_nce(impl, views, temperature=0.1, floor=0.0, cancels=False, tf3
     """Check values and gradients (rows, temperature) of ``impl`` against the dense loss in float64.
 
     The bound for float32 and lower precision is twice the error of the dense loss in the same dtype, or the dtype's
-    own floor (``bound``) where that is larger. Every input of both is exactly the same number. ``cancels`` says that
-    the temperature's gradient is a small sum of large terms (``temperature_rounding``). ``tf32`` says that products of
-    float32 may be in TF32, and the bound is as for lower precision: ours cut their operands, which makes every score
-    too small, where some of PyTorch's may round them first and are several times nearer.
+    floor (``bound``) if that is larger. Both get exactly the same inputs. ``cancels``: the temperature's gradient is a
+    small sum of large terms (``temperature_rounding``). ``tf32``: float32 products may use TF32, and the bound is that
+    of lower precision: ours truncate their operands, which makes every score too small, while PyTorch's may round them
+    and be several times more accurate.
     """
     dtype = views.dtype
     queue = arguments.pop("queue", None)
@@ -93,12 +93,12 @@ def compare_info_nce(impl, views, temperature=0.1, floor=0.0, cancels=False, tf3
 
 
 def temperature_rounding(views, temperature, eps=None, normalize=True, reduction="mean", **arguments):
-    """What rounding alone does to the loss' gradient of the temperature: unit rows and products held in ``dtype``,
-    or with ``eps``.
+    """Return the error of the temperature's gradient from rounding alone: unit rows and products in ``dtype``, or with
+    ``eps``.
 
-    A scalar whose terms cancel has no norm to be relative to, and eager may hit it by luck. The first part is 3.5
-    standard deviations of it when every element of the unit rows is rounded (to first order), the second one rounding,
-    eps / 2, of each term: their absolute values sum to at most 2 / temperature^2 for each anchor.
+    A scalar with cancelling terms has no norm to be relative to, and eager may be exact by luck. The first part is 3.5
+    standard deviations of the error from rounding every element of the unit rows (to first order). The second part is
+    one rounding, eps / 2, of each term: their absolute values sum to at most 2 / temperature^2 per anchor.
     """
     assert normalize, "rows of any length are not rounded, and their products have no bound"
     eps, t = eps or torch.finfo(views.dtype).eps, temperature.double().requires_grad_()
@@ -111,27 +111,27 @@ def temperature_rounding(views, temperature, eps=None, normalize=True, reduction
 
 
 def bound(dtype, want):
-    """The error that an ideal kernel may make in ``dtype``: relative to the norm, and the grid near zero."""
+    """Return the error allowed to an ideal kernel in ``dtype``: relative to the norm, plus the spacing near zero."""
     norm = want.double().norm().item()
     if dtype == torch.float64:
         return FLOAT64_BOUND * norm
     if dtype == torch.float32:
         return FLOAT32_BOUND * norm
-    # One rounding of the result is eps / 2 of each element; twice that. fp16 gradients reach down to its smallest
+    # Twice one rounding of the result, which is eps / 2 per element. fp16 gradients reach down to its smallest
     # number, below which the spacing is absolute.
     info = torch.finfo(dtype)
     return info.eps * norm + info.tiny * info.eps * math.sqrt(want.numel())
 
 
 def assert_within(name, got, want, eager=None, floor=0.0):
-    """``got`` is as near to ``want`` as its dtype allows, or at most twice as far as ``eager`` is.
+    """Assert that ``got`` is as close to ``want`` as its dtype allows, or has at most twice the error of ``eager``.
 
-    They may lie on different devices: an op returns a temperature's gradient on the GPU, autograd hands it over where
-    the temperature is. They are compared where ``want`` is.
+    The tensors may be on different devices: an op returns a temperature's gradient on the GPU, autograd on the
+    temperature's device. They are compared on the device of ``want``.
     """
     assert got.shape == want.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(want.shape)}"
     got, eager = got.to(want.device), None if eager is None else eager.to(want.device)
-    # What the dtype cannot hold must be infinite, and is not compared.
+    # Values beyond the dtype's range must be infinite, and are not compared.
     beyond = want.isfinite() & ~want.to(got.dtype).isfinite()
     assert got[beyond].isinf().all(), f"{name}: not infinite where {got.dtype} ends"
     got, want = got.masked_fill(beyond, 0), want.masked_fill(beyond, 0)
@@ -148,9 +148,9 @@ def assert_within(name, got, want, eager=None, floor=0.0):
 
 
 def brute_force(views, *, temperature, objective, labels=None, queue=None, core_view=None, normalize=True, eps=1e-12):
-    """(V, B) losses straight from the table of the objectives: loops over anchors, views and samples.
+    """Return (V, B) losses directly from the table of objectives, in loops over anchors, views and samples.
 
-    Shares nothing with the package, not even which views meet. Differentiable by autograd.
+    Shares no code with the package, not even the choice of view pairs. Differentiable by autograd.
     """
     num_views, batch = len(views), len(views[0])
 
@@ -213,7 +213,7 @@ def brute_force(views, *, temperature, objective, labels=None, queue=None, core_
 def info_nce_call(
     views, labels=None, queue=None, objective="supcon_out", core_view=-1, normalize=True, reduction="none", **others
 ):
-    """The record of a call on views (V, B, D), or a list of them."""
+    """Return the ``Call`` for views (V, B, D), or a list of them."""
     facts = {"first": 0, "count": -1, "eps": 1e-12, "temperature": 0.1} | others
     return Call(
         num_views=len(views),

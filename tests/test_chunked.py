@@ -1,4 +1,4 @@
-"""Chunked encoding: the gradients of one pass, replayed random numbers and buffers, memory of one chunk."""
+"""Chunked encoding: gradients equal to one pass, replayed random numbers and buffers, memory of one chunk."""
 
 import copy
 import functools
@@ -27,7 +27,7 @@ def batch(samples=11, num_views=2, dim=6, dtype=torch.float64):
 
 
 def contrast(rows, temperature=0.3):
-    """An eager loss: every view against every other one. Not the package's."""
+    """An eager loss of every view against every other view, independent of the package."""
     z = [F.normalize(r, dim=-1) for r in rows]
     pairs = [(u, v) for u in range(len(z)) for v in range(len(z)) if u != v]
     return sum(F.cross_entropy(z[u] @ z[v].T / temperature, torch.arange(len(z[0]))) for u, v in pairs)
@@ -67,7 +67,7 @@ def test_gradient_of_one_pass(chunk_size, shared):
 
 @pytest.mark.parametrize("objective", ["supcon_out", "cross_view"])
 def test_with_our_losses_and_a_trained_temperature(impl, objective):
-    """Gradients are added to those that are there, and reach the parameters of the loss."""
+    """Gradients are added to existing ones, and reach the parameters of the loss."""
     views = batch()
     encoder, criterion = mlp(), sk.InfoNCELoss(0.2, learnable_temperature=True, objective=objective, impl=impl)
     twin, twin_criterion = copy.deepcopy(encoder), copy.deepcopy(criterion)
@@ -79,7 +79,7 @@ def test_with_our_losses_and_a_trained_temperature(impl, objective):
 
 
 class Masks(nn.Module):
-    """Dropout that writes down which elements it kept, as 0 and 1."""
+    """Dropout that records which elements it kept, as 0 and 1."""
 
     def __init__(self):
         super().__init__()
@@ -112,7 +112,7 @@ def test_dropout_masks_are_the_same_in_both_passes():
     want = contrast([encoder.last(h * mask * 2) for h, mask in zip(hidden, masks, strict=True)])
     torch.testing.assert_close(got, want.detach(), rtol=1e-13, atol=0)
     assert_equal(gradients(encoder), list(torch.autograd.grad(want, list(encoder.parameters()))))
-    # The generator goes on where the first encoding left it.
+    # The generator continues from its state after the first encoding.
     torch.manual_seed(5)
     for mask in first:
         assert torch.equal((F.dropout(torch.ones_like(mask), 0.5) != 0).double(), mask)
@@ -164,7 +164,7 @@ def test_batchnorm_in_eval_mode_is_exact():
 
 
 def test_a_forward_that_depends_on_its_own_buffers():
-    """Spectral normalisation moves its vectors at every forward and uses them."""
+    """Spectral normalisation updates its vectors in every forward and uses them."""
     encoder = nn.Sequential(torch.nn.utils.parametrizations.spectral_norm(nn.Linear(6, 5, dtype=torch.float64)))
     eager, views = copy.deepcopy(encoder), batch()
     want = contrast([torch.cat([eager(x) for x in view.split(4)]) for view in views])
@@ -222,7 +222,7 @@ def test_inputs_of_several_tensors(form):
 
 
 def test_functions_methods_and_partials():
-    """A method's own embedding, with its buffers found behind it; a plain function is told its modules."""
+    """The bound method ``embed``, whose module's buffers are found; a plain function needs ``modules=``."""
     views, ways = batch(), {}
     for way in ("method", "partial", "function"):
         method = sk.methods.CMC(mlp(norm=True), nn.Linear(5, 4, dtype=torch.float64))
@@ -290,7 +290,7 @@ def test_a_view_that_the_loss_does_not_use():
 
 
 class Live:
-    """Elements that autograd holds now, and the most that it ever held, of tensors that are not parameters."""
+    """Counts the elements of non-parameter tensors that autograd holds now and held at most."""
 
     def __init__(self, module):
         self.parameters = {p.untyped_storage().data_ptr() for p in module.parameters()}
@@ -321,12 +321,12 @@ class Holder:
 
 
 def most_saved(encoder, samples, chunk_size):
-    """Elements that the encoder's graphs held at most; the loss is linear in the rows and saves nothing."""
+    """Return the most elements that the encoder's graphs held; the loss is linear in the rows and saves nothing."""
     live, views = Live(encoder), batch(samples)
     weights = [randn(samples, 5, seed=v + 9, dtype=torch.float64) for v in range(2)]
 
     def loss(rows):
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):  # not the encoder's
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):  # exclude the loss
             return sum((r * w).sum() for r, w in zip(rows, weights, strict=True))
 
     gc.collect()
@@ -343,7 +343,7 @@ def test_activations_of_one_chunk_are_in_memory():
     whole = most_saved(encoder, 64, None)
     chunk = most_saved(encoder, 64, 8)
     assert whole == 2 * 8 * chunk  # two views of eight chunks
-    assert most_saved(encoder, 256, 8) == chunk  # whatever the size of the batch
+    assert most_saved(encoder, 256, 8) == chunk  # independent of the batch size
 
 
 # Mixed precision

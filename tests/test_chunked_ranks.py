@@ -1,4 +1,4 @@
-"""Chunks on two uneven gloo ranks: what any of them trained has the gradient of one process with the whole batch."""
+"""Chunks on two uneven gloo ranks: every trained parameter has the gradient of one process with the whole batch."""
 
 import contextlib
 import copy
@@ -66,7 +66,7 @@ class Experts(nn.Module):
 
 
 class Checkpointed(nn.Module):
-    """What reentrant checkpointing hides from a walk through the graph."""
+    """Reentrant checkpointing hides its parameters from a walk through the graph."""
 
     inputs = (None, None)
 
@@ -79,7 +79,7 @@ class Checkpointed(nn.Module):
 
 
 class Words(nn.Module):
-    """Sparse gradients."""
+    """A model with sparse gradients."""
 
     inputs = (None, None)
 
@@ -107,7 +107,7 @@ def given(model, views):
 
 
 def own(group, views):
-    """The rows of this rank: 7 and 4 of 11, 5 and 5 of 10."""
+    """Return the rows of this rank: 7 and 4 of 11, 5 and 5 of 10."""
     first = 7 if len(views[0]) == SAMPLES else len(views[0]) // 2
     return [x[:first] if dist.get_rank(group) == 0 else x[first:] for x in views]
 
@@ -168,7 +168,7 @@ def chunked(group, name, clear, options):
 @pytest.mark.parametrize("unused", [False, True])
 @pytest.mark.parametrize("name", MODELS)
 def test_what_any_chunk_trained(ranks, name, unused, clear):
-    """Also where DistributedDataParallel itself raises: two forward passes with find_unused_parameters, none with."""
+    """Includes cases where DDP alone raises: two forwards with find_unused_parameters, unused parameters without it."""
     want = one_process(name, 3, CLEAR[clear])
     for got in ranks.run(2, chunked, name, clear, {"find_unused_parameters": unused}):
         for g, w in zip(got, want, strict=True):
@@ -185,7 +185,7 @@ def test_buckets(ranks, name, options):
 
 
 def in_parts(group):
-    """A plain module of DistributedDataParallel parts; the third is not used."""
+    """A plain module with DistributedDataParallel parts; the third one is unused."""
     model, after = Towers(), []
     for part in ("image", "text", "spare"):
         setattr(model, part, DistributedDataParallel(getattr(model, part), process_group=group))
@@ -228,12 +228,12 @@ def test_an_outer_no_sync_synchronises_nothing(ranks, how):
         for a, b in zip(g, w, strict=True):
             assert_same(a, b)
     first, second = got
-    assert (first[1][0] - second[1][0]).norm() > 0.1 * first[1][0].norm()  # local so far
+    assert (first[1][0] - second[1][0]).norm() > 0.1 * first[1][0].norm()  # not reduced yet
     assert_same(first[2], second[2], 0)
 
 
 def hooked(group, how):
-    """What hooks of parameters saw: norms before and after they were clipped, and how often they were called."""
+    """Return what parameter hooks saw: gradient norms before and after clipping, and the number of calls."""
     model, seen = Towers(), []
     model.spare.requires_grad_(how == "chunks")
 
@@ -321,14 +321,14 @@ def test_sharded_encoders(ranks, kind, name):
                     assert (grad - expected).norm() <= 1e-9 * expected.norm()
 
 
-# What is refused, by every process
+# Errors, raised on every process
 
 
 def refused(group, how):
     rank, views = dist.get_rank(group), own(group, batches(0))
     model = Towers()
     wrapped = DistributedDataParallel(model, process_group=group, static_graph=how == "static_graph")
-    if how == "mixed_precision":  # its constructor wants an accelerator
+    if how == "mixed_precision":  # its constructor needs an accelerator
         wrapped.mixed_precision = _MixedPrecision()
     call = functools.partial(sk.chunked_backward, wrapped, given(model, views), loss(group), 2)
     context = contextlib.nullcontext()

@@ -1,4 +1,4 @@
-"""Chunked encoding: what is trained and what is not, hooks of parameters, and calls that reach nothing to train."""
+"""Chunked encoding: trained and frozen parts, parameter hooks, and calls that reach nothing trainable."""
 
 import copy
 import functools
@@ -15,7 +15,7 @@ NOTHING = "element 0 of tensors does not require grad"
 
 
 class Reentrant(nn.Module):
-    """Reentrant checkpointing has no gradient where its inputs have none."""
+    """Reentrant checkpointing gives no gradient if its inputs do not require grad."""
 
     def __init__(self, head):
         super().__init__()
@@ -51,7 +51,7 @@ def unseen(module):
         (frozen, contrast),
         (lambda: unseen(frozen()), contrast),
         (mlp, lambda rows: contrast([r.detach() for r in rows])),
-        # Its only use is of the view that has no gradient.
+        # The loss uses only the view that has no gradient.
         (lambda: [mlp(), NoGrad()], lambda rows: contrast([rows[0].detach(), rows[1]])),
         (lambda: [mlp(), frozen()], lambda rows: contrast([rows[0].detach(), rows[1]])),
     ],
@@ -77,7 +77,7 @@ def test_the_loss_alone_may_be_trained(make):
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 def test_a_part_that_is_checkpointed_away():
-    """As in one pass: the head is trained, and what is before it keeps a gradient of None."""
+    """As in one pass, the head is trained, and the body keeps a gradient of None."""
     encoder = Reentrant(head=True)
     twin = copy.deepcopy(encoder)
     one_pass(contrast, twin, batch())
@@ -87,7 +87,7 @@ def test_a_part_that_is_checkpointed_away():
 
 
 def test_a_tower_that_the_loss_does_not_use():
-    """Its gradients stay None, and its buffers are updated once."""
+    """The unused tower's gradients stay None, and its buffers are updated once per chunk."""
     used, other = mlp(0), mlp(1, norm=True)
     sk.chunked_backward([used, other], batch(), lambda rows: rows[0].square().sum() + 0 * rows[1].detach().sum(), 4)
     assert all(p.grad is not None for p in used.parameters())
@@ -124,7 +124,7 @@ def test_a_partial_of_a_frozen_module_is_run_once():
 
 @pytest.mark.parametrize("before", [False, True])
 def test_hooks_of_parameters_see_the_whole_gradient_once(before):
-    """Clipping in a hook, and a step of the optimizer as soon as a gradient is there."""
+    """A hook clips gradients, another steps the optimizer as soon as a gradient is accumulated."""
     encoder, seen = mlp(), []
     twin = copy.deepcopy(encoder)
     for model in (encoder, twin):
@@ -142,7 +142,7 @@ def test_hooks_of_parameters_see_the_whole_gradient_once(before):
     assert_equal(gradients(encoder), gradients(twin))
     torch.testing.assert_close(sorted(g.norm().item() for g in seen), expected, rtol=1e-12, atol=0)
     seen.clear()
-    one_pass(contrast, encoder, batch())  # they are on again
+    one_pass(contrast, encoder, batch())  # the hooks are active again
     assert len(seen) == 2
 
 
@@ -180,7 +180,7 @@ def test_gradient_reaches_a_tensor_of_views():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_encoders_of_another_dtype_than_the_inputs(dtype):
-    """Scaled gradients of half precision: not farther from float64 than twice those of one pass."""
+    """Scaled half-precision gradients have at most twice the error of one pass against float64."""
 
     class Cast(nn.Sequential):
         def forward(self, x):

@@ -1,4 +1,4 @@
-"""Subclasses of drop-ins imported by name: an override of what the original calls is honoured, or refused by name."""
+"""Subclasses of drop-ins: overrides of methods that the original calls are used, or raise with the method's name."""
 
 import functools
 import pickle
@@ -53,7 +53,7 @@ def test_other_subclasses_are_fine(cls):
 
 @pytest.mark.parametrize("bias", [None, -0.5])
 def test_clip_logits_and_labels_for_a_subclass_that_calls_them(bias):
-    """A loss with a margin, as subclasses of open_clip's write it."""
+    """A loss with a margin, like those of open_clip subclasses."""
 
     class WithMargin(open_clip.ClipLoss):
         def forward(self, image_features, text_features, logit_scale):
@@ -90,7 +90,7 @@ def test_an_override_of_clips_logits_counts():
 
 
 def test_default_distance_and_reducer_of_a_subclass():
-    """pytorch-metric-learning's way of another default, as its documentation has it."""
+    """A subclass with another default, as in pytorch-metric-learning's documentation."""
 
     def library_class(name, **attributes):
         return type(name, (), {"__module__": "pytorch_metric_learning", **attributes})
@@ -140,7 +140,7 @@ def test_settings_that_change_later_are_looked_at():
 
 
 def test_parts_that_somebody_has_changed_are_refused():
-    """The drop-ins do not call a bank's forward or the cross entropy: what is put there would be ignored."""
+    """The drop-ins do not call a bank's forward or the cross entropy, so replacements there would be ignored."""
     x = randn(8, 5)
     for change in (
         lambda part: part.register_forward_hook(lambda *args: None),

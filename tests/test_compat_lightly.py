@@ -1,4 +1,4 @@
-"""compat.lightly against the originals' formulas in float64; tests/interop has the originals themselves."""
+"""compat.lightly against the originals' formulas in float64; tests/interop compares with the originals."""
 
 import copy
 import pickle
@@ -49,7 +49,7 @@ def gradients(function, inputs):
 
 
 def compare(ours, formula, inputs):
-    """Values and gradients: in float64, and in float32 with at most twice the error of the formula there."""
+    """Compare values and gradients in float64, and in float32 with at most twice the formula's error."""
     low = [x.float() for x in inputs]
     truth = gradients(formula, inputs)
     for i, want in enumerate(truth):
@@ -97,13 +97,13 @@ def test_negative_cosine():
 
 @pytest.mark.parametrize("temperature", [0.5, 0.07])
 @pytest.mark.parametrize("batch", [1, 2, 21])
-@pytest.mark.parametrize("length", [1, 12])  # at 12, losses above 88, where exp ends in float32
+@pytest.mark.parametrize("length", [1, 12])  # at 12, losses above 88, where exp overflows float32
 def test_memory_bank_loss(temperature, batch, length):
     criterion = lightly.NTXentLoss(temperature, memory_bank_size=(40, 17)).double()
-    bank = length * F.normalize(criterion.memory_bank.bank, dim=1)  # its rows are scored as they are
+    bank = length * F.normalize(criterion.memory_bank.bank, dim=1)  # the loss does not normalise its rows
 
     def ours(a, b):
-        criterion.memory_bank.bank.copy_(bank)  # as it was before this call's rows entered it
+        criterion.memory_bank.bank.copy_(bank)  # undo the previous call's update
         return criterion(a, b)
 
     compare(ours, lambda a, b: bank_loss(a, b, bank.to(a.dtype), temperature), two_views(batch))
@@ -115,7 +115,7 @@ def test_memory_bank_is_a_ring_cut_off_at_its_end():
     torch.testing.assert_close(expected.norm(dim=1), torch.ones(8))
     for step, batch in enumerate([3, 3, 3, 8, 2, 20, 1]):
         out0, out1 = two_views(batch, 3, torch.float32, seed=10 * step)
-        before = criterion(out0, out1)  # no gradient: the bank stays
+        before = criterion(out0, out1)  # no gradient: the bank does not change
         loss = criterion(out0.requires_grad_(), out1)
         assert_within("before the rows enter", loss.detach(), bank_loss(out0, out1, expected, 0.5).detach())
         assert torch.equal(loss.detach(), before)
@@ -171,7 +171,7 @@ def test_update_momentum():
 
 
 def test_one_sample():
-    """No negatives: zero, as the original has it; but for DCL, where that is an error."""
+    """Without negatives the loss is zero, as in the original; DCL raises."""
     value, *grads = gradients(lightly.NTXentLoss(), two_views(1))
     assert value == 0
     assert not any(g.any() for g in grads)

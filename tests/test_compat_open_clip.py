@@ -1,4 +1,4 @@
-"""The drop-in for open_clip's ClipLoss against CLIP's loss written out in float64."""
+"""The drop-in for open_clip's ClipLoss against CLIP's formula in float64."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from selfsup_kernels.compat.open_clip import ClipLoss
 
 
 def eager(image, text, scale):
-    """Both directions of the cross-entropy over the table of scores (arXiv:2103.00020, figure 3)."""
+    """Cross-entropy over the matrix of scores, in both directions (arXiv:2103.00020, figure 3)."""
     scores = scale * image @ text.T
     labels = torch.arange(len(image))
     return (F.cross_entropy(scores, labels) + F.cross_entropy(scores.T, labels)) / 2

@@ -1,4 +1,4 @@
-"""compat.patch on a library made up here: what it changes and changes back, what goes to the original, the report."""
+"""compat.patch on a fake library: its changes and their undo, calls that go to the original, the report."""
 
 import copy
 import importlib.machinery
@@ -37,7 +37,7 @@ class DCLLoss(nn.Module):
 
 
 class Subclass(DCLLoss):
-    """A class of the library's own below the patched one."""
+    """A library class that inherits from the patched one."""
 
 
 def update_momentum(model, model_ema, m):
@@ -52,7 +52,7 @@ LOSS = "lightly.loss.DCLLoss"
 
 @pytest.fixture
 def library(monkeypatch):
-    """A library of the name of a real one, with two modules, and the table's entries for it."""
+    """A fake library with a real one's name, two modules, and entries in the table."""
     package, losses, user = types.ModuleType("lightly"), types.ModuleType("lightly.loss"), types.ModuleType("user")
     package.__path__ = []
     package.__spec__ = importlib.machinery.ModuleSpec("lightly", None)  # find_spec asks for one
@@ -89,9 +89,9 @@ def test_patch_and_undo(library):
     before, made = dict(vars(library.losses)), DCLLoss(0.2)
     handle = sk.compat.patch("lightly")
     assert "active patch of lightly.loss.DCLLoss.forward, lightly.loss.update_momentum" in repr(handle)
-    assert library.losses.DCLLoss is library.user.Renamed is DCLLoss  # the class stays
+    assert library.losses.DCLLoss is library.user.Renamed is DCLLoss  # the class is not replaced
     assert library.user.update is library.losses.update_momentum is not ORIGINALS["update_momentum"]
-    assert library.user.listed == [ORIGINALS["update_momentum"]]  # no global name
+    assert library.user.listed == [ORIGINALS["update_momentum"]]  # not a global name
     torch.testing.assert_close(made(*views()), original(made, views()))  # made before: ours too
     assert calls() == (1, 0)
     handle.undo()
@@ -147,7 +147,7 @@ def test_a_function_goes_to_the_original_where_ours_refuses(library):
 
 
 def test_an_object_is_the_librarys_own(library):
-    """Pickles, copies and isinstance know nothing of the patch."""
+    """Pickles, copies and isinstance do not depend on the patch."""
     with sk.compat.patch("lightly"):
         made = DCLLoss(0.3)
         assert type(made) is DCLLoss
@@ -168,14 +168,14 @@ def test_gradients(library):
 
 
 def test_what_ours_refuses_is_the_originals(library):
-    """A refused setting, refused arguments, and what both refuse: with the original's own error."""
+    """A refused setting, refused arguments, and arguments that both refuse: the original's error is raised."""
     with sk.compat.patch("lightly"):
         negative = DCLLoss(-0.5)
         with pytest.warns(UserWarning, match=f"{LOSS}: the library's own code computes this.*temperature"):
             got = negative(*views())
         torch.testing.assert_close(got, original(negative, views()))
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # one warning a class and reason
+            warnings.simplefilter("error")  # one warning per class and reason
             negative(*views())
         with pytest.warns(UserWarning, match="views: expected at least 2 samples"):
             assert DCLLoss()(*views(batch=1)) == -torch.inf
@@ -199,7 +199,7 @@ def test_a_lack_of_memory_is_no_refusal(library, monkeypatch):
 
 
 def test_subclasses(library):
-    """Those of the library, those of users, defined before or while: ours, with a name of their own in the report."""
+    """Subclasses of the library and of users, defined before or during the patch, use ours; the report names each."""
 
     class Before(DCLLoss):
         def __init__(self, scale):
@@ -238,7 +238,7 @@ class Mixed(Mixin, DCLLoss):
 
 @pytest.mark.parametrize("where", ["subclass", "mixin", "object", "class"])
 def test_an_override_is_honoured(library, where, monkeypatch):
-    """Whatever replaces a method that the original calls and ours does not: the original computes."""
+    """If a method is replaced that the original calls and ours does not, the original computes."""
     with sk.compat.patch("lightly"):
         loss = {"subclass": Doubled, "mixin": Mixed}.get(where, DCLLoss)(0.2)
         plain = DCLLoss._loss
@@ -270,7 +270,7 @@ def test_what_others_have_replaced_since_stays(library, monkeypatch):
 
 
 def test_inherited_methods(library, monkeypatch):
-    """A method that the class only inherits is removed again; one of a mixin that comes between is called."""
+    """Undo removes a method that the class only inherited; a mixin's method in between is called."""
 
     class Base(DCLLoss):
         pass
@@ -345,7 +345,7 @@ def test_an_empty_report(library):
 
 
 def test_table():
-    """Every entry names one of our drop-ins, and methods that it has."""
+    """Every entry names one of our drop-ins and existing methods of it."""
     assert _table.TABLE.keys() == _table.TESTED.keys()
     for library, swaps in _table.TABLE.items():
         for swap in swaps:

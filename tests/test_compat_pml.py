@@ -1,4 +1,4 @@
-"""compat.pytorch_metric_learning against the originals' formulas, written out as loops in float64."""
+"""compat.pytorch_metric_learning against the originals' formulas, in loops in float64."""
 
 import math
 import pickle
@@ -25,7 +25,7 @@ def similarities(x, temperature, normalize=True):
 
 
 def ntxent_pairs(scores, labels):
-    """-log softmax of each ordered positive pair over it and its anchor's negatives; none without negatives."""
+    """Return -log softmax of each ordered positive pair over itself and the anchor's negatives, if there are any."""
     terms = []
     for a in range(len(labels)):
         negative = [scores[a, n] for n in range(len(labels)) if labels[n] != labels[a]]
@@ -36,7 +36,7 @@ def ntxent_pairs(scores, labels):
 
 
 def supcon_anchors(scores, labels):
-    """(loss of each anchor that has a positive, number of all anchors); none where there are no negatives."""
+    """Return (loss of each anchor with a positive, number of all anchors); no losses without negatives."""
     terms = []
     for a in range(len(labels)):
         positive = [scores[a, p] for p in range(len(labels)) if p != a and labels[p] == labels[a]]
@@ -67,7 +67,7 @@ def gradients(function, x):
 
 
 class Reducer:
-    """Stands for the library's reducers, which are told apart by their modules and names."""
+    """Replaces the library's reducers, which are identified by module and name."""
 
     low, high = 0, None
 
@@ -126,7 +126,7 @@ def test_defaults():
 
 @pytest.mark.parametrize("name", TERMS)
 def test_large_scores_do_not_end(name):
-    """The original's NTXentLoss ends at 87.3 in float32, without gradient."""
+    """The original's NTXentLoss is capped at 87.3 in float32, where its gradient is zero."""
     x = F.normalize(rows(torch.float32), dim=1)
     x[1::2] = -x[::2]
     labels = [i // 2 for i in range(BATCH)]
@@ -140,7 +140,7 @@ def test_large_scores_do_not_end(name):
 @pytest.mark.parametrize("name", TERMS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_large_classes_in_low_precision(name, dtype):
-    """Two classes of 200: 79,600 positive pairs are more than float16 can count."""
+    """Two classes of 200 have 79,600 positive pairs, more than float16 can represent."""
     x = (randn(400, 9, dtype=torch.float64) + 0.3).to(dtype)
     labels = torch.arange(400) % 2
     got = gradients(lambda x: getattr(pml, name)(0.3)(x, labels), x)

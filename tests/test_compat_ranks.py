@@ -1,6 +1,6 @@
-"""Drop-ins over two gloo processes: values, and gradients that are those of what all processes do with their losses.
+"""Drop-ins over two gloo processes: values, and gradients of the weighted sum of both processes' losses.
 
-What is expected is computed in one process: each rank's loss is a formula of the whole batch.
+The expected values are computed in one process: each rank's loss is a formula of the whole batch.
 """
 
 import pytest
@@ -14,7 +14,7 @@ from selfsup_kernels.compat import open_clip, sentence_transformers, simcse, sol
 
 UNEVEN, EVEN = (7, 4), (5, 5)
 WEIGHTS = (1.0, 1.5)
-"""What a rank multiplies its loss by: a gradient that forgot the other's loss would show."""
+"""Each rank's factor for its loss, which reveals a gradient that omits the other rank's loss."""
 INDEXES = torch.tensor([3, 1, 3, 2, 0, 0, 1, 1, 2, 3])
 
 
@@ -36,7 +36,7 @@ def inputs(sizes, count):
 
 
 def one_way(x, columns, own_rows, scale, cosine=True, raised=0.0):
-    """Cross-entropy of the rows ``own_rows`` of x against all rows of all columns; their own in the first is right."""
+    """Cross-entropy of rows ``own_rows`` of x against all columns' rows; the target is the same row of the first."""
     x, *columns = (F.normalize(c, dim=-1) if cosine else c for c in (x, *columns))
     scores = [scale * x[own_rows] @ column.T for column in columns]
     if raised:
@@ -135,7 +135,7 @@ def _rank_of_clip(group, local_loss, gather_with_grad):
 
 @pytest.mark.parametrize("mode", [(False, True), (False, False)])
 def test_clips_scale_and_what_its_defaults_lack(ranks, mode):
-    """Without gather_with_grad the features' gradient is that of one loss, not of both ranks': too small by two."""
+    """Without gather_with_grad the features' gradient covers one rank's loss instead of both: half the right value."""
     image, text = (x.requires_grad_() for x in inputs(UNEVEN, 2))
     scale = torch.tensor(9.0, dtype=torch.float64, requires_grad=True)
     scores = scale * image @ text.T
@@ -164,7 +164,7 @@ def _rank_of_hooked_clip(group, local_loss, gather_with_grad):
 
 @pytest.mark.parametrize("mode", [(False, True), (True, True), (False, False)])
 def test_clip_from_the_table_of_all_processes(ranks, mode):
-    """A subclass with get_logits of its own has the loss and the gradients that the kernels compute."""
+    """A subclass that overrides get_logits has the same loss and gradients as the kernels."""
     for table, kernels in ranks.run(2, _rank_of_hooked_clip, *mode):
         torch.testing.assert_close(table, kernels, rtol=1e-8, atol=1e-10)
 

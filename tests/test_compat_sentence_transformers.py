@@ -1,4 +1,4 @@
-"""The drop-in for MultipleNegativesRankingLoss against the scores it is defined by, written out in loops in float64."""
+"""The drop-in for MultipleNegativesRankingLoss against its definition by scores, in loops in float64."""
 
 import itertools
 
@@ -14,7 +14,7 @@ DIRECTIONS = [("query_to_doc", *c) for r in range(4) for c in itertools.combinat
 
 
 def written_out(columns, scale, directions, partition="joint", mode=None, strength=0.0, cosine=True):
-    """Which scores are candidates of which query, and what the hardness adds, pair by pair."""
+    """Compute each query's candidate scores pair by pair, including the hardness penalty."""
     query, *documents = ([row / row.norm() if cosine else row for row in column] for column in columns)
     losses = []
     for a in range(len(query)):
@@ -95,7 +95,7 @@ def test_one_sample_has_its_own_documents_alone(mode, directions, negatives):
 @pytest.mark.parametrize("scale", [20.0, 100.0])
 def test_a_large_scale_and_one_that_underflows(scale):
     inputs = columns(1)
-    inputs[0][0] = inputs[1][0]  # a query that is its document: its loss is far below one rounding of its scores
+    inputs[0][0] = inputs[1][0]  # a query equal to its document: its loss is far below one rounding of the scores
     for mode, strength in ((None, 0.0), ("all_negatives", 9.0)):
         compare(
             inputs,
@@ -121,7 +121,7 @@ def test_dot_products():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_gives_a_float32_loss(dtype):
-    """As in the original, whose similarities convert."""
+    """The loss is converted as in the original's similarities."""
     inputs = [x.to(dtype) for x in columns(2, batch=40, dim=16)]
     loss = multiple_negatives_ranking_loss(inputs)
     assert loss.dtype == torch.float32

@@ -14,7 +14,7 @@ def cosines(x, y):
 
 
 def eager(z1, z2, z3=None, temperature=0.05, weight=0.0):
-    """Cross-entropy over the cosines with all entailed sentences and, raised on the diagonal, all contradictions."""
+    """Cross-entropy over cosines with all entailed and contradicting sentences; the latter's diagonal is raised."""
     scores = cosines(z1, z2) / temperature
     if z3 is not None:
         scores = torch.cat([scores, cosines(z1, z3) / temperature + weight * torch.eye(len(z1)).double()], 1)

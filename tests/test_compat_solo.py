@@ -23,7 +23,7 @@ def same(ours, eager, *inputs, floor=1e-12):
 
 
 def share_of_positives(z, indexes, temperature):
-    """The mean over rows of -log(what its index's other rows are of all other rows)."""
+    """The mean over rows of -log(share of the other rows with the same index among all other rows)."""
     z = [row / row.norm() for row in z]
     losses = []
     for i, anchor in enumerate(z):
@@ -82,7 +82,7 @@ def test_simclr_of_two_views(temperature):
 @pytest.mark.parametrize("simplified", [True, False])
 def test_byol(simplified):
     p, z = (randn(6, 5, dtype=torch.float64, seed=s) for s in (0, 1))
-    p[0] *= 1e-9  # where the two floors of the norm differ
+    p[0] *= 1e-9  # a row for which the two norm floors matter
     eps = 1e-8 if simplified else 1e-12
 
     def eager(p, z):

@@ -1,4 +1,4 @@
-"""The drop-in for SupContrast's SupConLoss against the paper's L_out with the repository's factor, written in loops."""
+"""The drop-in for SupContrast's SupConLoss against the paper's L_out with the repository's factor, in loops."""
 
 import pytest
 import torch
@@ -58,7 +58,7 @@ def test_value_and_gradient(case, views, mode):
 
 
 def in_matrices(features, labels, temperature, mode):
-    """The same for many rows; base temperature 0.07."""
+    """The same formula for many rows; base temperature 0.07."""
     batch, views = features.shape[:2]
     rows, classes = features.transpose(0, 1).flatten(0, 1), labels.repeat(views)
     others = ~torch.eye(len(rows), dtype=torch.bool)
@@ -104,7 +104,7 @@ def test_a_mask_of_classes_is_taken_as_labels(dtype, mode):
     labels = CLASSES["of many"]
     mask = (labels[:, None] == labels[None, :]).to(dtype)
     compare(SupConLoss(0.2, mode), features(2), labels.tolist(), mode, mask=mask)
-    mask.fill_diagonal_(0)  # which one view does not look at
+    mask.fill_diagonal_(0)  # ignored for one view
     compare(SupConLoss(0.2, mode), features(1), labels.tolist(), mode, mask=mask)
 
 

@@ -28,14 +28,14 @@ def ranks():
 
 
 def own(group, tensor, dim=1):
-    """This rank's samples of a tensor of the whole batch."""
+    """Return this rank's samples of a tensor of the whole batch."""
     sizes = SIZES[dist.get_world_size(group)]
     rank = dist.get_rank(group)
     return tensor.narrow(dim, sum(sizes[:rank]), sizes[rank])
 
 
 def shares(group, views, cases):
-    """Of each case ``(impl, temperature, upstream, arguments)``: (loss, gradients of own rows and temperature)."""
+    """Return (loss, gradients of own rows and temperature) per case ``(impl, temperature, upstream, arguments)``."""
     results = []
     for impl, temperature, upstream, arguments in cases:
         arguments = dict(arguments)
@@ -52,8 +52,8 @@ def shares(group, views, cases):
 
 
 def check(ranks, world, views, temperature, upstream, **arguments):
-    """All implementations against the dense loss. After averaging, as DistributedDataParallel does, the gradient of
-    "mean" and "sum" is that of one process; that of "none", which is a sum over the ranks already, is not averaged."""
+    """Compare all implementations with the dense loss. Averaged like in DistributedDataParallel, the gradient of "mean"
+    and "sum" is that of one process; that of "none" is already a sum over the ranks and is not averaged."""
     queue = arguments.get("queue")
     if queue is not None and queue.dim() == 3:
         want = _each_with_its_queue(world, views, temperature, upstream, arguments)
@@ -76,7 +76,7 @@ def check(ranks, world, views, temperature, upstream, **arguments):
 
 
 def _each_with_its_queue(world, views, temperature, upstream, arguments):
-    """A rank's anchors meet the queue of that rank."""
+    """Expected results if each rank's anchors use only that rank's queue."""
     results = []
     arguments = {**arguments, "reduction": "none"}
     rank = torch.repeat_interleave(torch.tensor(SIZES[world]))
@@ -111,7 +111,7 @@ def test_labels(ranks, world, objective, classes):
 @pytest.mark.parametrize("world", SIZES)
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_per_anchor_losses(ranks, world, objective):
-    """Each anchor's loss with a weight of its own, known only to its rank."""
+    """Each anchor's loss has its own weight, known only to its rank."""
     batch = sum(SIZES[world])
     views, weight = randn(2, batch, 7, dtype=torch.float64), randn(2, batch, dtype=torch.float64, seed=5)
     check(ranks, world, views, 0.3, weight, objective=objective, reduction="none")
@@ -135,14 +135,14 @@ def test_dtypes(ranks, dtype):
 
 
 def weighted(group, views, weights):
-    """The gradient where every rank weighs the common loss as it likes."""
+    """Return the gradient if every rank weights the common loss differently."""
     leaf = own(group, views).clone().requires_grad_()
     (sk.info_nce_loss(leaf, group=group) * weights[dist.get_rank(group)]).backward()
     return leaf.grad
 
 
 def test_ranks_that_weigh_the_loss_differently(ranks):
-    """The gradient is that of the sum over the ranks, whatever each makes of its result."""
+    """The gradient is that of the sum, over the ranks, of the values that each computes from its result."""
     views = randn(2, sum(SIZES[3]), 7, dtype=torch.float64)
     weights = (0.5, 2.0, -3.0)
     _, want, _ = run(spec.info_nce_loss, views, 0.1, ONE * sum(weights))
@@ -167,7 +167,7 @@ class Trained(nn.Module):
 
 
 def train(group, views, steps):
-    """Steps of DistributedDataParallel with its averaging; the parameters after them."""
+    """Run steps of DistributedDataParallel with its averaging; return the parameters."""
     method = nn.parallel.DistributedDataParallel(Trained(group), process_group=group)
     optimizer = torch.optim.SGD(method.parameters(), 0.5)
     losses = []
@@ -200,7 +200,7 @@ def test_distributed_data_parallel_trains_as_one_process(ranks, world):
 
 
 def error_of(group, arguments):
-    """What a call with this rank's arguments raises; then that the group still works."""
+    """Return the error of a call with this rank's arguments; assert that the group still works."""
     try:
         sk.info_nce_loss(group=group, **arguments[dist.get_rank(group)])
     except Exception as error:
@@ -266,7 +266,7 @@ def test_one_sample_each_is_enough(ranks):
 
 
 def modes(group, views):
-    """What autograd and autocast can ask of a call; each gradient or what was raised."""
+    """Run calls under the modes of autograd and autocast; return each gradient or error."""
     mine = own(group, views)
 
     def loss(x, **arguments):
@@ -336,7 +336,7 @@ def test_a_compiled_caller(ranks):
 
 
 def scaling_benchmark():
-    """`benchmarks/scaling.py`, imported here alone: the sanitizers' copy of the tree has no benchmarks."""
+    """Import `benchmarks/scaling.py` on demand: the sanitizers' copy of the tree has no benchmarks."""
     if str(BENCHMARKS) not in sys.path:
         sys.path.insert(0, str(BENCHMARKS))
     import scaling
@@ -345,7 +345,7 @@ def scaling_benchmark():
 
 
 def sent(group, views, labels):
-    """Bytes that this rank is sent in a forward and backward."""
+    """Return the bytes that this rank receives in a forward and backward."""
     scaling = scaling_benchmark()
     leaf = own(group, views).clone().requires_grad_()
     with scaling.counted() as received:
@@ -355,7 +355,7 @@ def sent(group, views, labels):
 
 @pytest.mark.parametrize("labelled", [False, True])
 def test_what_is_sent_is_what_the_documents_say(ranks, labelled):
-    """Also of shares that differ, which are all sent as long as the longest."""
+    """Shares of different sizes are padded to the longest one."""
     labels = random_labels(sum(SIZES[3]), 4) if labelled else None
     # log_weights, positives and the upstream gradient of each row, in float64.
     columns = 1 + 3 + 1 if labelled else 3 + 3 + 1
@@ -364,7 +364,7 @@ def test_what_is_sent_is_what_the_documents_say(ranks, labelled):
 
 
 def copied(group, views):
-    """Of a method with a group: its loss, and that of its copy with moved weights."""
+    """Return the loss of a method with a group and that of its copy."""
     torch.manual_seed(0)
     method = sk.methods.SimCLR(nn.Linear(7, 7).double(), nn.Identity(), group=group)
     other = copy.deepcopy(method)
@@ -380,7 +380,7 @@ def test_copies_share_the_group(ranks):
 
 
 def leaves(group, views, dead):
-    """A rank ends without a word; how long the others wait, and for what."""
+    """One rank exits silently; return how long the others wait, and their errors."""
     if dist.get_rank(group) == dead:
         import os
 

@@ -1,4 +1,4 @@
-"""ema_update_: values for every pair of dtypes, what it refuses, autograd and torch.compile."""
+"""ema_update_: values for every pair of dtypes, refused arguments, autograd and torch.compile."""
 
 import math
 import warnings
@@ -19,12 +19,12 @@ LOW = [torch.bfloat16, torch.float16]
 
 
 def truth(target, source, momentum):
-    """In float64, element by element."""
+    """Compute the average in float64, element by element."""
     return momentum * target.double() + (1 - momentum) * source.double()
 
 
 def assert_rounded(got, want, target, source):
-    """One rounding to the target's dtype, after a few in the dtype of the arithmetic."""
+    """Allow one rounding to the target's dtype, after a few in the arithmetic's dtype."""
     info = torch.finfo(got.dtype)
     arithmetic = torch.finfo(torch.float64 if got.dtype == torch.float64 else torch.float32)
     allowed = info.eps / 2 * want.abs() + info.tiny * info.eps / 2  # half the smallest number
@@ -130,13 +130,13 @@ def test_nothing_to_do(impl):
         sk.ema_update_([same, other], [source, torch.ones(3)], 0.5, impl=impl)
         assert torch.equal(same, torch.tensor([1.0, math.inf, 3.0]))
     assert torch.equal(other, torch.tensor([0.875] * 3))
-    # While a graph is traced only the op itself can know that a source is its destination.
+    # During tracing, only the op itself can detect that a source is its destination.
     ops.get("ema_update_", impl)([same], [same.view(3)], None, 0.5, None)
     assert torch.equal(same, torch.tensor([1.0, math.inf, 3.0]))
 
 
 def test_nothing_to_do_by_the_kernels_of_a_gpu(monkeypatch):
-    """An empty list is on no device, so it is on none that they would refuse."""
+    """An empty list has no device that an implementation could refuse."""
     gpu = "cuda"
     monkeypatch.setitem(backends._reasons, gpu, None)
     monkeypatch.setattr(backends, "emulated", lambda impl: False)
@@ -172,7 +172,7 @@ def test_thread_count_does_not_matter(impl):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-# What is refused. Every case gives targets, sources and momentum.
+# Refused arguments. Every case gives targets, sources and momentum.
 
 
 def _z(*shape, **kwargs):
@@ -281,7 +281,7 @@ def test_refused_and_unchanged(impl, case):
     make, error, message = REFUSED[case]
     targets, sources, momentum = make()
     good = torch.full((5,), 3.0)
-    if isinstance(targets, list):  # in front of the bad ones, so that a check that comes too late has changed it
+    if isinstance(targets, list):  # before the bad ones, so that a late check is noticed by its change
         targets = [good, *targets]
         sources = [torch.ones(5), *sources] if isinstance(sources, list) else sources
         for i in (3, 2, 1, 0):
@@ -303,13 +303,13 @@ def test_unknown_impl():
 
 
 def test_interleaved_columns_are_no_overlap(impl):
-    """Their address ranges cross, but no element is shared."""
+    """The address ranges overlap, but no element is shared."""
     base = randn(5, 7)
     expected = truth(base, torch.ones(5, 7), 0.5).float()
     targets = [base[:, :2], base[:, 2], base[:, 3:].t()]
     sk.ema_update_(targets, [torch.ones(t.shape) for t in targets], 0.5, impl=impl)
     torch.testing.assert_close(base, expected)
-    # A target beside its source in one matrix.
+    # A target next to its source in one matrix.
     sk.ema_update_([base[::2]], [base[:-1][::2].new_ones(3, 7)], 0.0, impl=impl)
     sk.ema_update_([base[:, 0::2]], [base[:, [1, 3, 5, 6]]], 0.0, impl=impl)
     sk.ema_update_([base[:, 0]], [base[:, 1]], 0.0, impl=impl)
@@ -339,7 +339,7 @@ def _addresses(tensor):
 @hypothesis.given(_views_of_base(), _views_of_base())
 @hypothesis.settings(max_examples=500)
 def test_overlaps_are_exact(a, b):
-    """Against the sets of addresses."""
+    """Compare with sets of addresses."""
     bytes_of = [{x + k for x in _addresses(t) for k in range(t.element_size())} for t in (a, b)]
     assert overlap.shares_memory(a, b) == bool(bytes_of[0] & bytes_of[1])
     assert overlap.overlaps_itself(a) == (len(set(_addresses(a))) < a.numel())

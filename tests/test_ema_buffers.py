@@ -1,5 +1,5 @@
-"""Buffers and parameters as models have them: made by a forward, views of one another, integers, complex, sparse; in
-the average and in the drop-ins against torch's own AveragedModel (timm's: tests/interop/test_ema.py)."""
+"""Buffers and parameters of real models: created by a forward, views of each other, integers, complex, sparse. The
+average and the drop-ins are compared with torch's AveragedModel (timm's: tests/interop/test_ema.py)."""
 
 import copy
 
@@ -16,7 +16,7 @@ from selfsup_kernels.compat.timm import ModelEmaV3
 
 
 class Cached(nn.Module):
-    """A cache that the first forward makes, or a longer input replaces: a mask, rotary or ALiBi tables."""
+    """A cache that the first forward creates and a longer input replaces: a mask, rotary or ALiBi tables."""
 
     def __init__(self, persistent=False):
         super().__init__()
@@ -31,7 +31,7 @@ class Cached(nn.Module):
 
 
 def averages(model):
-    """(module, update) of each way to average a model."""
+    """Return (module, update) for each way to average a model."""
     for buffers in ("copy", "average", "ignore"):
         ema = sk.EMA(model, 0.5, buffers=buffers)
         yield ema.module, ema.update
@@ -63,7 +63,7 @@ def test_buffers_that_are_not_saved_are_left_alone_where_they_differ(first, grow
 
 
 def test_buffers_that_are_not_saved_are_followed_where_they_fit():
-    for k, expected in enumerate([3.0, 2.5, 1.0, 1.0, 3.0, 2.5]):  # timm's goes by the state_dict, or by all buffers
+    for k, expected in enumerate([3.0, 2.5, 1.0, 1.0, 3.0, 2.5]):  # timm's takes the state_dict, or all buffers
         model = Cached()
         model(torch.ones(2))
         model.cache.fill_(1)
@@ -101,7 +101,7 @@ def test_saved_buffers_still_decide_whether_a_model_fits():
 
 
 class Views(nn.Module):
-    """Buffers that are views of one another, some apart and some overlapping, and a flag of integers in two shapes."""
+    """Buffers that are views of each other, some disjoint and some overlapping, and an integer flag in two shapes."""
 
     def __init__(self, dtype=torch.float32):
         super().__init__()
@@ -182,7 +182,7 @@ def test_whatever_torchs_average_takes_the_drop_in_takes(decay, use_buffers):
 
 @pytest.mark.parametrize("exclude_buffers", [False, True])
 def test_whatever_timms_average_takes_the_drop_in_takes(exclude_buffers):
-    """As timm 1.0.31 does it, tensor by tensor in the order of the names."""
+    """Average like timm 1.0.31, tensor by tensor in the order of the names."""
     model = Everything()
     ours, theirs = ModelEmaV3(model, 0.9, exclude_buffers=exclude_buffers), copy.deepcopy(model)
     parameters = dict(model.named_parameters())

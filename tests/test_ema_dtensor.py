@@ -1,4 +1,4 @@
-"""EMA of parameters that FSDP2 has spread over two processes, against the same average of the whole tensors."""
+"""EMA of parameters that FSDP2 has sharded over two processes, against the same average of full tensors."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from selfsup_kernels.compat.timm import ModelEmaV3
 
 
 def network():
-    """Shards of 4 and 3 rows, of 2 and 1, and of 1 and none; running statistics."""
+    """A model whose shards have 4 and 3, 2 and 1, and 1 and 0 rows, with running statistics."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.Linear(7, 3), nn.Linear(3, 3), nn.Linear(3, 1))
 
@@ -39,7 +39,7 @@ def is_gathered(module):
 
 
 def trains(rank, mesh, buffers):
-    """The copy follows a model that trains, whatever FSDP2 has left gathered in the meantime."""
+    """The copy follows a training model, even if FSDP2 has left parameters gathered."""
     model = network()
     ema = sk.EMA(model, 0.8, buffers=buffers)
     shard(model, mesh)
@@ -91,7 +91,7 @@ def takes_lists(mesh):
 
 
 def views(mesh):
-    """What is written into a view of a DTensor may be gathered memory, and be lost. A view as the source is none."""
+    """A write to a view of a DTensor may go to gathered memory and be lost, so it raises; a source view is fine."""
     from torch.distributed.tensor import Shard, distribute_tensor
 
     target, source = (distribute_tensor(x, mesh, [Shard(0)]) for x in (torch.zeros(4, 4), torch.ones(4, 4)))
@@ -105,7 +105,7 @@ def views(mesh):
 
 
 def brings_a_copy(mesh):
-    """Both made and sharded first."""
+    """Both models are created and sharded first."""
     model, own = network(), network()
     with torch.no_grad():
         for p in model.parameters():
@@ -120,7 +120,7 @@ def brings_a_copy(mesh):
 
 
 def is_wrapped_by_fsdp1(rank):
-    """After the average was made, whole or in parts; its names are those of the module inside."""
+    """Wrapping happens after the EMA is created, in whole or in parts; its names are those of the module inside."""
     from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 
     def wrap(module):
@@ -145,7 +145,7 @@ def is_wrapped_by_fsdp1(rank):
 
 
 def shares_process_groups():
-    """They stand for the processes: the copy has the model's, wherever it keeps them."""
+    """Process groups and meshes are handles: the copy shares the model's, wherever the model stores them."""
     model = nn.SyncBatchNorm.convert_sync_batchnorm(network(), process_group=dist.group.WORLD)
     model.options = {"groups": [dist.new_group([0, 1])]}
     for average in (sk.EMA(model, 0.5), ModelEmaV3(model, 0.5)):

@@ -1,4 +1,4 @@
-"""The moving average where ``s - t`` is not finite: infinite masks, numbers that overflow, and what stays as it was.
+"""The moving average where ``s - t`` is not finite: infinite masks, overflow, and values that must not change.
 
 The equation is ``m t + (1 - m) s``, and the kernels compute ``t + (1 - m) (s - t)``.
 """
@@ -45,7 +45,7 @@ def test_the_dense_equation(dtype):
 @pytest.mark.parametrize("source_dtype", FLOATING, ids=str)
 @pytest.mark.parametrize("target_dtype", FLOATING, ids=str)
 def test_an_infinity_changes_no_bits_of_its_neighbours(impl, target_dtype, source_dtype):
-    """Also those of zeros and of subnormal numbers."""
+    """The neighbours include zeros and subnormal numbers."""
     n = 300
     target, source = randn(n, dtype=target_dtype), randn(n, dtype=source_dtype, seed=1)
     target[::7], source[::7] = -0.0, -0.0
@@ -77,7 +77,7 @@ def bits(x):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_finite_results_are_those_of_torchs_lerp(dtype):
-    """The eager reference, bit for bit."""
+    """The eager reference gives the same bits."""
     target, source = extremes.pairs(dtype, dtype)
     target, source = torch.cat([target, randn(500, dtype=dtype)]), torch.cat([source, randn(500, dtype=dtype, seed=1)])
     for momentum in extremes.MOMENTA:
@@ -88,7 +88,7 @@ def test_finite_results_are_those_of_torchs_lerp(dtype):
 
 
 class Masked(nn.Module):
-    """A causal mask of minus infinities that is never trained."""
+    """A causal mask of minus infinity that is never trained."""
 
     def __init__(self, kind):
         super().__init__()

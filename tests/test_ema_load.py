@@ -1,4 +1,4 @@
-"""What an EMA's ``load_state_dict`` takes and refuses, and averages whose tensors came into the model's memory."""
+"""``load_state_dict`` of an EMA: accepted and refused states, and averages that come to share the model's memory."""
 
 import copy
 
@@ -32,13 +32,13 @@ def assert_halfway(target, old, model):
 
 
 def without_batches(model, state):
-    """From before BatchNorm counted its batches."""
+    """A state from before BatchNorm counted its batches."""
     del state["1.num_batches_tracked"]
     state._metadata["1"] = {"version": 1}
 
 
 def rows_of_one(model, state):
-    """Tensors without dimensions were rows of one element once."""
+    """An old state, in which 0-dim tensors have one dimension."""
     state["1.num_batches_tracked"] = state["1.num_batches_tracked"].reshape(1)
 
 
@@ -47,7 +47,7 @@ def other_integers(model, state):
 
 
 def old_weight_norm(model, state):
-    """From before ``weight_norm`` was a parametrization."""
+    """A state from before ``weight_norm`` was a parametrization."""
     nn.utils.parametrizations.weight_norm(model[0])
     weight = state.pop("0.weight")
     state["0.weight_g"], state["0.weight_v"] = weight.norm(dim=1, keepdim=True), weight
@@ -71,7 +71,7 @@ def test_a_checkpoint_that_the_model_loads(change):
 
 
 class Noted(nn.Module):
-    """Extra state, and a buffer that loading replaces."""
+    """A module with extra state and a buffer that loading replaces."""
 
     def __init__(self):
         super().__init__()
@@ -91,7 +91,7 @@ class Noted(nn.Module):
 
 @pytest.fixture(params=[False, True], ids=["copies", "swaps"])
 def _swap(request):
-    """What ``torch.__future__`` can make of loading: parameters swap their contents with the new ones."""
+    """With a ``torch.__future__`` option, loading swaps the contents of parameters."""
     before = torch.__future__.get_swap_module_params_on_conversion()
     torch.__future__.set_swap_module_params_on_conversion(request.param)
     yield
@@ -189,7 +189,7 @@ def test_a_fused_step_with_a_target_in_the_models_memory(impl, make):
 
 
 def test_a_part_that_both_have_stays_one(impl):
-    """The same Parameter, which the caller shares on purpose, and not another one in its memory."""
+    """The same Parameter, shared on purpose by the caller, not another one in its memory."""
     model = network()
     ema = sk.EMA(model, 0.5, impl=impl)
     ema.module[1] = model[1]

@@ -1,4 +1,4 @@
-"""ema_update_ and where its tensors lie: what was accepted before, memory formats, columns."""
+"""ema_update_ and the memory of its tensors: previously accepted lists, memory formats, columns."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ import selfsup_kernels as sk
 
 
 def _first_then(impl, first, second, error):
-    """The second call has the addresses of the first, which was accepted, but not its shapes, strides or dtypes."""
+    """The second call has the addresses of the first, accepted one, but other shapes, strides or dtypes."""
     sk.ema_update_(*first(), 0.5, impl=impl)
     targets, sources = second()
     before = [t.clone() for t in targets]
@@ -43,7 +43,7 @@ def test_a_target_transposed_in_place(impl):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_memory_formats_differ(impl, dtype):
-    """A model moved to channels_last after its average was made, a column of a matrix, a transposed source."""
+    """A model moved to channels_last after its EMA was created, a column of a matrix, a transposed source."""
     shape = (8, 6, 3, 5)
     source = randn(*shape, seed=1).to(dtype)
     wide = randn(16, 3)

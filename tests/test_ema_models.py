@@ -1,5 +1,5 @@
-"""EMA on models as people have them, step by step beside torch's AveragedModel: BatchNorm, compiled, tied weights,
-moved and replaced parameters. The same for the drop-ins for timm's and torch's averages."""
+"""EMA of real models, compared step by step with torch's AveragedModel: BatchNorm, torch.compile, tied weights, moved
+and replaced parameters. The same for the drop-ins for timm's and torch's averages."""
 
 import copy
 import math
@@ -20,7 +20,7 @@ DECAY = 0.97
 
 
 class Network(nn.Module):
-    """BatchNorm's statistics, tied weights, and a buffer that is not saved."""
+    """A model with BatchNorm statistics, tied weights, and a non-persistent buffer."""
 
     def __init__(self):
         super().__init__()
@@ -38,7 +38,7 @@ class Network(nn.Module):
 
 
 def train(model, steps, after):
-    """``after(step)`` follows every step of the optimizer."""
+    """Train; call ``after(step)`` after every optimizer step."""
     optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
     for step in range(steps):
         x = 1 + randn(8, 5, seed=step)
@@ -72,7 +72,7 @@ def test_bit_for_bit_as_torch_over_many_steps(impl, buffers):
         average.update_parameters(model)
 
     train(model, 300, both)
-    # Where torch averages buffers, it averages the count of batches too, and truncates.
+    # When torch averages buffers, it also averages and truncates the batch count.
     assert_equal(ema.module, average.module, skip=["norm.num_batches_tracked"] if buffers == "average" else [])
     assert ema.module.norm.num_batches_tracked == 300
 
@@ -154,7 +154,7 @@ def test_a_model_that_is_compiled_in_place_later(impl):
 
 
 def test_tensors_have_the_names_and_the_order_that_torch_gives_them():
-    """With a part that has two names, parts and tensors that are None, and containers within containers."""
+    """A model with a part that has two names, parts and tensors that are None, and nested containers."""
     model = nn.Sequential(Network(), nn.ModuleList([nn.Sequential(nn.Linear(2, 3, bias=False)), nn.BatchNorm2d(3)]))
     model.again, model.last = model[1], nn.ParameterList([torch.ones(2), torch.zeros(3)])
     model.register_module("no_part", None)
@@ -210,7 +210,7 @@ def test_parameters_that_were_moved_or_replaced_are_followed(impl, change):
     ema.update()
     before = {k: v.clone() for k, v in values(ema.module).items()}
     change(model)
-    # Tied weights that were assigned apart are two parameters: a model of another kind.
+    # Tied weights that are untied by assignment become two parameters: a different model.
     if model.out.weight is not model.embed.weight:
         with pytest.raises(ValueError, match=r"only in the source: out\.weight"):
             ema.update()

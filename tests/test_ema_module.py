@@ -1,4 +1,4 @@
-"""The EMA module: what it copies, averages, notices, refuses, saves and loads; the schedule of the momentum."""
+"""The EMA module: copies, averages, changes of the model, errors, saving and loading; the momentum schedule."""
 
 import copy
 import io
@@ -15,7 +15,7 @@ import selfsup_kernels as sk
 
 
 class Model(nn.Module):
-    """Parameters, running statistics, an integer buffer, one that is not saved, and tied weights."""
+    """A model with running statistics, an integer buffer, a non-persistent buffer, and tied weights."""
 
     def __init__(self, seed=0):
         super().__init__()
@@ -31,7 +31,7 @@ class Model(nn.Module):
 
 
 def move(model, seed):
-    """What an optimizer's step and a forward in training mode do: new parameters and statistics."""
+    """Change parameters and statistics, like an optimizer step and a forward in training mode."""
     with torch.no_grad():
         for i, p in enumerate(model.parameters()):
             p.add_(randn(p.numel(), seed=seed + i).view(p.shape))

@@ -1,4 +1,4 @@
-"""Stochastic rounding of ema_update_: unbiased, exact where nothing is to round, repeatable."""
+"""Stochastic rounding of ema_update_: unbiased, exact for representable values, repeatable."""
 
 import math
 
@@ -12,7 +12,7 @@ LOW = [torch.bfloat16, torch.float16]
 
 
 def round_many(impl, value, dtype, count=1 << 16, seed=0, momentum=0.0):
-    """``value``, exact in float32, rounded stochastically many times."""
+    """Round ``value``, exact in float32, stochastically many times."""
     targets = [torch.zeros(count // 2, dtype=dtype), torch.zeros(2, count // 4, dtype=dtype)]
     sources = [torch.full(t.shape, value) for t in targets]
     generator = torch.Generator().manual_seed(seed)
@@ -21,7 +21,7 @@ def round_many(impl, value, dtype, count=1 << 16, seed=0, momentum=0.0):
 
 
 def neighbours(value, dtype):
-    """The two numbers of ``dtype`` around ``value``, found by search over all 2^16 of them."""
+    """Return the two numbers of ``dtype`` around ``value``, found by search over all 2^16 of them."""
     every = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(dtype)
     every = every[every.isfinite()].double()
     return every[every <= value].max().item(), every[every >= value].min().item()
@@ -91,7 +91,7 @@ def test_the_default_generator_draws_anew(impl):
 
 
 def test_a_bfloat16_target_moves_only_with_stochastic_rounding(impl):
-    """MATH: 2,000 steps from 1 to 2 at 0.999 end at 1.865; round-to-nearest stays at 1."""
+    """2,000 steps from 1 to 2 at momentum 0.999 end at 1.865; round-to-nearest stays at 1."""
     source = torch.full((2048,), 2.0, dtype=torch.bfloat16)
     stuck, moving = torch.ones(2048, dtype=torch.bfloat16), torch.ones(2048, dtype=torch.bfloat16)
     generator = torch.Generator().manual_seed(0)

@@ -1,5 +1,5 @@
-"""EMA of tensors that are not plain memory (subclasses with operators of their own, FakeTensors, meta), and of those
-whose numbers no kernel takes: by their own operators, while plain ones of the same list go in one call."""
+"""EMA of tensors without plain memory (subclasses that override operators, FakeTensors, meta) and of dtypes that no
+kernel takes: their own operators average them, while plain tensors of the same list go in one call."""
 
 import copy
 
@@ -23,7 +23,7 @@ def two(value, *shape):
 
 
 def network(layers=2):
-    """As quantised training has it: some weights are of a subclass, biases and norms are plain."""
+    """A model as in quantised training: some weights are of a subclass, biases and norms are plain."""
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(layers)), nn.BatchNorm1d(3))
     for layer in model[:layers]:
@@ -91,7 +91,7 @@ def test_weights_of_a_wrapper_subclass_are_averaged(make):
 
 def test_plain_tensors_beside_them_go_in_one_call():
     class Labelled(nn.Parameter):
-        """A subclass without operators of its own: plain memory."""
+        """A subclass that overrides no operators, so it is plain memory."""
 
     own = [two(0, 2), torch.zeros(3), torch.zeros(4, dtype=torch.complex64), Labelled(torch.zeros(2)), torch.zeros(1)]
     new = [two(1, 2), torch.ones(3), torch.ones(4, dtype=torch.complex64), Labelled(torch.ones(2)), torch.ones(1)]
@@ -99,7 +99,7 @@ def test_plain_tensors_beside_them_go_in_one_call():
         lanes = lists.check_update(own, new)
         assert [x.numel() for x in lanes.targets] == [3, 2, 1]
         assert {id(x) for x, _ in lanes.others} == {id(own[0]), id(own[2])}
-        # A second call with the same memory is answered from what is known.
+        # A second call with the same memory uses the cached plan.
         assert [x.numel() for x in lists.check_update(own, new).targets] == [3, 2, 1]
     sk.ema_update_(own, new, 0.25)
     assert torch.equal(own[0].a, torch.full((2,), 0.75))
@@ -185,7 +185,7 @@ def test_the_meta_device():
 
 
 def test_memory_that_was_freed_is_an_error_and_no_crash(impl):
-    """As a parameter that is kept elsewhere for the time being."""
+    """A parameter that is temporarily stored elsewhere."""
     freed, whole = torch.zeros(8)[3:], torch.ones(5)
     sk.ema_update_([whole], [freed], 0.5, impl=impl)
     freed.untyped_storage().resize_(0)
@@ -239,7 +239,7 @@ def test_complex_destinations_that_share_memory_are_refused(impl):
 
 @pytest.mark.parametrize("averaged", [True, False])
 def test_conjugates_and_negatives_of_what_is_in_memory(impl, averaged):
-    """They are views that differ from the tensor in a bit alone, which also a later update of the same memory sees."""
+    """The views differ from the tensor only in a bit; a later update of the same memory must see it too."""
 
     def update(target, source):
         if averaged:

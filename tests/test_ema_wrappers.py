@@ -1,4 +1,4 @@
-"""EMA of models inside wrappers, put on before or after the average was made; what is copied of a model, and how."""
+"""EMA of wrapped models, wrapped before or after the EMA is created; which parts of a model are copied, and how."""
 
 import copy
 import functools
@@ -24,7 +24,7 @@ WRAPPERS = {"compiled": compiled, "checkpointed": checkpoint_wrapper, "parallel"
 
 
 class Forwarding(nn.Module):
-    """A wrapper as other libraries have them: what it lacks is an attribute of the module inside."""
+    """A wrapper like those of other libraries: it forwards missing attributes to the module inside."""
 
     def __init__(self, model):
         super().__init__()
@@ -123,7 +123,7 @@ def test_activation_checkpointing_that_is_applied_later(way):
 
 
 def test_parts_of_ones_own_that_are_called_as_a_wrappers():
-    """They stay in the names: without them, two parameters would have one name."""
+    """The wrappers stay in the names: without them, two parameters would share a name."""
     model = nn.Module()
     for owner, child in itertools.product(("a", "b"), ("module", "_orig_mod")):
         part = nn.Module()
@@ -192,7 +192,7 @@ def test_scripted_models(whole):
 
 
 class Keeps(nn.Module):
-    """Its last output, also in a list, and a hook that holds a handle."""
+    """A module that stores its last output, also in a list, and a hook that holds a handle."""
 
     def __init__(self, handle=None):
         super().__init__()
@@ -295,7 +295,7 @@ def test_a_copy_of_ones_own_that_does_not_fit():
 
 
 class Headed(nn.DataParallel):
-    """A wrapper with a part of its own."""
+    """A wrapper with its own submodule."""
 
     def __init__(self, model):
         super().__init__(model)

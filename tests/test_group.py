@@ -1,4 +1,4 @@
-"""What ``group=`` may be, when it is looked up, and that a loss without one says so where several processes run."""
+"""Values of ``group=``, when it is looked up, and the warning of a loss without a group among several processes."""
 
 import copy
 import pickle
@@ -51,7 +51,7 @@ METHODS = {
     "MoCo": lambda group: sk.methods.MoCo(linear(0), nn.Identity(), 12, dim=5, group=group).double(),
     "BYOLContrast": lambda group: sk.methods.BYOLContrast(linear(0), nn.Identity(), linear(1), group=group),
 }
-"""Built in the main process, where there is no group; run in two."""
+"""Built in the main process, where there is no group, and run in two processes."""
 
 
 def loss_and_gradient(module, views):
@@ -62,8 +62,8 @@ def loss_and_gradient(module, views):
 
 
 def world_and_group(group, module):
-    """Of a module that names the world, and of one that holds the group itself."""
-    module, other = copy.deepcopy(module), copy.deepcopy(module)  # what came through a pipe is in memory of both ranks
+    """Return the results of a module with ``group="world"`` and of one that holds the group itself."""
+    module, other = copy.deepcopy(module), copy.deepcopy(module)  # the ranks share the memory of arguments
     for part in (other, *other.modules()):
         if hasattr(part, "group"):
             part.group = group
@@ -81,7 +81,7 @@ def test_world_is_looked_up_in_the_call(ranks, method):
             assert torch.equal(a, b), name
         for a, b in zip(ours[2], held[2], strict=True):
             assert torch.equal(a, b)
-    if method != "MoCo":  # whose keys of other ranks come one after the other, not view by view
+    if method != "MoCo":  # its queue holds the keys rank by rank, not view by view
         for buffer, *each in zip(buffers, *(r[0][2] for r in results), strict=True):
             assert all(torch.equal(buffer, other) for other in each)
     assert_within("gradient", torch.cat([r[0][1] for r in results], 1) / 2, whole_grad)
@@ -109,7 +109,7 @@ def test_one_process_is_the_world(group):
 
 
 def caught(call, times=2):
-    """The warnings of several calls in a process that has not warned yet."""
+    """Return the warnings of several calls in a process that has not warned yet."""
     validate._warned.clear()
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
@@ -134,7 +134,7 @@ def test_no_group_warns_once_and_local_does_not(ranks, method):
 
 
 def local_values(group):
-    """Without a group and with "local" a loss is that of the process's own samples."""
+    """Without a group, and with "local", the loss uses only the process's own samples."""
     module = sk.InfoNCELoss(group="local")
     return sk.info_nce_loss(own(VIEWS)).item(), module(own(VIEWS)).item()
 
@@ -148,7 +148,7 @@ LABELS = torch.tensor([0, 1, 0, 2, 1, 2, 2, 0, 1, 0])
 
 
 def drop_ins(group):
-    """Warnings of the drop-ins whose originals take the samples of one process."""
+    """Return the warnings of drop-ins whose originals use the samples of one process."""
     x, y = VIEWS
     calls = {
         "supcontrast": lambda: supcontrast.SupConLoss()(VIEWS.transpose(0, 1)),

@@ -1,4 +1,4 @@
-"""Whole methods: a few steps of training equal plain eager code written here, step by step."""
+"""Complete methods: a few training steps equal plain eager code, step by step."""
 
 import copy
 import io
@@ -121,7 +121,7 @@ def test_byol_target_moves_exactly_by_ema(impl):
 
 def test_byol_gradient_stops_at_the_target(impl):
     method = byol(impl)
-    method.target.module.requires_grad_(True)  # even if somebody turns it on
+    method.target.module.requires_grad_(True)  # even if a user enables it
     outputs = []
     method.target.register_forward_hook(lambda module, args, output: outputs.append(output))
     x1, x2 = (x.requires_grad_() for x in batches(0))
@@ -130,7 +130,7 @@ def test_byol_gradient_stops_at_the_target(impl):
     assert all(p.grad is None for p in method.target.parameters())
     for name, p in (*method.online.named_parameters(), *method.predictor.named_parameters()):
         assert p.grad is not None, name
-    # The loss of one direction alone reaches only the view that is predicted.
+    # The loss of a single direction reaches only the view that predicts.
     x1.grad = x2.grad = None
     p1 = method.predictor(method.online(x1))
     with torch.no_grad():
@@ -246,13 +246,13 @@ def test_byol_bad_views(impl):
 
 
 def eager_cmc(views, encoders, projectors, temperature, pairs):
-    """Every pair of views in plain PyTorch: cross entropy of the rows against the samples of the other view."""
+    """Cross entropy of each view's rows against the other view's samples, for every pair of views, in plain PyTorch."""
     z = [F.normalize(g(f(x)), dim=-1) for x, f, g in zip(views, encoders, projectors, strict=True)]
     target = torch.arange(len(views[0]))
     terms = {}
     for u, v in pairs:
         terms.setdefault(u, []).append(F.cross_entropy(z[u] @ z[v].T / temperature, target))
-    # Every anchor counts the same, whatever the number of views it is compared with.
+    # Every anchor has equal weight, independent of the number of views it is compared with.
     return torch.stack([torch.stack(t).mean() for t in terms.values()]).mean()
 
 
@@ -308,7 +308,7 @@ def test_cmc_options_reach_the_loss(impl):
 
 
 def test_cmc_different_inputs_per_view(impl):
-    """An image and a text encoder, say: the views need not have one shape."""
+    """Views may have different shapes, for example with an image and a text encoder."""
     torch.manual_seed(0)
     method = sk.methods.CMC([nn.Linear(3, 4), nn.Linear(9, 4)], [nn.Identity(), nn.Identity()], impl=impl)
     x, y = randn(6, 3), randn(6, 9)

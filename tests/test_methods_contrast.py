@@ -35,7 +35,7 @@ def nt_xent(za, zb, temperature):
 
 
 def one_denominator(rows, temperature):
-    """L_out of arXiv:2004.11362 with the views of a sample as its class: loops over anchors."""
+    """L_out of arXiv:2004.11362 with each sample's views as a class, in loops over anchors."""
     z = [F.normalize(r, dim=-1) for r in rows]
     every = [(v, a) for v in range(len(z)) for a in range(len(z[0]))]
     terms = []

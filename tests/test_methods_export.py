@@ -1,6 +1,6 @@
-"""Encoders leave as plain state_dicts: every prefix goes, every weight stays, and what does not fit is refused.
+"""Export of encoders as plain state_dicts: prefixes are removed, all weights are kept, and misfits raise.
 
-With torchvision's and timm's backbones: ``tests/interop/test_export.py``.
+``tests/interop/test_export.py`` tests torchvision's and timm's backbones.
 """
 
 import copy
@@ -41,7 +41,7 @@ METHODS = ["SimCLR", "MoCo", "BYOL", "BYOLContrast", "CMC"]
 
 
 def moved(module, seed=0):
-    """No two tensors of the module alike, and none as it was."""
+    """Change all tensors of the module, to values that differ from each other."""
     generator = torch.Generator().manual_seed(seed)
     for tensor in module.state_dict().values():
         tensor.copy_(torch.randn(tensor.shape, generator=generator).abs() + 0.5)
@@ -78,7 +78,7 @@ def test_from_methods_and_their_state_dicts(name, network, wrapped):
 
 
 def test_shared_encoder_in_cmc_and_an_encoder_that_has_an_encoder():
-    """A torchvision ViT has names that start with ``encoder.`` itself."""
+    """Like a torchvision ViT, whose own names start with ``encoder.``."""
     vit = nn.Module()
     vit.encoder = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     vit.class_token = nn.Parameter(torch.zeros(2))
@@ -143,7 +143,7 @@ def test_heads_come_from_the_backbone():
     backbone.load_state_dict(state, strict=True)
     assert torch.equal(backbone.fc.weight, head)
     assert torch.equal(backbone.conv.weight, encoder.conv.weight)
-    # A head that is not wanted, or of other classes.
+    # A head that the backbone lacks, or one with another number of classes.
     with_head = moved(Backbone(7))
     assert list(export(with_head, backbone=Backbone())) == list(Backbone().state_dict())
     assert export(with_head, backbone=backbone)["fc.weight"].shape == (10, 4)

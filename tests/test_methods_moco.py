@@ -28,7 +28,7 @@ def head(seed):
 def moco(impl="auto", queue_size=10, norm=False, **arguments):
     arguments = {"momentum": 0.9, "temperature": 0.2} | arguments
     method = sk.methods.MoCo(encoder(0, norm), head(1), queue_size, impl=impl, **arguments).double()
-    method.queue.copy_(F.normalize(method.queue, dim=-1))  # unit rows in float64, too
+    method.queue.copy_(F.normalize(method.queue, dim=-1))  # unit rows in float64 too
     return method
 
 
@@ -42,7 +42,7 @@ def state(module):
 
 
 class EagerMoCo:
-    """Algorithm 1 of the paper: the matrix of logits, cross entropy with the key in column 0, a list as queue."""
+    """Algorithm 1 of the paper: the logits matrix, cross entropy with the key in column 0, a list as the queue."""
 
     def __init__(self, method):
         self.online, self.predictor = copy.deepcopy(method.online), copy.deepcopy(method.predictor)
@@ -126,7 +126,7 @@ def test_symmetric_and_predictor(impl, num_views, with_predictor):
 
 @pytest.mark.parametrize("temperature", [0.02, 0.07, 1.0])
 def test_single_precision_is_as_near_as_eager(impl, temperature):
-    """The bound of the package: twice the error of the eager computation in the same dtype, plus a small floor."""
+    """The error is at most twice that of eager code in the same dtype, plus a small floor."""
     wide = moco(impl, 200, temperature=temperature)
     narrow = copy.deepcopy(wide).float()
     views = batches(0, samples=20)
@@ -146,7 +146,7 @@ def test_single_precision_is_as_near_as_eager(impl, temperature):
 
 
 def test_small_loss_has_its_gradient(impl):
-    """Queue rows opposite to the query: the loss is near zero, and must not round to it."""
+    """With queue rows opposite to the query, the loss is near zero but must not round to zero."""
     method = moco(impl, 4, temperature=0.05).eval()
     views = [batches(0)[0]] * 2
     with torch.no_grad():
@@ -162,7 +162,7 @@ def test_small_loss_has_its_gradient(impl):
 
 
 def test_large_loss_is_exact(impl):
-    """A queue row that is the query itself, and scores 21 above the key: log(1 + exp(21)) is not 21."""
+    """The query itself is in the queue and scores 21 above the key: log(1 + exp(21)) is not 21."""
     method, views = moco(impl, 1).eval(), [x[:1] for x in batches(0)]
     with torch.no_grad():
         q, k = (F.normalize(method.online(x), dim=-1) for x in views)
@@ -173,7 +173,7 @@ def test_large_loss_is_exact(impl):
 
 
 def test_enqueueing_before_backward_changes_no_gradient(impl):
-    """The queue is written in place between forward and backward; its old rows are what the gradient is of."""
+    """The queue is overwritten in place between forward and backward; the gradient uses its old rows."""
     method = moco(impl)
     views = batches(0)
     eager = EagerMoCo(method)
@@ -187,7 +187,7 @@ def test_enqueueing_before_backward_changes_no_gradient(impl):
 
 
 def test_the_queue_stays_where_it_is(op_impl):
-    """No new queue is allocated, and nothing of its size is kept for backward but the loss' own copy."""
+    """No new queue is allocated, and only the loss' own copy of that size is saved for backward."""
     method = moco(op_impl, 5000)
     address, kept = method.queue.data_ptr(), []
 

@@ -50,7 +50,7 @@ def make(name, group=None):
         return sk.methods.CMC([f, layers(6, 8, seed=3)], g, 0.3, group=group)
     if name == "MoCo":
         method = sk.methods.MoCo(f, g, 16, 0.9, 0.3, group=group)
-        # Unit rows in float64, too.
+        # Unit rows in float64 too.
         method.queue = F.normalize(method.queue.double(), dim=-1)
         return method
     if name == "MoCo, symmetric":
@@ -95,7 +95,7 @@ def test_training_equals_one_process(ranks, name):
     if "MoCo" in name:
         first, second = (state["queue"] for _, state in results)
         assert torch.equal(first, second)
-        # Each rank's keys come together, so that with several views their order is another one.
+        # Keys are stored rank by rank, so with several views their order differs.
         torch.testing.assert_close(rows_in_order(first), rows_in_order(want["queue"]), rtol=1e-8, atol=1e-10)
         if "symmetric" not in name:
             torch.testing.assert_close(first, want["queue"], rtol=1e-8, atol=1e-10)
@@ -156,7 +156,7 @@ def chunked(group, start, per_view, chunk_size):
 @pytest.mark.parametrize("chunk_size", [3, 50])
 @pytest.mark.parametrize("per_view", [False, True])
 def test_chunks_under_ddp_equal_one_pass_in_one_process(ranks, per_view, chunk_size):
-    """Gradients, and one reduction a step and encoder, though the ranks have 2 to 8 chunks."""
+    """Gradients are equal, with one reduction per step and encoder, though the ranks have 2 to 8 chunks."""
     start = [encode(0), encode(1)] if per_view else [encode(0)]
     one = copy.deepcopy(start)
     losses = []
@@ -174,7 +174,7 @@ def test_chunks_under_ddp_equal_one_pass_in_one_process(ranks, per_view, chunk_s
 
 
 class Counted(nn.Module):
-    """What it computes depends on how often it was called."""
+    """A module whose result depends on the number of calls."""
 
     def __init__(self):
         super().__init__()
@@ -200,7 +200,7 @@ def buffers_under_ddp(group):
 
 
 def test_buffers_that_ddp_broadcasts(ranks):
-    """At the first forward of a step rank 0's buffers go to all; both encodings have to start from these."""
+    """The first forward of a step broadcasts rank 0's buffers; both encodings must start from these."""
     results = ranks.run(2, buffers_under_ddp)
     for calls, tracked, _ in results:
         assert tracked == calls[-1][0] == 8  # two views of two chunks (4 + 3 samples, 2 + 2), twice
@@ -209,7 +209,7 @@ def test_buffers_that_ddp_broadcasts(ranks):
 
 
 def other_buffers_under_ddp(group):
-    """Rank 1's buffers are its own before the second step: a chunk more on rank 0."""
+    """Rank 1's buffers differ before the second step, since rank 0 has one more chunk."""
     encoder = Counted()
     wrapped = DistributedDataParallel(encoder, process_group=group)
     loss = sk.InfoNCELoss(0.3, group=group)

@@ -1,4 +1,4 @@
-"""The fused optimizers: torch.optim's numbers, state and conventions, and the target network of an EMA beside them."""
+"""The fused optimizers: torch.optim's values, state and conventions, together with an EMA's target network."""
 
 import copy
 import math
@@ -39,7 +39,7 @@ def test_every_pair_of_dtypes(impl, dtype, target_dtype):
 @pytest.mark.parametrize("buffers", ["copy", "average", "ignore"])
 @pytest.mark.parametrize(("ours", "theirs", "arguments"), PAIRS, ids=PAIRS_IDS)
 def test_one_step_is_a_step_and_an_update(impl, ours, theirs, arguments, buffers):
-    """Frozen parameters, those without a gradient or of no optimizer, buffers: all that ``ema.update`` moves."""
+    """Parameters that are frozen, without a gradient or in no optimizer, and buffers: all that ``ema.update`` moves."""
     model = Weights()
     twin = copy.deepcopy(model)
     averages = [average_of(m, buffers=buffers, impl=impl) for m in (model, twin)]
@@ -101,7 +101,7 @@ def test_state_dicts_go_both_ways(impl, ours, theirs, arguments, direction):
 
 
 def lars_step(p, g, buffer, lr, momentum, decay, trust, eps):
-    """arXiv:1708.03888 as lightly has it, in loops over numbers."""
+    """LARS (arXiv:1708.03888) as in lightly, in loops over numbers."""
     p_norm, g_norm = math.sqrt(sum(x * x for x in p)), math.sqrt(sum(x * x for x in g))
     if decay != 0 and p_norm != 0 and g_norm != 0:
         rate = trust * p_norm / (g_norm + decay * p_norm + eps)
@@ -155,7 +155,7 @@ def test_lars_groups_and_state(impl):
 
 @pytest.mark.parametrize(("ours", "theirs", "arguments"), PAIRS, ids=PAIRS_IDS)
 def test_layouts_of_all_kinds(impl, ours, theirs, arguments):
-    """Gradients, targets and states in another order than the parameter's, and a parameter with gaps."""
+    """Gradients, targets and states whose memory order differs from the parameter's, and a parameter with gaps."""
     base = randn(6, 8, dtype=torch.float64)
 
     def make():
@@ -201,7 +201,7 @@ def test_lr_as_a_tensor(impl, ours, theirs, arguments):
 
 
 def test_stochastic_rounding_of_the_target(impl):
-    """bfloat16 at momentum 0.999, 500 steps from 0.5 towards 1; to nearest it would stay at 0.5."""
+    """bfloat16 at momentum 0.999, 500 steps from 0.5 towards 1; round-to-nearest would stay at 0.5."""
     model = nn.Linear(64, 64, bias=False).to(torch.bfloat16)
     with torch.no_grad():
         model.weight.fill_(1)
@@ -230,7 +230,7 @@ def test_closures_and_hooks(impl):
     first = optimizer.step(closure)
     assert optimizer.step(closure) < first
     assert calls == ["hook", "hook"]
-    # What autograd saved of a parameter is noticed to be outdated.
+    # Backward detects that a saved parameter has changed.
     loss = (model.weight * model.weight).sum()
     optimizer.step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):

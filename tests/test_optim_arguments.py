@@ -1,4 +1,4 @@
-"""What the fused optimizers are given: torch's own arguments by name, numbers and parameters of every kind."""
+"""Arguments of the fused optimizers: torch's own by name, numbers and parameters of every kind."""
 
 import copy
 import math
@@ -31,7 +31,7 @@ def test_foreach_and_fused_change_nothing(impl, ours, value):
     want = stepped(ours, lr=0.1, impl=impl)
     for arguments in ({"foreach": value}, {"fused": value}, {"foreach": value, "fused": value}):
         assert torch.equal(stepped(ours, lr=0.1, impl=impl, **arguments), want)
-    # GradScaler would leave it to torch's own fused kernels to divide the gradients by the scale.
+    # GradScaler expects torch's fused kernels to divide the gradients by the scale.
     assert not getattr(ours([nn.Parameter(torch.zeros(1))], fused=value), "_step_supports_amp_scaling", False)
 
 
@@ -59,7 +59,7 @@ def test_amsgrad_is_the_sixth_argument_as_in_torch():
 
 @pytest.mark.parametrize("ours", OURS)
 def test_options_in_a_loaded_state(impl, ours):
-    """A state of torch's foreach or fused class is taken; one of a differentiable step is refused at the next one."""
+    """A state of torch's foreach or fused class loads; one with ``differentiable`` makes the next step raise."""
     theirs = torch.optim.AdamW if ours is sk.optim.AdamW else torch.optim.SGD
     p = nn.Parameter(torch.ones(3))
     p.grad = torch.ones(3)
@@ -76,7 +76,7 @@ def test_options_in_a_loaded_state(impl, ours):
 
 @pytest.mark.parametrize("kind", ["float64", "float32", "float16"])
 def test_numbers_of_numpy(impl, kind):
-    """Every number; the values are exact in float16."""
+    """Every kind of number; the values are exact in float16."""
     kind = getattr(pytest.importorskip("numpy"), kind)
     sgd = {"lr": 0.125, "momentum": 0.5, "weight_decay": 0.25}
     for more in ({"dampening": 0.25}, {"nesterov": True}):
@@ -105,7 +105,7 @@ def test_whole_numbers(impl, ours, theirs):
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
 def test_a_rate_in_a_tensor_of_one_element(impl, ours, theirs, shape, dtype):
-    """Of parameters without and with dimensions."""
+    """Parameters with and without dimensions."""
     lr = torch.full(shape, 0.125, dtype=dtype, requires_grad=dtype == torch.float64)
     for n in ((), 5):
         p, q = (nn.Parameter(randn(*([n] if n else []), dtype=torch.float64)) for _ in range(2))
@@ -134,12 +134,12 @@ def test_a_rate_that_is_no_number(impl, ours):
 
 
 class Named(torch.Tensor):
-    """A subclass with memory of its own, and with no operators."""
+    """A subclass with plain memory that overrides no operators."""
 
 
 @pytest.mark.parametrize("ours", OURS)
 def test_tensors_that_bring_their_own_operators(impl, ours):
-    """The kernels would read memory that a wrapper has not; a plain subclass is a tensor like any other."""
+    """The kernels would read memory that a wrapper tensor lacks; a plain subclass works like any tensor."""
     plain, wrapper = nn.Parameter(torch.ones(3)), nn.Parameter(TwoTensor(torch.ones(3), torch.ones(3)))
     for p in (plain, wrapper):
         p.grad = torch.ones_like(p)
@@ -158,7 +158,7 @@ def test_tensors_that_bring_their_own_operators(impl, ours):
 
 @pytest.mark.parametrize("ours", OURS)
 def test_parameters_without_memory(ours):
-    """Shapes alone: on the meta device, and as fake tensors, which tools that estimate memory use."""
+    """Tensors with shapes only: on the meta device, and as the fake tensors of tools that estimate memory."""
     p = nn.Parameter(torch.ones(3, device="meta"))
     p.grad = torch.ones(3, device="meta")
     ours([p], lr=0.1).step()
@@ -172,7 +172,7 @@ def test_parameters_without_memory(ours):
 
 @pytest.mark.parametrize("ours", OURS)
 def test_parameters_of_other_dtypes(impl, ours):
-    """Frozen ones are passed by; those with a gradient are refused by their dtype."""
+    """Frozen parameters are skipped; those with a gradient raise because of their dtype."""
     counts = nn.Parameter(torch.tensor([1, 2]), requires_grad=False)
     p = nn.Parameter(torch.ones(3))
     p.grad = torch.ones(3)
@@ -218,7 +218,7 @@ def test_parameters_without_elements(impl, ours):
     ],
 )
 def test_a_loaded_state_that_does_not_fit_is_refused_before_anything_is_written(impl, ours, name, state, got):
-    """It is one of the last group, and the message says of which parameter."""
+    """The bad state is in the last group, and the message names its parameter."""
     params = [nn.Parameter(torch.ones(n)) for n in (2, 4, 3)]
     ema = sk.EMA(nn.ParameterList(params), impl=impl)
     arguments = {"momentum": 0.9} if ours is sk.optim.SGD else {}

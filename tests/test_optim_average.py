@@ -1,7 +1,7 @@
-"""Which parameters the average of a fused step is of: those that are final when it is made, or it is refused.
+"""The average of a fused step: it takes only parameters that are final, or raises.
 
-A sharded optimizer steps a part of the parameters in each process and sends them round afterwards, and of two
-optimizers over one model one is the first. An average that is made before is one step behind.
+A sharded optimizer steps a part of the parameters in each process and broadcasts them afterwards; with two optimizers
+over one model, one steps first. An average taken before the last change would be one step behind.
 """
 
 import copy
@@ -43,7 +43,7 @@ def values(module):
 
 
 def sharded_with_an_average(group, name, bucket_view):
-    """The errors of two steps; whether any of the parameters and of their averages has changed."""
+    """Return the errors of two steps, and whether any parameter or average has changed."""
     model = network()
     ema = sk.EMA(model, 0.9)
     optimizer = ZeroRedundancyOptimizer(
@@ -67,7 +67,7 @@ def sharded_with_an_average(group, name, bucket_view):
 @pytest.mark.parametrize("bucket_view", [False, True])
 @pytest.mark.parametrize("name", OURS)
 def test_a_sharded_optimizer_is_refused(ranks, name, bucket_view):
-    """On every process, before anything is written or sent."""
+    """It raises on every process, before anything is written or sent."""
     for errors, unchanged in ranks.run(2, sharded_with_an_average, name, bucket_view):
         assert len(errors) == 2
         for error in errors:
@@ -90,7 +90,7 @@ def sharded_and_updated(group, name):
 
 @pytest.mark.parametrize("name", OURS)
 def test_the_way_out_is_right(ranks, name):
-    """The one that the message names: the same as one process with the fused average."""
+    """The alternative that the message names equals one process with the fused average."""
     model = network()
     ema = sk.EMA(model, 0.9)
     optimizer = OURS[name](model.parameters(), lr=0.1, ema=ema)
@@ -113,7 +113,7 @@ def test_two_optimizers_over_one_model(impl, ours):
         first.step()
     assert all(map(torch.equal, before, values(model) + values(ema)))
     assert not any(first.state.values())
-    # Nor is it for a compiled or a wrapped model, whose parameters have longer names.
+    # Nor for a compiled or wrapped model, whose parameters have longer names.
     ema = sk.EMA(nn.DataParallel(model), 0.9, impl=impl)
     with pytest.raises(ValueError, match=REFUSED):
         ours(model[0].parameters(), lr=0.1, ema=ema, impl=impl).step()
@@ -128,7 +128,7 @@ def test_many_others_are_counted(impl):
 
 
 class EverySecondStep:
-    """A wrapper that steps one half of the parameters at a time, as block-wise training does."""
+    """A wrapper that steps half of the parameters at a time, like block-wise training."""
 
     def __init__(self, halves, **arguments):
         self.optimizers = [sk.optim.SGD(half, lr=0.1, **arguments) for half in halves]
@@ -140,7 +140,7 @@ class EverySecondStep:
 
 
 def test_a_wrapper_that_steps_a_part(impl):
-    """With gradients of all it is refused. With those of the part alone the others are final, and their average too."""
+    """It raises if all parameters have gradients. If only the stepped part has, the others are final and averaged."""
     model = network()
     ema = sk.EMA(model, 0.9, impl=impl)
     wrapper = EverySecondStep([list(part.parameters()) for part in model], ema=ema, impl=impl)
@@ -158,7 +158,7 @@ def test_a_wrapper_that_steps_a_part(impl):
 
 
 def test_what_is_final_moves(impl):
-    """Frozen parameters, those that took no part, and groups that came later."""
+    """Frozen parameters, unused parameters, and groups that are added later."""
     model = nn.ModuleDict({"a": nn.Linear(2, 2), "frozen": nn.Linear(2, 2), "unused": nn.Linear(2, 2)})
     model["frozen"].requires_grad_(False)
     ema = sk.EMA(model, 0.5, impl=impl)
@@ -177,7 +177,7 @@ def test_what_is_final_moves(impl):
 
 
 def test_gradients_from_before_a_part_was_frozen(impl):
-    """They are left over, and what was frozen is final."""
+    """Gradients are left over from before, and frozen parameters are final."""
     model = network()
     ema = sk.EMA(model, 0.5, impl=impl)
     backward(model)

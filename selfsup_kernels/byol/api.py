@@ -12,23 +12,23 @@ from selfsup_kernels.core.transforms import apply
 def byol_loss(predictions, targets, *, eps=1e-12, reduction="mean", impl="auto"):
     r"""BYOL's regression loss over V views (arXiv:2006.07733, eq. 2), in one pass each way.
 
-    Pairs ``(B, D)``: :math:`2 - 2 \cos(p_a, t_a)` per row. V views: an anchor :math:`(u, a)` has the mean of
-    :math:`2 - 2 \cos(p_{u,a}, t_{v,a})` over the other views :math:`v \ne u`; for V = 2 this is half of BYOL's
-    symmetrised loss, that is the mean of its two terms.
+    For ``(B, D)`` pairs each row's loss is :math:`2 - 2 \cos(p_a, t_a)`. For V views the loss of anchor :math:`(u, a)`
+    is the mean of :math:`2 - 2 \cos(p_{u,a}, t_{v,a})` over the other views :math:`v \ne u`; with V = 2 this is half
+    of BYOL's symmetrised loss, the mean of its two terms instead of their sum.
 
     Args:
         predictions: ``(B, D)``, ``(V, B, D)`` with V >= 2, or a sequence of V ``(B, D)`` tensors.
-        targets: the same shape; never receives a gradient.
-        eps: the floor of each norm (``1e-12`` as in ``F.normalize``; ``cosine_similarity`` has ``1e-8``).
+        targets: the same shape; receives no gradient.
+        eps: the floor of each norm (``1e-12`` as in ``F.normalize``; ``cosine_similarity`` uses ``1e-8``).
         reduction: ``"mean"``, ``"sum"``, or ``"none"`` for ``(B,)`` or ``(V, B)``.
         impl: ``"auto"``, ``"reference"``, ``"cpu"`` or, for GPUs, ``"cuda"``.
 
     Returns:
-        The loss in the dtype of the predictions (float32 under autocast). It is differentiable once.
+        The loss in the dtype of the predictions (float32 under autocast). It can be differentiated once.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message says which and why.
-        RuntimeError: ``impl`` cannot be used here, or a second derivative is asked for.
+        RuntimeError: ``impl`` cannot be used here, or a second derivative is requested.
     """
     pairs = isinstance(predictions, torch.Tensor) and predictions.dim() == 2
     p = check.views("predictions", [predictions] if pairs else predictions, 1 if pairs else 2)
@@ -69,7 +69,7 @@ def byol_loss(predictions, targets, *, eps=1e-12, reduction="mean", impl="auto")
 
 
 def _constant(target):
-    """The target without gradient; a copy where it was made under ``inference_mode``, which autograd cannot save."""
+    """Return the target detached; an inference tensor is copied, since autograd cannot save one."""
     if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not target.is_inference():
         return target.detach()
     return target.clone()

@@ -8,11 +8,11 @@ from selfsup_kernels.core.once import once
 
 
 class BYOL(torch.autograd.Function):
-    """Differentiable, once, in the predictions; the targets receive no gradient. Called by ``_transforms.apply``."""
+    """Once differentiable in the predictions; targets receive no gradient. Called through ``core.transforms.apply``."""
 
     @staticmethod
     def run(impl: str, eps: float, reduction: int, stacked: bool, num: int, *tensors: torch.Tensor):
-        """The loss, then the statistics of the rows that the backward needs."""
+        """Return the loss and the row statistics that the backward needs."""
         predictions, targets = _split(tensors, stacked, num)
         return backends.op("byol_forward", impl)(predictions, targets, eps, reduction)
 
@@ -40,7 +40,7 @@ class BYOL(torch.autograd.Function):
 
 
 def _split(tensors, stacked, num):
-    """The predictions, then the targets, each as a list of (B, D) matrices."""
+    """Return predictions and targets, each as a list of (B, D) matrices."""
     predictions, targets = tensors[:num], tensors[num:]
     if stacked:
         return list(predictions[0].unbind(0)), list(targets[0].unbind(0))

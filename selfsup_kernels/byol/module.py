@@ -1,4 +1,4 @@
-"""``byol_loss`` as a module: it holds the arguments."""
+"""``byol_loss`` as a module that stores the arguments."""
 
 from torch import nn
 
@@ -11,7 +11,7 @@ class BYOLLoss(nn.Module):
     """BYOL's regression loss as a module; see :func:`selfsup_kernels.byol_loss`.
 
     Args:
-        eps, reduction, impl: as there.
+        eps, reduction, impl: as in :func:`selfsup_kernels.byol_loss`.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message says which and why.

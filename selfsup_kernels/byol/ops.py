@@ -18,7 +18,7 @@ def _backward_fake(grad, predictions, targets, stats, reduction):
     return predictions[0].new_empty((len(predictions), *predictions[0].shape))
 
 
-# stats is (3, V, B): 1/max(|p|, eps), 1/max(|t|, eps) (both negative where the floor was taken) and the sum of the
+# stats is (3, V, B): 1/max(|p|, eps), 1/max(|t|, eps) (both negated where the norm is below eps) and the sum of each
 # anchor's cosines.
 define(
     "byol_forward",

@@ -1,6 +1,6 @@
-"""The BYOL loss over V views in eager PyTorch, linear in V: the ops ``byol_*.reference``.
+"""The BYOL loss over V views in eager PyTorch, in time linear in V: the ops ``byol_*.reference``.
 
-With unit rows only the sum of the targets matters: over the other views ``v != u``,
+For unit rows the loss depends only on the sum of the targets: over the views ``v != u``,
 ``sum_v (2 - 2 <p_u, t_v>) = 2 (V - 1) - 2 <p_u, T - t_u>`` with ``T = sum_v t_v``.
 """
 
@@ -24,50 +24,50 @@ def backward(grad, predictions, targets, stats, reduction):
     p, t = _wide(predictions), _wide(targets)
     rp, rt, cosines = stats
     scale = -2 / max(len(predictions) - 1, 1) / (cosines.numel() if reduction == 1 else 1)
-    along = torch.where(rp < 0, 0, cosines * rp)  # below the floor the norm is a constant: no projection
+    along = torch.where(rp < 0, 0, cosines * rp)  # below eps the norm is a constant: no projection
     dp = _opposite(t, rt).addcmul_(p, along.unsqueeze(-1), value=-1).mul_((grad * scale * rp.abs()).unsqueeze(-1))
     dtype = predictions[0].dtype
-    if dtype == torch.float16:  # dp / eps of a zero row is finite in float32 only
+    if dtype == torch.float16:  # dp / eps of a zero row overflows float16
         limit = torch.finfo(dtype).max
         dp = torch.where((rp < 0).unsqueeze(-1), dp.clamp(-limit, limit), dp)
     return dp.to(dtype)
 
 
 def _wide(views):
-    """(V, B, D), in float32 at least."""
+    """Stack the views as (V, B, D), in float32 or float64."""
     dtype = torch.float64 if views[0].dtype == torch.float64 else torch.float32
     views = [v.detach().to(dtype) for v in views]
     return views[0].unsqueeze(0) if len(views) == 1 else torch.stack(views)
 
 
 def _reciprocal_norm(x, eps):
-    """1 / max(|x|, eps), negative where the floor was taken."""
+    """Return 1 / max(|x|, eps), negated where |x| < eps."""
     norm = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64)
     return torch.where(norm < eps, -1 / eps, 1 / norm).to(x.dtype)
 
 
 def _opposite(t, rt):
-    """The sum of the other views' unit rows; with one view (pairs) the unit rows themselves."""
+    """Return the sum of the other views' unit rows; with one view (pairs) the unit rows themselves."""
     unit = t * rt.abs().unsqueeze(-1)
     return unit if len(unit) == 1 else unit.sum(0) - unit
 
 
 _MOST_ELEMENTS = 1 << 16
-"""The most elements of a view for :func:`by_autograd`; the op passes fewer times over the rows."""
+"""The largest view, in elements, that :func:`by_autograd` takes; above that the op makes fewer passes over memory."""
 
 
 def takes(view):
-    """Whether ``by_autograd`` is for a call with views like ``view``."""
+    """Return True if ``by_autograd`` should handle a call with views like ``view``."""
     return ordinary(view) and view.numel() <= _MOST_ELEMENTS
 
 
 def by_autograd(eps, reduction, stacked, num, *tensors):
-    """The loss, in float32 at least, of the arguments of ``byol.autograd.BYOL``."""
+    """Return the loss, in float32 or float64; the arguments are those of ``byol.autograd.BYOL``."""
     reduction, num_views = REDUCTIONS[reduction], len(tensors[0]) if stacked else num
     p, _ = UnitRows.apply(True, eps, None, *tensors[:num])
     with torch.no_grad():
         t, _ = UnitRows.apply(True, eps, None, *tensors[num:])
-        if num_views > 1:  # of the other views the mean is enough
+        if num_views > 1:  # the mean of the other views suffices
             t = t.view(num_views, -1, t.shape[1])
             t = (t.flip(0) if num_views == 2 else (t.sum(0) - t) / (num_views - 1)).flatten(0, 1)
     cosines = torch.linalg.vecdot(p, t)

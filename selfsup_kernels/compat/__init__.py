@@ -1,9 +1,9 @@
 """Drop-ins for losses of other libraries: their signatures, defaults, values and gradients, computed by our kernels.
 
-``selfsup_kernels.compat.<library>`` holds the classes and functions of one library under their own names; change the
-import, and nothing else. :func:`patch` changes an installed library in place instead, and :func:`report` says what
-became of its calls. Nothing here imports a library of others: a drop-in works where the original is not installed.
-``docs/compat.md`` lists the conventions of each.
+``selfsup_kernels.compat.<library>`` holds the classes and functions of one library under their own names: change only
+the import. :func:`patch` changes an installed library in place instead, and :func:`report` counts which calls our
+kernels computed. Nothing here imports another library: a drop-in works without the original. ``docs/compat.md`` lists
+the conventions of each.
 """
 
 import importlib

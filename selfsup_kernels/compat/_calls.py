@@ -1,4 +1,4 @@
-"""What became of the calls of patched libraries."""
+"""Counts of the calls of patched libraries, by who computed them."""
 
 import threading
 import warnings
@@ -8,7 +8,7 @@ from typing import NamedTuple
 from selfsup_kernels.core.lazy import constant
 
 _MOST_REASONS = 16
-"""Of one class or function that are told apart: a report does not grow for ever, nor do its warnings."""
+"""The most reasons kept per class or function, which bounds the report and the number of warnings."""
 _lock = threading.Lock()
 _calls: dict[str, "Calls"] = {}
 
@@ -17,15 +17,15 @@ class Calls(NamedTuple):
     """The calls of one class or function of a patched library."""
 
     ours: int
-    """How many our kernels computed."""
+    """The number of calls that our kernels computed."""
     original: int
-    """How many the library's own code computed."""
+    """The number of calls that the library's own code computed."""
     reasons: dict[str, int]
-    """Why it did, and how often for that reason."""
+    """The number of the library's calls by reason."""
 
 
 class Report(dict):
-    """By the full name of a class or function, its :class:`Calls`; printed, a line for each and for each reason."""
+    """The :class:`Calls` by full name of a class or function; prints one line for each of them and each reason."""
 
     def __str__(self):
         lines = []
@@ -36,7 +36,7 @@ class Report(dict):
 
 
 def report() -> Report:
-    """How many calls of patched libraries this process has computed by our kernels, how many not, and why.
+    """Return how many calls of patched libraries our kernels computed in this process, how many not, and why.
 
     ::
 
@@ -44,7 +44,7 @@ def report() -> Report:
         lightly.loss.ntx_ent_loss.NTXentLoss: 390 calls ours, 10 the original's
             10: a temperature below zero
 
-    A call that ``torch.compile`` traced counts where it was traced, once a graph.
+    A call that ``torch.compile`` traces is counted when it is traced, once per graph.
     """
     with _lock:
         return Report({name: calls._replace(reasons=dict(calls.reasons)) for name, calls in _calls.items()})
@@ -52,7 +52,7 @@ def report() -> Report:
 
 @constant
 def record(name: str, reason: str | None) -> None:
-    """Count a call; a reason why the original computed it is warned of the first time."""
+    """Count a call; the first time the original computes one for ``reason``, warn."""
     with _lock:
         calls = _calls.get(name, Calls(0, 0, Counter()))
         if reason is not None and reason not in calls.reasons and len(calls.reasons) >= _MOST_REASONS:
@@ -66,7 +66,7 @@ def record(name: str, reason: str | None) -> None:
         _calls[name] = calls
     if first:
         warnings.warn(
-            f"{name}: the library's own code computes this, the kernels do not serve {reason}; said once,"
+            f"{name}: the library's own code computes this, the kernels do not serve {reason}; warned once,"
             " selfsup_kernels.compat.report() counts such calls",
             stacklevel=2,
         )

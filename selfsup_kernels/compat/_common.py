@@ -1,4 +1,4 @@
-"""What the drop-ins share."""
+"""Code shared by the drop-ins."""
 
 import contextlib
 import types
@@ -13,37 +13,37 @@ from selfsup_kernels.info_nce.api import info_nce_loss
 
 
 class Unsupported(RuntimeError):
-    """What an original can do and its drop-in cannot: ``(message, feature)``, the latter what was asked for."""
+    """Raised for a feature of the original that the drop-in lacks; the arguments are ``(message, feature)``."""
 
     def __str__(self):
         return self.args[0]
 
 
 def unsupported(original: str, feature: str, instead: str = "") -> Unsupported:
-    """The error for what the original can do and its drop-in cannot; for ``raise unsupported(...)``.
+    """Return the error for a feature of the original that the drop-in lacks: ``raise unsupported(...)``.
 
     Args:
         original: the name of the original, ``"lightly.loss.DCLLoss"``.
-        feature: what was asked for, ``"reducer=ThresholdReducer"``.
-        instead: what to do, a clause; by default, to use the original.
+        feature: the requested feature, ``"reducer=ThresholdReducer"``.
+        instead: a clause that says what to do; by default, to use the original.
     """
     instead = instead or f"use {original} itself for it"
     return Unsupported(f"{feature}: the drop-in for {original} does not support this; {instead}", feature)
 
 
 class DropIn(nn.Module):
-    """A drop-in for a class that is made to be subclassed.
+    """Base class of drop-ins for classes that users subclass.
 
-    A hook that the drop-in has works as in the original. A subclass, or an assignment to an object, that replaces
-    another one is refused: the drop-in would not call it.
+    Hooks that the drop-in has work as in the original. A subclass or an object that replaces another hook raises: the
+    drop-in would not call it.
     """
 
     original: str
     """The full name of the original."""
     hooks: tuple[str, ...] = ()
-    """The original's methods that the replaced ones call on ``self``."""
+    """The original's methods that the replaced methods call on ``self``."""
     constructor_hooks: tuple[str, ...] = ()
-    """Those that its constructor alone calls or sets."""
+    """The original's methods that only its constructor calls or sets."""
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -58,20 +58,20 @@ class DropIn(nn.Module):
 
 
 def _has(cls, name):
-    """Whether a drop-in among the bases of ``cls`` has the method ``name`` itself."""
+    """Return True if a drop-in among the bases of ``cls`` defines the method ``name``."""
     return any(name in vars(base) for base in cls.__mro__ if base.__module__.startswith("selfsup_kernels."))
 
 
 def overridden(module, methods) -> list[str]:
-    """The names of those methods (name -> function) that the class of ``module``, or the object itself, replaces."""
+    """Return the names of ``methods`` (name -> function) that ``module`` or its class replaces."""
     kind, own = type(module), module.__dict__
     return [name for name, method in methods.items() if name in own or getattr(kind, name, None) is not method]
 
 
 def is_from(library: str, value, names) -> bool:
-    """Whether ``value``, a function or class, has one of these names in the library or in this package.
+    """Return True if ``value`` is a function or class of the library or of this package with one of these names.
 
-    A wrapper is not: ``functools.wraps`` gives it the name and the module of what it wraps.
+    Wrappers are excluded: ``functools.wraps`` gives them the name and module of the wrapped function.
     """
     if getattr(value, "__name__", None) not in names or hasattr(value, "__wrapped__"):
         return False
@@ -79,7 +79,7 @@ def is_from(library: str, value, names) -> bool:
 
 
 def is_own(library: str, function) -> bool:
-    """Whether a method is the library's or ours, bare or in decorators of torch or its own: no user's."""
+    """Return True if a method is the library's or ours, undecorated or decorated only by torch, the library or us."""
     while hasattr(function, "__wrapped__"):
         where = getattr(function, "__globals__", {}).get("__name__", "")
         if where.partition(".")[0] not in (library, "selfsup_kernels", "torch"):
@@ -97,10 +97,10 @@ _methods_of: dict[type, dict] = {}
 
 
 def altered(module, part, library: str) -> list[str]:
-    """What makes a part of ``module`` compute something else than its class in ``library`` does.
+    """Return what makes a part of ``module`` compute something other than its class in ``library`` does.
 
-    The originals call their parts and the drop-ins do not. These are the names of methods that somebody has replaced in
-    the part or its class, and ``"hooks"``: those of the part, and under ``compat.patch`` those of all modules.
+    The originals call their parts; the drop-ins do not. The result lists the methods replaced in the part or its class,
+    and ``"hooks"`` if the part has any or, under ``compat.patch``, if there are hooks of all modules.
     """
     found = overridden(part, _methods_of.get(type(part)) or _methods(type(part), library))
     every = not isinstance(module, DropIn) and torch_module._has_any_global_hook()
@@ -111,7 +111,7 @@ def altered(module, part, library: str) -> list[str]:
 
 @constant
 def _methods(kind, library):
-    """name -> function of a class's methods but nn.Module's; None in place of one that is not the library's."""
+    """Return name -> function of a class's methods except nn.Module's; None for one that is not the library's."""
     methods = {}
     for base in kind.__mro__:
         if base not in (nn.Module, object):
@@ -129,7 +129,7 @@ def _methods(kind, library):
 
 
 def pair(first_name: str, first, second_name: str, second) -> None:
-    """Two ``(B, D)`` tensors of one shape, or a ValueError or TypeError that names the one that is not."""
+    """Raise a ValueError or TypeError unless both are ``(B, D)`` tensors of one shape."""
     for name, tensor in ((first_name, first), (second_name, second)):
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name}: expected a (B, D) tensor, got {type(tensor).__name__}")
@@ -142,11 +142,11 @@ def pair(first_name: str, first, second_name: str, second) -> None:
 
 
 def wide_loss(views, **arguments):
-    """:func:`selfsup_kernels.info_nce_loss`, its value in float32 at least: for losses that are computed with further.
+    """Return :func:`selfsup_kernels.info_nce_loss` in float32 or float64, for further computations.
 
-    Under autocast the value is float32 for views of any dtype, which are read as they are.
+    Views of 16 bits run under autocast, which reads them as they are and returns float32.
     """
-    arguments["group"] = arguments.get("group") or "local"  # the original says whose samples count: no warning
+    arguments["group"] = arguments.get("group") or "local"  # the original defines whose samples count: no warning
     device, dtype = views[0].device.type, views[0].dtype
     low = dtype in (torch.float16, torch.bfloat16)
     with torch.autocast(device, dtype) if low else contextlib.nullcontext():
@@ -154,5 +154,5 @@ def wide_loss(views, **arguments):
 
 
 def narrow(loss, like):
-    """``loss`` in the dtype of ``like``, as PyTorch's own losses return it; as it is under autocast."""
+    """Return ``loss`` in the dtype of ``like``, as PyTorch's losses do; unchanged under autocast."""
     return loss if check.autocasts(like.device) else loss.to(like.dtype)

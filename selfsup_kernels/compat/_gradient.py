@@ -1,10 +1,10 @@
-"""Changing a gradient on its way, and no value."""
+"""Functions that change a gradient but not the value."""
 
 import torch
 
 
 class ScaleGradient(torch.autograd.Function):
-    """The identity, whose gradient is multiplied by a number."""
+    """The identity; its backward multiplies the gradient by a number."""
 
     @staticmethod
     def forward(ctx, x, factor):
@@ -17,7 +17,7 @@ class ScaleGradient(torch.autograd.Function):
 
 
 class AverageGradient(torch.autograd.Function):
-    """The identity, whose gradient is the mean of those of all processes of a group."""
+    """The identity; its backward averages the gradient over the processes of a group."""
 
     @staticmethod
     def forward(ctx, x, group):

@@ -1,9 +1,9 @@
-"""Softmax denominators of one direction, queries against documents, from the two-view losses: in linear memory.
+"""Softmax denominators of one direction (queries against documents) from the two-view losses, in linear memory.
 
-``cross_view`` of the views (x, y) gives, per row, ``log sum_b exp(S_ab) - S_aa``, differentiable on its own: an
-upstream gradient that is zero for the anchors of y leaves the direction x -> y alone. Adding ``S_aa``, which costs one
-product of rows, makes it the logarithm of the sum; several of those, over several blocks of columns, add up to a
-denominator over all of them. Nothing of B x B numbers ever exists, and every block's rows take their gradient.
+``cross_view`` of the views (x, y) gives ``log sum_b exp(S_ab) - S_aa`` per row. A zero upstream gradient for y's
+anchors leaves only the direction x -> y. Adding ``S_aa``, one product of rows, gives the logarithm of the sum; the
+sums over several blocks of columns add up to the denominator over all of them. No B x B matrix is stored, and the rows
+of every block receive their gradient.
 """
 
 import torch
@@ -13,7 +13,7 @@ from selfsup_kernels.compat._common import wide_loss
 
 
 class OneWay:
-    """Scores ``scale * <x_a, y_b>`` between columns of embeddings, ``(B, D)`` each, of the same B samples.
+    """Scores ``scale * <x_a, y_b>`` between columns of embeddings of the same B samples, ``(B, D)`` each.
 
     Args:
         scale: a number > 0.
@@ -24,9 +24,9 @@ class OneWay:
         self.scale, self.normalize, self.eps, self.group = scale, normalize, eps, group
 
     def losses(self, *views, objective="cross_view", core_view=None):
-        """(V, B) losses, in float32 at least. One sample alone has none: its positive is all there is.
+        """Return (V, B) losses, in float32 or float64.
 
-        The same of ``decoupled``, whose denominator is then empty, is -inf.
+        A single sample has no negatives: its loss is 0, or -inf for ``decoupled``, whose denominator is then empty.
         """
         if len(views[0]) == 1 and self.group is None:
             nothing = sum(0 * self.own(x, x) for x in views)
@@ -43,7 +43,7 @@ class OneWay:
         )
 
     def own(self, x, y):
-        """(B,): ``S_aa``."""
+        """Return ``S_aa``, (B,)."""
         wide = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
         x, y = x.to(wide), y.to(wide)
         if self.normalize:
@@ -51,9 +51,9 @@ class OneWay:
         return self.scale * (x * y).sum(-1)
 
     def others(self, x, y):
-        """(B,): ``log sum over b != a of exp(S_ab)``, or -inf where that is below ``S_aa - 87``.
+        """Return ``log sum over b != a of exp(S_ab)``, (B,), or -inf where that is below ``S_aa - 87``.
 
-        Float32 does not hold what is lost then: no matter beside a term ``S_aa - 40``, which callers have to have.
+        Float32 cannot represent it there. Callers must add a term of at least ``S_aa - 40``, next to which it vanishes.
         """
         loss = self.losses(x, y)[0]  # log(1 + exp(others - own))
         there = loss > torch.finfo(torch.float32).tiny

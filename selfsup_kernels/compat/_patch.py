@@ -1,4 +1,4 @@
-"""Changing an installed library in place, so that code which imports it needs no change, and changing it back."""
+"""Patch an installed library in place, so that code which imports it needs no change, and undo the patch."""
 
 import functools
 import importlib
@@ -16,39 +16,39 @@ from selfsup_kernels.compat._table import TABLE, TESTED
 
 _lock = threading.RLock()
 _handles: dict[str, list["Patch"]] = {}
-"""By library, the patches that hold it: it is changed back when the last one is undone."""
+"""The active patches of each library: undoing the last one restores it."""
 
 
 def patch(name: str) -> "Patch":
-    """Compute an installed library's losses and averages by our kernels, until undone.
+    """Compute an installed library's losses and averages with our kernels, until undone.
 
     ::
 
-        selfsup_kernels.compat.patch("lightly")            # from here on; .undo() of what it returns ends it
+        selfsup_kernels.compat.patch("lightly")            # from here on, until .undo() of the returned handle
         with selfsup_kernels.compat.patch("lightly"):      # or within a block
             ...
 
-    The library's classes stay what they are, with their constructors, attributes and subclasses. Those of their methods
-    that compute the loss or the average are replaced, for objects that exist already too. A replaced method calls the
-    drop-in. It calls the original instead for what the drop-in does not serve: arguments or settings that it refuses,
-    and objects whose class, or that themselves, replace a method that the original calls and the drop-in does not.
-    Each class and reason is warned of once, and :func:`selfsup_kernels.compat.report` counts them.
+    The library keeps its classes, with their constructors, attributes and subclasses. Only the methods that compute the
+    loss or the average are replaced, for existing objects too. A replaced method calls the drop-in. It calls the
+    original instead if the drop-in refuses the arguments or settings, or if the object or its class replaces a method
+    that the original calls and the drop-in does not. Each class and reason causes one warning, and
+    :func:`selfsup_kernels.compat.report` counts the calls.
 
-    A function is replaced in every global name of every imported module that refers to it, and in names that later
-    imports make. Other references to it (a local variable, a default argument, an entry of a dictionary) keep it.
+    A function is replaced in every global name, of every imported module, that refers to it, and in names that later
+    imports create. Other references (a local variable, a default argument, a dictionary entry) keep the original.
 
-    ``undo`` turns all of it back. A library may be patched several times over: the last undo counts.
+    ``undo`` restores everything. If a library is patched several times, the last undo restores it.
 
     Args:
-        name: ``"lightly"``, ``"pytorch_metric_learning"`` or another library of ``selfsup_kernels.compat._table``.
+        name: ``"lightly"``, ``"pytorch_metric_learning"`` or another library in ``selfsup_kernels.compat._table``.
 
     Returns:
-        A handle with ``undo()``, which is a context manager too.
+        A handle with ``undo()``, which is also a context manager.
 
     Raises:
-        ValueError: we have no drop-ins for a library of this name.
-        RuntimeError: the library is not installed, does not import, or lacks a name that a drop-in is for. Nothing has
-            changed then.
+        ValueError: there are no drop-ins for a library of this name.
+        RuntimeError: the library is not installed, cannot be imported, or lacks a name that a drop-in replaces; nothing
+            has changed.
     """
     if not isinstance(name, str):
         raise TypeError(f"name: expected a library's name, got {type(name).__name__}")
@@ -58,7 +58,7 @@ def patch(name: str) -> "Patch":
     with _lock:
         handles = _handles.setdefault(library, [])
         changes = handles[0].changes if handles else _changes(library)
-        # Again for a library that is patched already: a module may have got hold of an original since.
+        # Also for a library that is already patched: a module may have stored an original since.
         for change in changes:
             change.make()
         handle = Patch(library, changes)
@@ -67,14 +67,14 @@ def patch(name: str) -> "Patch":
 
 
 class Patch:
-    """What :func:`patch` returns."""
+    """Handle that :func:`patch` returns."""
 
     def __init__(self, library, changes):
         self.library = library
         self.changes = changes
 
     def undo(self) -> None:
-        """Change the library back, unless it is patched by others still. A second undo does nothing."""
+        """Restore the library, unless other patches of it are active. A second undo does nothing."""
         with _lock:
             handles = _handles.get(self.library, [])
             if self not in handles:
@@ -96,7 +96,7 @@ class Patch:
 
 
 def _changes(library):
-    """What patching the library consists of; nothing has changed yet."""
+    """Return the changes that patch the library, without making them."""
     if importlib.util.find_spec(library) is None:
         raise RuntimeError(f"name: expected an installed library, but {library} is not installed here")
     drop_ins = importlib.import_module(f"selfsup_kernels.compat.{library}")
@@ -121,14 +121,14 @@ def _changes(library):
 
 
 class _Method:
-    """A method of a library's class, and what stands in for it."""
+    """A method of a library's class and its replacement."""
 
     def __init__(self, name, library, cls, method, ours):
         self.name, self.cls, self.method = name, cls, method
         self.original = getattr(cls, method)
         self.inherited = method not in vars(cls)
         hooks = {hook: getattr(cls, hook) for hook in getattr(ours, "hooks", ())}
-        # What a user has put into the library's class before this, which is not to be undone.
+        # Methods that a user replaced in the library's class before this patch; undo must keep them.
         changed = [hook for hook, function in {method: self.original, **hooks}.items() if not is_own(library, function)]
         self.replacement = self._dispatch(getattr(ours, method), hooks, changed)
 
@@ -137,7 +137,7 @@ class _Method:
 
     def undo(self):
         if vars(self.cls).get(self.method) is not self.replacement:
-            return  # somebody else has replaced it since
+            return  # other code has replaced it since
         if self.inherited:
             delattr(self.cls, self.method)
         else:
@@ -149,7 +149,7 @@ class _Method:
         @functools.wraps(original)
         def method(module, *args, **kwargs):
             following = original
-            if inherited and type(module) is not cls:  # a mixin may come between the class and the one it inherits from
+            if inherited and type(module) is not cls:  # a mixin may come before the class that defines the method
                 following = getattr(super(cls, type(module)), name)
             replaced = changed or overridden(module, hooks) or ([] if following is original else [name])
             if replaced:
@@ -163,7 +163,7 @@ class _Method:
 
 
 class _Function:
-    """A library's function, and what stands in for it."""
+    """A library's function and its replacement."""
 
     def __init__(self, name, original, ours):
         self.name, self.original = name, original
@@ -184,7 +184,7 @@ class _Function:
 
 
 def _attempt(ours, *args, **kwargs):
-    """``(None, what ours returns)``, or ``(why it does not serve the call, None)``."""
+    """Return ``(None, result of ours)``, or ``(reason why ours refuses the call, None)``."""
     try:
         return None, ours(*args, **kwargs)
     except torch.OutOfMemoryError:
@@ -192,14 +192,14 @@ def _attempt(ours, *args, **kwargs):
     except (TypeError, ValueError, RuntimeError) as error:
         if isinstance(error, Unsupported):
             return error.args[-1], None
-        # Without this call's values and shapes, so that further calls have the same reason.
+        # Drop this call's values and shapes, so that similar calls share one reason.
         return re.sub(r"\(\d+,[\d, ]*\)", "(...)", str(error).partition(", got ")[0]), None
 
 
 def _swap(first, second) -> None:
-    """Make every module's global name that refers to the first refer to the second.
+    """Rebind every module's global name that refers to ``first`` to ``second``.
 
-    Through the dictionaries: asking a module for an attribute may import things, and lazy modules have odd ones.
+    Uses the modules' dictionaries: attribute access may trigger imports in lazy modules.
     """
     for module in list(sys.modules.values()):
         if not isinstance(module, types.ModuleType):

@@ -1,4 +1,4 @@
-"""Which name of which library :func:`selfsup_kernels.compat.patch` gives to which drop-in of ours."""
+"""The names in each library that :func:`selfsup_kernels.compat.patch` replaces, and their drop-ins."""
 
 from typing import NamedTuple
 
@@ -6,8 +6,8 @@ from typing import NamedTuple
 class Swap(NamedTuple):
     """``module.attribute`` of a library, and the name of our drop-in for it in ``selfsup_kernels.compat.<library>``.
 
-    Of a class, ``methods`` are replaced by the drop-in's, for its subclasses too. A function is replaced wherever a
-    module has it; ``module`` is the one to import. What is ``optional`` may be missing in some versions of the library.
+    For a class, the drop-in's ``methods`` replace its own, for subclasses too. A function is replaced in every module
+    that has it; ``module`` is the one to import. ``optional`` names may be missing in some versions of the library.
     """
 
     module: str

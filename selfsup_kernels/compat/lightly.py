@@ -27,25 +27,26 @@ __all__ = [
 class NTXentLoss(DropIn):
     r"""``lightly.loss.NTXentLoss``: NT-Xent (arXiv:2002.05709), or MoCo's loss (arXiv:1911.05722) with a memory bank.
 
-    Without a bank it is the mean over the 2B rows of :math:`-\log` of the softmax of the row's positive over all rows
-    but itself: :func:`selfsup_kernels.info_nce_loss` with ``supcon_out``. With a bank it is the mean over the B rows of
-    ``out0`` of :math:`-\log` of the softmax of its positive in ``out1`` over that positive and the bank; nothing else
-    of the batch is a negative. ``out1`` takes a gradient where it requires one.
+    Without a bank, the loss is the mean over the 2B rows of the cross entropy of each row's positive against all other
+    rows: :func:`selfsup_kernels.info_nce_loss` with ``supcon_out``. With a bank, it is the mean over the B rows of
+    ``out0`` of the cross entropy of the positive in ``out1`` against the bank; the rest of the batch provides no
+    negatives. ``out1`` receives a gradient if it requires one.
 
-    With a bank, a step whose ``out0`` requires a gradient puts the normalised ``out1`` into the bank, after the loss
-    was computed: at ``bank_ptr``, cut off at the bank's end, from where the pointer returns to 0. The bank is not part
-    of the state dict, as in the original; ``memory_bank.bank`` and ``memory_bank.bank_ptr`` are its buffers.
+    With a bank, a step whose ``out0`` requires grad writes the normalised ``out1`` into the bank after computing the
+    loss, starting at ``bank_ptr``. Rows past the bank's end are dropped, and the pointer returns to 0. The bank is not
+    part of the state dict, as in the original; ``memory_bank.bank`` and ``memory_bank.bank_ptr`` are its buffers.
 
     Args:
         temperature: a positive number.
         memory_bank_size: ``(rows, D)``, or 0 for none.
-        gather_distributed: negatives come from all processes, each of which has the mean loss of its own anchors; with
-            a bank, the rows of all processes enter it.
+        gather_distributed: take negatives from all processes; each process returns the mean loss of its own anchors.
+            With a bank, the rows of all processes enter it.
 
     Raises:
-        ValueError: a temperature below 1e-8, or a size that is not one; in the forward, shapes that do not fit.
-        RuntimeError: a temperature below zero, which the original allows; in the forward, a ``memory_bank`` or
-            ``cross_entropy`` of another kind than the constructor's.
+        ValueError: the temperature is below 1e-8 in magnitude, or the size is invalid; in the forward, shapes do not
+            fit.
+        RuntimeError: the temperature is negative, which the original allows; in the forward, ``memory_bank`` or
+            ``cross_entropy`` is of another kind than the constructor's.
     """
 
     original = "lightly.loss.NTXentLoss"
@@ -63,13 +64,13 @@ class NTXentLoss(DropIn):
         _check_ntxent(self)
 
     def forward(self, out0, out1):
-        """The loss of two views' ``(B, D)`` projections; they need not be normalised."""
+        """Return the loss of two views' ``(B, D)`` projections, which need not be normalised."""
         _check_ntxent(self)
         pair("out0", out0, "out1", out1)
         if self.memory_bank.size[0] == 0:
             group = every_process() if self.gather_distributed else None
             if group is None and len(out0) == 1:
-                return 0 * (out0.sum() + out1.sum())  # as the original without negatives
+                return 0 * (out0.sum() + out1.sum())  # as in the original, without negatives
             return narrow(_two_views(out0, out1, self.temperature, "supcon_out", group), out0)
         loss = queue_contrast_loss(out0, out1, self.memory_bank.bank.to(out0.device), self.temperature)
         if torch.is_grad_enabled() and out0.requires_grad:
@@ -81,7 +82,7 @@ class NTXentLoss(DropIn):
 
 
 class MemoryBankModule(nn.Module):
-    """lightly's ``MemoryBankModule``: a ring of rows, at first random unit rows.
+    """lightly's ``MemoryBankModule``: a ring buffer of rows, initially random unit rows.
 
     Args:
         size: ``(rows, D)``, or 0 for none.
@@ -89,7 +90,7 @@ class MemoryBankModule(nn.Module):
         feature_dim_first: ``forward`` returns the bank as ``(D, rows)``.
 
     Raises:
-        ValueError: ``size`` is negative, a number of rows without their width, or not a pair.
+        ValueError: ``size`` is negative, a number of rows without a width, or not a pair.
     """
 
     def __init__(self, size, gather_distributed=False, feature_dim_first=True):
@@ -110,7 +111,7 @@ class MemoryBankModule(nn.Module):
         self.bank = F.normalize(torch.randn(size), dim=-1)
 
     def forward(self, output, labels=None, update=False):
-        """``(output, a copy of the bank)``, or ``(output, None)`` without one; ``update`` then enters ``output``."""
+        """Return ``(output, copy of the bank)``, or ``(output, None)`` without a bank; ``update`` stores ``output``."""
         if self.size[0] == 0:
             return output, None
         bank = self.bank.detach().clone()
@@ -130,11 +131,11 @@ class MemoryBankModule(nn.Module):
 class NegativeCosineSimilarity(nn.Module):
     """``lightly.loss.NegativeCosineSimilarity``: minus the mean cosine (SimSiam, arXiv:2011.10566).
 
-    Half of :func:`selfsup_kernels.byol_loss`, less one. Both arguments take a gradient where they require one; detach
-    the target, as with the original.
+    Equals :func:`selfsup_kernels.byol_loss` / 2 - 1. Both arguments receive a gradient if they require one; detach the
+    target, as with the original.
 
     Args:
-        dim: the dimension of the features.
+        dim: the feature dimension.
         eps: the floor of each norm.
     """
 
@@ -144,7 +145,7 @@ class NegativeCosineSimilarity(nn.Module):
         self.eps = eps
 
     def forward(self, x0, x1):
-        """The loss of two tensors of shapes that broadcast."""
+        """Return the loss of two tensors with shapes that broadcast."""
         for name, x in (("x0", x0), ("x1", x1)):
             if not isinstance(x, torch.Tensor):
                 raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
@@ -173,21 +174,20 @@ def _matrices(x0, x1, dim):
 class DCLLoss(DropIn):
     r"""``lightly.loss.DCLLoss``: decoupled contrastive learning (arXiv:2110.06848, eq. 6).
 
-    The mean over the 2B rows of :math:`-w P + \operatorname{LSE}(\text{all } N)`: the positive :math:`P` is not in the
-    denominator, which holds both views of all other samples. It is :func:`selfsup_kernels.info_nce_loss` with
-    ``decoupled``, plus :math:`(1 - w) P` where there are weights.
+    The loss is the mean over the 2B rows of :math:`-w P + \operatorname{LSE}(\text{all } N)`: the denominator holds
+    both views of all other samples, but not the positive :math:`P`. It is :func:`selfsup_kernels.info_nce_loss` with
+    ``decoupled``, plus :math:`(1 - w) P` if there are weights.
 
     Args:
         temperature: a positive number.
-        weight_fn: ``weight_fn(out0, out1)`` gets the normalised rows and returns ``(B,)`` weights :math:`w`; it is
-            called for each direction, and its gradient counts. None for no weights.
-        gather_distributed: negatives come from all processes, each of which has the mean loss of its own anchors.
+        weight_fn: ``weight_fn(out0, out1)`` takes the normalised rows and returns ``(B,)`` weights :math:`w`; it is
+            called once per direction, and gradients flow through it. None for no weights.
+        gather_distributed: take negatives from all processes; each process returns the mean loss of its own anchors.
 
     Raises:
-        ValueError: in the forward, shapes that do not fit, or one sample without negatives, where the original returns
-            minus infinity.
-        RuntimeError: in the forward, a temperature below zero; where it is defined, a subclass with a ``_loss`` of its
-            own.
+        ValueError: in the forward, shapes do not fit, or there is only one sample and so no negatives, where the
+            original returns minus infinity.
+        RuntimeError: in the forward, the temperature is negative; at its definition, a subclass overrides ``_loss``.
     """
 
     original = "lightly.loss.DCLLoss"
@@ -201,7 +201,7 @@ class DCLLoss(DropIn):
         _check_gather(gather_distributed)
 
     def forward(self, out0, out1):
-        """The loss of two views' ``(B, D)`` projections; they need not be normalised."""
+        """Return the loss of two views' ``(B, D)`` projections, which need not be normalised."""
         _check_temperature(self, DCLLoss)
         pair("out0", out0, "out1", out1)
         group = every_process() if self.gather_distributed else None
@@ -223,8 +223,8 @@ class DCLWLoss(DCLLoss):
 
     Args:
         temperature: a positive number.
-        sigma: of the weights.
-        gather_distributed: negatives come from all processes; the weights are of each process' own batch.
+        sigma: the divisor in the softmax of :func:`negative_mises_fisher_weights`.
+        gather_distributed: take negatives from all processes; the weights use each process' own batch.
     """
 
     def __init__(self, temperature=0.1, sigma=0.5, gather_distributed=False):
@@ -232,9 +232,9 @@ class DCLWLoss(DCLLoss):
 
 
 def negative_mises_fisher_weights(out0, out1, sigma=0.5):
-    r"""``(B,)`` weights :math:`2 - B \operatorname{softmax}(\langle z_0, z_1 \rangle / \sigma)`, without gradient.
+    r"""Return ``(B,)`` weights :math:`2 - B \operatorname{softmax}(\langle z_0, z_1 \rangle / \sigma)`, detached.
 
-    (arXiv:2110.06848, section 3.2.)
+    See arXiv:2110.06848, section 3.2.
     """
     similarity = (out0.detach() * out1.detach()).sum(-1) / sigma
     return 2 - len(out0) * F.softmax(similarity, dim=0)
@@ -242,17 +242,17 @@ def negative_mises_fisher_weights(out0, out1, sigma=0.5):
 
 @torch.no_grad()
 def update_momentum(model, model_ema, m):
-    """``lightly.models.utils.update_momentum``: ``ema <- m ema + (1 - m) model`` for all parameters, in their order.
+    """``lightly.models.utils.update_momentum``: ``ema <- m ema + (1 - m) model`` for all parameters, in order.
 
-    Buffers are left alone, as in the original: BatchNorm layers of the momentum model keep statistics of their own.
-    Parameters that ``load_state_dict(assign=True)`` has left in the model's memory get memory of their own.
+    Buffers are left alone, as in the original: the momentum model's BatchNorm layers keep their own statistics.
+    Parameters that share the model's memory after ``load_state_dict(assign=True)`` get their own memory.
 
     Args:
-        model, model_ema: modules with as many parameters of the same shapes.
+        model, model_ema: modules whose parameters match in number and shapes.
         m: a number in [0, 1], or a tensor of one element.
 
     Raises:
-        ValueError, TypeError, RuntimeError: as of :func:`selfsup_kernels.ema_update_`. Nothing has changed then.
+        ValueError, TypeError, RuntimeError: as in :func:`selfsup_kernels.ema_update_`; nothing has changed.
     """
     ema_update_pairs_(list(model_ema.parameters()), list(model.parameters()), None, m, as_torch=True, own_memory=True)
 
@@ -283,7 +283,7 @@ def _check_gather(gather_distributed):
 
 
 def _two_views(out0, out1, temperature, objective, group):
-    """The mean of one process' own anchors, in float32 at least."""
+    """Return the mean loss of this process' own anchors, in float32 or float64."""
     reduction = "mean" if group is None else "none"
     losses = wide_loss([out0, out1], temperature=temperature, objective=objective, reduction=reduction, group=group)
     return losses if group is None else losses.mean()

@@ -18,30 +18,30 @@ class ClipLoss(DropIn):
         -\log \frac{e^{s \langle i_a, t_a \rangle}}{\sum_b e^{s \langle i_a, t_b \rangle}}
         -\log \frac{e^{s \langle i_a, t_a \rangle}}{\sum_b e^{s \langle i_b, t_a \rangle}} \right]
 
-    with the scale :math:`s` as it is given. The features are not normalised here: the caller does that, as with the
-    original. It is ``cross_view`` of :func:`selfsup_kernels.info_nce_loss` for two views.
+    with the scale :math:`s` as given. The caller normalises the features, as with the original. This is ``cross_view``
+    of :func:`selfsup_kernels.info_nce_loss` for two views.
 
-    With ``world_size`` > 1 the features of all processes are the negatives, as in the original:
+    With ``world_size`` > 1 the negatives are the features of all processes, as in the original:
 
-    - ``gather_with_grad=True``: value and gradient are the original's, for ``local_loss`` on and off. With
-      ``local_loss`` the gradients of the scale are spread over the processes in another way, and have the original's
-      mean, which is what DistributedDataParallel takes.
+    - ``gather_with_grad=True``: value and gradient are the original's, with and without ``local_loss``. With
+      ``local_loss`` the scale's gradient on each process differs from the original's, but its mean, which
+      DistributedDataParallel takes, is equal.
     - both False (the original's defaults): the original's gradient of the features, and so ours, is too small by a
-      factor of ``world_size``. Turn ``gather_with_grad`` on, unless a learning rate is tuned to it.
+      factor of ``world_size``. Set ``gather_with_grad=True`` unless a learning rate is tuned to this.
     - ``local_loss=True`` alone: in the original no gradient reaches the features as negatives of other processes, so
-      that its direction is not that of the loss. Refused.
+      its direction is not that of the loss. Not supported.
 
-    A subclass may call ``get_logits`` and ``get_ground_truth``, which make the table of scores that the loss itself
-    does without. Where it overrides one of them, the loss is computed from what they return.
+    A subclass may call ``get_logits`` and ``get_ground_truth``, which build the matrix of scores that the loss itself
+    avoids. If it overrides one of them, the loss is computed from their results.
 
     Args:
-        local_loss, gather_with_grad, rank, world_size: as in the original. ``torch.distributed``'s default group has
-            to have ``world_size`` processes.
-        cache_labels: taken, without effect: there are no labels here.
+        local_loss, gather_with_grad, rank, world_size: as in the original. ``torch.distributed``'s default group must
+            have ``world_size`` processes.
+        cache_labels: accepted without effect, since there are no labels.
         use_horovod: must be False.
 
     Raises:
-        RuntimeError: horovod, or ``local_loss`` without ``gather_with_grad`` in several processes.
+        RuntimeError: ``use_horovod`` is set, or ``local_loss`` without ``gather_with_grad`` in several processes.
     """
 
     original = "open_clip.ClipLoss"
@@ -66,9 +66,9 @@ class ClipLoss(DropIn):
         _check(self)
 
     def get_logits(self, image_features, text_features, logit_scale, logit_bias=None):
-        """The scores of images against texts and of texts against images, ``(B, B)`` each.
+        """Return the scores of images against texts and of texts against images, ``(B, B)`` each.
 
-        In several processes the columns are the features of all; so are the rows without ``local_loss``.
+        With several processes the columns are the features of all processes; without ``local_loss`` the rows are too.
         """
         image, text = image_features, text_features
         images, texts = (_gather(self, x) for x in (image, text)) if self.world_size > 1 else (image, text)
@@ -78,23 +78,23 @@ class ClipLoss(DropIn):
         return (per_image, per_text) if logit_bias is None else (per_image + logit_bias, per_text + logit_bias)
 
     def get_ground_truth(self, device, num_logits):
-        """``(num_logits,)``: the column of each row's positive."""
+        """Return the column of each row's positive, ``(num_logits,)``."""
         first = num_logits * self.rank if self.world_size > 1 and self.local_loss else 0
         return torch.arange(first, first + num_logits, device=device)
 
     def forward(self, image_features, text_features, logit_scale, logit_bias=None, output_dict=False):
-        """The loss of a batch of image and text features; 0 for a batch of one, as in the original.
+        """Return the loss of a batch of image and text features; 0 for a batch of one, as in the original.
 
         Args:
             image_features, text_features: ``(B, D)``.
             logit_scale: a number > 0, or a tensor of one element that may require grad.
-            logit_bias: a number or a tensor of one element. It adds the same number to every score, which a softmax
-                does not notice: the loss does not depend on it, and its gradient is zero.
+            logit_bias: a number or a tensor of one element, added to every score. Softmax is invariant to it: the loss
+                does not depend on it, and its gradient is zero.
             output_dict: return ``{"contrastive_loss": loss}``.
 
         Raises:
             ValueError, TypeError: features, scale or bias do not fit; the message says which and why.
-            RuntimeError: the processes are not those that the constructor was told of.
+            RuntimeError: ``world_size`` is not the size of the default group.
         """
         _check(self)
         if isinstance(self, ClipLoss) and overridden(self, _METHODS):
@@ -105,13 +105,13 @@ class ClipLoss(DropIn):
         pair("image_features", image_features, "text_features", text_features)
         scale = _one_number("logit_scale", logit_scale)
         if not isinstance(scale, (int, float)):
-            # float16 cannot hold the reciprocal well; the conversion passes the gradient on.
+            # The reciprocal loses precision in 16 bits; the conversion is differentiable.
             scale = scale.float() if scale.dtype in (torch.float16, torch.bfloat16) else scale
         elif not scale > 0:
             raise ValueError(f"logit_scale: expected a number > 0, got {scale}")
         loss = _loss(self, image_features, text_features, scale)
         if isinstance(logit_bias, torch.Tensor):
-            # A parameter that takes part: DistributedDataParallel waits for its gradient.
+            # DistributedDataParallel waits for the bias' gradient, so it must be part of the graph.
             loss = loss + 0 * _one_number("logit_bias", logit_bias).to(loss)
         return {"contrastive_loss": loss} if output_dict else loss
 
@@ -131,7 +131,7 @@ def _check(module):
 
 
 def _gather(module, rows):
-    """The rows of all processes, with the gradient that the original gives them."""
+    """Return the rows of all processes, with the original's gradient."""
     if module.gather_with_grad:
         return torch.cat(torch.distributed.nn.all_gather(rows))
     every = [torch.empty_like(rows) for _ in range(module.world_size)]
@@ -143,7 +143,7 @@ def _gather(module, rows):
 def _loss(module, image, text, scale):
     arguments = {"objective": "cross_view", "normalize": False, "group": "local"}
     if module.world_size == 1:
-        if len(image) == 1:  # the positive is all there is
+        if len(image) == 1:  # no negatives
             return (0 * scale * image * text).sum()
         return info_nce_loss([image, text], temperature=1 / scale, **arguments)
     group = every_process()
@@ -157,7 +157,7 @@ def _loss(module, image, text, scale):
         losses = wide_loss([image, text], temperature=1 / scale, reduction="none", **arguments)
         return narrow(losses.mean(), image)
     if isinstance(scale, torch.Tensor):
-        # A process' own has its samples' share; in the original all processes have the gradient of the whole loss.
+        # Here each process gets its samples' share of the gradient; in the original all get that of the whole loss.
         scale = AverageGradient.apply(scale.to(image.device), group)
     if not module.gather_with_grad:
         image, text = (ScaleGradient.apply(x, 1 / module.world_size) for x in (image, text))

@@ -14,7 +14,7 @@ _LIBRARY = "pytorch_metric_learning"
 
 
 class _PairLoss(DropIn):
-    """The constructor that the two losses share."""
+    """The constructor shared by the two losses."""
 
     hooks = (
         "compute_loss",
@@ -45,7 +45,7 @@ class _PairLoss(DropIn):
             raise TypeError(f"{type(self).__name__}: unexpected arguments {', '.join(kwargs)}")
 
     def _default(self, name, value):
-        """``value``, or what a subclass's ``get_default_distance`` or ``get_default_reducer`` returns."""
+        """Return ``value``, or the result of a subclass's ``get_default_distance`` or ``get_default_reducer``."""
         default = getattr(self, f"get_default_{name}", None)
         return default() if value is None and default is not None else value
 
@@ -56,25 +56,26 @@ class _PairLoss(DropIn):
 class NTXentLoss(_PairLoss):
     r"""``pytorch_metric_learning.losses.NTXentLoss``: NT-Xent over all pairs of samples that share a label.
 
-    The mean over all ordered positive pairs :math:`(a, p)` of :math:`-\log` of the softmax of :math:`S_{ap}` over that
-    one positive and the anchor's negatives: ``per_positive`` in :func:`selfsup_kernels.info_nce_loss`, its anchors
-    weighed by their number of positives. Rows are normalised. Zero where there are no positive or no negative pairs.
+    The loss is the mean over all ordered positive pairs :math:`(a, p)` of :math:`-\log` of the softmax of
+    :math:`S_{ap}` over that positive and the anchor's negatives: ``per_positive`` of
+    :func:`selfsup_kernels.info_nce_loss`, with anchors weighted by their number of positives. Rows are normalised. The
+    loss is zero if there are no positive or no negative pairs.
 
-    Departure: the original adds the dtype's smallest normal number inside the logarithm, so that a pair's loss ends,
-    with its gradient, at 87.3 in float32 (9.7 in float16). Ours does not end.
+    Departure: the original adds the dtype's smallest normal number inside the logarithm, which caps a pair's loss at
+    87.3 in float32 (9.7 in float16) and zeroes its gradient there. Ours has no cap.
 
     Args:
         temperature: a positive number.
         **kwargs: ``distance``: CosineSimilarity (default) or DotProductSimilarity. ``reducer``: MeanReducer (default)
-            or SumReducer. Others, ``embedding_regularizer`` and ``collect_stats`` are not supported, nor are
+            or SumReducer. Other values, ``embedding_regularizer`` and ``collect_stats`` are not supported, nor are
             ``indices_tuple``, ``ref_emb`` and ``ref_labels`` of the forward.
 
-    A subclass may have a ``get_default_distance`` and a ``get_default_reducer``.
+    A subclass may define ``get_default_distance`` and ``get_default_reducer``.
 
     Raises:
-        RuntimeError: what is not supported; where it is defined, a subclass that overrides another of the original's
-            methods.
-        ValueError, TypeError: embeddings or labels that do not fit.
+        RuntimeError: a feature is not supported, or a subclass overrides another method of the original (raised when
+            the subclass is defined).
+        ValueError, TypeError: embeddings or labels do not fit.
     """
 
     original = "pytorch_metric_learning.losses.NTXentLoss"
@@ -84,7 +85,7 @@ class NTXentLoss(_PairLoss):
         _ntxent.settings(self)
 
     def forward(self, embeddings, labels=None, indices_tuple=None, ref_emb=None, ref_labels=None):
-        """The loss of ``(B, D)`` embeddings with ``(B,)`` labels. The other arguments must be None."""
+        """Return the loss of ``(B, D)`` embeddings with ``(B,)`` labels. The other arguments must be None."""
         if not isinstance(self, NTXentLoss):
             _check_end(self, embeddings)
         return _ntxent(self, embeddings, labels, indices_tuple, ref_emb, ref_labels)
@@ -94,24 +95,24 @@ class SupConLoss(_PairLoss):
     r"""``pytorch_metric_learning.losses.SupConLoss``: SupCon's L_out (arXiv:2004.11362, eq. 2).
 
     An anchor's loss is :func:`selfsup_kernels.info_nce_loss` with ``supcon_out``; rows are normalised, and there is no
-    factor of temperature / base temperature. The default reducer is the mean over the anchors whose loss is above zero:
-    those that have a positive (and among them those that rounding does not bring to zero, here as in the original).
-    Zero where there are no positive or no negative pairs.
+    factor temperature / base temperature. The default reducer is the mean over the anchors with a loss above zero:
+    those that have a positive, except, as in the original, those whose loss rounds to zero. The loss is zero if there
+    are no positive or no negative pairs.
 
-    Departure: NaN in the embeddings gives NaN; the original's default reducer drops what is NaN, and returns zero.
+    Departure: NaN in the embeddings gives NaN; the original's default reducer drops NaN losses and returns zero.
 
     Args:
         temperature: a positive number.
         **kwargs: ``distance``: CosineSimilarity (default) or DotProductSimilarity. ``reducer``: AvgNonZeroReducer
-            (default), MeanReducer or SumReducer. Others, ``embedding_regularizer`` and ``collect_stats`` are not
+            (default), MeanReducer or SumReducer. Other values, ``embedding_regularizer`` and ``collect_stats`` are not
             supported, nor are ``indices_tuple``, ``ref_emb`` and ``ref_labels`` of the forward.
 
-    A subclass may have a ``get_default_distance`` and a ``get_default_reducer``.
+    A subclass may define ``get_default_distance`` and ``get_default_reducer``.
 
     Raises:
-        RuntimeError: what is not supported; where it is defined, a subclass that overrides another of the original's
-            methods.
-        ValueError, TypeError: embeddings or labels that do not fit.
+        RuntimeError: a feature is not supported, or a subclass overrides another method of the original (raised when
+            the subclass is defined).
+        ValueError, TypeError: embeddings or labels do not fit.
     """
 
     original = "pytorch_metric_learning.losses.SupConLoss"
@@ -121,19 +122,19 @@ class SupConLoss(_PairLoss):
         _supcon.settings(self)
 
     def forward(self, embeddings, labels=None, indices_tuple=None, ref_emb=None, ref_labels=None):
-        """The loss of ``(B, D)`` embeddings with ``(B,)`` labels. The other arguments must be None."""
+        """Return the loss of ``(B, D)`` embeddings with ``(B,)`` labels. The other arguments must be None."""
         return _supcon(self, embeddings, labels, indices_tuple, ref_emb, ref_labels)
 
 
 class _Loss(NamedTuple):
-    """How one of the losses is computed, for a module with the original's attributes: ours, or the original itself."""
+    """Computation of one of the losses, for a module with the original's attributes: ours, or the original itself."""
 
     original: str
     objective: str
     method: str
-    """Which of its methods the original calls with the table of scores."""
+    """The method that the original calls with the matrix of scores."""
     reducers: dict
-    """By the names of those that can be had, the default one first, ``reduce(losses, labels)``."""
+    """Functions ``reduce(losses, labels)`` by the name of the supported reducer, the default one first."""
 
     def __call__(self, module, embeddings, labels, indices_tuple, ref_emb, ref_labels):
         normalize, reduce = self.settings(module)
@@ -159,13 +160,13 @@ class _Loss(NamedTuple):
         return narrow(reduce(losses, labels), embeddings)
 
     def settings(self, module):
-        """Whether rows are normalised, and the function that reduces the losses; an error for what cannot be had."""
+        """Return whether rows are normalised and the function that reduces the losses; raise if unsupported."""
         if module.embedding_regularizer is not None:
             raise unsupported(self.original, "embedding_regularizer", "add the regularizer's loss to this one's")
         if any(getattr(x, "collect_stats", False) for x in (module, module.distance, module.reducer)):
             raise unsupported(self.original, "collect_stats=True")
         method = getattr(type(module), self.method, None)
-        if method is None or torch.compiler.is_compiling():  # which cannot compare methods
+        if method is None or torch.compiler.is_compiling():  # torch.compile cannot compare methods
             pass
         elif getattr(module.loss_method, "__func__", None) is not method:
             raise unsupported(self.original, f"another loss_method than {self.method}")
@@ -200,7 +201,7 @@ class _Loss(NamedTuple):
 
 
 def _over_pairs(losses, labels):
-    """The sum over all positive pairs, and their number."""
+    """Return the sum over all positive pairs, and their number."""
     pairs = (_class_sizes(labels) - 1).to(losses.dtype)
     return (pairs * losses).sum(), pairs.sum().clamp_min(1)
 
@@ -211,7 +212,7 @@ def _nonzero_mean(losses):
 
 
 def _with_negatives(reduce):
-    """Zero where all labels are the same: without negative pairs the original is."""
+    """Make the loss zero if all labels are equal, as the original's is without negative pairs."""
     return lambda losses, labels: reduce(losses) * (labels != labels[0]).any()
 
 
@@ -237,10 +238,10 @@ _supcon = _Loss(
 
 
 def _check_end(module, embeddings):
-    """Under ``compat.patch``, pairs whose loss may come near where the original ends it are left to the original."""
+    """Under ``compat.patch``, leave a call to the original if a pair's loss may come near the original's cap."""
     dtype = _scores_dtype(embeddings)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        return  # an error that comes later
+        return  # raises later
     if not getattr(module.distance, "normalize_embeddings", True):
         raise unsupported(NTXentLoss.original, "rows that are not normalised, whose loss may reach the original's end")
     if isinstance(module.temperature, torch.Tensor):
@@ -249,14 +250,14 @@ def _check_end(module, embeddings):
         )
     info = torch.finfo(dtype)
     end = -math.log(info.tiny)
-    # A pair's loss is at most 2 / T + log B. The original's is off by exp(that - end), here less than a rounding.
+    # A pair's loss is at most 2 / T + log B; the original's error of exp(loss - cap) is then below a rounding.
     if not 2 / module.temperature + math.log(max(len(embeddings), 1)) < end + math.log(info.eps):
         name = str(dtype).removeprefix("torch.")
         raise unsupported(NTXentLoss.original, f"{name} losses near {end:.1f}, where the original ends a pair's")
 
 
 def _integer_labels(labels, embeddings):
-    """Labels of any dtype as integers on the device of the embeddings."""
+    """Convert labels of any dtype to integers on the device of the embeddings."""
     if not isinstance(labels, torch.Tensor):
         raise TypeError(f"labels: expected a (B,) tensor, got {type(labels).__name__}")
     if labels.shape != embeddings.shape[:1]:
@@ -266,13 +267,13 @@ def _integer_labels(labels, embeddings):
 
 
 def _scores_dtype(embeddings):
-    """The dtype of the original's table of scores."""
+    """Return the dtype of the original's matrix of scores."""
     if not isinstance(embeddings, torch.Tensor) or not check.autocasts(embeddings.device):
         return getattr(embeddings, "dtype", None)
     return torch.get_autocast_dtype(embeddings.device.type)
 
 
 def _class_sizes(labels):
-    """(B,) number of the samples that share each one's label; nothing here waits for an accelerator."""
+    """Return the number of samples that share each sample's label, (B,), without waiting for the accelerator."""
     ordered = labels.sort().values
     return torch.searchsorted(ordered, labels, right=True) - torch.searchsorted(ordered, labels)

@@ -16,41 +16,40 @@ _HARDNESS = (None, "in_batch_negatives", "hard_negatives", "all_negatives")
 
 
 def cos_sim(a, b):
-    """The table of cosines. The losses here only ask which function they are given; they do not call it."""
+    """Return the matrix of cosines. The losses only check which function they are given; they do not call it."""
     return torch.nn.functional.normalize(a, dim=-1) @ torch.nn.functional.normalize(b, dim=-1).T
 
 
 def dot_score(a, b):
-    """The table of inner products; see :func:`cos_sim`."""
+    """Return the matrix of inner products; see :func:`cos_sim`."""
     return a @ b.T
 
 
 class MultipleNegativesRankingLoss(nn.Module):
-    r"""In-batch negatives: a drop-in for ``sentence_transformers``' loss of this name (version 6.2), in linear memory.
+    r"""In-batch negatives: a drop-in for the ``sentence_transformers`` 6.2 loss of this name, in linear memory.
 
     .. math:: L = \operatorname{mean}_a \left[ \log Z_a - S(q_a, d_a) \right], \qquad S = scale \cdot \cos
 
-    (arXiv:1705.00652, section 4.4). By default :math:`Z_a` adds up :math:`e^{S(q_a, d)}` over all documents of the
-    batch, the positives :math:`d_b` and the hard negatives of every query, which take their gradient as the others
-    do. ``directions`` add further terms to it, ``partition_mode="per_direction"`` averages a loss per direction, and
-    ``hardness_mode`` raises scores of negatives, without gradient: all as in the original, whose documentation says
-    what each is for.
+    (arXiv:1705.00652, section 4.4). By default :math:`Z_a` sums :math:`e^{S(q_a, d)}` over all documents of the batch:
+    the positives :math:`d_b` and the hard negatives of every query, all of which receive gradients. ``directions`` adds
+    terms to :math:`Z_a`, ``partition_mode="per_direction"`` averages one loss per direction, and ``hardness_mode``
+    raises the scores of negatives without gradient: all as in the original, whose documentation explains each.
 
-    Departures: each column of sentences is encoded by a call of the model of its own, where the original joins columns
-    of hard negatives (the same up to dropout's random numbers).
+    Departure: each column of sentences is encoded by a separate call of the model, while the original joins columns of
+    hard negatives (equal except for dropout's random numbers).
 
     Args:
-        model: what encodes; ``forward`` calls ``model(features)["sentence_embedding"]``.
+        model: the encoder; ``forward`` calls ``model(features)["sentence_embedding"]``.
         scale: the reciprocal of the temperature.
         similarity_fct: ``cos_sim`` or ``dot_score``, ours or sentence-transformers'.
-        gather_across_devices: the embeddings of all processes are candidates. The loss is the mean over the process'
+        gather_across_devices: use the embeddings of all processes as candidates. The loss is the mean over the process'
             own queries, with gradients to all.
         directions, partition_mode, hardness_mode, hardness_strength: as in the original.
 
     Raises:
         ValueError: an argument does not fit; the message says which and why.
-        RuntimeError: another similarity; hardness with ``dot_score`` or a strength above 40; with a scale above 40
-            ``"doc_to_doc"`` of pairs without ``"doc_to_query"``, or ``"query_to_query"`` with hardness.
+        RuntimeError: the similarity is another function; hardness with ``dot_score`` or a strength above 40; at a scale
+            above 40, ``"doc_to_doc"`` of pairs without ``"doc_to_query"``, or ``"query_to_query"`` with hardness.
     """
 
     def __init__(
@@ -76,16 +75,16 @@ class MultipleNegativesRankingLoss(nn.Module):
         self.hardness_strength = hardness_strength
 
     def forward(self, sentence_features, labels=None):
-        """The loss of the features of queries, of documents, and of any number of columns of hard negatives."""
+        """Return the loss of the features of queries, documents, and any number of columns of hard negatives."""
         embeddings = [self.model(features)["sentence_embedding"] for features in sentence_features]
         return self.compute_loss_from_embeddings(embeddings, labels)
 
     def compute_loss_from_embeddings(self, embeddings, labels=None):
-        """The loss of ``[queries, documents, *hard negatives]``, each ``(B, D)``; ``labels`` are not used."""
+        """Return the loss of ``[queries, documents, *hard negatives]``, each ``(B, D)``; ``labels`` is not used."""
         return multiple_negatives_ranking_loss(embeddings, **_arguments(self))
 
     def get_config_dict(self):
-        """The arguments, for a model card."""
+        """Return the arguments, for a model card."""
         return _arguments(self) | {"similarity_fct": self.similarity_fct.__name__}
 
     @property
@@ -116,7 +115,7 @@ def multiple_negatives_ranking_loss(
     hardness_mode=None,
     hardness_strength=0.0,
 ):
-    """:class:`MultipleNegativesRankingLoss` of embeddings.
+    """Return :class:`MultipleNegativesRankingLoss` of embeddings.
 
     Args:
         embeddings: ``[queries, documents, *hard negatives]``, each ``(B, D)``.
@@ -141,7 +140,7 @@ def multiple_negatives_ranking_loss(
         losses = (to_documents + from_documents[0]) / 2
     else:
         losses = torch.logsumexp(torch.stack([to_documents, *from_documents]), 0)
-    return losses.mean()  # in float32 at least, as the original's similarities convert
+    return losses.mean()  # float32 or float64, like the original's similarities
 
 
 class _Parts:
@@ -154,7 +153,7 @@ class _Parts:
         self._of_views = {}
 
     def from_query(self):
-        """Queries against documents, and against each other where that direction is asked for."""
+        """Return the parts of queries against documents and, with ``query_to_query``, against each other."""
         everything = self.strength and self.mode != "hard_negatives"
         queries = "query_to_query" in self.directions
         parts = []
@@ -180,12 +179,12 @@ class _Parts:
         return parts
 
     def from_document(self):
-        """Positive documents against queries, and against the documents of others."""
+        """Return the parts of positive documents against queries and against other queries' documents."""
         queries, documents = ("doc_to_query" in self.directions, "doc_to_doc" in self.directions)
         if not documents:
             return [self._views("cross_view")[1]] if queries else []
         if self.negatives:
-            # The others' rows of all columns, in one call: decoupled has no positive in its denominator.
+            # Other samples' rows of all columns in one call: decoupled excludes the positive from the denominator.
             columns = [self.document, *self.negatives]
             loss = self.way.losses(*columns, objective="decoupled", core_view=0)[0]
             own = torch.stack([self.way.own(self.document, n) for n in self.negatives]).mean(0)
@@ -197,7 +196,7 @@ class _Parts:
         return [self.way.others(self.document, self.document) - self._own_positive()]
 
     def _views(self, objective):
-        """Of queries and positives: the one direction, ``cross_view``, or with each view's own rows."""
+        """Return the losses of queries and positives: ``cross_view``, or an objective with each view's own rows."""
         if objective not in self._of_views:
             self._of_views[objective] = self.way.losses(self.query, self.document, objective=objective)
         return self._of_views[objective]
@@ -208,7 +207,7 @@ class _Parts:
         return self._of_views["own"]
 
     def _others(self, x, y):
-        """Scores of others with the penalty, which takes no gradient: so of the sum's, only the scale's share stays."""
+        """Return the log-sum of other samples' penalised scores; the penalty's share of the gradient is removed."""
         others = self.harder.others(x, y)
         return ScaleGradient.apply(others, self.way.scale / self.harder.scale) - self._own_positive()
 

@@ -1,4 +1,4 @@
-"""SimCSE's objectives (arXiv:2104.08821) on embeddings: what ``simcse.models`` computes from its encoder's output."""
+"""SimCSE's objectives (arXiv:2104.08821) on embeddings, as ``simcse.models`` computes them from its encoder."""
 
 import torch
 
@@ -13,20 +13,20 @@ _EPS = 1e-8  # torch.nn.CosineSimilarity's
 
 
 def unsupervised_loss(z1, z2, temperature=0.05, *, group=None):
-    r"""SimCSE's unsupervised objective (arXiv:2104.08821, eq. 1; one direction):
+    r"""Return SimCSE's unsupervised objective (arXiv:2104.08821, eq. 1; one direction):
 
     .. math:: L = \operatorname{mean}_a \left[ \log \sum_b e^{\cos(z_{1,a}, z_{2,b}) / \tau} -
         \cos(z_{1,a}, z_{2,a}) / \tau \right]
 
     Args:
-        z1, z2: ``(B, D)``: two encodings of the same sentences; in the supervised setting a sentence and one
-            that it entails.
+        z1, z2: ``(B, D)``: two encodings of the same sentences; in the supervised setting sentences and sentences that
+            they entail.
         temperature: :math:`\tau`, a number.
-        group: the process group whose embeddings all are negatives. The result is then the mean over this process'
-            own sentences, with gradients to all, so that DistributedDataParallel's average is, for batches of one size,
-            the gradient of one process with the whole batch. SimCSE's own code passes no gradient to the embeddings of
-            others, and every process evaluates the loss of the whole batch: its gradients are too small by the number
-            of processes.
+        group: a process group that provides the negatives. The result is then the mean over this process' own
+            sentences, with gradients to all. For batches of equal size, DistributedDataParallel's average is the
+            gradient of one process with the whole batch. In SimCSE's own code every process evaluates the loss of the
+            whole batch and passes no gradient to other processes' embeddings: its gradients are too small by a factor
+            of the number of processes.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message says which and why.
@@ -37,14 +37,14 @@ def unsupervised_loss(z1, z2, temperature=0.05, *, group=None):
 
 
 def supervised_loss(z1, z2, z3, temperature=0.05, hard_negative_weight=0.0, *, group=None):
-    r"""SimCSE's supervised objective (arXiv:2104.08821, eq. 5), with a hard negative for each sentence:
+    r"""Return SimCSE's supervised objective (arXiv:2104.08821, eq. 5), with a hard negative for each sentence:
 
     .. math:: L = \operatorname{mean}_a \left[ \log \sum_b \left( e^{\cos(z_{1,a}, z_{2,b}) / \tau} +
         e^{\cos(z_{1,a}, z_{3,b}) / \tau + w [a = b]} \right) - \cos(z_{1,a}, z_{2,a}) / \tau \right]
 
     Args:
-        z1, z2: ``(B, D)``: sentences and what they entail.
-        z3: ``(B, D)``: what contradicts them. They take their gradient as the others do.
+        z1, z2: ``(B, D)``: sentences and sentences that they entail.
+        z3: ``(B, D)``: contradicting sentences, which receive gradients too.
         temperature: :math:`\tau`, a number.
         hard_negative_weight: :math:`w`, added to the score of a sentence's own hard negative; the logarithm of the
             paper's :math:`\alpha` (appendix).
@@ -52,7 +52,7 @@ def supervised_loss(z1, z2, z3, temperature=0.05, hard_negative_weight=0.0, *, g
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message says which and why.
-        RuntimeError: a weight below -40.
+        RuntimeError: the weight is below -40.
     """
     pair("z1", z1, "z2", z2)
     pair("z1", z1, "z3", z3)

@@ -12,27 +12,28 @@ __all__ = ["byol_loss_func", "mocov3_loss_func", "simclr_loss_func"]
 
 
 def simclr_loss_func(z, indexes, temperature=0.1, extra_pos_mask=None):
-    r"""solo-learn's SimCLR loss, in both of its forms.
+    r"""Return solo-learn's SimCLR loss, in either of its two forms.
 
-    ``simclr_loss_func(z, indexes)`` of version 1.0.6: over the rows of all views,
+    ``simclr_loss_func(z, indexes)`` of version 1.0.6, over the rows of all views:
 
     .. math:: L = \operatorname{mean}_i
         \left[ \log \sum_{j \ne i} e^{S_{ij}} - \log \sum_{p \in P(i)} e^{S_{ip}} \right]
 
-    where :math:`P(i)` are the other rows with the index of :math:`i`. This is SupCon's L_in (arXiv:2004.11362, eq. 3)
-    less the logarithm of the number of positives; for two views and an index per sample it is SimCLR's loss
-    (arXiv:2002.05709). In several processes (``torch.distributed`` initialised) the rows of all are negatives and
-    positives, and the loss is the mean over the process' own rows, with gradients to all, as in the original.
+    where :math:`P(i)` is the set of other rows with the index of :math:`i`. This is SupCon's L_in (arXiv:2004.11362,
+    eq. 3) minus the logarithm of the number of positives; for two views and one index per sample it is SimCLR's loss
+    (arXiv:2002.05709). With several processes (``torch.distributed`` initialised) the rows of all processes are
+    negatives and positives, and the loss is the mean over the process' own rows, with gradients to all, as in the
+    original.
 
-    ``simclr_loss_func(z1, z2)`` of version 1.0.2: SimCLR's loss of two views, this process' rows alone.
+    ``simclr_loss_func(z1, z2)`` of version 1.0.2: SimCLR's loss of two views, with this process' rows only.
 
     Args:
         z: ``(rows, D)``, normalised here; or z1, ``(B, D)``.
         indexes: ``(rows,)`` integers; or z2, ``(B, D)``.
         temperature: a number > 0.
-        extra_pos_mask: of the second form; must be None.
+        extra_pos_mask: an argument of the second form; must be None.
 
-    An index that only one row has makes the loss infinite, as in the original.
+    An index of only one row makes the loss infinite, as in the original.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message says which and why.
@@ -40,13 +41,13 @@ def simclr_loss_func(z, indexes, temperature=0.1, extra_pos_mask=None):
     """
     if extra_pos_mask is not None:
         raise unsupported(
-            "solo.losses.simclr_loss_func", "extra_pos_mask", "give indexes, of which equal ones are positives"
+            "solo.losses.simclr_loss_func", "extra_pos_mask", "pass indexes, where equal ones mark positives"
         )
     if not isinstance(indexes, torch.Tensor):
         raise TypeError(f"indexes: expected a tensor of integers, or z2, got {type(indexes).__name__}")
     if indexes.is_floating_point():
         pair("z1", z, "z2", indexes)
-        if len(z) == 1:  # the positive is all there is
+        if len(z) == 1:  # no negatives
             return 0 * (z + indexes).sum()
         return info_nce_loss([z, indexes], temperature=temperature, group="local")
     if not isinstance(z, torch.Tensor) or z.dim() != 2:
@@ -61,24 +62,24 @@ def simclr_loss_func(z, indexes, temperature=0.1, extra_pos_mask=None):
 
 
 def byol_loss_func(p, z, simplified=True):
-    r"""solo-learn's BYOL loss (arXiv:2006.07733, eq. 2): the mean of :math:`2 - 2 \cos(p_a, z_a)` over the rows.
+    r"""Return solo-learn's BYOL loss (arXiv:2006.07733, eq. 2): the mean of :math:`2 - 2 \cos(p_a, z_a)` over the rows.
 
     Args:
         p: ``(B, D)`` predictions.
-        z: ``(B, D)`` targets, which take no gradient.
-        simplified: the norms' floor is 1e-8 as in ``cosine_similarity``; without, 1e-12 as in ``F.normalize``.
+        z: ``(B, D)`` targets, which receive no gradient.
+        simplified: True for a norm floor of 1e-8 as in ``cosine_similarity``, False for 1e-12 as in ``F.normalize``.
     """
     pair("p", p, "z", z)
     return byol_loss(p, z, eps=1e-8 if simplified else 1e-12)
 
 
 def mocov3_loss_func(query, key, temperature=0.2):
-    r"""solo-learn's MoCo v3 loss (arXiv:2104.02057, algorithm 1), queries against keys, in that direction only:
+    r"""Return solo-learn's MoCo v3 loss (arXiv:2104.02057, algorithm 1), only of queries against keys:
 
     .. math:: L = 2 \tau \operatorname{mean}_a \left[ \log \sum_b e^{S_{ab}} - S_{aa} \right], \qquad
         S_{ab} = \cos(q_a, k_b) / \tau
 
-    In several processes the keys of all are negatives. The keys take no gradient.
+    With several processes the keys of all processes are negatives. The keys receive no gradient.
 
     Args:
         query, key: ``(B, D)``, normalised here.
@@ -86,7 +87,7 @@ def mocov3_loss_func(query, key, temperature=0.2):
     """
     pair("query", query, "key", key)
     group = every_process()
-    if len(query) == 1 and group is None:  # the positive is all there is
+    if len(query) == 1 and group is None:  # no negatives
         return 0 * query.sum()
     loss = wide_loss(
         [query, key.detach()],

@@ -16,18 +16,18 @@ class SupConLoss(nn.Module):
     .. math:: L = \frac{\tau}{\tau_{base}} \operatorname{mean}_i \left[ \log \sum_{j \ne i} e^{S_{ij}}
         - \operatorname{mean}_{p \in P(i)} S_{ip} \right], \qquad S_{ij} = \langle z_i, z_j \rangle / \tau
 
-    over the rows of all views; :math:`P(i)` are the other rows of the anchor's class (without labels: of its sample).
-    The features are taken as they are: the caller normalises them, as with the original. An anchor without positives
-    counts as zero, as in the original since December 2023 (before, the loss was NaN). It is ``supcon_out`` of
+    over the rows of all views; :math:`P(i)` is the set of other rows of the anchor's class (without labels: of its
+    sample). The caller normalises the features, as with the original. An anchor without positives counts as zero, as in
+    the original since December 2023 (before, the loss was NaN). This is ``supcon_out`` of
     :func:`selfsup_kernels.info_nce_loss`, times ``temperature / base_temperature``.
 
     Args:
         temperature: :math:`\tau`.
-        contrast_mode: ``"all"``: every row is an anchor; ``"one"``: those of the first view are, against all rows.
+        contrast_mode: ``"all"``: every row is an anchor; ``"one"``: only the rows of the first view are.
         base_temperature: :math:`\tau_{base}`.
 
     Raises:
-        ValueError: an unknown ``contrast_mode``.
+        ValueError: ``contrast_mode`` is unknown.
     """
 
     def __init__(self, temperature=0.07, contrast_mode="all", base_temperature=0.07):
@@ -39,18 +39,18 @@ class SupConLoss(nn.Module):
         self.base_temperature = base_temperature
 
     def forward(self, features, labels=None, mask=None):
-        """The loss of ``(B, V, ...)`` features; dimensions after the third are flattened.
+        """Return the loss of ``(B, V, ...)`` features; dimensions after the third are flattened.
 
         Args:
             features: B >= 2 samples, V >= 2 views; V = 1 with ``labels`` or ``mask``.
-            labels: B numbers; samples with the same one are a class.
-            mask: ``(B, B)``, not zero where two samples are of one class. Only masks that say that and nothing else
-                are supported: every sample of its own class (which matters from two views on), symmetric, transitive.
-                It is checked exactly, for which the host reads one bit of the mask.
+            labels: B numbers; samples with equal labels form a class.
+            mask: ``(B, B)``, nonzero where two samples belong to one class. Only masks of classes are supported: zeros
+                and ones, symmetric, transitive, with ones on the diagonal (ignored for one view). This is checked
+                exactly; the host reads one bool from the device.
 
         Raises:
             ValueError, TypeError: an argument does not fit; the message says which and why.
-            RuntimeError: a mask that is not one of classes.
+            RuntimeError: the mask is not a mask of classes.
         """
         if not isinstance(features, torch.Tensor):
             raise TypeError(f"features: expected a (B, V, D) tensor, got {type(features).__name__}")
@@ -82,7 +82,7 @@ class SupConLoss(nn.Module):
 
 
 def _integers(labels, batch, device):
-    """``(B,)`` integers that are equal where the labels are, which may be of any dtype and of shape ``(B, 1)``."""
+    """Convert labels of any dtype, ``(B,)`` or ``(B, 1)``, to ``(B,)`` integers that define the same classes."""
     if not isinstance(labels, torch.Tensor):
         raise TypeError(f"labels: expected a tensor, got {type(labels).__name__}")
     if labels.numel() != batch:
@@ -94,22 +94,22 @@ def _integers(labels, batch, device):
 
 
 def labels_of_mask(mask, batch, views):
-    """The labels for which ``mask`` is ``labels[:, None] == labels[None, :]``; an error if there are none."""
+    """Return labels for which ``mask`` is ``labels[:, None] == labels[None, :]``; raise if there are none."""
     if not isinstance(mask, torch.Tensor):
         raise TypeError(f"mask: expected a ({batch}, {batch}) tensor, got {type(mask).__name__}")
     if tuple(mask.shape) != (batch, batch):
         raise ValueError(f"mask: expected shape ({batch}, {batch}), got {tuple(mask.shape)}")
     same = mask != 0
     binary = same.to(mask.dtype) == mask
-    if views == 1:  # a row is no positive of itself: the diagonal says nothing
+    if views == 1:  # a row is not its own positive, so the diagonal is ignored
         own = torch.eye(batch, dtype=torch.bool, device=mask.device)
         same, binary = same | own, binary | own
-    labels = same.to(torch.uint8).argmax(1)  # the first member of the class, if it is one
+    labels = same.to(torch.uint8).argmax(1)  # the first member of the class, if the mask defines classes
     if not bool((binary & (same == (labels[:, None] == labels[None, :]))).all()):
         raise unsupported(
             _ORIGINAL,
             "mask",
             "only masks of classes are supported (zeros and ones, symmetric, transitive, ones on the diagonal),"
-            " in place of which labels can be given; use the original for others",
+            " and can be passed as labels instead; use the original for others",
         )
     return labels

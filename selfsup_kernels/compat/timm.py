@@ -15,38 +15,40 @@ __all__ = ["ModelEmaV3"]
 
 
 class ModelEmaV3(DropIn):
-    r"""The moving average of everything in a model's ``state_dict``: a drop-in for ``timm.utils.ModelEmaV3`` (1.0.31).
+    r"""Moving average of everything in a model's ``state_dict``: a drop-in for ``timm.utils.ModelEmaV3`` (1.0.31).
 
-    :math:`t \leftarrow d\, t + (1 - d)\, s` for parameters and buffers that are floating; others are copied. With a
-    ``step``, the decay :math:`d` is 0 up to step ``update_after_step + 1``, so that the average starts there; with
-    ``use_warmup`` it then is, k being the steps since,
+    :math:`t \leftarrow d\, t + (1 - d)\, s` for floating parameters and buffers; the others are copied. With a
+    ``step``, the decay :math:`d` is 0 up to step ``update_after_step + 1``, where the average starts. With
+    ``use_warmup`` it is then, k steps later,
 
     .. math:: d = \operatorname{clip}(1 - (1 + k / \gamma)^{-p},\ d_{min},\ d_{max})
 
-    Finite values are timm's bit for bit where the copy has the model's dtype, and ``state_dict`` has timm's names.
+    Finite values equal timm's bit for bit if the copy has the model's dtype, and ``state_dict`` has timm's names.
 
     Departures:
 
-    - Tensors are paired by name, where timm pairs them by position: a model that does not fit is an error. Wrappers
-      (``torch.compile``, DataParallel, DistributedDataParallel, activation checkpointing, FSDP1) do not count.
-    - Models that ``copy.deepcopy`` refuses for a process group or a kept output are copied: see
+    - Tensors are paired by name, while timm pairs them by position: a model that does not match raises. Name prefixes
+      of wrappers (``torch.compile``, DataParallel, DistributedDataParallel, activation checkpointing, FSDP1) are
+      ignored.
+    - Models that ``copy.deepcopy`` refuses because of a process group or a stored output are copied: see
       :class:`selfsup_kernels.EMA`.
-    - Tied weights move once per update; timm moves them once per name, that is with the square of the decay.
+    - Tied weights move once per update; timm moves them once per name, so twice with two names (decay squared).
     - Tensors that a hook or a method of the model leaves out of its ``state_dict`` move too; timm leaves them alone.
     - A model may have no parameters.
-    - ``stochastic_rounding`` draws other random numbers than timm's, from the same expectation.
-    - :class:`selfsup_kernels.EMA` in timm's terms: ``buffers="average"``, or ``"copy"`` for ``exclude_buffers``.
+    - ``stochastic_rounding`` draws other random numbers than timm, with the same expectation.
+
+    The equivalent :class:`selfsup_kernels.EMA` has ``buffers="average"``, or ``"copy"`` for ``exclude_buffers``.
 
     Args:
         model, decay, min_decay, update_after_step, use_warmup, warmup_gamma, warmup_power: as in timm.
-        device: of the copy; the model's tensors are sent there on every update if it is another one.
-        dtype: of the copy's floating tensors; None keeps the model's.
-        stochastic_rounding, stochastic_rounding_seed: of bfloat16 copies, from a generator of its own.
-        foreach: taken, without effect: all tensors always move in one call.
-        exclude_buffers: copy the buffers instead.
+        device: the device of the copy; every update transfers the model's tensors there if theirs differs.
+        dtype: the dtype of the copy's floating tensors; None keeps the model's.
+        stochastic_rounding, stochastic_rounding_seed: for bfloat16 copies, with a separate generator.
+        foreach: accepted without effect: all tensors move in one call.
+        exclude_buffers: copy the buffers instead of averaging them.
 
     Raises:
-        ValueError, TypeError, RuntimeError: from updates with a model that does not fit; nothing has changed then.
+        ValueError, TypeError, RuntimeError: an update gets a model that does not match; nothing has changed.
     """
 
     original = "timm.utils.ModelEmaV3"
@@ -92,7 +94,7 @@ class ModelEmaV3(DropIn):
         self._sr_generator.manual_seed(stochastic_rounding_seed)
 
     def get_decay(self, step=None):
-        """The decay at a step; ``decay`` itself for None."""
+        """Return the decay at a step; ``decay`` itself for None."""
         if step is None:
             return self.decay
         step = max(0, step - self.update_after_step - 1)
@@ -105,16 +107,16 @@ class ModelEmaV3(DropIn):
 
     @torch.no_grad()
     def update(self, model, step=None):
-        """One update with :meth:`get_decay` of ``step``."""
+        """Update once, with the decay that :meth:`get_decay` returns for ``step``."""
         apply = self.apply_update_no_buffers_ if self.exclude_buffers else self.apply_update_
         apply(model, self.get_decay(step))
 
     @torch.no_grad()
     def apply_update_(self, model, decay):
-        """Average what is floating in the ``state_dict``, copy the rest of it; buffers that are not in it stay."""
+        """Average the floating tensors of the ``state_dict`` and copy the rest of it; other buffers do not change."""
         _check_state(self, model)
         parts: dict[bool, list] = {True: [], False: []}
-        # Under compat.patch, where this is timm's own object, tied weights are left to timm: it moves them once a name.
+        # Under compat.patch this is timm's own object: leave tied weights to timm, which moves them once per name.
         for pairs in ModelEmaV3._pairs(self, model, persistent=True, tied=isinstance(self, ModelEmaV3)):
             for pair in pairs:
                 parts[pair[0].is_floating_point()].append(pair)
@@ -122,7 +124,7 @@ class ModelEmaV3(DropIn):
 
     @torch.no_grad()
     def apply_update_no_buffers_(self, model, decay):
-        """Average parameters, copy all buffers; those that are not saved, where both have one of the same shape."""
+        """Average parameters, copy buffers; non-persistent ones only if both models have one of the same shape."""
         ModelEmaV3._move(self, *ModelEmaV3._pairs(self, model, persistent=False), decay)
 
     @torch.no_grad()
@@ -137,9 +139,9 @@ class ModelEmaV3(DropIn):
         return self.module(*args, **kwargs)
 
     def _pairs(self, model, persistent, tied=True):
-        """[(target, source, name)] of parameters and of buffers; ``persistent``: only those in a ``state_dict``.
+        """Return [(target, source, name)] of parameters and of buffers; ``persistent``: only those in a ``state_dict``.
 
-        Without ``tied``, tied weights are refused.
+        Without ``tied``, raise for tied weights.
         """
         own, theirs = named_tensors(wrappers.inner(self.module)), named_tensors(wrappers.inner(model))
         if own.tied and not tied:
@@ -155,13 +157,13 @@ class ModelEmaV3(DropIn):
         ]
 
     def _move(self, averaged, copied, decay):
-        # timm rounds bfloat16 alone at random. A call is for one device.
+        # timm rounds only bfloat16 stochastically. A call takes tensors of one device.
         parts: dict[tuple, list] = {}
         for pair in averaged:
             randomly = self.stochastic_rounding and pair[0].dtype == torch.bfloat16
             parts.setdefault((pair[0].device, randomly), []).append(pair)
         moves = [(randomly, _columns(pairs)) for (_, randomly), pairs in parts.items()]
-        if len(moves) > 1:  # else the one call checks everything before it writes anything
+        if len(moves) > 1:  # a single call checks everything before it writes
             for _, columns in moves:
                 lists.check_update(*columns, as_torch=True)
         devices: dict[torch.device, list] = {}
@@ -180,9 +182,9 @@ _HOOKS = ("_state_dict_hooks", "_state_dict_pre_hooks")
 
 
 def _check_state(ema, model):
-    """Under ``compat.patch``, with timm's own object, a model that makes its ``state_dict`` itself is left to timm.
+    """Under ``compat.patch``, with timm's own object, leave a model that customises its ``state_dict`` to timm.
 
-    A method or a hook of its modules may leave tensors out. Looking for one takes less time than making the dictionary.
+    A method or hook of its modules may omit tensors. Searching for one is faster than building the ``state_dict``.
     """
     if isinstance(ema, ModelEmaV3):
         return
@@ -205,7 +207,7 @@ def _check_state(ema, model):
 
 
 def _columns(pairs):
-    """([target], [source], [name]), the sources on the targets' devices."""
+    """Return ([target], [source], [name]), with the sources on the targets' devices."""
     targets = [target for target, _, _ in pairs]
     sources = [source if source.device == target.device else source.to(target.device) for target, source, _ in pairs]
     return targets, sources, [name for _, _, name in pairs]

@@ -1,1 +1,1 @@
-"""What the ops share: how one is defined and chosen, checks, processes, the build."""
+"""Code shared by the ops: their definition and dispatch, argument checks, process groups, the build."""

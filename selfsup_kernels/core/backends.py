@@ -1,4 +1,4 @@
-"""What this machine can run, and the one place that chooses an implementation."""
+"""Detect the implementations that this machine can run, and choose one of them."""
 
 import functools
 import importlib
@@ -19,7 +19,7 @@ NO_CUDA = (
 )
 
 EMULATOR = os.environ.get("SELFSUP_KERNELS_CUDA_EMULATOR") or None
-"""For tests: a library with the CUDA kernels compiled for an emulator, which takes CPU tensors."""
+"""For tests: the path of a library with the CUDA kernels compiled for an emulator, which takes CPU tensors."""
 
 
 @functools.cache
@@ -39,7 +39,7 @@ def load_extension():
 
 
 class Unavailable(NamedTuple):
-    """Why an implementation cannot be used, and the command that changes it, where there is one."""
+    """Reason why an implementation cannot be used, and the command that fixes this, if there is one."""
 
     why: str
     command: str | None = None
@@ -52,7 +52,7 @@ _reasons: dict[str, Unavailable | None] = {}
 
 
 def unavailable(impl: str) -> Unavailable | None:
-    """None where ``impl`` can run on this machine, else the reason and what to do about it."""
+    """Return None if ``impl`` can run on this machine, else the reason and the fix."""
     if impl not in _reasons:
         _reasons[impl] = _find_reason(impl)
     return _reasons[impl]
@@ -106,7 +106,7 @@ def _no_triton():
 
 
 def triton_is_interpreted() -> bool:
-    """Whether Triton kernels run on the CPU, in Triton's interpreter (a tool for tests). Triton reads it at import."""
+    """Return True if Triton kernels run in its CPU interpreter (for tests). Triton reads the variable at import."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
@@ -116,13 +116,13 @@ def _capability(index):
 
 
 def emulated(impl: str) -> bool:
-    """Whether the kernels of ``impl`` take CPU tensors, which only tests do."""
+    """Return True if the GPU kernels of ``impl`` run on CPU tensors, as in tests."""
     return triton_is_interpreted() if impl == "triton" else EMULATOR is not None
 
 
 @constant
 def _gpu_refuses(impl: str, device_type: str, index: int | None, dtype: torch.dtype, any_dtype: bool) -> str | None:
-    """None where the GPU kernels of ``impl`` take such tensors, else why not. Constant while torch.compile traces."""
+    """Return None if the GPU kernels of ``impl`` take such tensors, else the reason. torch.compile sees a constant."""
     if not any_dtype and dtype not in GPU_DTYPES:
         return f"takes float32, bfloat16 or float16, got {str(dtype).removeprefix('torch.')}"
     if emulated(impl):
@@ -135,13 +135,13 @@ def _gpu_refuses(impl: str, device_type: str, index: int | None, dtype: torch.dt
     return None
 
 
-# Asked once here, so that torch.compile, which cannot follow the loading of a library, only ever finds the answers.
+# Cache the answers now: torch.compile cannot trace the loading of a library.
 for _impl in CHOICES[1:]:
     unavailable(_impl)
 
 
 def require(impl: str, op: str) -> None:
-    """Raise as :func:`select` does for an ``impl`` other than ``"auto"`` that no tensor could make usable here."""
+    """Raise like :func:`select` if ``impl``, not ``"auto"``, cannot be used on this machine for any tensor."""
     if impl not in CHOICES:
         raise ValueError(f"impl: expected one of {', '.join(CHOICES)}, got {impl!r}")
     if impl not in ops.impls_of(op):
@@ -152,13 +152,13 @@ def require(impl: str, op: str) -> None:
 
 
 def select(impl: str, tensor: torch.Tensor, op: str = "info_nce", any_dtype: bool = False) -> str:
-    """The implementation of ``op`` that ``impl`` stands for on ``tensor``'s device, for its dtype.
+    """Return the implementation of ``op`` that ``impl`` selects for ``tensor``'s device and dtype.
 
-    ``any_dtype`` says that the op takes every floating dtype in every implementation.
+    ``any_dtype``: every implementation of the op takes every floating dtype.
 
     Raises:
         ValueError: ``impl`` is not one of :data:`CHOICES`.
-        RuntimeError: this machine, or the tensor's device, cannot use it.
+        RuntimeError: this machine, or the tensor's device, cannot use ``impl``.
     """
     device = tensor.device
     if impl == "auto":
@@ -184,10 +184,10 @@ def select(impl: str, tensor: torch.Tensor, op: str = "info_nce", any_dtype: boo
 
 
 def or_auto(impl: str, op: str) -> str:
-    """``impl`` where ``op`` has it, else ``"auto"``: for a method that runs several ops under one ``impl``."""
+    """Return ``impl`` if ``op`` has it, else ``"auto"``: for methods that run several ops with one ``impl``."""
     return impl if impl in ops.impls_of(op) else "auto"
 
 
 def op(name: str, impl: str):
-    """The dispatcher op ``name`` of an implementation that :func:`select` returned."""
+    """Return the dispatcher op ``name`` of an implementation that :func:`select` returned."""
     return ops.get(name, impl)

@@ -1,4 +1,4 @@
-"""What losses in eager PyTorch share: unit rows that are differentiable, and the way back through the normalisation."""
+"""Code shared by the losses in eager PyTorch: differentiable unit rows and the backward of the normalisation."""
 
 import functools
 
@@ -11,23 +11,26 @@ from selfsup_kernels.core.transforms import active
 
 
 def ordinary(view):
-    """Whether a call is one of plain eager PyTorch: not traced, transformed or under autocast."""
+    """Return True if a call is plain eager PyTorch: not traced, not transformed, not under autocast."""
     return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or check.autocasts(view.device) or active())
 
 
 def through_the_norm(dz, z, rnorm, dtype):
-    """The gradient of rows in ``dtype``, from that of the unit rows z (..., D); rnorm (..., 1) as ``_rows`` has it."""
-    # Below the floor the norm is a constant: no projection. (An infinite row's rnorm is 0: it has one, which is NaN.)
+    """Return the gradient of the rows in ``dtype`` from that of the unit rows z (..., D).
+
+    rnorm (..., 1) is the reciprocal norm, negated where the norm is below eps.
+    """
+    # Below eps the norm is a constant: no projection. (An infinite row has rnorm 0 and is projected, to NaN.)
     along = torch.where(rnorm < 0, 0, (z * dz).sum(-1, keepdim=True))
     dz = torch.addcmul(dz, z, along, value=-1) * rnorm.abs()
-    if dtype == torch.float16:  # dz / eps of a zero row is finite in float32 only
+    if dtype == torch.float16:  # dz / eps of a zero row overflows float16
         limit = torch.finfo(dtype).max
         dz = torch.where(rnorm < 0, dz.clamp(-limit, limit), dz)
     return dz
 
 
 def scale_of(temperature_tensor, temperature, device):
-    """1 / temperature as a 0-dim float64 tensor; NaN where the temperature is not a positive number."""
+    """Return 1 / temperature as a 0-dim float64 tensor; NaN if the temperature is not positive and finite."""
     if temperature_tensor is None:
         return torch.full((), 1 / temperature, dtype=torch.float64, device=device)
     t = temperature_tensor.detach().double().reshape(()).to(device)
@@ -35,7 +38,7 @@ def scale_of(temperature_tensor, temperature, device):
 
 
 def without_autocast(backward):
-    """Decorates a ``backward``: called under autocast, where the forward was not, it would multiply in 16 bits."""
+    """Run the decorated ``backward`` without autocast, which would multiply in 16 bits though the forward did not."""
 
     @functools.wraps(backward)
     def wrapper(ctx, *arguments):
@@ -48,7 +51,7 @@ def without_autocast(backward):
 
 
 class UnitRows(torch.autograd.Function):
-    """(unit rows (M, D), 1 / temperature or None), in float32 at least. Differentiable once, as the ops are."""
+    """Return (unit rows (M, D), 1 / temperature or None), in float32 or float64. Differentiable once, like the ops."""
 
     @staticmethod
     def forward(ctx, normalize, eps, temperature, *views):
@@ -56,13 +59,13 @@ class UnitRows(torch.autograd.Function):
         z = h.to(accumulation_dtype(h.dtype))
         scale = rnorm = None
         if normalize:
-            # In float64, since the squares of a long or a short row leave the range of float32.
+            # In float64, since the squares of very long or short rows leave the range of float32.
             norm = torch.linalg.vector_norm(z, dim=-1, keepdim=True, dtype=torch.float64)
-            eps = max(eps, torch.finfo(z.dtype).tiny)  # whose reciprocal is finite
+            eps = max(eps, torch.finfo(z.dtype).tiny)  # the reciprocal is finite
             rnorm = norm.clamp_min(eps).reciprocal_().to(z.dtype)
             z = z * rnorm
             rnorm = torch.where(norm < eps, -rnorm, rnorm)
-        elif len(views) == 1 and z.dtype == h.dtype:  # not the input, which may be changed before the backward
+        elif len(views) == 1 and z.dtype == h.dtype:  # the input may be changed before the backward
             z = z.clone()
         if temperature is not None:
             scale = scale_of(temperature, 0.0, z.device).to(z.dtype)

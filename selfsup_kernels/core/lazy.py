@@ -1,7 +1,4 @@
-"""What the library uses of ``torch._dynamo`` and ``torch._subclasses`` without importing them.
-
-Their import takes as long as that of the rest of torch.
-"""
+"""Features of ``torch._dynamo`` and ``torch._subclasses`` without their import, which takes as long as torch's own."""
 
 import sys
 
@@ -9,13 +6,13 @@ import torch
 
 
 def constant(function):
-    """``torch.compiler.assume_constant_result``: while ``torch.compile`` traces, the function runs, and its result is a
-    constant of the graph."""
+    """Mark a function like ``torch.compiler.assume_constant_result``: ``torch.compile`` runs it during tracing and
+    treats its result as a constant."""
     function._dynamo_marked_constant = True
     return function
 
 
 def is_fake(tensor: torch.Tensor) -> bool:
-    """Whether it is a FakeTensor, which has a shape and no memory. Whoever made one has imported the class."""
+    """Return True for a FakeTensor, which has no memory. If its module is not imported, there are none."""
     kind = getattr(sys.modules.get("torch._subclasses.fake_tensor"), "FakeTensor", None)
     return kind is not None and isinstance(tensor, kind)

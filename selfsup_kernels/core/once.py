@@ -1,4 +1,4 @@
-"""A backward that can be run, but not differentiated."""
+"""A backward that can run but cannot be differentiated."""
 
 import functools
 
@@ -6,7 +6,7 @@ import torch
 
 
 class _Refuse(torch.autograd.Function):
-    """The first ``count`` tensors, as functions of all of them; the backward is an error."""
+    """Return the first ``count`` tensors as functions of all tensors; the backward raises."""
 
     generate_vmap_rule = True
 
@@ -21,28 +21,28 @@ class _Refuse(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         raise RuntimeError(
-            "selfsup_kernels: the losses are differentiable once, and a second derivative was asked for"
+            "selfsup_kernels: the losses are differentiable once, and a second derivative was requested"
             " (a gradient taken with create_graph=True was differentiated again)"
         )
 
 
 def once(backward):
-    """Decorates a Function's ``backward(ctx, saved_tensors, *grads)``: differentiating its results raises.
+    """Make differentiating the results of a Function's ``backward(ctx, saved_tensors, *grads)`` raise.
 
-    PyTorch's ``once_differentiable`` refuses only where the incoming gradient requires grad. Under
-    ``create_graph=True`` it mostly does not, and the second derivative would silently be zero. Here the results depend
-    on the saved inputs in the graph (a Function has to save those that it is differentiable in).
+    PyTorch's ``once_differentiable`` raises only if the incoming gradient requires grad. Under ``create_graph=True`` it
+    usually does not, and the second derivative would silently be zero. Here the results depend on the saved inputs in
+    the graph, so a Function must save every input that it is differentiable in.
     """
 
     @functools.wraps(backward)
     def wrapper(ctx, *grads):
-        saved = ctx.saved_tensors  # read once: activation checkpointing allows no more
+        saved = ctx.saved_tensors  # read once: activation checkpointing allows only one access
         with torch.no_grad():
             results = backward(ctx, saved, *grads)
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return results  # a compiled graph refuses a second derivative by itself
+            return results  # compiled graphs already refuse a second derivative
         inputs = [x for x in (*saved, *grads) if x is not None]
-        if not torch._C._are_functorch_transforms_active():  # there a tensor tells of the innermost transform alone
+        if not torch._C._are_functorch_transforms_active():  # requires_grad is innermost-only there
             inputs = [x for x in inputs if x.requires_grad]
         return _Refuse.apply(len(results), *results, *inputs)
 

@@ -1,11 +1,11 @@
-"""How an op is defined: its schema, its fake kernel, its implementations.
+"""Definition of an op: its schema, its fake kernel, its implementations.
 
-One op per hot call. An op has one overload for each implementation (``info_nce_forward.cpu``,
-``info_nce_forward.reference``), all of the same signature, so that the layer above picks one by name and the tests can
-drive each of them. Schemas and fakes are Python, so that importing the package never needs a compiler: the C++
-libraries only add implementations to what is defined here.
+There is one op per hot call. An op has one overload per implementation (``info_nce_forward.cpu``,
+``info_nce_forward.reference``), all with the same signature: callers select one by name, and tests can run each of
+them. Schemas and fakes are Python, so importing the package needs no compiler: the C++ libraries only add
+implementations to these ops.
 
-The ops are not differentiable; each op's folder has the autograd Function that wraps them.
+The ops are not differentiable; the autograd Function that wraps them is in each op's folder.
 """
 
 from collections.abc import Callable
@@ -15,10 +15,10 @@ import torch
 NAMESPACE = "selfsup_kernels"
 IMPLS = ("reference", "cpu", "triton", "cuda")
 REDUCTIONS = ("none", "mean", "sum")
-"""The position of a reduction in this tuple is its number in the ops."""
+"""The ops take a reduction as its index in this tuple."""
 
 SCHEMAS: dict[str, str] = {}
-"""What :func:`define` was called with, by the op's name."""
+"""The schema of each op, by the op's name."""
 _gpu: dict[str, str] = {}
 
 _library = torch.library.Library(NAMESPACE, "DEF")
@@ -37,11 +37,11 @@ def define(
     """Define the op ``name``, with overloads ``reference``, ``cpu`` and ``gpu``.
 
     Args:
-        gpu: what its GPU kernels are written in, ``"triton"`` or ``"cuda"``.
+        gpu: the language of its GPU kernels, ``"triton"`` or ``"cuda"``.
         reference: the implementation in eager PyTorch, for every device.
-        fake: gives the shapes and dtypes of the results; by implementation where they differ.
-        launcher: the GPU implementation where that is Python.
-        batched: whether ``torch.vmap`` may run it, one call for each element.
+        fake: a function that returns results with the right shapes and dtypes, or one per implementation.
+        launcher: the GPU implementation if it is Python.
+        batched: True if ``torch.vmap`` may run the op, with one call per element.
     """
     SCHEMAS[name], _gpu[name] = schema, gpu
     for impl in ("reference", "cpu", gpu):
@@ -52,35 +52,35 @@ def define(
             torch.library.register_vmap(f"{NAMESPACE}::{name}.{impl}", _loop(get(name, impl)), lib=_library)
     _library.impl(f"{name}.reference", reference, "CompositeExplicitAutograd")
     if launcher is not None:
-        # For CPU tensors too: those of Triton's interpreter in the tests. `backends.select` lets no others through.
+        # For CPU tensors too, which Triton's interpreter takes in tests; `backends.select` rejects all others.
         _library.impl(f"{name}.{gpu}", launcher, "CompositeExplicitAutograd")
 
 
 def impls_of(op: str) -> tuple[str, ...]:
-    """The implementations of an op, or of both ways of a loss ("byol"); the last one is the GPU's."""
+    """Return the implementations of an op, or of a loss' forward and backward ("byol"); the last one is the GPU's."""
     return ("reference", "cpu", next(gpu for name, gpu in _gpu.items() if name.startswith(op)))
 
 
 def get(name: str, impl: str):
-    """The op ``name`` as implemented by ``impl``."""
+    """Return the overload of the op ``name`` for ``impl``."""
     return getattr(getattr(getattr(torch.ops, NAMESPACE), name), impl)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64 inputs, float32 for every other floating dtype."""
+    """Return float64 for float64 inputs, float32 for every other floating dtype."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _take(argument, dims, i):
-    """Element ``i`` of the batch of an op's argument: a tensor, a list of them, or what vmap does not see."""
+    """Return element ``i`` of an op's batched argument: a tensor, a list of tensors, or an unbatched value."""
     if isinstance(argument, list):
         return [_take(item, dim, i) for item, dim in zip(argument, dims, strict=True)]
     return argument if dims is None else argument.select(dims, i)
 
 
 def _loop(op):
-    """The rule of ``op`` under ``torch.vmap``: a call for each element. A batch of batches has no larger product to
-    gain from; each call uses all threads, or the whole GPU, already."""
+    """Return the ``torch.vmap`` rule of ``op``: one call per element. Merging the calls would not be faster, since each
+    one already uses all threads or the whole GPU."""
 
     def rule(info, in_dims, *arguments):
         if info.batch_size == 0:

@@ -1,4 +1,4 @@
-"""Groups of processes: which one a call means, and what its processes gather."""
+"""Process groups: resolve the ``group=`` argument and gather tensors from its processes."""
 
 from __future__ import annotations  # a torch that was built without torch.distributed lacks its names
 
@@ -12,7 +12,7 @@ from selfsup_kernels.core import validate as check
 
 
 class Shares(NamedTuple):
-    """How the samples of a batch are spread: rank r has ``sizes[r]`` of them, in the order of the ranks."""
+    """Distribution of a batch over processes: rank r has ``sizes[r]`` samples, in rank order."""
 
     group: dist.ProcessGroup
     rank: int
@@ -32,7 +32,7 @@ class Shares(NamedTuple):
 
 
 class SharesGroup:
-    """For modules with a ``group``, which is a handle of this process and no data: their copies share it."""
+    """Mixin for modules with a ``group``, which is a handle, not data: copies of the module share it."""
 
     def __deepcopy__(self, memo):
         memo[id(self.group)] = self.group
@@ -43,11 +43,11 @@ class SharesGroup:
 
 
 WORLD, LOCAL = "world", "local"
-"""What ``group=`` may be by name: all processes, and this one alone."""
+"""The strings that ``group=`` accepts: all processes, and only this one."""
 
 
 def check_kind(group) -> None:
-    """Raise unless ``group`` is something that :func:`resolve` takes, now or later."""
+    """Raise unless :func:`resolve` accepts ``group``, now or later."""
     if group is None or group in (WORLD, LOCAL):
         return
     if not dist.is_available():
@@ -58,17 +58,17 @@ def check_kind(group) -> None:
 
 
 def resolve(group):
-    """What the argument ``group`` stands for in this call: a process group, or None for this process alone.
+    """Return the process group that the argument ``group`` selects in this call, or None for this process only.
 
-    ``"world"`` is the default group of this moment, so that it may be given before ``init_process_group``. None warns
-    once where several processes run: it may be a group that was taken too early.
+    ``"world"`` is looked up on every call, so it may be passed before ``init_process_group``. None warns once if
+    several processes run: it may be a group that was read before it existed.
     """
     if group is None:
         if _several():
             check.warn_once(
                 "group",
-                f"{dist.get_world_size()} processes run, and this loss has no group: each takes its negatives from its"
-                f" own samples. Pass group={WORLD!r} to take those of all, or group={LOCAL!r} to keep it so.",
+                f"{dist.get_world_size()} processes run, and this loss has no group: each uses only its own samples as"
+                f" negatives. Pass group={WORLD!r} to use those of all processes, or group={LOCAL!r} to keep this.",
             )
         return None
     check_kind(group)
@@ -81,12 +81,12 @@ _AVAILABLE = dist.is_available()
 
 
 def _several() -> bool:
-    """Whether there is a default group, of more processes than this one."""
+    """Return True if there is a default group with more than one process."""
     return _AVAILABLE and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def shown(group) -> str:
-    """A group in the ``repr`` of a module."""
+    """Return how the ``repr`` of a module shows a group."""
     if group is None or isinstance(group, str):
         return repr(group)
     return f"{type(group).__name__} of {group.size()}" if hasattr(group, "size") else "NON_GROUP_MEMBER"
@@ -99,17 +99,17 @@ def check_group(group) -> None:
         raise ValueError("group: expected a group that this process is a member of")
 
 
-# The newer name of the same; the older one warns where both exist.
+# all_gather_single is the newer name; the older one warns if both exist.
 _ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
 
 
 def all_gather(out, own, group) -> None:
-    """``out`` <- the flat tensors ``own`` of all processes, one after the other."""
+    """Fill ``out`` with the concatenated flat tensors ``own`` of all processes."""
     getattr(dist, _ALL_GATHER)(out, own, group=group)
 
 
 def host_device(group) -> torch.device:
-    """Where small messages go: the CPU where the group has a backend for it, which spares the GPU a synchronisation."""
+    """Return the device for small messages: the CPU if the group has a backend for it, to avoid a GPU sync."""
     kinds = {device.type for device in group._device_types}
     if "cpu" in kinds:
         return torch.device("cpu")
@@ -120,13 +120,13 @@ def host_device(group) -> torch.device:
 
 
 def gather_samples(x: torch.Tensor, shares: Shares) -> torch.Tensor:
-    """``(V, own samples, C)`` of each process as the ``(V, all samples, C)`` of the group; no gradient."""
+    """Gather each process' ``(V, own samples, C)`` into the group's ``(V, all samples, C)``, without gradient."""
     longest = max(shares.sizes)
-    if x.shape[1] < longest:  # the padding of nothing would copy
+    if x.shape[1] < longest:  # padding by 0 would copy
         x = torch.nn.functional.pad(x, (0, 0, 0, longest - x.shape[1]))
     own = x.contiguous()
     every = own.new_empty((len(shares.sizes), *own.shape))
-    # As bytes: not every backend knows every dtype.
+    # As bytes, since not every backend supports every dtype.
     all_gather(_bytes(every), _bytes(own), group=shares.group)
     if min(shares.sizes) == longest:
         return every.transpose(0, 1).reshape(x.shape[0], shares.batch, x.shape[2])
@@ -138,17 +138,17 @@ def _bytes(x):
 
 
 def sum_over(x: torch.Tensor, shares: Shares) -> torch.Tensor:
-    """The sum of ``x`` over the processes, in place."""
+    """Sum ``x`` over the processes, in place."""
     dist.all_reduce(x, group=shares.group)
     return x
 
 
 @torch.no_grad()
 def gather_rows(rows: torch.Tensor, group) -> torch.Tensor:
-    """The ``(N, D)`` rows of all processes in the order of their ranks; each may bring another number of them.
+    """Return the ``(N, D)`` rows of all processes in rank order; N may differ between processes.
 
     Raises:
-        ValueError: D differs between processes; on all of them.
+        ValueError: D differs between processes; raised on all of them.
     """
     if group is None:
         return rows
@@ -163,10 +163,10 @@ def gather_rows(rows: torch.Tensor, group) -> torch.Tensor:
 
 
 def global_mean(values: torch.Tensor, group) -> torch.Tensor:
-    """The mean of all processes' values, on each of them.
+    """Return the mean of the values of all processes, on each process.
 
-    As with the losses' ``group=``, its gradient is that of the sum of what all processes have computed, each doing the
-    same with its own: the average that DistributedDataParallel takes is then the gradient of the mean.
+    As with the losses' ``group=``, the gradient is that of the sum of the results over the processes, so that
+    DistributedDataParallel's average is the gradient of the mean.
     """
     if group is None:
         return values.mean()

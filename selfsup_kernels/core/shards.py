@@ -1,7 +1,7 @@
-"""Parameters that are spread over processes: DTensors, and the modules of FSDP2 that hold them.
+"""Parameters sharded over processes: DTensors, and the FSDP2 modules that hold them.
 
-An average goes element by element, so that every process updates its own shard and nothing is sent. Neither module of
-torch is imported here: who has such tensors has imported them.
+An average is elementwise, so every process updates its own shard without communication. The torch modules are not
+imported here: if they are not imported yet, there are no such tensors.
 """
 
 import sys
@@ -10,12 +10,12 @@ import torch
 
 
 def fsdp_module_type():
-    """The class of the modules that ``fully_shard`` was called on; None where nobody can have called it."""
+    """Return the class of modules that ``fully_shard`` was called on; None if its module is not imported."""
     return getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
 
 
 def is_fsdp(module: torch.nn.Module) -> bool:
-    """Whether ``fully_shard`` was called on this module or a part of it."""
+    """Return True if ``fully_shard`` was called on this module or a submodule."""
     kind = fsdp_module_type()
     return kind is not None and any(isinstance(part, kind) for part in module.modules())
 
@@ -32,9 +32,9 @@ def is_dtensor(tensor) -> bool:
 
 
 def gathered(tensor):
-    """A tensor, or the whole of a DTensor as a plain tensor: every process of its mesh has to ask for it.
+    """Return the tensor; a DTensor is gathered into a plain tensor, which every process of its mesh must do.
 
-    Its gradient is the mean of those of the processes, as ``fully_shard`` takes it.
+    Its gradient is averaged over the processes, as ``fully_shard`` does.
     """
     if not is_dtensor(tensor):
         return tensor
@@ -45,14 +45,14 @@ def gathered(tensor):
 
 @torch.no_grad()
 def local(targets, sources, pair_names):
-    """Both lists with the local shard in the place of each DTensor, or None if there are none.
+    """Return both lists with each DTensor replaced by its local shard, or None if there are no DTensors.
 
     Args:
-        pair_names: the function from a position to the names of both for the messages.
+        pair_names: a function from a position to the names of target and source for the messages.
 
     Raises:
-        TypeError: one of a pair is a DTensor and the other is not, or a target is a view of one.
-        ValueError: shapes, meshes or placements of a pair differ: its shards are not the same elements.
+        TypeError: only one tensor of a pair is a DTensor, or a target is a view of a DTensor.
+        ValueError: shapes, meshes or placements of a pair differ, so its shards hold different elements.
     """
     kind = dtensor_type()
     if kind is None or not any(isinstance(x, kind) for x in (*targets, *sources)):
@@ -64,14 +64,14 @@ def local(targets, sources, pair_names):
             t, s = pair_names(i)
             raise TypeError(
                 f"{s}: expected {'a DTensor' if spread else 'a plain tensor'} like {t}, got"
-                f" {type(source).__name__} (a module that fully_shard left gathered gives its shards after reshard())"
+                f" {type(source).__name__} (call reshard() on a module that fully_shard left gathered)"
             )
         if spread:
             _check_same(target, source, pair_names(i))
             if target._is_view():
                 raise TypeError(
                     f"{pair_names(i)[0]}: expected a DTensor of its own, got a view of one, whose local part may be"
-                    " gathered memory: what is written there would be lost"
+                    " gathered memory: writes to it would be lost"
                 )
             target, source = target.to_local(), source.to_local()
         shards[0].append(target)

@@ -1,4 +1,4 @@
-"""The losses under ``torch.func``: grad, vjp, vmap, jacrev, and compositions of them."""
+"""Support for the losses under ``torch.func``: grad, vjp, vmap, jacrev, and their compositions."""
 
 import functools
 
@@ -7,20 +7,20 @@ from torch.autograd import forward_ad
 
 
 def active() -> bool:
-    """Whether a transform of ``torch.func`` runs, or forward-mode differentiation."""
+    """Return True if a ``torch.func`` transform or forward-mode differentiation is active."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def apply(function, *args):
-    """``function.apply(*args)``; the form of ``function`` that ``torch.func`` takes where one of its transforms runs.
+    """Call ``function.apply(*args)``; if a ``torch.func`` transform is active, with a form that supports it.
 
-    Both forms have the same ``run``, ``save`` and ``backward``. The one for transforms is slower to call, since every
-    saved tensor is an output of its forward.
+    Both forms share ``run``, ``save`` and ``backward``. The one for transforms is slower to call, since its forward
+    returns every saved tensor.
     """
     if not active():
         return function.apply(*args)
     if torch.compiler.is_compiling():
-        # Dynamo differentiates the forward instead of calling the backward: zeros, for ours (torch 2.11 to 2.13).
+        # Dynamo differentiates the forward instead of calling the backward, which gives zeros (torch 2.11 to 2.13).
         torch._dynamo.graph_break(
             msg="selfsup_kernels: torch.compile cannot trace a loss under torch.func;"
             " compile the function without the transform, or drop fullgraph=True"
@@ -31,7 +31,7 @@ def apply(function, *args):
 @functools.cache
 def _for_transforms(function):
     class ForTransforms(torch.autograd.Function):
-        # Under vmap, forward and backward call the ops, which have batching rules (`selfsup_kernels.core.ops`).
+        # Under vmap, forward and backward call the ops, whose batching rules are in `selfsup_kernels.core.ops`.
         generate_vmap_rule = True
 
         @staticmethod

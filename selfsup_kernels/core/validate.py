@@ -1,6 +1,6 @@
-"""Checks of what the user passed. Every message names the argument, what was expected and what came.
+"""Argument checks. Every message names the argument, the expected value and the actual one.
 
-Nothing here reads a tensor's values on an accelerator: that would stall the stream.
+No check reads values of a tensor on an accelerator, since that would stall the stream.
 """
 
 import math
@@ -15,7 +15,7 @@ from selfsup_kernels.core import shards
 
 
 def views(name: str, value, minimum: int) -> list[torch.Tensor]:
-    """A ``(V, B, D)`` tensor or a sequence of V ``(B, D)`` tensors, as a list of V matrices."""
+    """Convert a ``(V, B, D)`` tensor or a sequence of V ``(B, D)`` tensors to a list of V matrices."""
     if isinstance(value, torch.Tensor):
         if value.dim() != 3:
             hint = ""
@@ -53,7 +53,7 @@ def views(name: str, value, minimum: int) -> list[torch.Tensor]:
 
 
 def sequence(name: str, value) -> list[torch.Tensor]:
-    """A list of the tensors in ``value``."""
+    """Return the tensors in ``value`` as a list."""
     if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
         raise TypeError(f"{name}: expected tensors, got {type(value).__name__}")
     for i, item in enumerate(value):
@@ -76,7 +76,7 @@ def floating(name: str, tensor: torch.Tensor) -> None:
 
 
 def own(name: str, tensor: torch.Tensor) -> None:
-    """Raise for a DTensor: the losses put the samples of several processes together by ``group=``."""
+    """Raise for a DTensor: the losses combine samples of several processes through ``group=``."""
     if shards.is_dtensor(tensor):
         raise TypeError(
             f"{name}: expected a plain tensor, got a DTensor; pass its to_local(), with group=mesh.get_group() where"
@@ -85,7 +85,7 @@ def own(name: str, tensor: torch.Tensor) -> None:
 
 
 def same_dtype_and_device(named: dict[str, torch.Tensor], check_dtype: bool = True) -> None:
-    """All of ``named`` on one device and, unless autocast will see to it, of one dtype."""
+    """Raise unless all of ``named`` share one device and, with ``check_dtype`` (no autocast), one dtype."""
     (first_name, first), *rest = named.items()
     for name, tensor in rest:
         if tensor.device != first.device:
@@ -100,7 +100,7 @@ def autocasts(device: torch.device) -> bool:
 
 
 def samples(batch: int, where: str = "") -> None:
-    """Raise unless there are two: without a queue one sample has nothing to be told from."""
+    """Raise unless there are two samples: without a queue a single sample has no negatives."""
     if batch < 2:
         raise ValueError(
             f"views: expected at least 2 samples{where} (one sample has no negatives), got {batch};"
@@ -109,16 +109,16 @@ def samples(batch: int, where: str = "") -> None:
 
 
 def choice(name: str, value, allowed: Sequence[str], hint: str = "") -> int:
-    """The position of ``value`` in ``allowed``; ``hint`` ends the message of one that is not."""
+    """Return the index of ``value`` in ``allowed``; raise if it is missing, with ``hint`` at the end of the message."""
     if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}{hint}")
     return allowed.index(value)
 
 
 def warn_once(kind: str, message: str, category: type[Warning] = UserWarning) -> None:
-    """A warning, once a process for each ``kind``, that points at the user's line.
+    """Warn once per process for each ``kind``, with the user's line as the location.
 
-    None while ``torch.compile`` traces, which cannot follow one.
+    Does nothing while ``torch.compile`` traces, which cannot trace warnings.
     """
     if torch.compiler.is_compiling() or kind in _warned:
         return
@@ -133,7 +133,7 @@ _warned: set[str] = set()
 
 
 def integer(name: str, value, least: int, end: int | None = None, expected: str = "an integer") -> int:
-    """An integer of Python's or NumPy's in ``[least, end)``."""
+    """Return a Python or NumPy integer in ``[least, end)`` as an int."""
     whole = isinstance(value, (int, numbers.Integral)) and not isinstance(value, bool)
     if not whole or value < least or (end is not None and value >= end):
         bounds = f">= {least}" if end is None else f"in [{least}, {end})"
@@ -144,13 +144,13 @@ def integer(name: str, value, least: int, end: int | None = None, expected: str 
 def positive_number(name: str, value) -> float:
     if type(value) is not float:
         value = real(name, value)
-    if not 0 < value < math.inf:  # comparisons, since torch.compile can follow them where the number is symbolic
+    if not 0 < value < math.inf:  # comparisons, since torch.compile can trace them for symbolic numbers
         raise ValueError(f"{name}: expected a finite number > 0, got {value}")
     return value
 
 
 def temperature(value) -> tuple[torch.Tensor | None, float]:
-    """``(tensor of one element or None, number)``; the number is 0 for a tensor that is not read."""
+    """Return ``(tensor of one element or None, number)``; the number is 0 for a tensor that is not read."""
     if not isinstance(value, torch.Tensor):
         return None, positive_number("temperature", value)
     value = scalar("temperature", value)
@@ -158,7 +158,7 @@ def temperature(value) -> tuple[torch.Tensor | None, float]:
 
 
 def real(name: str, value, expected: str = "a number") -> float:
-    """A number of Python's or NumPy's."""
+    """Return a Python or NumPy number as a float."""
     if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
         raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
     if isinstance(value, int) and abs(value) > 2**1000:
@@ -167,7 +167,7 @@ def real(name: str, value, expected: str = "a number") -> float:
 
 
 def momentum(value) -> tuple[torch.Tensor | None, float]:
-    """``(0-dim tensor, 0)`` for a tensor of one element, ``(None, number)`` for a number in [0, 1]."""
+    """Return ``(0-dim tensor, 0)`` for a tensor of one element, ``(None, number)`` for a number in [0, 1]."""
     if isinstance(value, torch.Tensor):
         value = scalar("momentum", value).reshape(())
         number = value.item() if readable(value) else 0.0
@@ -179,7 +179,7 @@ def momentum(value) -> tuple[torch.Tensor | None, float]:
 
 
 def scalar(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, which has one element and any number of dimensions; the whole of a DTensor."""
+    """Return a tensor of one element, with any number of dimensions; gathers a DTensor."""
     if tensor.numel() != 1:
         raise ValueError(f"{name}: expected a number or a tensor of one element, got shape {tuple(tensor.shape)}")
     floating(name, tensor)
@@ -187,8 +187,8 @@ def scalar(name: str, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def readable(tensor: torch.Tensor) -> bool:
-    """Whether there is a value, and reading it costs nothing: on the host, not while a graph is being traced, not
-    under a transform of ``torch.func``, and not of a fake tensor or another subclass."""
+    """Return True if the tensor has a value that is free to read: on the CPU, not while tracing a graph, not under a
+    ``torch.func`` transform, and not a fake tensor or other subclass."""
     return (
         not torch.compiler.is_compiling()
         and tensor.device.type == "cpu"
@@ -198,7 +198,7 @@ def readable(tensor: torch.Tensor) -> bool:
 
 
 def labels(value, matrices: list[torch.Tensor]) -> None:
-    """Check the labels of views."""
+    """Raise unless ``value`` is a valid labels argument for the views ``matrices``."""
     batch, device = len(matrices[0]), matrices[0].device
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"labels: expected an integer tensor, got {type(value).__name__}")
@@ -228,7 +228,7 @@ def queue(value, dim: int) -> None:
 
 
 def one_dtype(matrices, queue):
-    """Under autocast, operands of different dtypes meet in float32 (in float64 if one is), as PyTorch's losses do."""
+    """Convert operands of different dtypes to float32 (float64 if one is), as PyTorch's losses do under autocast."""
     dtypes = {m.dtype for m in matrices} | ({queue.dtype} if queue is not None else set())
     if len(dtypes) == 1:
         return matrices, queue

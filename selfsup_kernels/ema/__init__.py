@@ -1,4 +1,4 @@
-"""Moving averages of many tensors, and the optimizers that move one in the same pass."""
+"""Moving averages of many tensors, and optimizers that update one in the same pass."""
 
 from selfsup_kernels.ema.module import EMA, cosine_momentum
 

@@ -1,7 +1,7 @@
-"""Checks of the lists of tensors that a multi-tensor update gets, and what moves which of them.
+"""Check the lists of tensors of a multi-tensor update, and choose how each pair is updated.
 
-They run on every step for hundreds of tensors. So each list goes through a test that is made of C calls and only says
-"fine" or "look closer"; what looks closer goes pair by pair and names the tensor. Nothing reads a value.
+The checks run on every step for hundreds of tensors. A fast test made of C calls first decides whether a list is fine;
+if not, a slow one checks pair by pair and names the tensor. No check reads values.
 """
 
 from collections.abc import Iterable
@@ -18,32 +18,33 @@ Tensor = torch.Tensor
 
 
 def kind(dtype: torch.dtype):
-    """What converts into each other: the kernels' floating dtypes, complex ones; of any other dtype only itself."""
+    """Return a key shared by dtypes that convert into each other: the kernels' floating dtypes, the complex dtypes;
+    every other dtype is its own kind."""
     if dtype in check.FLOATING:
         return "floating"
     return "complex" if dtype.is_complex else dtype
 
 
 def is_averaged(dtype: torch.dtype) -> bool:
-    """Whether an average of such numbers is one; others are copied."""
+    """Return True if tensors of this dtype are averaged; others are copied."""
     return dtype.is_floating_point or dtype.is_complex
 
 
 def tensor_list(name: str, value) -> list[Tensor]:
-    """What an iterable holds; whether it is tensors is for :func:`check_update`."""
+    """Return the items of an iterable as a list; :func:`check_update` checks that they are tensors."""
     if isinstance(value, (Tensor, str, bytes)) or not isinstance(value, Iterable):
         raise TypeError(f"{name}: expected a list of tensors or an nn.Module, got {type(value).__name__}")
     return list(value)
 
 
 class Lanes(NamedTuple):
-    """The pairs of an update by what moves them. Pairs that have nothing to do are in none."""
+    """The pairs of an update, by the way they are updated. Pairs without work are in none of the lists."""
 
     targets: list[Tensor]
     sources: list[Tensor]
-    """Plain memory that is each target's own: one call for all of them, in any order."""
+    """Pairs whose targets have plain, unshared memory: one call updates all of them, in any order."""
     others: list[tuple[Tensor, Tensor]]
-    """One after another, by the tensors' own operators: what has no memory of its own, or is in another's."""
+    """Pairs without plain memory or with shared memory: the tensors' own operators update them in sequence."""
 
 
 def check_update(
@@ -55,29 +56,28 @@ def check_update(
     as_torch: bool = False,
     own_memory: bool = False,
 ) -> Lanes:
-    """Refuse what an in-place update of ``targets`` from ``sources`` is not defined for, and sort the rest.
+    """Raise if an in-place update of ``targets`` from ``sources`` is undefined; else sort the pairs.
 
-    Of pairs that have nothing to do (no elements, or the source is the destination) it returns nothing, of DTensors the
-    local shards.
+    Pairs without work (no elements, or the source is the destination) are omitted; DTensors become their local shards.
 
     Args:
         names: one per target, for the messages.
-        averaged: False where the sources are only copied. Then targets may share memory with each other.
-        as_torch: what ``lerp_`` and ``copy_`` accept one after another is accepted: shapes that broadcast, any dtypes,
+        averaged: False if the sources are only copied; targets may then share memory with each other.
+        as_torch: accept what consecutive calls of ``lerp_`` and ``copy_`` accept: shapes that broadcast, any dtypes,
             destinations that share memory.
-        own_memory: whether a target that is another tensor in its source's memory (``load_state_dict`` with
-            ``assign=True`` makes such) gets a copy of it. As long as they share it, it would always equal the source.
+        own_memory: give a target its own copy if it is a different tensor in its source's memory, as after
+            ``load_state_dict`` with ``assign=True``. Otherwise it would always equal the source.
 
     Raises:
-        ValueError: different lengths, shapes, devices or (DTensors) placements; a destination appears twice.
-        TypeError: not tensors, dtypes that cannot be averaged, or only one of a pair is a DTensor.
-        RuntimeError: a destination overlaps itself, another one or a source; a tensor whose memory was freed.
+        ValueError: lengths, shapes, devices or (for DTensors) placements differ; a destination appears twice.
+        TypeError: an item is not a tensor, a dtype cannot be averaged, or only one of a pair is a DTensor.
+        RuntimeError: a destination overlaps itself, another one or a source; the memory of a tensor was freed.
     """
     if len(targets) != len(sources):
         raise ValueError(f"sources: expected {len(targets)} tensors, as many as targets, got {len(sources)}")
     rules = _Rules(averaged, as_torch, own_memory, names)
     if torch.compiler.is_compiling():
-        # Guards on the shapes make these checks once per graph. Addresses do not exist while tracing.
+        # Shape guards make these checks run once per graph. Tensors have no addresses while tracing.
         return _lanes(targets, sources, _traced_plan(targets, sources, rules))
     if _PLAIN.issuperset(map(type, targets)) and _PLAIN.issuperset(map(type, sources)):
         return _plain_lanes(targets, sources, rules)
@@ -88,7 +88,7 @@ def check_update(
 
 
 def copy_(lanes: Lanes) -> None:
-    """Each target gets its source's values."""
+    """Copy each source's values to its target."""
     if lanes.targets:
         torch._foreach_copy_(lanes.targets, lanes.sources)
     for target, source in lanes.others:
@@ -96,7 +96,7 @@ def copy_(lanes: Lanes) -> None:
 
 
 def lerp_(pairs: list[tuple[Tensor, Tensor]], weight) -> None:
-    """``t + weight (s - t)`` for each pair in turn, as the tensors' own ``lerp_`` computes it; integers are copied.
+    """Set ``t + weight (s - t)`` for each pair in turn, with the tensors' own ``lerp_``; integers are copied.
 
     Args:
         weight: a number, or a 0-dim tensor on their device.
@@ -116,14 +116,14 @@ class _Rules(NamedTuple):
     own_memory: bool = False
     names: object = None
     positions: object = None
-    """Where the tensors are in the lists that the user gave, if these are a part of them."""
+    """The tensors' positions in the user's lists, if these lists are only a part of them."""
 
     def refuses(self, *targets) -> bool:
-        """Whether no two of these may share memory: the average of one of them would depend on which comes first."""
+        """Return True if these targets may not share memory, because an average would depend on the order."""
         return self.averaged and not self.as_torch and any(is_averaged(t.dtype) for t in targets)
 
     def labels(self, i) -> tuple[str, str]:
-        """What messages call the target and the source at ``i``."""
+        """Return the names of the target and the source at ``i`` for messages."""
         i = i if self.positions is None else self.positions[i]
         if self.names is None:
             return f"targets[{i}]", f"sources[{i}]"
@@ -131,7 +131,7 @@ class _Rules(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """Positions of pairs; in neither are those with nothing to do."""
+    """Positions of pairs; pairs without work are in neither list."""
 
     together: list[int] | range
     in_turn: list[int]
@@ -145,7 +145,7 @@ def _lanes(targets, sources, plan) -> Lanes:
 
 
 _accepted: dict[tuple[int, int], tuple] = {}
-"""(signature, plan) of lists that passed, by length and first address: a training loop brings the same every step."""
+"""(signature, plan) of accepted lists, by length and first address: a training loop passes the same ones each step."""
 _MOST_ACCEPTED = 16
 
 
@@ -168,7 +168,7 @@ def _plain_lanes(targets, sources, rules) -> Lanes:
 
 
 def _give_memory(targets, sources) -> bool:
-    """A copy for each target that is in its source's memory without being the same tensor; whether there is one."""
+    """Give each target that is a different tensor in its source's memory its own copy; return True if there was one."""
     shared = [
         target
         for target, source in zip(targets, sources, strict=True)
@@ -185,13 +185,13 @@ def _give_memory(targets, sources) -> bool:
 
 
 def _signature(targets, sources, rules):
-    """All that a plan depends on; None if some have no address, or are conjugates or negatives of what is there."""
+    """Return all that a plan depends on; None if a tensor has no address or a conjugate or negative bit."""
     both = targets + sources
     dtypes = list(map(_dtype, both))
     if any(map(Tensor.is_neg, both)) or (not _COMPLEX.isdisjoint(dtypes) and any(map(Tensor.is_conj, both))):
         return None
     try:
-        # Memory of another device has other addresses.
+        # Devices need no entry: addresses differ between devices.
         return (
             rules[:3],
             list(map(Tensor.data_ptr, both)),
@@ -204,7 +204,7 @@ def _signature(targets, sources, rules):
 
 
 def _mixed_lanes(targets, sources, rules) -> Lanes:
-    """Where some are of a subclass: the plain pairs go as they do without the others."""
+    """Sort lists with tensor subclasses: the plain pairs are handled as if they were alone."""
     plain, others = [], []
     for i, pair in enumerate(zip(targets, sources, strict=True)):
         (plain if all(isinstance(x, Tensor) and is_plain(type(x)) for x in pair) else others).append(i)
@@ -237,7 +237,7 @@ _COMPLEX = {torch.complex32, torch.complex64, torch.complex128}
 
 
 def is_plain(cls: type) -> bool:
-    """Whether tensors of this class have memory that says all about them: it does not override PyTorch's operators."""
+    """Return True if the class does not override PyTorch's operators, so its memory determines its values."""
     if cls in _PLAIN:
         return True
     function = cls.__torch_function__
@@ -283,7 +283,7 @@ def _traced_plan(targets, sources, rules) -> _Plan:
 
 
 def _by_memory(targets, sources, rules) -> tuple[list[int], set[int]]:
-    """(positions of pairs with memory, positions of those that no call for many tensors is for)."""
+    """Return (positions of pairs with memory, positions of pairs that a multi-tensor call cannot take)."""
     has_memory, in_turn = [], set()
     for i, pair in enumerate(zip(targets, sources, strict=True)):
         if all(x.layout == torch.strided and not x.is_meta for x in pair):
@@ -295,7 +295,7 @@ def _by_memory(targets, sources, rules) -> tuple[list[int], set[int]]:
 
 
 def _has_bit(tensor) -> bool:
-    """Whether the tensor's elements are the conjugates or the negatives of what is in its memory."""
+    """Return True if the tensor has its conjugate or negative bit set: its memory holds other numbers."""
     return tensor.is_conj() or tensor.is_neg()
 
 
@@ -308,7 +308,7 @@ def _in_one_call(target, source, rules) -> bool:
 
 
 def _check_pairs(targets, sources, rules, first) -> None:
-    """``first``: the tensor whose device all have."""
+    """Check every pair; ``first`` is the tensor whose device all must share."""
     for i, (target, source) in enumerate(zip(targets, sources, strict=True)):
         t, s = rules.labels(i)
         for name, tensor in ((t, target), (s, source)):
@@ -335,15 +335,15 @@ def _check_device(name, tensor, rules, first) -> None:
 
 
 def _expands(source, target) -> bool:
-    """Whether ``source`` broadcasts to the shape of ``target``."""
+    """Return True if ``source`` broadcasts to the shape of ``target``."""
     lacking = target.dim() - source.dim()
     return lacking >= 0 and all(n in (1, m) for n, m in zip(source.shape, target.shape[lacking:], strict=True))
 
 
 def _check_memory(targets, sources, index, rules) -> tuple[set[int], set[int]]:
-    """``(idle, shared)`` of the positions ``index``: nothing to do, and in memory that another pair has, too.
+    """Return ``(idle, shared)`` of the positions ``index``: pairs without work, and pairs with shared memory.
 
-    Shared memory is refused where an average would depend on the order of the pairs.
+    Shared memory raises if an average would depend on the order of the pairs.
     """
     idle: set[int] = set()
     shared: set[int] = set()
@@ -379,7 +379,7 @@ def _check_memory(targets, sources, index, rules) -> tuple[set[int], set[int]]:
     if not all(map(Tensor.is_contiguous, sources)):
         for position in _not_dense(sources):
             s_end[position] = overlap.bounds(sources[position])[1]
-    # Ranges are disjoint if and only if, both sorted, each ends before the next one starts.
+    # With starts and ends sorted, the ranges are disjoint if and only if each ends before the next one starts.
     if any(map(gt, sorted(t_end + s_end), sorted(t_start + s_start)[1:])):
         ranges = [(start, end, True, i) for start, end, i in zip(t_start, t_end, index, strict=True)]
         ranges += [(start, end, False, i) for start, end, i in zip(s_start, s_end, index, strict=True)]
@@ -387,7 +387,7 @@ def _check_memory(targets, sources, index, rules) -> tuple[set[int], set[int]]:
         for one, other in _crossings(sorted(ranges), pairs):
             i, j = one[1], other[1]
             if rules.refuses(pairs[i][1], pairs[j][1]):
-                # The destination first: it is what must not be shared.
+                # Name the destination first: it is the one that must not share memory.
                 labels = [rules.labels(i)[not target] for target, i in sorted((one, other), key=lambda x: not x[0])]
                 raise RuntimeError(_OVERLAP.format(*labels))
             shared.update((i, j))
@@ -398,7 +398,7 @@ _OVERLAP = "{}: expected memory of its own, but it partly overlaps {}"
 
 
 def _twice(starts, sizes) -> list[tuple[int, int]]:
-    """Where non-empty tensors start at one address: (the first one there, one more)."""
+    """Return (first, other) for non-empty tensors that start at the same address."""
     if len(set(starts)) == len(starts):
         return []
     first: dict[int, int] = {}
@@ -407,7 +407,7 @@ def _twice(starts, sizes) -> list[tuple[int, int]]:
 
 
 def _check_freed(targets, sources, t_start, s_start, index, rules) -> None:
-    # The address of a tensor in a storage without memory is its offset: lower than where any allocator has memory.
+    # The address of a tensor in a freed storage is its offset, lower than any allocator's addresses.
     if min(min(t_start), min(s_start)) >= 1 << 32:
         return
     for k, pair in enumerate(zip(targets, sources, strict=True)):
@@ -417,7 +417,7 @@ def _check_freed(targets, sources, t_start, s_start, index, rules) -> None:
 
 
 def _not_dense(tensors) -> list[int]:
-    """The positions of those that may have gaps, or elements that share memory."""
+    """Return the positions of tensors that may have gaps or elements that share memory."""
     return [
         i
         for i, x in enumerate(tensors)
@@ -434,7 +434,7 @@ def _check_inside(target, name) -> None:
 
 
 def _crossings(ranges, pairs):
-    """``((is_target, i), (is_target, j))`` of every two tensors that share memory, one of them a destination: exact.
+    """Yield ``((is_target, i), (is_target, j))`` for every destination and other tensor that share memory (exact).
 
     ``ranges`` are sorted ``(first, last, is_target, i)``, and ``pairs[i]`` is ``(source, target)``.
     """

@@ -1,4 +1,4 @@
-"""Copies of models that hold what ``copy.deepcopy`` refuses, and of what a refused load puts back."""
+"""Copy models that ``copy.deepcopy`` refuses, and restore a module after a failed load."""
 
 import contextlib
 import copy
@@ -15,15 +15,15 @@ _ATOMIC = (type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType
 
 
 def copy_of(model: nn.Module) -> nn.Module:
-    """``copy.deepcopy(model)``, whatever handles and results of computations the model keeps.
+    """Return ``copy.deepcopy(model)``, also if the model holds handles or non-leaf tensors.
 
-    Process groups and device meshes, streams and events, and the mode of FakeTensors are shared: they stand for
-    something outside of the model. Tensors with a history of autograd (a layer's last output, the weight that
-    ``nn.utils.weight_norm`` computes before every forward) are copied without it.
+    Process groups, device meshes, streams, events and the mode of FakeTensors are shared: they refer to something
+    outside the model. Tensors with autograd history (a layer's last output, the weight that ``nn.utils.weight_norm``
+    computes before every forward) are copied without it.
     """
     memo = {}
     handles = _handles()
-    seen, ahead = {}, [model]  # by id, and the objects: so that no other one gets the id of one that is gone
+    seen, ahead = {}, [model]  # id -> object: keeping objects alive keeps their ids unique
     while ahead:
         value = ahead.pop()
         if id(value) in seen or isinstance(value, _ATOMIC):
@@ -34,7 +34,7 @@ def copy_of(model: nn.Module) -> nn.Module:
         elif isinstance(value, torch.Tensor):
             if not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
-            elif is_fake(value):  # its own __deepcopy__ looks for memory
+            elif is_fake(value):  # its __deepcopy__ needs memory
                 copied = value.detach().clone()
                 is_parameter = isinstance(value, nn.Parameter)
                 memo[id(value)] = nn.Parameter(copied, value.requires_grad) if is_parameter else copied
@@ -47,16 +47,16 @@ def copy_of(model: nn.Module) -> nn.Module:
             ahead += value
         elif isinstance(getattr(value, "__dict__", None), dict):
             ahead.append(vars(value))
-    with torch.no_grad():  # the copy of a scripted module would have a history that leads to the module
+    with torch.no_grad():  # else the copy of a scripted module has autograd history
         return copy.deepcopy(model, memo)
 
 
 @contextlib.contextmanager
 def unchanged_on_error(module: nn.Module, *, values: bool):
-    """Puts back the tensors and the extra state of a module where what runs inside raises.
+    """Restore the tensors and the extra state of a module if the body raises.
 
     Args:
-        values: whether the tensors may be written, so that their values are kept as well; otherwise they are replaced.
+        values: True if the body may write to the tensors, so their values are saved; False if it only replaces tensors.
     """
     owned = [(named, dict(named.items())) for m in module.modules() for named in (m._parameters, m._buffers)]
     tensors = {id(x): x for _, before in owned for x in before.values() if x is not None}
@@ -89,7 +89,7 @@ def _has_extra_state(kind: type) -> bool:
 
 
 def _handles() -> tuple[type, ...]:
-    """The types that are shared. Who has an object of torch.distributed has imported its module."""
+    """Return the types that copies share. Without an imported torch.distributed module, there are no objects of it."""
     found = [torch.Stream, torch.Event, torch.cuda.Stream, torch.cuda.Event, TorchDispatchMode]
     for module, name in (
         ("torch.distributed", "ProcessGroup"),

@@ -19,26 +19,26 @@ BUFFERS = ("copy", "average", "ignore")
 
 
 class EMA(nn.Module):
-    r"""The exponential moving average of a model: ``module``, a copy that :meth:`update` moves towards the model.
+    r"""Exponential moving average of a model: :meth:`update` moves ``module``, a copy, towards the model.
 
-    :math:`t \leftarrow m\, t + (1 - m)\, s` for every parameter (arXiv:2006.07733, eq. 1). The copy is a submodule, so
-    it moves with ``.to()``, is part of the ``state_dict`` and follows ``train()`` and ``eval()`` of a module that owns
-    this one; it starts in the mode of the model. Its parameters do not require grad: an optimizer that is given them
-    leaves them alone. The model itself is held without being registered, so that it is neither saved nor counted here.
+    :math:`t \leftarrow m\, t + (1 - m)\, s` for every parameter (arXiv:2006.07733, eq. 1). The copy is a submodule: it
+    moves with ``.to()``, is part of the ``state_dict`` and follows ``train()`` and ``eval()`` of the module that owns
+    the EMA. It starts in the model's mode. Its parameters do not require grad, so an optimizer leaves them alone. The
+    model itself is not registered: it appears in neither ``state_dict()`` nor ``parameters()`` of the EMA.
 
-    The model is read anew on every update: parameters that were moved, replaced or resized since are noticed, and a
-    model whose names no longer match is refused. What has come into the model's memory since (``load_state_dict`` of
-    ``module`` with ``assign=True``) gets memory of its own. A model that is compiled (``torch.compile``) or wrapped in
-    DataParallel or DistributedDataParallel stands for the module inside, and what these wrappers, activation
-    checkpointing and FSDP1 put into names later does not count. Tied weights are updated once. Tensors without memory
-    of their own (quantised, float8 or low-rank weights of a tensor subclass) are averaged by their own operators.
+    Every update reads the model's tensors again: it follows parameters that were moved, replaced or resized, and
+    raises if the names no longer match. If the copy has come to share memory with the model (``load_state_dict`` of
+    ``module`` with ``assign=True``), it gets its own memory. A compiled model (``torch.compile``) or one wrapped in
+    DataParallel or DistributedDataParallel stands for the module inside; name prefixes that these wrappers, activation
+    checkpointing and FSDP1 add later are ignored. Tied weights are updated once. Tensors without plain memory
+    (quantised, float8 or low-rank weights of a tensor subclass) are averaged by their own operators.
 
-    The copy shares process groups, device meshes and streams with the model, and has what is left of a computation (the
-    weights of ``nn.utils.weight_norm``, a kept output) without its history. For a model that cannot be copied at all,
-    make a second one and give it as ``module``.
+    The copy shares process groups, device meshes and streams with the model. Tensors with autograd history (the weights
+    of ``nn.utils.weight_norm``, a stored output) are copied without it. For a model that cannot be copied, build a
+    second one and pass it as ``module``.
 
-    With FSDP2 every process updates its own shards; nothing is sent. Its modules cannot be copied, so the EMA comes
-    first, and the copy is sharded like the model (or both are made and sharded first, and ``module`` is the second)::
+    With FSDP2 every process updates its own shards without communication. FSDP2 modules cannot be copied: create the
+    EMA first, then shard the copy like the model (or shard two models and pass the second one as ``module``)::
 
         ema = sk.EMA(model)
         for network in (model, ema.module):
@@ -47,24 +47,23 @@ class EMA(nn.Module):
             fully_shard(network, mesh=mesh)
 
     Args:
-        model: what to average.
-        momentum: :math:`m` of updates that do not give their own; a number in [0, 1].
-        buffers: what an update does with buffers (BatchNorm's running statistics). ``"copy"`` takes the model's,
-            ``"average"`` averages floating and complex ones as parameters and copies the others, ``"ignore"`` leaves
-            them to ``module``, which keeps its own statistics where it runs in training mode. Buffers that are not
-            saved (``persistent=False``) and that only one of the two has, or that differ in shape, are left alone: a
-            forward has made them.
-        dtype: the floating dtype of the copy; None keeps the model's. A bfloat16 or float16 model wants a float32
-            copy: in its own dtype the steps of a momentum near 1 round to nothing.
-        stochastic_rounding: the other way out; see :func:`selfsup_kernels.ema_update_`.
+        model: the model to average.
+        momentum: the default :math:`m` of :meth:`update`; a number in [0, 1].
+        buffers: how an update treats buffers (BatchNorm's running statistics). ``"copy"`` copies the model's,
+            ``"average"`` averages floating and complex buffers like parameters and copies the rest, ``"ignore"`` leaves
+            them to ``module``, which updates its own statistics in training mode. Non-persistent buffers that only one
+            of the two has, or that differ in shape, are left alone: a forward may have created them.
+        dtype: the floating dtype of the copy; None keeps the model's. Use float32 for a bfloat16 or float16 model: in
+            a 16-bit dtype, updates with a momentum near 1 round to nothing.
+        stochastic_rounding: the alternative to a float32 copy; see :func:`selfsup_kernels.ema_update_`.
         impl: as in :func:`selfsup_kernels.ema_update_`.
-        module: the copy, where you made it yourself: the names and shapes of the model, and memory of its own. It
-            starts with the values and in the mode that it has; its parameters no longer require grad, and ``dtype``
-            converts it. None for a copy made here.
+        module: a copy that you built yourself, with the model's names and shapes and its own memory. It keeps its
+            values and mode; its parameters are set not to require grad, and ``dtype`` converts it. None to copy the
+            model here.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message says which and why.
-        RuntimeError: a model that cannot be copied, and no ``module``.
+        RuntimeError: the model cannot be copied and ``module`` is None.
     """
 
     def __init__(
@@ -94,7 +93,7 @@ class EMA(nn.Module):
         self.impl = impl
 
         model = wrappers.inner(model)
-        object.__setattr__(self, "_model", model)  # past nn.Module's own, which would register it
+        object.__setattr__(self, "_model", model)  # nn.Module's __setattr__ would register it
         if module is None:
             self.module = _copy(model)
         else:
@@ -109,21 +108,21 @@ class EMA(nn.Module):
         low = {p.dtype for p in self.module.parameters()} & {torch.bfloat16, torch.float16}
         if low and not stochastic_rounding:
             warnings.warn(
-                f"EMA: the copy is {low.pop()}, in which the steps of a momentum near 1 round to nothing; use"
+                f"EMA: the copy is {low.pop()}, where updates with a momentum near 1 round to nothing; use"
                 " dtype=torch.float32 or stochastic_rounding=True",
                 stacklevel=2,
             )
 
     @torch.no_grad()
     def update(self, momentum=None):
-        """One step towards the model.
+        """Move the copy one step towards the model.
 
         Args:
             momentum: a number in [0, 1], or a tensor of one element (as in :func:`selfsup_kernels.ema_update_`); None
                 for the one given at construction.
 
         Raises:
-            ValueError: the model's names, shapes or device no longer fit the copy's. Nothing has changed then.
+            ValueError: the model's names, shapes or device no longer match the copy's; nothing has changed.
         """
         pairs, copies = self._pairs()
         ema_update_pairs_(
@@ -136,7 +135,7 @@ class EMA(nn.Module):
         lists.copy_(copies)
 
     def _pairs(self, own_memory=True):
-        """What an update does, all names and the copies checked: ``((targets, sources, names), copies)``."""
+        """Return the tensors of an update, ``((targets, sources, names), copies)``; checks names and copies."""
         own, theirs = named_tensors(self.module), named_tensors(self._model)
         optional = optional_names(own, theirs)
         if self.buffer_policy == "average":
@@ -149,7 +148,7 @@ class EMA(nn.Module):
         return match(own.parameters, theirs.parameters), copies
 
     def _check_module(self):
-        """Whether ``module`` is a copy of the model, in memory of its own."""
+        """Raise unless ``module`` matches the model and has its own memory."""
         try:
             pairs, _ = self._pairs(own_memory=False)
             lists.check_update(*pairs)
@@ -166,17 +165,17 @@ class EMA(nn.Module):
         return set(map(_memory, (theirs.parameters | theirs.buffers).values())) - {None}
 
     def forward(self, *args, **kwargs):
-        """``module(*args, **kwargs)``."""
+        """Return ``module(*args, **kwargs)``."""
         return self.module(*args, **kwargs)
 
     def load_state_dict(self, state_dict, strict=True, assign=False):
-        """As ``nn.Module.load_state_dict``, but a refused load has changed nothing.
+        """Load like ``nn.Module.load_state_dict``, but leave everything unchanged if the load fails.
 
-        With ``assign``, tensors in the model's memory are copied: an average needs memory of its own. Loaded as part of
-        a larger module, this one is subject to that module's ``load_state_dict``.
+        With ``assign``, tensors that share the model's memory are copied: an average needs its own memory. When the EMA
+        is loaded as part of a larger module, that module's ``load_state_dict`` applies instead.
 
         Raises:
-            RuntimeError: names (with ``strict``) or shapes differ; the message names all of them.
+            RuntimeError: names (with ``strict``) or shapes differ; the message lists all of them.
         """
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"state_dict: expected a dictionary, got {type(state_dict).__name__}")
@@ -192,7 +191,7 @@ class EMA(nn.Module):
             return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def _outside_the_model(self, state_dict):
-        """The same with copies of the tensors that are in the model's memory."""
+        """Return ``state_dict`` with copies of the tensors that share the model's memory."""
         memory = self._model_memory()
         found = {
             name: value.detach().clone()
@@ -226,12 +225,12 @@ def _copy(model: nn.Module) -> nn.Module:
     except Exception as error:
         raise RuntimeError(
             f"model: copy.deepcopy cannot copy this {type(model).__name__} ({type(error).__name__}: {error});"
-            " make a second one and give it as module="
+            " make a second one and pass it as module="
         ) from error
 
 
 def _memory(tensor):
-    """What two tensors have in common that share memory; None for one without elements."""
+    """Return a key that tensors sharing memory have in common; None for a tensor without elements."""
     if not lists.is_plain(type(tensor)):
         return id(tensor)
     if tensor.layout != torch.strided or tensor.is_meta:
@@ -240,14 +239,14 @@ def _memory(tensor):
 
 
 def cosine_momentum(step, max_steps, base=0.996, final=1.0):
-    r"""BYOL's momentum schedule (arXiv:2006.07733, section 3.3): a half cosine from ``base`` to ``final``.
+    r"""Return BYOL's scheduled momentum (arXiv:2006.07733, section 3.3): a half cosine from ``base`` to ``final``.
 
     :math:`m_k = m_K - (m_K - m_0) (\cos(\pi k / K) + 1) / 2` at step :math:`k` of :math:`K`; with ``final = 1`` this is
     the paper's :math:`1 - (1 - m_0)(\cos(\pi k / K) + 1) / 2`. Past the last step it stays at ``final``.
 
     Args:
-        step: a number >= 0, or a tensor of one element: then the result is a 0-dim tensor on its device, and the value
-            is not read.
+        step: a number >= 0, or a tensor of one element, which is not read by the host; the result is then a 0-dim
+            tensor on its device.
         max_steps: a number > 0.
         base, final: numbers in [0, 1].
 

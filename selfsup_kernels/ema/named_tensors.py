@@ -1,4 +1,4 @@
-"""The tensors of a module by name, and the pairs that two modules make of them."""
+"""Collect the tensors of a module by name, and pair those of two modules."""
 
 from typing import NamedTuple
 
@@ -16,26 +16,26 @@ class Named(NamedTuple):
     parameters: dict[str, Tensor]
     buffers: dict[str, Tensor]
     scratch: set[str]
-    """The names of buffers that are not saved (``persistent=False``)."""
+    """The names of non-persistent buffers."""
     tied: bool
-    """Whether a tensor, or a part that holds something, has more names than one."""
+    """True if a tensor, or a non-empty submodule, has several names."""
 
 
 def named_tensors(module: torch.nn.Module) -> Named:
-    """As ``named_parameters`` and ``named_buffers``, in one pass over the modules, which every update makes twice.
+    """Return parameters and buffers by name, in one fast pass over the modules: every update makes two.
 
-    Names lack what PyTorch's wrappers put into them (:func:`selfsup_kernels.core.wrappers.is_transparent`): a wrapped
-    module has the parameters of the module inside.
+    Names omit the parts that PyTorch's wrappers add (:func:`selfsup_kernels.core.wrappers.is_transparent`), so wrapping
+    does not change them.
 
-    Where FSDP2 has left gathered parameters (the root's after a forward without backward), the shards come back first:
-    what is written into gathered ones would be lost.
+    If FSDP2 has left parameters gathered (the root's after a forward without backward), they are resharded first:
+    writes to gathered parameters would be lost.
     """
     parameters: dict[str, Tensor] = {}
     buffers: dict[str, Tensor] = {}
     scratch: set[str] = set()
     seen, visited, tied = set(), set(), False
     fsdp, wrapped = shards.fsdp_module_type(), wrappers.CHILDREN
-    ahead = [("", module)]  # a stack: ``named_modules`` has a generator for every module instead
+    ahead = [("", module)]  # a stack is faster than the nested generators of named_modules
     while ahead:
         prefix, owner = ahead.pop()
         if owner in visited:
@@ -43,7 +43,7 @@ def named_tensors(module: torch.nn.Module) -> Named:
             continue
         visited.add(owner)
         if fsdp is not None and isinstance(owner, fsdp):
-            owner.reshard()  # before its parts are visited, whose parameters it may hold too
+            owner.reshard()  # before its submodules are visited: it may manage their parameters too
         parts = owner._modules
         for found, own in ((parameters, owner._parameters), (buffers, owner._buffers)):
             for key, tensor in own.items():
@@ -57,7 +57,7 @@ def named_tensors(module: torch.nn.Module) -> Named:
         if owner._non_persistent_buffers_set:
             scratch.update([prefix + key for key in owner._non_persistent_buffers_set])
         if parts:
-            for key, part in reversed(parts.items()):  # so that the first one is taken first
+            for key, part in reversed(parts.items()):  # so that the first one is popped first
                 if part is not None:
                     transparent = key in wrapped and wrappers.is_transparent(owner, key)
                     ahead.append((prefix if transparent else f"{prefix}{key}.", part))
@@ -67,12 +67,12 @@ def named_tensors(module: torch.nn.Module) -> Named:
 def match(
     targets: dict[str, Tensor], sources: dict[str, Tensor], optional=frozenset()
 ) -> tuple[list[Tensor], list[Tensor], list[str]]:
-    """(targets, sources, names): the tensors of two modules, paired by name.
+    """Pair the tensors of two modules by name and return (targets, sources, names).
 
-    Those with ``optional`` names are paired where both have one and it fits, and left alone elsewhere.
+    Tensors with ``optional`` names are paired if both modules have one and they fit, and left out otherwise.
 
     Raises:
-        ValueError: one has a name that the other lacks.
+        ValueError: one module has a name that the other lacks.
     """
     if optional:
         left = {name for name in optional if not _fits(targets.get(name), sources.get(name))}
@@ -88,7 +88,7 @@ def match(
 
 
 def optional_names(targets: Named, sources: Named) -> set[str]:
-    """The names of buffers that neither module saves: a forward may have made or grown them in one of the two."""
+    """Return the names of buffers persistent in neither module; a forward may create or resize them in one of them."""
     if not targets.scratch and not sources.scratch:
         return set()
     saved = (targets.buffers.keys() - targets.scratch) | (sources.buffers.keys() - sources.scratch)
@@ -106,7 +106,7 @@ def _fits(target: Tensor | None, source: Tensor | None) -> bool:
 
 
 def match_modules(targets, sources) -> tuple[list[Tensor], list[Tensor], list[str]]:
-    """As :func:`match`, for all parameters and buffers of two modules."""
+    """Run :func:`match` on all parameters and buffers of two modules."""
     for name, module in (("targets", targets), ("sources", sources)):
         if not isinstance(module, torch.nn.Module):
             raise TypeError(f"{name}: expected an nn.Module like the other argument, got {type(module).__name__}")

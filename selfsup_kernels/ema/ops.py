@@ -8,7 +8,7 @@ def _in_place(*args):
     return None
 
 
-# seed: a 0-dim int64 tensor turns stochastic rounding on (for bfloat16 and float16 targets).
+# seed: a 0-dim int64 tensor enables stochastic rounding of bfloat16 and float16 targets.
 define(
     "ema_update_",
     "(Tensor(a!)[] targets, Tensor[] sources, Tensor? momentum_tensor, float momentum, Tensor? seed) -> ()",
@@ -16,8 +16,8 @@ define(
     reference=reference.update_,
     fake=_in_place,
 )
-# The step of an optimizer, then ema_update_ of targets from params; a target without elements stands for none.
-# momentum_buffers may be an empty list. scales: float64, one for each parameter, of its decayed gradient (LARS).
+# Step an optimizer, then run ema_update_ of targets from params; an empty tensor stands for no target.
+# momentum_buffers may be an empty list. scales: a float64 factor for each parameter's decayed gradient (LARS).
 define(
     "fused_sgd_",
     "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor(c!)[] targets, Tensor? lr_tensor,"

@@ -1,11 +1,11 @@
-"""Optimizers that move a target network in the same pass over memory as the parameters.
+"""Optimizers that update a target network in the same pass over memory as the parameters.
 
-An optimizer reads and writes every parameter, and the moving average that follows reads it again. Here one kernel does
-both: of the average's 12 bytes for a float32 parameter (read the parameter, read and write the target) 4 are saved,
+An optimizer reads and writes every parameter, and the moving average that follows reads it again. One kernel does
+both here: it saves 4 of the average's 12 bytes per float32 parameter (read the parameter, read and write the target)
 and the launches of the second pass.
 
-``SGD`` and ``AdamW`` are ``torch.optim``'s classes with another ``step``: schedulers, parameter groups, hooks and
-``state_dict`` are theirs, and a ``state_dict`` of one can be loaded into the other.
+``SGD`` and ``AdamW`` subclass ``torch.optim``'s classes and replace ``step``: schedulers, parameter groups, hooks and
+``state_dict`` are inherited, and a ``state_dict`` of either class loads into the other.
 """
 
 from collections.abc import Iterable
@@ -24,18 +24,18 @@ __all__ = ["LARS", "SGD", "AdamW"]
 
 
 class _FusedStep:
-    """The step that the optimizers of this module share; goes before a class of ``torch.optim``."""
+    """Mixin with the step that these optimizers share; list it before the ``torch.optim`` base class."""
 
     ema: EMA | None = None
     impl: str = "auto"
     _unsupported: tuple[str, ...] = ("differentiable",)
     _states: tuple[str, ...]
-    """The names of those that are tensors like the parameter."""
+    """The names of the state tensors that have the parameter's shape."""
     _checked = False
-    """Whether the states have been found to fit their parameters since they were made or loaded."""
+    """True if the states have been checked against their parameters since they were created or loaded."""
 
     def _check_options(self, foreach, fused, **unsupported):
-        """Arguments of torch's class that choose among its implementations, of which this one has one."""
+        """Check the arguments of torch's class that select one of its implementations; here they have no effect."""
         for name, value in (("foreach", foreach), ("fused", fused)):
             if not (value is None or isinstance(value, bool)):
                 raise TypeError(f"{name}: expected None or a bool, got {type(value).__name__}")
@@ -52,7 +52,7 @@ class _FusedStep:
     def _follow(self, ema, impl):
         check.choice("impl", impl, backends.CHOICES)
         if impl != "auto":
-            # What has no such kernels says so now; what needs the device, at the first step.
+            # A missing implementation raises now; an unsupported device raises at the first step.
             backends.require(impl, self._op)
         if ema is not None:
             if not isinstance(ema, EMA):
@@ -63,30 +63,30 @@ class _FusedStep:
         self.ema, self.impl = ema, impl
 
     def step(self, closure=None, *, momentum=None):
-        """One step of the optimizer, and one of the EMA: what ``super().step(); ema.update(momentum)`` do.
+        """Step the optimizer and the EMA, equivalent to ``super().step(); ema.update(momentum)``.
 
-        Targets of parameters that have no gradient move as well, and buffers are treated as the EMA says. Everything
-        is checked before anything is written, but the optimizer's states only at the first step and at the first one
-        after ``load_state_dict``.
+        Targets of parameters without a gradient move too; buffers follow the EMA's ``buffers`` policy. All checks run
+        before any write. Optimizer states are checked only at the first step and at the first one after
+        ``load_state_dict``.
 
-        The average takes the parameters as this step leaves them. So it is refused where the EMA's model has trained
-        parameters with a gradient that this optimizer does not have: another optimizer, or another process of a sharded
-        one (``ZeroRedundancyOptimizer``), may change them only afterwards. What else changes parameters after the step
-        (a projection, ``Lookahead``, model averaging) wants ``ema.update()`` after it, and no ``ema`` here.
+        The average uses the parameters as this step leaves them. The step therefore raises if the EMA's model has
+        trained parameters with a gradient that this optimizer does not hold: another optimizer, or another process of a
+        sharded one (``ZeroRedundancyOptimizer``), may change them later. If something else changes the parameters
+        after the step (a projection, ``Lookahead``, model averaging), pass no ``ema`` and call ``ema.update()`` then.
 
         Args:
-            closure: evaluates the model anew and returns the loss.
-            momentum: of this update of the EMA: a number in [0, 1] or a 0-dim tensor; None for the EMA's own.
+            closure: a function that evaluates the model again and returns the loss.
+            momentum: the EMA's momentum in this step, a number in [0, 1] or a 0-dim tensor; None for the EMA's default.
 
         Returns:
-            What ``closure`` returned, or None.
+            The result of ``closure``, or None.
 
         Raises:
-            TypeError: sparse gradients, DTensors and other tensors that bring their own operators, or parameters of a
-                dtype that is not supported.
-            ValueError: an option that only torch's own class has, a state of another shape, dtype or device than its
-                parameter, trained parameters with a gradient that are of the EMA's model and not of this optimizer, or
-                as :meth:`selfsup_kernels.EMA.update`.
+            TypeError: a gradient is sparse, a tensor overrides PyTorch's operators (a DTensor, for example), or a
+                parameter's dtype is not supported.
+            ValueError: an option is set that only torch's own class supports; a state differs from its parameter in
+                shape, dtype or device; the EMA's model has trained parameters with a gradient that this optimizer does
+                not hold; or as in :meth:`selfsup_kernels.EMA.update`.
             RuntimeError: ``impl`` cannot be used here.
         """
         loss = None
@@ -116,7 +116,7 @@ class _FusedStep:
                 grads, states, rest = arguments
                 backends.op(self._op, impl)(part, grads, *states, targets, *rate, *average_arguments, *rest)
                 if impl != "reference":
-                    # What autograd saved of them is outdated. Eager operations count themselves.
+                    # Backward must detect that saved tensors have changed. Eager operations do this themselves.
                     torch.autograd.graph.increment_version([*part, *targets, *(x for state in states for x in state)])
         average.finish()
 
@@ -151,9 +151,9 @@ class _FusedStep:
         self._checked = False
 
     def _check_states(self):
-        """Whether what was loaded fits the parameters. Not on every step: that would take a tenth of a small one."""
+        """Raise unless the states fit the parameters. Not run every step: it takes a tenth of a small step's time."""
         for i, group in enumerate(self.param_groups):
-            names = self._states if group.get("momentum") != 0 else ()  # SGD's has no use then
+            names = self._states if group.get("momentum") != 0 else ()  # SGD has no buffers then
             for j, p in enumerate(group["params"]):
                 state = self.state.get(p, {})
                 for name in names:
@@ -167,7 +167,7 @@ class _FusedStep:
 
 
 class _Average:
-    """The EMA's part of one step: which target follows which parameter, and what no parameter of the step moves."""
+    """The EMA's part of one step: the target of each parameter, and the pairs that the optimizer does not update."""
 
     def __init__(self, ema, momentum):
         self.ema, self.tensor, self.number = ema, None, 1.0
@@ -185,7 +185,7 @@ class _Average:
         self.pairs = {id(s): (t, s) for t, s in zip(targets, sources, strict=True)}
 
     def check_others(self, calls):
-        """Refuse an average of parameters that are not final: what is trained and has a gradient is about to change."""
+        """Raise if a parameter outside this optimizer is trained and has a gradient: it may still change."""
         left = self.pairs.keys() - {i for _, params, _ in calls for i in map(id, params)}
         others = left and [
             s
@@ -198,8 +198,8 @@ class _Average:
             raise ValueError(
                 "ema: expected a model whose parameters with a gradient are all of this optimizer, but it lacks"
                 f" {len(others)} of them ({found}): another optimizer, or another process of a sharded one"
-                " (ZeroRedundancyOptimizer), would change them after they were averaged. Give no ema here, and call"
-                " ema.update() after the last step; what is not trained at all wants requires_grad_(False)"
+                " (ZeroRedundancyOptimizer), would change them after they were averaged. Pass no ema here, and call"
+                " ema.update() after the last step; set requires_grad_(False) on parameters that are not trained"
             )
 
     def check_device(self, calls):
@@ -210,7 +210,7 @@ class _Average:
             raise ValueError(f"momentum: expected the device of params, {device}, got {self.tensor.device}")
 
     def take(self, param):
-        """The target of a parameter; a tensor without elements where there is none. It will not be moved again."""
+        """Return a parameter's target, or an empty tensor if it has none; :meth:`finish` then skips the pair."""
         pair = self.pairs.pop(id(param), None)
         if pair is not None:
             return pair[0]
@@ -219,7 +219,7 @@ class _Average:
         return self.none[param.device]
 
     def seed(self, device):
-        """For stochastic rounding: drawn on the device, one for each call, since they number their tensors from 0."""
+        """Draw a seed for stochastic rounding on the device: one per call, since every call counts tensors from 0."""
         if self.ema is None or not self.ema.stochastic_rounding:
             return None
         return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
@@ -235,7 +235,7 @@ class _Average:
 
 
 def _rate(lr, device):
-    """``(tensor, 0)`` for a tensor of one element, which is not read, ``(None, number)`` for a number."""
+    """Return ``(tensor, 0)`` for a tensor of one element, which is not read, or ``(None, number)`` for a number."""
     if not isinstance(lr, torch.Tensor):
         return None, float(lr)
     if lr.numel() != 1 or lr.is_complex():
@@ -275,26 +275,26 @@ def _zeros(param):
 
 
 class SGD(_FusedStep, torch.optim.SGD):
-    r"""``torch.optim.SGD`` whose step also moves the target network of an :class:`selfsup_kernels.EMA`.
+    r"""``torch.optim.SGD`` with a step that also updates the target network of an :class:`selfsup_kernels.EMA`.
 
-    With :math:`g = \nabla + \lambda p`: :math:`b \leftarrow \mu b + (1 - \text{dampening})\, g` (the first time
+    With :math:`g = \nabla + \lambda p`: :math:`b \leftarrow \mu b + (1 - \text{dampening})\, g` (in the first step
     :math:`b \leftarrow g`), :math:`p \leftarrow p - \eta b`, or :math:`p - \eta (g + \mu b)` with ``nesterov``; then
-    :math:`t \leftarrow m t + (1 - m) p` for the target :math:`t` of :math:`p`. Computed in float32, or float64 for
+    :math:`t \leftarrow m t + (1 - m) p` for the target :math:`t` of :math:`p`. Computed in float32, or in float64 for
     float64 parameters; state and parameters are rounded once.
 
-    ``ema`` and ``impl`` are not part of the ``state_dict``, nor of a pickled or copied optimizer. A step cannot be
-    captured in a CUDA graph with :class:`AdamW`, whose step count is on the host; with this class it can.
+    ``ema`` and ``impl`` are not part of the ``state_dict``, nor of a pickled or copied optimizer. A CUDA graph can
+    capture a step of this class, but not of :class:`AdamW`, which keeps its step count on the host.
 
     Args:
         params, lr, momentum, dampening, weight_decay, nesterov, maximize: as in ``torch.optim.SGD``.
-        foreach, fused: None or a bool; without effect, since the step is one pass whatever they say.
-        differentiable: only False.
-        ema: the moving average whose target follows. Call no ``ema.update()`` then.
+        foreach, fused: None or a bool; no effect, since the step is always one pass.
+        differentiable: must be False.
+        ema: the EMA to update in each step; do not call ``ema.update()`` as well.
         impl: ``"auto"``, ``"reference"``, ``"cpu"`` or, for GPUs, ``"cuda"``.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message says which and why.
-        RuntimeError: ``impl`` cannot be used here, or has no such kernels.
+        RuntimeError: ``impl`` cannot be used here, or does not implement this optimizer.
     """
 
     _op = "fused_sgd_"
@@ -321,9 +321,9 @@ class SGD(_FusedStep, torch.optim.SGD):
         self._follow(ema, impl)
 
     def _parts(self, group, params):
-        """(parameters, arguments of the op) for those that have a momentum buffer and for those whose first step it is.
+        """Yield (parameters, arguments of the op) for those that have a momentum buffer, then for those without one.
 
-        Without momentum there are no buffers, and one part.
+        Without momentum there are no buffers and only one part.
         """
         with_momentum = group["momentum"] != 0
         new = [p for p in params if with_momentum and self.state[p].get("momentum_buffer") is None]
@@ -355,22 +355,22 @@ class SGD(_FusedStep, torch.optim.SGD):
 class LARS(SGD):
     r"""Layer-wise adaptive rate scaling (You et al. 2017, arXiv:1708.03888), with the target network of an EMA.
 
-    :class:`SGD` whose decayed gradient :math:`g + \lambda p` is scaled, tensor by tensor, by
-    :math:`\eta_{\text{trust}} \|p\| / (\|g\| + \lambda \|p\| + \epsilon)` before the momentum. It is the variant of
-    lightly and of Lightning Bolts: the learning rate multiplies the momentum buffer and not what goes into it (the same
-    while it is constant), a group with ``weight_decay=0`` is not scaled (put biases and norms there), nor is a tensor
-    of norm 0; where only the gradient's norm is 0, what goes into the buffer is 0.
+    :class:`SGD` that scales each tensor's decayed gradient :math:`g + \lambda p` by
+    :math:`\eta_{\text{trust}} \|p\| / (\|g\| + \lambda \|p\| + \epsilon)` before the momentum. This is the variant of
+    lightly and Lightning Bolts: the learning rate multiplies the momentum buffer, not its input (equivalent for a
+    constant rate); groups with ``weight_decay=0`` (put biases and norms there) and tensors of norm 0 are not scaled;
+    if only the gradient's norm is 0, the buffer's input is 0.
 
-    The norms are a pass of their own over parameters and gradients; they are not read by the host.
+    The norms take a separate pass over parameters and gradients; the host does not read them.
 
     Args:
         params, lr, momentum, dampening, weight_decay, nesterov, maximize, foreach, differentiable, fused, ema, impl: as
             in :class:`SGD`.
         trust_coefficient: :math:`\eta_{\text{trust}}`.
-        eps: the floor of the denominator.
+        eps: :math:`\epsilon`, added to the denominator.
 
     Raises:
-        ValueError, TypeError, RuntimeError: as :class:`SGD`.
+        ValueError, TypeError, RuntimeError: as in :class:`SGD`.
     """
 
     def __init__(
@@ -420,7 +420,7 @@ class LARS(SGD):
 
     def __setstate__(self, state):
         super().__setstate__(state)
-        for group in self.param_groups:  # of an SGD's state_dict
+        for group in self.param_groups:  # a state_dict of SGD lacks these
             for name, value in (("trust_coefficient", 0.001), ("eps", 1e-8)):
                 group.setdefault(name, self.defaults.get(name, value))
         self._trust = {name: self.defaults.get(name) for name in ("trust_coefficient", "eps")}
@@ -437,22 +437,22 @@ class LARS(SGD):
 
 
 class AdamW(_FusedStep, torch.optim.AdamW):
-    r"""``torch.optim.AdamW`` whose step also moves the target network of an :class:`selfsup_kernels.EMA`.
+    r"""``torch.optim.AdamW`` with a step that also updates the target network of an :class:`selfsup_kernels.EMA`.
 
     AdamW (arXiv:1711.05101, algorithm 2): :math:`p \leftarrow p - \eta \lambda p`;
     :math:`m \leftarrow \beta_1 m + (1 - \beta_1) g`; :math:`v \leftarrow \beta_2 v + (1 - \beta_2) g^2`;
     :math:`p \leftarrow p - \eta\, \hat m / (\sqrt{\hat v} + \epsilon)`; then the EMA as in :class:`SGD`.
 
-    ``amsgrad``, ``capturable`` and ``differentiable`` are torch's alone and refused; a loaded state that asks for them
-    is refused at the next step. The step count is kept on the host.
+    ``amsgrad``, ``capturable`` and ``differentiable`` are not supported; a loaded state that sets one of them makes the
+    next step raise. The step count is kept on the host.
 
     Args:
         params, lr, betas, eps, weight_decay, maximize: as in ``torch.optim.AdamW``.
-        amsgrad, capturable, differentiable: only False.
+        amsgrad, capturable, differentiable: must be False.
         foreach, fused, ema, impl: as in :class:`SGD`.
 
     Raises:
-        ValueError, TypeError, RuntimeError: as :class:`SGD`.
+        ValueError, TypeError, RuntimeError: as in :class:`SGD`.
     """
 
     _op = "fused_adamw_"
@@ -477,12 +477,12 @@ class AdamW(_FusedStep, torch.optim.AdamW):
         impl="auto",
     ):
         self._check_options(foreach, fused, amsgrad=amsgrad, capturable=capturable, differentiable=differentiable)
-        betas = tuple(b if isinstance(b, torch.Tensor) else float(b) for b in betas)  # torch takes no float32 of numpy
+        betas = tuple(b if isinstance(b, torch.Tensor) else float(b) for b in betas)  # torch refuses NumPy float32
         super().__init__(params, lr, betas, eps, weight_decay, maximize=maximize)
         self._follow(ema, impl)
 
     def _parts(self, group, params):
-        """(parameters, arguments of the op) for each step count; all parameters of a group mostly have the same."""
+        """Yield (parameters, arguments of the op) for each step count; a group's parameters usually share one."""
         parts: dict[float, list] = {}
         for p in params:
             state = self.state[p]

@@ -1,7 +1,7 @@
 """The fused optimizer steps in eager PyTorch: the ops ``fused_sgd_.reference`` and ``fused_adamw_.reference``.
 
-The arithmetic is that of ``torch.optim.SGD`` and ``torch.optim.AdamW``, in float32 at least, and each result is rounded
-to the dtype of its tensor once. The moving average takes the parameters as they were stored.
+The arithmetic is that of ``torch.optim.SGD`` and ``torch.optim.AdamW``, in float32 or float64, and each result is
+rounded to its tensor's dtype once. The moving average reads the parameters as stored.
 """
 
 import math

@@ -1,22 +1,22 @@
-"""Which tensors share memory: exact, without reading them, and cheap where nothing is shared.
+"""Detect tensors that share memory: exact, without reading values, and cheap if nothing is shared.
 
-An in-place update of many tensors at once is only defined if no destination shares memory with anything else that is
-written or read. The answer follows from address, shape and strides alone. ``bounds`` and a sort settle the usual case;
-where the address ranges of two tensors cross (columns of one matrix, say), ``shares_memory`` solves it exactly.
+An in-place update of many tensors at once is only defined if no destination shares memory with another tensor that is
+written or read. Addresses, shapes and strides determine this. ``bounds`` and a sort settle the usual case; if the
+address ranges of two tensors overlap (columns of one matrix, for example), ``shares_memory`` decides exactly.
 """
 
 import torch
 
 
 def bounds(tensor: torch.Tensor) -> tuple[int, int]:
-    """The addresses [first, last) that a non-empty tensor lies in."""
+    """Return the address range [first, last) of a non-empty tensor."""
     last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
     start = tensor.data_ptr()
     return start, start + (last + 1) * tensor.element_size()
 
 
 def identical(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors are the same elements of the same memory in the same order."""
+    """Return True if two tensors are the same elements of the same memory in the same order."""
     return (
         a.data_ptr() == b.data_ptr()
         and a.dtype == b.dtype
@@ -28,16 +28,16 @@ def identical(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def shares_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two non-empty tensors have a byte in common."""
-    # A common byte is a solution of  a + sum i_k s_k = b + sum j_k t_k  with i, j in range, bytes inside an element
-    # being one more dimension of stride 1. With j counted from the far end every term is positive.
+    """Return True if two non-empty tensors have a byte in common."""
+    # A common byte is a solution of  a + sum i_k s_k = b + sum j_k t_k  with i, j in range, where the bytes of an
+    # element are one more dimension of stride 1. Counting j from the far end makes every term positive.
     own, other = _terms(a), _terms(b)
     goal = b.data_ptr() - a.data_ptr() + sum(stride * most for stride, most in other)
     return _reachable(own + other, goal)
 
 
 def overlaps_itself(tensor: torch.Tensor) -> bool:
-    """Whether two elements of a tensor share memory, as in an expanded one."""
+    """Return True if two elements of a tensor share memory, as in an expanded tensor."""
     dims = sorted((stride, n - 1) for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if n > 1)
     extent = 0
     for stride, most in dims:
@@ -48,8 +48,8 @@ def overlaps_itself(tensor: torch.Tensor) -> bool:
         return False  # nested strides: every dimension steps over all smaller ones
     if dims[0][0] == 0:
         return True
-    # Two elements meet if sum d_k s_k = 0 for differences d_k in [-most_k, most_k], not all 0. Let k be the last
-    # dimension with one that is not 0: by symmetry it is positive, and those before it must cancel its term.
+    # Two elements coincide if sum d_k s_k = 0 for differences d_k in [-most_k, most_k], not all 0. Let d_k be the last
+    # nonzero difference: by symmetry it is positive, and the earlier ones must cancel its term.
     for k, (stride, most) in enumerate(dims):
         rest = dims[:k]
         goal = stride * most + sum(s * m for s, m in rest)
@@ -68,10 +68,10 @@ _MOST_SUMS = 100_000
 
 
 def _reachable(terms, goal) -> bool:
-    """Whether ``sum stride_k * x_k = goal`` for integers ``0 <= x_k <= most_k``.
+    """Return True if ``sum stride_k * x_k = goal`` has a solution in integers ``0 <= x_k <= most_k``.
 
-    Large strides first, keeping only what the smaller ones can still make up: with the strides of real tensors few
-    partial sums survive. A case with too many of them counts as reachable, which refuses it.
+    Processes large strides first and keeps only partial sums that the smaller strides can complete, which are few for
+    the strides of real tensors. If there are too many, returns True, so that the update is refused.
     """
     merged: dict[int, int] = {}
     for stride, most in terms:

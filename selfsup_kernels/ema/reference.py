@@ -1,6 +1,6 @@
 """The moving average in eager PyTorch: the op ``ema_update_.reference``.
 
-``t <- m t + (1 - m) s`` (arXiv:2006.07733, eq. 1) in float32 at least, as ``t + (1 - m) (s - t)`` where that is finite.
+``t <- m t + (1 - m) s`` (arXiv:2006.07733, eq. 1) in float32 or float64, as ``t + (1 - m) (s - t)`` if that is finite.
 """
 
 import math
@@ -27,8 +27,11 @@ def update_(targets, sources, momentum_tensor, momentum, seed):
 
 
 def _together(pairs, momentum):
-    """Update the pairs of one wide dtype by one ``torch._foreach_lerp``; returns the numbers of those that it took:
-    none where an average is not finite (:func:`average` says what that takes), or the host may not wait to see it."""
+    """Update float32 and float64 pairs with one ``torch._foreach_lerp`` each; return the positions of updated pairs.
+
+    A group with a non-finite average is skipped (:func:`average` handles it), and so are all groups during CUDA graph
+    capture, where the host cannot read values.
+    """
     done = set()
     if any(t.is_cuda for t, _ in pairs) and torch.cuda.is_current_stream_capturing():
         return done
@@ -45,17 +48,17 @@ def _together(pairs, momentum):
 
 
 def average(t, s, weight):
-    """``torch.lerp``, and the sum ``(1 - weight) t + weight s`` where that is not finite: an end is infinite, or
-    ``s - t`` overflows. An infinity of weight 0 does not count; NaN in either end is NaN."""
+    """Return ``torch.lerp``, or the sum ``(1 - weight) t + weight s`` where that is not finite: ``t`` or ``s`` is
+    infinite, or ``s - t`` overflows. An infinity with weight 0 counts as 0; NaN in either one gives NaN."""
     step = torch.lerp(t, s, weight)
-    if step.device.type == "cpu" and math.isfinite(step.sum()):  # the usual case; elsewhere reading would wait
+    if step.device.type == "cpu" and math.isfinite(step.sum()):  # usual; other devices would sync
         return step
     return torch.where(step.isfinite(), step, _share(t, 1 - weight) + _share(s, weight))
 
 
 def _share(x, weight):
     weight = torch.as_tensor(weight, dtype=x.dtype, device=x.device)
-    return torch.where((weight == 0) & x.isinf(), -0.0, weight * x)  # -0 + y is y, also where that is -0
+    return torch.where((weight == 0) & x.isinf(), -0.0, weight * x)  # -0 + y is y, even for y = -0
 
 
 def _same(target, source):
@@ -68,18 +71,19 @@ _BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16}
 def _round_stochastically(value, dtype, seed, stream):
     """Round float32 to one of its two neighbours in ``dtype``, with a probability that makes the mean exact.
 
-    The neighbours come from the bits: both formats are sign and magnitude, so that the next number away from zero is
-    the next integer, from one subnormal to another and on into the normal numbers. Where that is infinity the value
-    is rounded to nearest.
+    The neighbours come from the bits: both formats are sign and magnitude, so the next number away from zero has the
+    next integer as its bits, for subnormal and normal numbers. If that number is infinite, the value is rounded to
+    nearest.
     """
     nearest = value.to(dtype)
     bits = nearest.view(_BITS[dtype])
-    inner = torch.where(nearest.float().abs() > value.abs(), bits - 1, bits)  # the neighbour towards zero
+    inner = torch.where(nearest.float().abs() > value.abs(), bits - 1, bits)  # neighbour towards zero
     near, far = inner.view(dtype).double(), (inner + 1).view(dtype).double()
     share = (value.double() - near) / (far - near)
     generator = torch.Generator(device=value.device).manual_seed((int(seed) + stream * 0x9E3779B97F4A7C15) % (1 << 63))
-    # float64 draws: float32's are multiples of 2^-24, coarser than the share of a number far below the smallest one.
+    # Draw in float64: float32 draws are multiples of 2^-24, coarser than the share of a value far below the smallest
+    # number of ``dtype``.
     draw = torch.rand(value.shape, generator=generator, device=value.device, dtype=torch.float64)
     rounded = torch.where(draw < share, inner + 1, inner).view(dtype)
-    # Not where(isfinite(far)): NaN and infinity have no neighbours to choose from either.
+    # Checks value too: NaN and infinity have no neighbours.
     return torch.where(value.isfinite() & far.isfinite(), rounded, nearest)

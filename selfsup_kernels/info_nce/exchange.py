@@ -1,8 +1,8 @@
-"""The loss over the batch of many processes: what they tell each other, and the autograd Function.
+"""The loss over the batch of several processes: their communication and the autograd Function.
 
-A call exchanges a header (sizes and arguments, which must agree), the rows, labels where there are any, the sum of the
-losses, and in the backward one small table. Each process computes the tables and the gradient of its own samples
-against the rows of all; the gradient of pairs is symmetric, so no gradients are sent.
+The forward exchanges a header (sizes and arguments, which must agree), the rows, the labels if there are any, and the
+sum of the losses; the backward exchanges one small table. Each process computes the tables and the gradient of its own
+samples against all rows. The gradient of a pair is symmetric, so no gradients are sent.
 """
 
 from __future__ import annotations  # a torch that was built without torch.distributed lacks its names
@@ -23,19 +23,19 @@ from selfsup_kernels.info_nce.autograd import SAVED, as_given
 from selfsup_kernels.info_nce.call import LONGEST, SCALE, SLOW, Call, Saved
 from selfsup_kernels.info_nce.objectives import TABLE, Objective
 
-# What a process says of its call, as numbers: these, then the record. A process that raised an error of its own says so
-# in the first, and nothing else.
+# The header that describes a call, as numbers: these fields, then those of Call. A process whose own checks failed sets
+# only the first field.
 _FIELDS = ("refused", "dtype", "gradient", "impl", *Call._fields)
 _FLOATS = {name for name, kind in Call.__annotations__.items() if kind is float}
 _OWN = {"batch", "queue_rows", "first", "count"}
-"""Fields in which processes may differ."""
+"""Fields that may differ between processes."""
 _SHOWN_AS = {"num_views": "views", "dim": "features", "labelled": "labels"}
 _SHOWN_AS |= dict.fromkeys(Objective._fields, "objective")
-"""The arguments that the fields stand for."""
+"""The name of the user's argument for each field."""
 
 
 def _shown(field: str, header: dict) -> str:
-    """The argument behind a field, as a user knows it."""
+    """Return the value of a field's argument as the user wrote it."""
     value = header[field]
     if field in Objective._fields:
         known = {objective: name for name, objective in TABLE.items()}
@@ -59,7 +59,7 @@ def _shown(field: str, header: dict) -> str:
 
 
 def announced(group, check, *args):
-    """``check(*args)``. If it raises, the other processes of the group, which wait for a header, are told first."""
+    """Return ``check(*args)``. If it raises, first send the header that the other processes are waiting for."""
     try:
         return check(*args)
     except Exception:
@@ -68,17 +68,20 @@ def announced(group, check, *args):
 
 
 def agree(group: dist.ProcessGroup, impl: str, call: Call, tensors, view) -> tuple[Shares, Call, int]:
-    """(the shares of all processes, whose calls agree; the call over the batch of all; the rows of the longest queue).
+    """Check that the calls of all processes agree.
 
-    All fields but those of ``_OWN`` have to be the same on all processes: what the result is made of, and whether a
-    backward, with its exchange, will follow.
+    All fields except those in ``_OWN`` must be equal on all processes: the inputs of the result, and whether a backward
+    with its exchange will follow.
+
+    Returns:
+        The shares of the processes, the call over the whole batch, and the number of rows of the longest queue.
 
     Raises:
         RuntimeError: another process refused its arguments.
-        ValueError: an argument differs between processes, or they have one sample together and no queue.
+        ValueError: an argument differs between processes, or they have only one sample together and no queue.
     """
     temperature = tensors[0]
-    if temperature is not None:  # NaN: not known on the host
+    if temperature is not None:  # NaN: the host does not know the value
         call = call._replace(temperature=temperature.item() if temperature.device.type == "cpu" else math.nan)
     gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     headers = _exchange(group, [0, check.FLOATING.index(view.dtype), gradient, ops.IMPLS.index(impl), *call])
@@ -121,7 +124,7 @@ def _number(bits: int) -> float:
 
 
 def without_autocast(function):
-    """Autocast would change the dtypes of what is put together here, or refuse to put it together."""
+    """Run ``function`` without autocast, which would change the dtypes of concatenated tensors or raise."""
 
     @functools.wraps(function)
     def wrapper(*args):
@@ -133,8 +136,8 @@ def without_autocast(function):
 
 
 class GroupInfoNCE(torch.autograd.Function):
-    """As ``InfoNCE``, for this process's share of the samples. The gradient is that of the sum over the processes of
-    what each makes of its result: both directions communicate, in the same order everywhere."""
+    """``InfoNCE`` for this process's share of the samples. The gradient is that of the sum, over the processes, of the
+    values that each computes from its result. Forward and backward both communicate, in the same order everywhere."""
 
     @staticmethod
     @without_autocast
@@ -155,7 +158,7 @@ class GroupInfoNCE(torch.autograd.Function):
         every = list(gather_samples(own, shares).unbind(0))
         of_each = call._replace(reduction=REDUCTIONS.index("none"))
         loss, *saved = backends.op("info_nce_forward", impl)(every, labels, queue, temperature_tensor, *of_each)
-        ctx.save_for_backward(*saved, labels, temperature_tensor, *views)  # views: for `once` alone
+        ctx.save_for_backward(*saved, labels, temperature_tensor, *views)  # only `once` needs the views
         ctx.shares, ctx.impl, ctx.stacked, ctx.call, ctx.dtype = shares, impl, stacked, call, own.dtype
         if REDUCTIONS[call.reduction] == "none":
             return loss
@@ -175,7 +178,7 @@ class GroupInfoNCE(torch.autograd.Function):
         rows = gather_samples(torch.cat([own, upstream], -1), shares)
         rows, upstream = rows[..., :-1], rows[..., -1]
         if REDUCTIONS[call.reduction] != "none":
-            # Every process has the same loss of all anchors, and may weigh it as it likes.
+            # All processes have the same loss over all anchors, but each may weight it differently.
             each = torch.stack([part[0, 0] for part in upstream.split(shares.sizes, 1)])
             share = 1 / (call.num_views * call.batch) if REDUCTIONS[call.reduction] == "mean" else 1
             upstream = (each.sum() * share).expand(call.num_views, call.batch)
@@ -194,7 +197,7 @@ _TABLES = ("log_weights", "weights", "positives")
 
 
 def own_rows(saved: Saved, call: Call) -> torch.Tensor:
-    """``(V, own samples, C)``: all that the other processes need of this one's tables."""
+    """Return the part of this process's tables that the others need, ``(V, own samples, C)``."""
     tables = torch.cat([getattr(saved, name) for name in _TABLES])
     mine = slice(call.first, call.first + call.own)
     if len(saved.order):
@@ -206,27 +209,27 @@ def own_rows(saved: Saved, call: Call) -> torch.Tensor:
         tables = tables.view(len(tables), call.num_views, -1)[..., mine].permute(1, 2, 0)
     if not len(saved.weights):
         return tables
-    # What concerns all rows of a process goes along with each: no exchange of its own.
+    # Values common to all rows of a process are repeated in each row, which saves a separate exchange.
     return torch.cat([tables, _whole(saved, call).to(tables.dtype).expand(*tables.shape[:2], 3)], -1)
 
 
 def with_all_rows(saved: Saved, call: Call, rows: torch.Tensor) -> Saved:
-    """``saved`` with the tables of all samples, ``rows`` (V, B, C) as the processes gathered them."""
+    """Return ``saved`` with the tables of all samples, from the gathered ``rows`` (V, B, C)."""
     scalars = saved.scalars
     if len(saved.weights):
         whole, scalars = _whole(saved, call), scalars.clone()
         others, rows = rows[..., -3:].reshape(-1, 3).to(whole.dtype), rows[..., :-3]
-        # Weights are relative to a score reference; where a process had another one (un-normalised rows and queues
-        # that differ), only the absolute ones will do.
+        # Weights are relative to a score reference. If processes had different ones (rows that are not normalised and
+        # different queues), only the absolute log weights can be used.
         apart = (others[:, 1] != whole[1]).any()
         scalars[SLOW] = torch.maximum(others[:, 0].amax(), apart.to(scalars.dtype))
-        # A temperature on the device was not compared when the call began; a mixed gradient must not look right.
+        # A temperature on the device was not compared at the start of the call; if it differs, the gradient is NaN.
         scalars[SCALE] = torch.where((others[:, 2] == whole[2]).all(), scalars[SCALE], torch.nan)
     if len(saved.order):
         table = rows[:, saved.order].permute(2, 1, 0).reshape(rows.shape[-1], 1, -1)
     else:
         table = rows.permute(2, 0, 1)
-    columns = saved.log_weights.shape[1]  # on GPUs padded, view by view
+    columns = saved.log_weights.shape[1]  # on GPUs padded per view
     padding = columns // table.shape[1] - table.shape[2]
     table = torch.nn.functional.pad(table, (0, padding)).reshape(-1, columns)
     tables = table.split([len(getattr(saved, name)) for name in _TABLES])
@@ -235,7 +238,7 @@ def with_all_rows(saved: Saved, call: Call, rows: torch.Tensor) -> Saved:
 
 
 def _whole(saved, call):
-    """Whether a weight is out of the fast path's range, the longest row where the score reference depends on it, and
-    the scale."""
+    """Return (1 if a weight is out of the fast path's range, the longest row if the score reference depends on it, the
+    scale)."""
     longest = torch.zeros_like(saved.scalars[LONGEST]) if call.normalize else saved.scalars[LONGEST]
     return torch.stack([saved.scalars[SLOW], longest, saved.scalars[SCALE]])

@@ -1,4 +1,4 @@
-"""``info_nce_loss`` as a module: it holds the arguments."""
+"""``info_nce_loss`` as a module that stores the arguments."""
 
 import math
 
@@ -15,17 +15,17 @@ class InfoNCELoss(SharesGroup, nn.Module):
     r"""N-view InfoNCE as a module; see :func:`selfsup_kernels.info_nce_loss` for the equations and the arguments.
 
     Args:
-        temperature: a positive number; where training starts if it is learnable.
-        learnable_temperature: train ``logit_scale``, a parameter of shape ``(1,)`` with the logarithm of the scale
-            :math:`1 / \tau` as in CLIP (arXiv:2103.00020, section 2.3), so that the temperature stays positive.
+        temperature: a positive number; the initial value if it is learnable.
+        learnable_temperature: train ``logit_scale``, a parameter of shape ``(1,)`` that holds the logarithm of the
+            scale :math:`1 / \tau` as in CLIP (arXiv:2103.00020, section 2.3), so the temperature stays positive.
             Weight decay pulls it towards a temperature of 1: exclude it from weight decay.
-        max_scale: with a learnable temperature, the largest scale; CLIP has 100. As there, the parameter itself is
-            clamped, here before every forward in training mode. None: no limit. Under ``fully_shard`` a forward has a
-            copy of the parameter: the scale is limited all the same, the parameter itself is not.
+        max_scale: the largest scale of a learnable temperature (CLIP: 100); None for no limit. Like CLIP, this clamps
+            the parameter itself, here before every forward in training mode. Under ``fully_shard`` a forward sees a
+            copy of the parameter, so only the scale is limited, not the parameter.
         objective, core_view, normalize, eps, reduction, group, impl: as in :func:`selfsup_kernels.info_nce_loss`.
-            ``group="world"`` may be given before ``init_process_group``.
+            ``group="world"`` may be passed before ``init_process_group`` is called.
 
-    A ``state_dict`` whose ``logit_scale`` has no dimensions, as that of earlier versions, loads as well.
+    A ``state_dict`` from earlier versions, with a 0-dim ``logit_scale``, also loads.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message says which and why.
@@ -62,7 +62,7 @@ class InfoNCELoss(SharesGroup, nn.Module):
                     f"max_scale: expected at least 1 / temperature = {1 / temperature:g}, got {max_scale:g}"
                 )
         if learnable_temperature:
-            # Of one dimension: fully_shard takes no parameter without.
+            # One dimension, since fully_shard refuses 0-dim parameters.
             self.logit_scale = nn.Parameter(torch.tensor([-math.log(temperature)], dtype=torch.float32))
         else:
             self.register_parameter("logit_scale", None)
@@ -78,18 +78,18 @@ class InfoNCELoss(SharesGroup, nn.Module):
 
     @property
     def temperature(self):
-        """A number, or with a learnable temperature a 0-dim tensor that carries its gradient."""
+        """The temperature, a number or, if it is learnable, a differentiable 0-dim tensor."""
         value = self._temperature_or_tensor()
         return value.reshape(()) if isinstance(value, torch.Tensor) else value
 
     def _temperature_or_tensor(self):
-        """The same, the tensor in the shape of the parameter: a forward spares the change of shapes."""
+        """Return the temperature; a tensor keeps the parameter's shape, which saves forward() a reshape."""
         if self.logit_scale is None:
             return self._temperature
         logit_scale = check.scalar("logit_scale", self.logit_scale)
         if self.max_scale is None:
             return (-logit_scale).exp()
-        # Not clamp: it has no gradient beyond the limit, and saves the parameter, which forward() clamps in place.
+        # Not clamp: its gradient is 0 beyond the limit, and it saves the parameter, which forward() changes in place.
         excess = (logit_scale.detach() - math.log(self.max_scale)).clamp(min=0)
         return (excess - logit_scale).exp()
 
@@ -101,9 +101,9 @@ class InfoNCELoss(SharesGroup, nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, *views, labels=None, queue=None):
-        """The loss of ``forward(views)``, a ``(V, B, D)`` tensor or a sequence, or of ``forward(z0, z1, ...)``."""
+        """Return the loss: ``forward(views)`` of a ``(V, B, D)`` tensor or a sequence, or ``forward(z0, z1, ...)``."""
         if self.training and self.max_scale is not None:
-            with torch.no_grad():  # not only in `temperature`: the parameter must not drift off beyond the limit
+            with torch.no_grad():  # `temperature` limits only the scale; the parameter must not drift beyond it
                 self.logit_scale.clamp_(max=math.log(self.max_scale))
         return info_nce_loss(
             views[0] if len(views) == 1 else list(views),
@@ -124,7 +124,7 @@ class InfoNCELoss(SharesGroup, nn.Module):
             parts = [f"temperature={self._temperature:.4g}"]
         elif type(self.logit_scale) is nn.Parameter and not self.logit_scale.is_meta:
             parts = [f"temperature={self.temperature.item():.4g}", "learnable_temperature=True"]
-        else:  # a DTensor, which all processes would have to read together, or a tensor without a value
+        else:  # a DTensor, which all processes must read together, or a tensor without a value
             parts = ["learnable_temperature=True"]
         defaults = {
             "max_scale": None,

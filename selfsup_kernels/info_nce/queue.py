@@ -1,4 +1,4 @@
-"""Scores with a queue, and with nothing of the batch."""
+"""Log-sum-exp of scores against a queue only, without the batch."""
 
 import torch
 
@@ -6,17 +6,17 @@ from selfsup_kernels.info_nce.api import info_nce_loss
 
 
 def queue_log_sums(rows, queue, temperature, eps=1e-12, impl="auto", normalize=True):
-    r""":math:`\log \sum_j \exp(\langle z_a, \mathrm{queue}_j \rangle / \tau)`, ``(N,)``, in float32 at least.
+    r"""Return :math:`\log \sum_j \exp(\langle z_a, \mathrm{queue}_j \rangle / \tau)`, ``(N,)``, float32 or float64.
 
-    All rows carry one label: none of them is another's negative then, and ``decoupled`` is this sum minus the mean
-    score with the other rows, which is linear work to put back.
+    All rows get the same label, so no row is a negative of another. ``decoupled`` is then this sum minus the mean score
+    with the other rows, which is added back in linear time.
 
     Args:
         rows: ``(N, D)`` unit rows.
-        queue: ``(K, D)``, normalised here unless ``normalize`` is False; no gradient.
+        queue: ``(K, D)``, normalised here unless ``normalize`` is False; receives no gradient.
     """
     count = len(rows)
-    if count == 1:  # a row needs another one of its class, or its loss counts as zero
+    if count == 1:  # the loss of a row without another one of its class is zero
         rows = torch.cat([rows, rows.detach()])
     apart = info_nce_loss(
         [rows],

@@ -1,4 +1,4 @@
-"""How good embeddings are, without a gradient and without the matrix of similarities."""
+"""Quality measures of embeddings, without gradients and without the matrix of similarities."""
 
 import math
 from typing import NamedTuple
@@ -8,11 +8,11 @@ import torch
 from selfsup_kernels.core import validate as check
 
 _CHUNK_ELEMENTS = 1 << 22
-"""Similarities held at a time: 16 MB in float32."""
+"""The number of similarities in memory at a time: 16 MB in float32."""
 
 
 class ContrastiveStats(NamedTuple):
-    """What :func:`contrastive_stats` returns: 0-dim float32 tensors on the device of the views."""
+    """Result of :func:`contrastive_stats`: 0-dim float32 tensors on the device of the views."""
 
     top1: torch.Tensor
     positive_similarity: torch.Tensor
@@ -23,33 +23,34 @@ class ContrastiveStats(NamedTuple):
 
 @torch.no_grad()
 def contrastive_stats(views, *, labels=None, normalize=True, eps=1e-12) -> ContrastiveStats:
-    r"""Retrieval accuracy, similarities, alignment and uniformity of a batch of embeddings.
+    r"""Return retrieval accuracy, similarities, alignment and uniformity of a batch of embeddings.
 
-    The :math:`M = V B` rows are :math:`z = h / \max(|h|, \epsilon)`. Positives of a row are the same sample's rows in
-    the other views (with ``labels``: every other row of its class), negatives the rows of all other samples (classes).
+    The :math:`M = V B` rows are :math:`z = h / \max(|h|, \epsilon)`. The positives of a row are the same sample's rows
+    in the other views (with ``labels``: all other rows of its class); its negatives are the rows of all other samples
+    (classes).
 
-    - ``top1``: the share of rows whose most similar other row is one of their positives. A negative that is as similar
-      as the best positive, up to rounding, counts against the row, so that collapsed embeddings score 0. Chance is
+    - ``top1``: the share of rows whose most similar other row is a positive. A negative as similar as the best
+      positive, up to rounding, counts as an error, so collapsed embeddings score 0. Chance is
       :math:`(V - 1) / (M - 1)` without labels.
     - ``positive_similarity``: the mean of :math:`\langle z_i, z_j \rangle` over the ordered positive pairs.
-    - ``hardest_negative_similarity``: the mean over rows of their largest similarity with a negative.
+    - ``hardest_negative_similarity``: the mean over rows of the largest similarity with a negative.
     - ``alignment``: the mean of :math:`|z_i - z_j|^2` over the positive pairs (arXiv:2005.10242, section 4.1,
       with :math:`\alpha = 2`). Lower is better.
     - ``uniformity``: :math:`\log \operatorname{mean}_{i \ne j} \exp(-2 |z_i - z_j|^2)` over all pairs of rows
-      (arXiv:2005.10242, section 4.1, with :math:`t = 2`; there over the rows of one view, here of all). Lower is
-      better.
+      (arXiv:2005.10242, section 4.1, with :math:`t = 2`; the paper uses the rows of one view, this function those of
+      all views). Lower is better.
 
-    Rows without a positive (one row in its class) are left out of what concerns positives, rows without a negative
-    out of ``hardest_negative_similarity``. What is left with nothing to average is NaN, and a row that holds NaN or
-    infinity makes everything NaN.
+    Rows without a positive (alone in their class) are excluded from the statistics of positives, rows without a
+    negative from ``hardest_negative_similarity``. A mean over nothing is NaN. A row with NaN or infinity makes all
+    results NaN.
 
-    Takes :math:`2 M^2 D` operations and memory linear in the rows. Computed in float32, or in float64 for float64 and
-    for rows that are not normalised (distances of long rows cancel).
+    Takes :math:`2 M^2 D` operations and memory linear in the rows. Computed in float32, or in float64 for float64
+    inputs and for rows that are not normalised (distances between long rows cancel).
 
     Args:
         views: a ``(V, B, D)`` tensor or a sequence of V ``(B, D)`` tensors; V >= 2, or V >= 1 with ``labels``; B >= 2.
         labels: ``(B,)`` integers.
-        normalize: divide the rows by their norm. With ``False`` similarities are plain inner products.
+        normalize: divide the rows by their norm; with False, similarities are plain inner products.
         eps: the floor of the norm.
 
     Raises:
@@ -77,17 +78,17 @@ def contrastive_stats(views, *, labels=None, normalize=True, eps=1e-12) -> Contr
         top1, hardest, uniformity = _by_rows(z, classes)
         similarity, alignment = _by_classes(z, classes, batch)
         stats = (top1, similarity, hardest, alignment, uniformity)
-        finite = z.isfinite().all()  # a comparison with NaN is false: it would pass for a wrong retrieval
+        finite = z.isfinite().all()  # a comparison with NaN is false and would count as an error
         return ContrastiveStats(*(torch.where(finite, value, torch.nan).float() for value in stats))
 
 
 def _by_rows(z, classes):
-    """(top1, hardest negative similarity, uniformity), from the similarities of some rows at a time."""
+    """Return (top1, hardest negative similarity, uniformity), computing the similarities of a few rows at a time."""
     rows = len(z)
     right, anchors, hardest, with_negatives = (z.new_zeros((), dtype=torch.float64) for _ in range(4))
     square = (z * z).sum(-1)
-    # A product's columns may add in different orders, so that the scores of equal rows differ by a few roundings:
-    # relative to the largest score, and, where scores are subnormal, by less than the smallest normal number.
+    # A matrix product may sum its columns in different orders, so scores of equal rows differ by a few roundings,
+    # relative to the largest score; subnormal scores differ by less than the smallest normal number.
     slack = 8 * torch.finfo(z.dtype).eps * square.max() + torch.finfo(z.dtype).tiny
     kernels = []
     step = max(1, _CHUNK_ELEMENTS // rows)
@@ -112,10 +113,10 @@ def _by_rows(z, classes):
 
 
 def _by_classes(z, classes, count):
-    """(mean similarity, mean squared distance) of the positive pairs, from the sums of the classes.
+    """Return (mean similarity, mean squared distance) of the positive pairs, from per-class sums.
 
     Over the ordered pairs of a class of n rows with sum ``s``: ``sum <z_i, z_j> = |s|^2 - sum |z_i|^2`` and
-    ``sum |z_i - z_j|^2 = 2 (n sum |z_i|^2 - |s|^2)``. In float64, for the differences.
+    ``sum |z_i - z_j|^2 = 2 (n sum |z_i|^2 - |s|^2)``. Computed in float64, since the differences cancel.
     """
     z = z.double()
     sums = z.new_zeros(count, z.shape[1]).index_add_(0, classes, z)

@@ -1,4 +1,4 @@
-"""Whole methods as plain modules: any trainer can drive them. The views come from the data loader."""
+"""Complete methods as plain modules for any training loop; the data loader provides the views."""
 
 from selfsup_kernels.methods._export import export_encoder
 from selfsup_kernels.methods.byol import BYOL

@@ -1,4 +1,4 @@
-"""Pretrained encoders leave as the plain ``state_dict`` of a backbone."""
+"""Export a pretrained encoder as the plain ``state_dict`` of a backbone."""
 
 import re
 from collections import OrderedDict
@@ -12,11 +12,11 @@ from selfsup_kernels.ema.module import EMA
 
 NETWORKS = ("online", "target")
 HEADS = ("fc", "classifier", "head", "heads", "head_dist", "last_linear")
-"""What torchvision and timm call the layers that make classes of features."""
+"""The names that torchvision and timm give to classification heads."""
 
 
 def export_encoder(source, *, network="online", view=None, prefix=None, backbone=None, heads=HEADS):
-    """The encoder's weights as a plain ``state_dict``, without the names that wrappers and methods put before them.
+    """Return the encoder's weights as a plain ``state_dict``, without the prefixes of wrappers and methods.
 
     ::
 
@@ -24,28 +24,28 @@ def export_encoder(source, *, network="online", view=None, prefix=None, backbone
         backbone = torchvision.models.resnet18()
         backbone.load_state_dict(sk.methods.export_encoder(method, backbone=backbone), strict=True)
 
-    Names lose ``module.`` (DataParallel, DistributedDataParallel) at their beginning and ``_orig_mod.``
-    (``torch.compile``) everywhere; of a method's or trainer's checkpoint only the encoder is kept.
+    A leading ``module.`` (DataParallel, DistributedDataParallel) and every ``_orig_mod.`` (``torch.compile``) are
+    removed from the names. Only the encoder is kept from a method's or trainer's checkpoint.
 
     Args:
         source: a method, an :class:`selfsup_kernels.EMA`, an encoder, or a ``state_dict`` that holds one of them under
-            any prefix (a Lightning checkpoint's ``"state_dict"`` is found).
+            any prefix (the ``"state_dict"`` of a Lightning checkpoint is found).
         network: ``"online"``, or ``"target"`` for the moving average of a method that has one.
-        view: whose encoder, where every view has its own (:class:`CMC`); None where there is one.
-        prefix: what precedes the encoder's names in a ``state_dict``; None to find out.
-        backbone: the module that is to load the result. Then it has exactly this module's names and shapes: heads that
-            the encoder lacks (``fc`` replaced by ``nn.Identity``), or has for another number of classes, come from the
-            backbone, heads that the backbone lacks are left out, and the numbers of
+        view: the index of the view's encoder if every view has its own (:class:`CMC`); None if all views share one.
+        prefix: the prefix of the encoder's names in a ``state_dict``; None to detect it.
+        backbone: the module that will load the result, which then has exactly this module's names and shapes. Heads
+            that the encoder lacks (``fc`` replaced by ``nn.Identity``), or has with another number of classes, are
+            taken from the backbone; heads that the backbone lacks are dropped; the numeric names of
             ``nn.Sequential(*list(resnet.children())[:-1])`` become the names of the backbone's children.
-        heads: which children of a backbone count as heads.
+        heads: the names of the backbone's children that count as heads.
 
     Returns:
         An ``OrderedDict`` of detached copies, on the device of the weights.
 
     Raises:
-        TypeError: ``source`` or ``backbone`` is not of these.
-        ValueError: there is no such network, the encoder's place in a ``state_dict`` is not clear, or names or shapes
-            other than those of heads do not fit the backbone.
+        TypeError: ``source`` or ``backbone`` has another type.
+        ValueError: the source has no such network, the encoder's prefix is ambiguous, or names or shapes outside the
+            heads do not fit the backbone.
     """
     if network not in NETWORKS:
         raise ValueError(f"network: expected one of {', '.join(NETWORKS)}, got {network!r}")
@@ -77,7 +77,7 @@ def _encoder_of(module, network, view) -> nn.Module:
         module = module.encoder
         if isinstance(module, nn.ModuleList):
             if view not in range(len(module)):
-                raise ValueError(f"view: expected whose encoder, an integer in [0, {len(module)}), got {view!r}")
+                raise ValueError(f"view: expected an encoder's index, an integer in [0, {len(module)}), got {view!r}")
             module = module[view]
         elif view is not None:
             raise ValueError(f"view: expected None, since all views have one encoder, got {view!r}")
@@ -99,7 +99,7 @@ def _encoder_state(state, network, view, prefix):
 
 
 def _find_prefix(state, network, view) -> str:
-    """What precedes the encoder's names: it stands beside a projector, inside ``online.`` or ``target.module.``."""
+    """Return the prefix of the encoder's names: next to a projector, or inside ``online.`` or ``target.module.``."""
     prefixes = {""} if all(name.startswith("encoder.") for name in state) else set()
     for name in state:
         for pattern in (r"((?:.*?\.)??)projector\.", r"((?:.*?\.)??(?:online|target\.module)\.)encoder\."):
@@ -120,7 +120,7 @@ def _find_prefix(state, network, view) -> str:
 
 
 def _fit(state, backbone, heads):
-    """``state`` with exactly the names and shapes of ``backbone``."""
+    """Return ``state`` with exactly the names and shapes of ``backbone``."""
     wanted = backbone.state_dict()
     first = {name.split(".")[0] for name in state}
     if all(part.isdigit() for part in first) and not first <= {name.split(".")[0] for name in wanted}:
@@ -138,7 +138,7 @@ def _fit(state, backbone, heads):
         else:
             problems.append(f"{name} is missing")
     for name in state:
-        # A FrozenBatchNorm2d of detection does not count its batches.
+        # torchvision's FrozenBatchNorm2d has no num_batches_tracked.
         if name not in wanted and name.split(".")[0] not in heads and not name.endswith(".num_batches_tracked"):
             problems.append(f"{name} is unexpected")
     if problems:

@@ -1,4 +1,4 @@
-"""What the methods check of their arguments."""
+"""Argument checks shared by the methods."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ from torch import nn
 
 
 def collect_views(views: tuple) -> list:
-    """``(x1, x2, ...)``, or one sequence of them, as a list of at least two inputs."""
+    """Return ``(x1, x2, ...)``, or one sequence of them, as a list of at least two inputs."""
     if len(views) == 1:
         if not isinstance(views[0], Sequence) or isinstance(views[0], (str, bytes)):
             raise ValueError(f"views: expected at least 2, or a sequence of them, got one {type(views[0]).__name__}")

@@ -14,15 +14,15 @@ from selfsup_kernels.methods._views import collect_views, require_modules
 class BYOL(nn.Module):
     r"""BYOL (arXiv:2006.07733) over two or more views.
 
-    The online network :math:`q(g(f(x)))` (predictor, projector, encoder) predicts, for each view :math:`u`, the target
+    From each view :math:`u`, the online network :math:`q(g(f(x)))` (predictor, projector, encoder) predicts the target
     network's projection :math:`g_\xi(f_\xi(x))` of every other view :math:`v`:
 
     .. math:: L = \operatorname{mean}_{u \ne v} \; 2 - 2 \cos(p_u, \operatorname{sg}(t_v))
 
-    over the batch (eq. 2 of the paper, symmetrised). The target holds moving averages of encoder *and* projector
-    (eq. 1) and never receives a gradient.
+    averaged over the batch (eq. 2 of the paper, symmetrised). The target holds moving averages of encoder *and*
+    projector (eq. 1) and receives no gradient.
 
-    What a training step does::
+    A training step::
 
         loss = method(x1, x2)
         loss.backward()
@@ -30,20 +30,20 @@ class BYOL(nn.Module):
         optimizer.zero_grad()
         method.update_target(sk.cosine_momentum(step, max_steps))
 
-    ``parameters()`` can be handed to an optimizer as it is: the target's do not require grad. In training mode the
-    target's BatchNorm layers use the statistics of its batch, as in the paper, so that it follows ``train()`` and
-    ``eval()`` like any other submodule.
+    ``parameters()`` can go to an optimizer as it is: the target's parameters do not require grad. The target follows
+    ``train()`` and ``eval()`` like any submodule; in training mode its BatchNorm layers use the statistics of the
+    batch, as in the paper.
 
-    Departures: the loss is the mean over the ordered pairs of views where the paper adds up the two (half of its value
-    for two views), and more than two views are allowed. In the authors' code the target keeps running statistics of
-    its own, which is ``buffers="ignore"``; by default they are copied from the online network. LARS, and leaving
-    biases and BatchNorm out of weight decay and adaptation, is for the optimizer.
+    Departures: the loss is the mean over ordered pairs of views, while the paper adds its two terms (twice the value
+    for two views); more than two views are allowed. In the authors' code the target keeps its own running statistics,
+    which is ``buffers="ignore"``; by default they are copied from the online network. LARS, and excluding biases and
+    BatchNorm from weight decay and adaptation, is the optimizer's task.
 
     Args:
-        encoder, projector, predictor: modules; the encoder's output feeds the projector, whose output, ``(B, D)``,
-            feeds the predictor, whose output is ``(B, D)`` again.
-        momentum: of :meth:`update_target` calls that do not give their own.
-        buffers, stochastic_rounding: of the target, as in :class:`selfsup_kernels.EMA`.
+        encoder, projector, predictor: modules; the encoder's output feeds the projector, whose ``(B, D)`` output feeds
+            the predictor, whose output is ``(B, D)`` too.
+        momentum: the default momentum of :meth:`update_target`.
+        buffers, stochastic_rounding: for the target, as in :class:`selfsup_kernels.EMA`.
         eps, impl: as in :func:`selfsup_kernels.byol_loss`.
 
     Attributes:
@@ -79,7 +79,7 @@ class BYOL(nn.Module):
 
     @property
     def encoder(self) -> nn.Module:
-        """The online encoder: what is kept after training."""
+        """The online encoder, which is kept after training."""
         return self.online.encoder
 
     @property
@@ -87,10 +87,10 @@ class BYOL(nn.Module):
         return self.online.projector
 
     def forward(self, *views):
-        """The loss of two or more views of one batch, ``forward(x1, x2, ...)`` or ``forward([x1, x2, ...])``.
+        """Return the loss of two or more views of a batch: ``forward(x1, x2, ...)`` or ``forward([x1, x2, ...])``.
 
         Raises:
-            ValueError: fewer than two views, or outputs of the networks that do not fit each other.
+            ValueError: there are fewer than two views, or the networks' outputs do not match in shape.
         """
         views = collect_views(views)
         predictions = [self.predictor(self.online(x)) for x in views]
@@ -99,7 +99,7 @@ class BYOL(nn.Module):
         return self.loss(predictions, targets)
 
     def update_target(self, momentum=None):
-        """Move the target towards the online network; call it after the optimizer's step.
+        """Move the target towards the online network; call this after the optimizer's step.
 
         Args:
             momentum: a number in [0, 1] or a 0-dim tensor; None for the one given at construction.

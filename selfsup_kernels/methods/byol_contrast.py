@@ -14,7 +14,7 @@ from selfsup_kernels.methods.byol import BYOL
 
 
 class BYOLContrast(BYOL):
-    r"""BYOL and N-view contrast with weights, on one forward of the online network per view.
+    r"""Weighted sum of BYOL and N-view contrast, with one forward of the online network per view.
 
     With online projections :math:`z_v = g(f(x_v))`, predictions :math:`p_v = q(z_v)` and the target network's
     projections :math:`t_v = g_\xi(f_\xi(x_v))`,
@@ -22,28 +22,28 @@ class BYOLContrast(BYOL):
     .. math:: L = w_b \operatorname{mean}_{u \ne v} \bigl(2 - 2 \cos(p_u, \operatorname{sg}(t_v))\bigr)
         + w_c \, \mathrm{InfoNCE}(z_1, \dots, z_V)
 
-    where the first mean (arXiv:2006.07733, eq. 2) is over the batch, too, and InfoNCE is one of the objectives of
-    :func:`selfsup_kernels.info_nce_loss` (by default CMC's full graph, arXiv:1906.05849). Weights (1, 0) are
-    :class:`BYOL`, weights (0, 1) are :class:`CMC` with one encoder. Call :meth:`update_target` after the optimizer's
+    where the first mean (arXiv:2006.07733, eq. 2) is also over the batch, and InfoNCE is one of the objectives of
+    :func:`selfsup_kernels.info_nce_loss` (by default CMC's full graph, arXiv:1906.05849). Weights (1, 0) give
+    :class:`BYOL`, weights (0, 1) give :class:`CMC` with one encoder. Call :meth:`update_target` after the optimizer's
     step, as for BYOL.
 
-    No paper defines this sum. Of BYOL it keeps the predictor, the target and its momentum; of CMC that every view is
-    contrasted with every other one. The contrast is on the projections, not on the predictions: the predictor serves
-    BYOL's regression alone. What departs from either paper is said at :class:`BYOL` and :class:`CMC`.
+    No paper defines this sum. BYOL contributes the predictor, the target and its momentum; CMC contributes the contrast
+    of every view with every other view. The contrast uses the projections, not the predictions: only BYOL's regression
+    uses the predictor. :class:`BYOL` and :class:`CMC` list the departures from their papers.
 
     Args:
         encoder, projector, predictor, momentum: as in :class:`BYOL`.
-        temperature: of the contrast; where training starts if it is learnable.
+        temperature: the temperature of the contrast; the initial value if it is learnable.
         byol_weight, contrast_weight: :math:`w_b` and :math:`w_c`, numbers >= 0. They are plain attributes: a schedule
             may change them between steps.
-        objective, core_view, learnable_temperature, max_scale, group: of the contrast, as in
-            :class:`selfsup_kernels.InfoNCELoss`. With ``group`` the negatives are those of all its processes, and both
+        objective, core_view, learnable_temperature, max_scale, group: for the contrast, as in
+            :class:`selfsup_kernels.InfoNCELoss`. With ``group`` the negatives come from all its processes, and both
             losses are means over all their samples.
         buffers, stochastic_rounding, eps: as in :class:`BYOL`.
-        impl: as in :func:`selfsup_kernels.info_nce_loss`; a loss, or the average, that lacks it takes ``"auto"``.
+        impl: as in :func:`selfsup_kernels.info_nce_loss`; the losses or the average use ``"auto"`` if they lack it.
 
     Attributes:
-        parts: after a forward, ``{"byol": ..., "contrast": ...}``: both losses without weights, detached, for logs.
+        parts: after a forward, ``{"byol": ..., "contrast": ...}``: both losses, unweighted and detached, for logging.
         contrast: the :class:`selfsup_kernels.InfoNCELoss`.
         online, predictor, target, loss: as in :class:`BYOL`.
 
@@ -98,10 +98,10 @@ class BYOLContrast(BYOL):
         self.parts: dict[str, torch.Tensor] = {}
 
     def forward(self, *views):
-        """The weighted loss of two or more views of one batch, ``forward(x1, x2, ...)`` or ``forward([x1, x2, ...])``.
+        """Return the weighted loss of two or more views: ``forward(x1, x2, ...)`` or ``forward([x1, x2, ...])``.
 
         Raises:
-            ValueError: fewer than two views, or outputs of the networks that do not fit each other.
+            ValueError: there are fewer than two views, or the networks' outputs do not match in shape.
         """
         views = collect_views(views)
         projections = [self.online(x) for x in views]

@@ -11,23 +11,24 @@ from selfsup_kernels.methods._views import collect_views
 class CMC(nn.Module):
     r"""Contrastive multiview coding (arXiv:1906.05849) over two or more views.
 
-    Every view :math:`v` of a sample is encoded, :math:`z_v = g_v(f_v(x_v))`, normalised, and contrasted with every
-    other view within the batch (the paper's full graph; with ``core_view`` its core view graph):
+    Every view :math:`v` is encoded, :math:`z_v = g_v(f_v(x_v))`, normalised, and contrasted with every other view
+    within the batch (the paper's full graph, or its core view graph with ``core_view``):
 
     .. math:: L = \operatorname{mean}_{u \ne v, a}
         -\log \frac{\exp(\langle z_{u,a}, z_{v,a} \rangle / \tau)}{\sum_b \exp(\langle z_{u,a}, z_{v,b} \rangle / \tau)}
 
-    Two views, each with its encoder, are the loss of CLIP. Other objectives let an anchor's views share a denominator.
+    Two views with one encoder each give CLIP's loss. With other objectives an anchor's views share a denominator.
 
-    Departures: the mean over the ordered pairs of views where the paper adds them up, and the negatives are the other
-    samples of the batch where the paper draws them from a memory bank for NCE.
+    Departures: the loss is the mean over ordered pairs of views, while the paper adds them. The negatives are the other
+    samples of the batch, while the paper draws them from a memory bank for NCE.
 
     Args:
         encoder: one module for all views, or a sequence of one per view.
-        projector: the same choice, independently; ``nn.Identity()`` for none. Its outputs are ``(B, D)``.
-        temperature: :math:`\tau`; where training starts if it is learnable.
+        projector: one module or one per view, independently of ``encoder``; ``nn.Identity()`` for none. Its output is
+            ``(B, D)``.
+        temperature: :math:`\tau`; the initial value if it is learnable.
         objective, core_view, learnable_temperature, max_scale, eps, group, impl: as in
-            :class:`selfsup_kernels.InfoNCELoss`. With ``group`` the negatives are those of all its processes.
+            :class:`selfsup_kernels.InfoNCELoss`. With ``group`` the negatives come from all its processes.
 
     Attributes:
         encoder, projector: a module, or an ``nn.ModuleList`` of one per view.
@@ -67,14 +68,15 @@ class CMC(nn.Module):
         )
 
     def embed(self, x, view=0):
-        """The ``(B, D)`` embedding of inputs of one view, not normalised."""
+        """Return the ``(B, D)`` embeddings of one view's inputs, not normalised."""
         return _of_view(self.projector, view)(_of_view(self.encoder, view)(x))
 
     def forward(self, *views):
-        """The loss of two or more views of one batch, ``forward([x1, x2, ...])`` or ``forward(x1, x2, ...)``.
+        """Return the loss of two or more views of a batch: ``forward([x1, x2, ...])`` or ``forward(x1, x2, ...)``.
 
         Raises:
-            ValueError: fewer than two views, not as many as encoders, or embeddings of different shapes.
+            ValueError: there are fewer than two views, their number differs from that of the encoders, or the
+                embeddings differ in shape.
         """
         views = collect_views(views)
         if self.num_views is not None and len(views) != self.num_views:

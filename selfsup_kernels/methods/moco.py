@@ -17,19 +17,18 @@ from selfsup_kernels.methods._views import collect_views, require_modules
 class MoCo(SharesGroup, nn.Module):
     r"""Momentum contrast (arXiv:1911.05722; version 2, arXiv:2003.04297) with a queue of any size.
 
-    The online network makes a query :math:`q` of one view, the target network, its moving average (eq. 2 of the
-    paper), a key :math:`k` of the other. Both are normalised. The key is the query's only positive, and the queue of
-    earlier batches' keys holds its only negatives (eq. 1):
+    The online network encodes one view as the query :math:`q`; the target network, its moving average (eq. 2 of the
+    paper), encodes the other view as the key :math:`k`. Both are normalised. The query's only positive is its key, and
+    its only negatives are the queue of earlier batches' keys (eq. 1):
 
     .. math:: L = \operatorname{mean}_a -\log \frac{\exp(\langle q_a, k_a \rangle / \tau)}
         {\exp(\langle q_a, k_a \rangle / \tau) + \sum_j \exp(\langle q_a, \mathrm{queue}_j \rangle / \tau)}
 
-    The scores of the queue, ``(B, K)``, are never in memory, and the queue is not cloned for them: the loss works on
-    one normalised copy in its own layout. In training mode each forward then writes its keys over the oldest ones.
-    Batches may have any size: one that does not divide the queue goes on at its beginning, of one that is larger the
-    last keys stay.
+    The ``(B, K)`` queue scores are never stored; the loss works on one normalised copy of the queue in its own
+    layout. In training mode each forward then overwrites the oldest keys with its own. Batches may have any size: keys
+    past the end of the queue wrap around to its start, and a batch larger than the queue leaves its last keys.
 
-    What a training step does::
+    A training step::
 
         loss = method(query_view, key_view)
         loss.backward()
@@ -37,29 +36,29 @@ class MoCo(SharesGroup, nn.Module):
         optimizer.zero_grad()
         method.update_target()
 
-    ``queue`` and ``queue_ptr`` (where the oldest key is) are buffers: part of the ``state_dict``, loaded strictly. The
-    queue starts with random unit rows, the same in every process.
+    ``queue`` and ``queue_ptr`` (the position of the oldest key) are buffers: part of the ``state_dict``, loaded
+    strictly. The queue starts with random unit rows, the same in every process.
 
-    Departures: no shuffling of BatchNorm's batches over the devices (section 3.3 of the paper): a target whose
-    BatchNorm layers see the same samples as the query's can betray the positive to it, so use ``nn.SyncBatchNorm`` or
-    a network without BatchNorm. The target is updated after the optimizer's step and not before the keys are made,
-    which differs by nothing but when one calls it. ``symmetric`` and ``predictor`` are not in these papers;
-    :class:`MoCo` with both is near version 3 (arXiv:2104.02057), which however has no queue.
+    Departures: BatchNorm batches are not shuffled over the devices (section 3.3 of the paper). If the target's
+    BatchNorm layers see the same samples as the query's, they can leak the positive's identity, so use
+    ``nn.SyncBatchNorm`` or a network without BatchNorm. The target is updated after the optimizer's step instead of
+    before the keys are computed; only the place of the call differs. ``symmetric`` and ``predictor`` are not in these
+    papers; :class:`MoCo` with both is close to version 3 (arXiv:2104.02057), which has no queue.
 
     Args:
         encoder, projector: modules; the projector's output is ``(B, D)``.
         queue_size: :math:`K`.
-        momentum: of :meth:`update_target` calls that do not give their own.
+        momentum: the default momentum of :meth:`update_target`.
         temperature: :math:`\tau`; 0.07 in version 1, 0.2 in version 2.
-        predictor: a module after the projector, of the online network only; None for none.
+        predictor: a module after the projector, in the online network only; None for none.
         dim: :math:`D`; None for the width of the last linear layer of the projector.
-        symmetric: make queries and keys of every view, and take the mean over the ordered pairs of views; allows more
-            than two.
-        buffers, stochastic_rounding: of the target, as in :class:`selfsup_kernels.EMA`.
+        symmetric: compute queries and keys for every view and average over the ordered pairs of views; allows more than
+            two views.
+        buffers, stochastic_rounding: for the target, as in :class:`selfsup_kernels.EMA`.
         eps: the floor of the norms.
-        group: a process group or ``"world"``: keys of all its processes enter the queue of each (batches may differ in
-            size), and the loss is the mean over all their samples; ``"local"`` or None: this process's alone.
-        impl: of the loss, as in :func:`selfsup_kernels.info_nce_loss`; the average takes ``"auto"`` where it lacks it.
+        group: a process group or ``"world"``: the keys of all its processes enter every queue (batches may differ in
+            size), and the loss is the mean over all their samples. ``"local"`` or None: only this process's samples.
+        impl: for the loss, as in :func:`selfsup_kernels.info_nce_loss`; the average uses ``"auto"`` if it lacks it.
 
     Attributes:
         online: encoder and projector.
@@ -108,7 +107,7 @@ class MoCo(SharesGroup, nn.Module):
         self.symmetric = bool(symmetric)
         self.group = group
         self.impl = impl
-        # Numbers of its own: the same in every process, and the user's random state stays as it is.
+        # A separate generator: the same rows in every process, and the user's random state does not change.
         rows = torch.randn(queue_size, _width(projector, dim), generator=torch.Generator().manual_seed(0))
         device = next((p.device for p in self.online.parameters()), None)
         self.register_buffer("queue", F.normalize(rows, dim=-1).to(device))
@@ -116,7 +115,7 @@ class MoCo(SharesGroup, nn.Module):
 
     @property
     def encoder(self) -> nn.Module:
-        """The online encoder: what is kept after training."""
+        """The online encoder, which is kept after training."""
         return self.online.encoder
 
     @property
@@ -124,10 +123,11 @@ class MoCo(SharesGroup, nn.Module):
         return self.online.projector
 
     def forward(self, *views):
-        """The loss of two views of one batch, ``forward(query_view, key_view)`` or of a sequence of them.
+        """Return the loss of two views of a batch: ``forward(query_view, key_view)`` or a sequence of the two.
 
         Raises:
-            ValueError: not two views (with ``symmetric``: fewer), or embeddings that do not fit the queue.
+            ValueError: there are not two views (with ``symmetric``: at least two), or the embeddings do not fit the
+                queue.
         """
         views = collect_views(views)
         if not self.symmetric and len(views) != 2:
@@ -144,9 +144,9 @@ class MoCo(SharesGroup, nn.Module):
         return loss
 
     def contrast(self, queries, keys):
-        """The loss of unit rows: the views' ``(B, D)`` queries, and their keys, which take no gradient.
+        """Return the loss of unit rows: the ``(B, D)`` queries and keys of each view; keys receive no gradient.
 
-        Without ``symmetric`` both lists have one element, of different views.
+        Without ``symmetric`` both lists have one element, from different views.
         """
         pairs = [(u, v) for u in range(len(queries)) for v in range(len(keys)) if u != v or not self.symmetric]
         for u, v in pairs:
@@ -154,7 +154,7 @@ class MoCo(SharesGroup, nn.Module):
                 raise ValueError(f"views: expected as many samples in each, got {len(queries[u])} and {len(keys[v])}")
         negatives = queue_log_sums(torch.cat(queries), self.queue, self.temperature, self.eps, self.impl)
         negatives = negatives.view(len(queries), -1)
-        # log(1 + exp(x)), exact beyond softplus' default threshold, too.
+        # log(1 + exp(x)), accurate above softplus' default threshold too
         terms = [
             F.softplus(negatives[u] - (queries[u] * keys[v]).sum(-1) / self.temperature, threshold=700)
             for u, v in pairs
@@ -162,7 +162,7 @@ class MoCo(SharesGroup, nn.Module):
         return global_mean(torch.cat(terms), resolve(self.group))
 
     def _unit(self, name, rows):
-        """Unit rows, in float32 at least."""
+        """Normalise the rows, in float32 or float64."""
         if rows.dim() != 2 or rows.shape[1] != self.queue.shape[1]:
             raise ValueError(f"{name}: expected (B, {self.queue.shape[1]}), as the queue has, got {tuple(rows.shape)}")
         dtype = torch.promote_types(self.queue.dtype, torch.float32)
@@ -170,9 +170,9 @@ class MoCo(SharesGroup, nn.Module):
 
     @torch.no_grad()
     def enqueue(self, keys):
-        """Write ``(N, D)`` unit rows over the oldest ones of the queue; with ``group`` those of all its processes.
+        """Overwrite the oldest rows of the queue with ``(N, D)`` unit rows; with ``group``, those of all processes.
 
-        ``forward`` does it in training mode. The loss that was computed before is not affected.
+        ``forward`` calls this in training mode. It does not affect a loss computed before.
         """
         keys = gather_rows(keys, resolve(self.group))
         size = len(self.queue)
@@ -183,7 +183,7 @@ class MoCo(SharesGroup, nn.Module):
         self.queue_ptr.add_(len(keys)).remainder_(size)
 
     def update_target(self, momentum=None):
-        """Move the target towards the online network; call it after the optimizer's step.
+        """Move the target towards the online network; call this after the optimizer's step.
 
         Args:
             momentum: a number in [0, 1] or a 0-dim tensor; None for the one given at construction.

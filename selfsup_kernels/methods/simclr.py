@@ -9,23 +9,23 @@ from selfsup_kernels.methods._views import collect_views, require_modules
 class SimCLR(nn.Module):
     r"""SimCLR (arXiv:2002.05709) over two or more views.
 
-    Every view is encoded and projected by the same network, :math:`z_v = g(f(x_v))`, and normalised. The loss is
-    NT-Xent (eq. 1 of the paper): every row is an anchor once, the same sample's row in the other view is its positive,
-    and all rows of all other samples, in both views, are its negatives:
+    The same network encodes and projects every view, :math:`z_v = g(f(x_v))`, and the rows are normalised. The loss is
+    NT-Xent (eq. 1 of the paper): every row is an anchor once, its positive is the same sample's row in the other view,
+    and its negatives are the rows of all other samples in both views:
 
     .. math:: L = \operatorname{mean}_{i} -\log \frac{\exp(\langle z_i, z_{p(i)} \rangle / \tau)}
         {\sum_{k \ne i} \exp(\langle z_i, z_k \rangle / \tau)}
 
-    Departures: more than two views are allowed, which the paper does not define. ``objective`` says what they then
-    mean: ``"supcon_out"`` lets the positives of an anchor share a denominator, ``"pairwise"`` is the mean of the
-    two-view losses. For two views both are the paper's loss. LARS, the augmentations and BatchNorm over all devices
-    (``nn.SyncBatchNorm``) are for the training script.
+    Departures: more than two views are allowed, which the paper does not define. ``objective`` selects the extension:
+    with ``"supcon_out"`` the positives of an anchor share a denominator, ``"pairwise"`` is the mean of the two-view
+    losses. For two views both equal the paper's loss. LARS, the augmentations and BatchNorm over all devices
+    (``nn.SyncBatchNorm``) are left to the training script.
 
     Args:
         encoder, projector: modules; the projector's output is ``(B, D)``.
-        temperature: :math:`\tau`; where training starts if it is learnable.
+        temperature: :math:`\tau`; the initial value if it is learnable.
         objective, learnable_temperature, max_scale, eps, group, impl: as in :class:`selfsup_kernels.InfoNCELoss`. With
-            ``group`` the negatives are those of all its processes.
+            ``group`` the negatives come from all its processes.
 
     Attributes:
         encoder, projector: as given.
@@ -63,13 +63,13 @@ class SimCLR(nn.Module):
         )
 
     def embed(self, x):
-        """The ``(B, D)`` embedding of inputs of one view, not normalised."""
+        """Return the ``(B, D)`` embeddings of one view's inputs, not normalised."""
         return self.projector(self.encoder(x))
 
     def forward(self, *views):
-        """The loss of two or more views of one batch, ``forward(x1, x2, ...)`` or ``forward([x1, x2, ...])``.
+        """Return the loss of two or more views of a batch: ``forward(x1, x2, ...)`` or ``forward([x1, x2, ...])``.
 
         Raises:
-            ValueError: fewer than two views, or embeddings of different shapes.
+            ValueError: there are fewer than two views, or the embeddings differ in shape.
         """
         return self.loss([self.embed(x) for x in collect_views(views)])
