@@ -23,7 +23,7 @@ def test_a_failure_hides_no_later_step(tmp_path, capsys):
         Step("bad", python("print('the reason'); raise SystemExit(3)"), 2000),
         Step("absent", ["no such command"], 2000, skip="it is not on PATH"),
         Step("missing", ["./no-such-command"], 2000),
-        Step("figures", lambda limit: python(f"print('one\\ntwo\\n{limit < 2000}')"), 1500, show=2),
+        Step("figures", python("print('one\\ntwo\\nthree')"), 1500, show=2),
     ]
     outcomes = gpu_check.run_steps(steps, tmp_path, 10_000)
     states = ["ok", "FAILED", "skipped", "FAILED", "ok"]
@@ -33,7 +33,7 @@ def test_a_failure_hides_no_later_step(tmp_path, capsys):
     assert gpu_check.report(outcomes, steps, tmp_path) == 1
     printed = capsys.readouterr().out
     assert "the reason" in printed
-    assert "two\nTrue" in printed
+    assert "two\nthree" in printed
     assert "one\n" not in printed
     table = printed[printed.rindex("\nstep ") + 1 :].splitlines()
     assert [line.split()[0] for line in table[:6]] == ["step", *(step.name for step in steps)]
@@ -108,11 +108,6 @@ def test_some_steps_alone(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         gpu_check.main(["--only", "no such step"])
     assert "no step has 'no such step' in its name; there are: build, every" in capsys.readouterr().err
-    commands = {step.name: step.command for step in steps}
-    measured = commands["benchmarks"](345)
-    assert measured[measured.index("--minutes") + 1] == "5.0"
-    assert "--initcheck" in commands["initcheck"]
-    assert "--initcheck" not in commands["memcheck"]
 
 
 def test_without_a_gpu_it_says_so(monkeypatch, capsys):
