@@ -73,7 +73,7 @@ demo: setup  ## the whole of it once, a report in out/demo
 	$(PY) -m selfsup_kernels demo --out out/demo
 
 bench: setup  ## the speed of every op
-	$(PY) -m pytest benchmarks --benchmark-columns=min,median,iqr,rounds --benchmark-group-by=group
+	$(PY) -m selfsup_kernels bench $(ARGUMENTS)
 
 # This version beside another in one run; fails where something is slower beyond the noise of that run. BASE defaults to
 # the parent of the commit that is checked out, or to that commit where files of the package have been changed.

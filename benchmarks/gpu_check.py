@@ -27,8 +27,15 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the package of this checkout
+
+import torch
+
+import selfsup_kernels as sk
+from selfsup_kernels.lab import sass
+from selfsup_kernels.lab.bench import results
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # the package of this checkout
 
 GRACE = 5.0
 """Seconds between the interrupt that ends a step at its limit and the end of all its processes: pytest prints what had
@@ -120,8 +127,6 @@ def run_steps(steps: list[Step], folder: Path, total: float) -> list[Outcome]:
 
 def report(outcomes: list[Outcome], steps: list[Step], folder: Path) -> int:
     """Print the ends of what failed and of what is to be shown, then the table. Returns the exit status."""
-    from selfsup_kernels.lab import sass
-
     for outcome, step in zip(outcomes, steps, strict=True):
         if outcome.state == "FAILED" or step.show:
             print(f"\n----- {outcome.name}", *outcome.tail, sep="\n")
@@ -195,10 +200,6 @@ def choose(steps: list[Step], only: list[str], skip: list[str]) -> list[Step]:
 
 
 def info_nce(batch, dim, device, deterministic=False, labels=False, queue=False, learned=False, **arguments):
-    import torch
-
-    import selfsup_kernels as sk
-
     generator = torch.Generator().manual_seed(0)
 
     def rows(n):
@@ -221,10 +222,6 @@ def info_nce(batch, dim, device, deterministic=False, labels=False, queue=False,
 
 
 def byol(views, dim, reduction, device):
-    import torch
-
-    import selfsup_kernels as sk
-
     p, t = (torch.randn(views, 37, dim).to(device, torch.bfloat16) for _ in range(2))
     loss = sk.byol_loss(p.requires_grad_(), t, reduction=reduction, impl="cuda")
     loss.sum().backward()
@@ -232,10 +229,6 @@ def byol(views, dim, reduction, device):
 
 
 def ema(rounding, device):
-    import torch
-
-    import selfsup_kernels as sk
-
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     targets = [torch.randn(s).to(device, d) for s in ((3,), (4097,), (64, 65), (1,)) for d in dtypes]
     sources = [torch.randn_like(t, dtype=torch.float32) for t in targets]
@@ -269,8 +262,6 @@ def calls(initcheck=False):
 
 
 def smoke(initcheck, device="cuda") -> int:
-    import torch
-
     failed = 0
     for name, call in calls(initcheck):
         try:
@@ -298,10 +289,6 @@ def main(arguments=None) -> int:
         choose(all_steps(Path(), 90), options.only, options.skip)
     except ValueError as error:
         parser.error(str(error))
-    import torch
-
-    from selfsup_kernels.lab.bench import results
-
     if not torch.cuda.is_available():
         print(f"gpu-check: needs an NVIDIA GPU and a CUDA build of PyTorch; this is {torch.__version__} and sees none")
         return 2

@@ -31,7 +31,7 @@ def suite(tmp_path, *extra):
 
 def test_results_are_well_formed(tmp_path):
     found, printed = suite(tmp_path, "--skip", "compile", "lightly")
-    assert "rivals, times ours" in printed
+    assert "EMA update, model tiny" in printed
     for data in found.values():
         jsonschema.validate(data, json.loads(results.SCHEMA.read_text()))
         for row in data["rows"]:
