@@ -1,6 +1,5 @@
 """The tuner, all but its clock: candidates, the compiler's veto, the choice, the table that is written."""
 
-import contextlib
 import json
 import math
 import time
@@ -43,14 +42,6 @@ def test_candidates_suit_the_kernels(architecture):
                 assert c.programs == 1
             if task.base == "gradient":
                 assert c.block_k >= task.dim
-
-
-def test_entries_that_the_table_lacks_are_no_tasks():
-    todo = tune.tasks(TABLE, 90, kinds=("half",))
-    assert tune.Task("gradient", "half", 64) in todo
-    assert tune.Task("gradient", "half", 1024) not in todo
-    assert tune.Task("wave", "half", 1024) in todo
-    assert tune.tasks(TABLE, 86) == tune.tasks(TABLE, 80)
 
 
 @pytest.mark.skipif(machine_code.available() is not None, reason="needs Triton's compiler, not its interpreter")
@@ -148,10 +139,10 @@ def test_tiles_with_masks_that_would_not_divide_the_others_are_not_written():
 def test_an_override_ends():
     before = configs.lookup("sums", 90, torch.bfloat16, 64)
     other = before._replace(num_stages=7)
-    with contextlib.suppress(KeyError), configs.override({"sums": other, "gradient": None}):
+    with pytest.raises(KeyError), configs.override({"sums": other, "gradient": None}):
         assert configs.lookup("sums", 80, torch.float32, 1) == other
         assert configs.lookup("gradient", 90, torch.bfloat16, 64) is None
-        raise KeyError  # it ends with an exception too
+        raise KeyError
     assert configs.lookup("sums", 90, torch.bfloat16, 64) == before
 
 
