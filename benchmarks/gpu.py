@@ -99,7 +99,7 @@ def main():
         suite.measure(made, columns(made, compiled))
         suite.rate()
         rows = [row for row in suite.rows if row["op"] == made.op]
-        results.write(args.out, made.op, suite.header, rows)
+        results.write_json(args.out / f"{made.op}.json", suite.header, rows)
         print(f"{made.label}: {time.monotonic() - start:.1f} s", flush=True)
     show(suite.rows)
     return 0

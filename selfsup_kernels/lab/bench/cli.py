@@ -85,7 +85,7 @@ def run(plan, options) -> int:
     if options.results:
         folder = Path(options.results) / results.folder_name(suite.header)
         for op in plan.ops:
-            results.write(folder, op, suite.header, [row for row in suite.rows if row["op"] == op])
+            results.write_json(folder / f"{op}.json", suite.header, [row for row in suite.rows if row["op"] == op])
         print(f"wrote {folder}", file=sys.stderr)
     if options.html:
         from selfsup_kernels.lab.bench import report
