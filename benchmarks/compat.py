@@ -44,7 +44,7 @@ class Case(NamedTuple):
 
 
 def embeddings(count=2, batch=BATCH, normalize=False):
-    """Views of the same samples, leaves."""
+    """Make views of the same samples, leaves."""
     generator = torch.Generator().manual_seed(0)
     base = torch.randn(batch, DIM, generator=generator)
     views = [base + 0.8 * torch.randn(batch, DIM, generator=generator) for _ in range(count)]
@@ -52,7 +52,7 @@ def embeddings(count=2, batch=BATCH, normalize=False):
 
 
 def one_sided(batch=BATCH):
-    """A view with a gradient, and one without."""
+    """Make a view with a gradient, and one without."""
     first, second = embeddings(batch=batch)
     return [first, second.detach()]
 
@@ -90,7 +90,7 @@ def open_clip():
 
 
 def solo(name, inputs):
-    """One file of the package, whose own __init__ imports pl_bolts, which new versions of Lightning have broken."""
+    """Load one file of the package, whose own __init__ imports pl_bolts, which new versions of Lightning break."""
     folder = Path(importlib.util.find_spec("solo").origin).parent
     spec = importlib.util.spec_from_file_location(f"solo_{name}", folder / "losses" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
@@ -137,7 +137,7 @@ def simcse():
 
 def supcontrast(classes=None):
     def formula(features, labels=None):
-        """The steps of the repository's losses.py: masks of V B x V B numbers, a softmax, means over the positives."""
+        """Take the steps of the repository's losses.py: masks of V B x V B numbers, a softmax, means over positives."""
         rows, count = torch.cat(features.unbind(1)), features.shape[1]
         same = torch.eye(len(features)) if labels is None else (labels[:, None] == labels[None]).float()
         others = 1 - torch.eye(len(rows))

@@ -96,7 +96,7 @@ def process(rank, processes, folder, args):
 
 @contextlib.contextmanager
 def counted():
-    """A list that fills with the bytes that this process is sent by each collective."""
+    """Yield a list that fills with the bytes that this process is sent by each collective."""
     received = []
     gather, reduce = groups.all_gather, dist.all_reduce
 

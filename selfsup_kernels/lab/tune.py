@@ -194,7 +194,7 @@ def filter_candidates(task, found, architecture: int, pool=None):
 
 
 def measure(task: Task, config: configs.Config, rows: int) -> float:
-    """Return the median of the kernel's own time in ms, all its launches of one call together, on the current CUDA device."""
+    """Return the median of the kernel's own time in ms, all its launches of one call together, on the CUDA device."""
     launches = []
 
     def keep(kernel, grid, *args, **options):
