@@ -1,4 +1,4 @@
-"""Every drop-in against its original: forward and backward, float32, both in turn in one process; medians.
+"""Measure every drop-in against its original: forward and backward, float32, both in turn in one process; medians.
 
     python benchmarks/compat.py [--json FILE] [--rounds N] [--only TEXT] [--memory]
 
@@ -21,10 +21,9 @@ from typing import NamedTuple
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import tables
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from selfsup_kernels import compat
@@ -42,12 +41,10 @@ class Case(NamedTuple):
     package: str
     make: callable
     batch: int = BATCH
-    target: float = 3.0
-    """The factor to reach."""
 
 
 def embeddings(count=2, batch=BATCH, normalize=False):
-    """Views of the same samples, leaves."""
+    """Make views of the same samples, leaves."""
     generator = torch.Generator().manual_seed(0)
     base = torch.randn(batch, DIM, generator=generator)
     views = [base + 0.8 * torch.randn(batch, DIM, generator=generator) for _ in range(count)]
@@ -55,7 +52,7 @@ def embeddings(count=2, batch=BATCH, normalize=False):
 
 
 def one_sided(batch=BATCH):
-    """A view with a gradient, and one without."""
+    """Make a view with a gradient, and one without."""
     first, second = embeddings(batch=batch)
     return [first, second.detach()]
 
@@ -93,7 +90,7 @@ def open_clip():
 
 
 def solo(name, inputs):
-    """One file of the package, whose own __init__ imports pl_bolts, which new versions of Lightning have broken."""
+    """Load one file of the package, whose own __init__ imports pl_bolts, which new versions of Lightning break."""
     folder = Path(importlib.util.find_spec("solo").origin).parent
     spec = importlib.util.spec_from_file_location(f"solo_{name}", folder / "losses" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
@@ -140,7 +137,7 @@ def simcse():
 
 def supcontrast(classes=None):
     def formula(features, labels=None):
-        """The steps of the repository's losses.py: masks of V B x V B numbers, a softmax, means over the positives."""
+        """Take the steps of the repository's losses.py: masks of V B x V B numbers, a softmax, means over positives."""
         rows, count = torch.cat(features.unbind(1)), features.shape[1]
         same = torch.eye(len(features)) if labels is None else (labels[:, None] == labels[None]).float()
         others = 1 - torch.eye(len(rows))
@@ -170,7 +167,7 @@ CASES = [
         for n in (BATCH, LARGE)
     ),
     Case("lightly update_momentum, ResNet-50", "lightly", lightly_update_momentum, 0),
-    Case(f"{PML} NTXentLoss, pairs", PML, partial(metric_learning, "NTXentLoss", 512, 256), 512, 100.0),
+    Case(f"{PML} NTXentLoss, pairs", PML, partial(metric_learning, "NTXentLoss", 512, 256), 512),
     Case(f"{PML} SupConLoss, 100 classes", PML, partial(metric_learning, "SupConLoss", BATCH, 100)),
     Case("open_clip ClipLoss", "open_clip_torch", open_clip),
     Case("SupContrast SupConLoss", FORMULA, supcontrast),
@@ -200,12 +197,10 @@ def measure(case, rounds, with_memory):
     if inputs and not abs(got - want) <= 2e-5 * max(abs(want), 1):
         sys.exit(f"{case.name}: {got.item()} is not the original's {want.item()}")
     del got, want
-    if not rounds:
-        once = timing.interleave(calls, 1)
-        rounds = int(min(200, max(5, 3000 / sum(times["p50_ms"] for times in once.values()))))
-    row = {"name": case.name, "package": case.package, "batch": case.batch, "dim": DIM, "target": case.target}
+    row = {"name": case.name, "package": case.package, "batch": case.batch, "dim": DIM}
     row["version"] = FORMULA if case.package == FORMULA else importlib.metadata.version(case.package)
-    row["times"] = timing.interleave(calls, rounds)
+    turns = {name: (lambda: None, lambda _, call=call: call()) for name, call in calls.items()}
+    row["times"] = timing.in_turns(turns, seconds=3.0, rounds=rounds)
     if with_memory:
         row["peak_bytes"] = {}
         for name, call in calls.items():
@@ -214,39 +209,17 @@ def measure(case, rounds, with_memory):
     return row
 
 
-def ratio(row):
-    return row["times"]["original"]["p50_ms"] / row["times"]["selfsup_kernels"]["p50_ms"]
-
-
-def show(rows):
-    table = Table(title=f"Drop-ins, forward + backward, float32, D = {DIM}; medians")
-    for name in ("drop-in", "version", "B", "ours", "original", "factor", "target", "memory: ours", "original"):
-        table.add_column(name, justify="left" if name == "drop-in" else "right")
-    both = ("selfsup_kernels", "original")
-    for row in rows:
-        times = [f"{row['times'][name]['p50_ms']:.2f} ms" for name in both]
-        peaks = [row.get("peak_bytes", {}).get(name) for name in both]
-        factor = f"{ratio(row):.1f}x" if ratio(row) >= row["target"] else f"[bold red]{ratio(row):.1f}x"
-        sizes = ["-" if size is None else f"{size / 1e6:.0f} MB" for size in peaks]
-        batch = str(row["batch"] or "-")
-        table.add_row(row["name"], row["version"], batch, *times, factor, f"{row['target']:g}x", *sizes)
-    Console(width=150).print(table)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write header and rows here")
-    parser.add_argument("--rounds", type=int, help="default: what fits into 3 s a case, 5 to 200")
+    parser.add_argument("--rounds", type=int, help="default: what fits into 3 s a case")
     parser.add_argument("--only", default="", help="the cases whose name contains this")
     parser.add_argument("--memory", action="store_true")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
-    rows = []
-    for case in CASES:
-        if args.only.lower() in case.name.lower():
-            rows.append(measure(case, args.rounds, args.memory))
-            print(f"{case.name}: {ratio(rows[-1]):.1f}x", file=sys.stderr, flush=True)
-    show(rows)
+    chosen = [case for case in CASES if args.only.lower() in case.name.lower()]
+    rows = [measure(case, args.rounds, args.memory) for case in chosen]
+    print(*tables.compat(rows), sep="\n")
     if args.json:
         results.write_json(args.json, results.header(timing.Clock("cpu")), rows)
 

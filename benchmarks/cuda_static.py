@@ -1,4 +1,4 @@
-"""Reads the machine code of the built CUDA library, without a GPU; fails where it is not right.
+"""Check the machine code of the built CUDA library, without a GPU; fails where it is not right.
 
     python benchmarks/cuda_static.py [LIBRARY] [--contents] [--json FILE]
 
@@ -16,8 +16,6 @@ import json
 import os
 import re
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,16 +50,13 @@ class Kernel(NamedTuple):
 
 
 def name_of(symbol: str) -> str:
-    """The kernel's own name, which stands in the symbol behind its length; digits of a hash may come before that."""
-    for end in (m.end() for m in re.finditer("_kernel", symbol)):
-        for length in range(len("_kernel"), end):
-            if symbol[: end - length].endswith(str(length)) and symbol[end - length].isalpha():
-                return symbol[end - length : end]
-    return symbol
+    """Return the kernel's own name, which stands in the symbol behind its length."""
+    found = re.search(r"(?<=\d)[a-z_]+_kernel(?![a-z])", symbol)
+    return found[0] if found else symbol
 
 
 def bounds_of(text: str) -> dict[str, tuple[int, int]]:
-    """symbol -> launch bounds, from ``cuobjdump -ptx``: the machine code does not say them."""
+    """Return ``{symbol: launch bounds}`` from ``cuobjdump -ptx``: the machine code does not say them."""
     found, symbol = {}, None
     for word, value in BOUND.findall(text):
         if word == "entry":
@@ -76,27 +71,14 @@ def architectures(library: Path) -> list[str]:
     return sorted(set(re.findall(r"\.(sm_\w+)\.cubin", dump("--list-elf", library))), key=lambda a: (len(a), a))
 
 
-def read(library: Path, architecture: str, bounds) -> list[Kernel]:
-    usage = usage_of(dump("-res-usage", "-arch", architecture, library))
-    counted = counts_of(dump("-sass", "-arch", architecture, library).splitlines())
-    return [kernel(s, architecture, usage[s], counts, bounds.get(s)) for s, counts in counted.items()]
-
-
 def kernel(symbol, architecture, usage, counts, bounds) -> Kernel:
     def count(pattern):
         return sum(n for name, n in counts.items() if re.match(pattern, name))
 
-    return Kernel(
-        name_of(symbol),
-        symbol,
-        architecture,
-        usage.registers,
-        usage.stack + usage.local,
-        count(r"LDL|STL"),
-        (count(r"LDG\.E(\.\w+)*\.128"), count(r"STG\.E(\.\w+)*\.128")),
-        sum(counts.values()),
-        bounds,
-    )
+    wide = count(r"LDG\.E(\.\w+)*\.128"), count(r"STG\.E(\.\w+)*\.128")
+    local, stack = count(r"LDL|STL"), usage.stack + usage.local
+    found = (usage.registers, stack, local, wide, sum(counts.values()), bounds)
+    return Kernel(name_of(symbol), symbol, architecture, *found)
 
 
 def problems(k: Kernel) -> list[str]:
@@ -118,28 +100,23 @@ def problems(k: Kernel) -> list[str]:
 
 
 def print_kernels(kernels: list[Kernel]) -> None:
-    def span(numbers):
-        low, high = min(numbers), max(numbers)
-        return str(low) if low == high else f"{low}-{high}"
-
-    def key(k):
-        return k.name, k.architecture
-
+    """Print a line for each kernel and architecture, with the most registers of its variants and so on."""
+    groups = {}
+    for k in kernels:
+        groups.setdefault((k.name, k.architecture), []).append(k)
     lines = []
-    for names, group in groupby(sorted(kernels, key=key), key):
-        group = list(group)
-        columns = zip(*((k.registers, k.stack, k.local, *k.wide) for k in group), strict=True)
+    for names, group in sorted(groups.items()):
+        most = [max(getattr(k, field) for k in group) for field in ("registers", "stack", "local", "instructions")]
         failed = sum(bool(problems(k)) for k in group)
-        lines.append([*names, str(len(group)), *map(span, columns), f"FAILS: {failed}" if failed else ""])
-    head = ("kernel", "arch", "variants", "registers", "stack", "LDL+STL", "LDG.128", "STG.128", "")
-    sass.print_table(head, lines)
+        lines.append([*names, str(len(group)), *map(str, most), f"FAILS: {failed}" if failed else ""])
+    sass.print_table(("kernel", "arch", "variants", "registers", "stack", "LDL+STL", "instructions", ""), lines)
     for k in kernels:
         if wrong := problems(k):
             print(f"FAILS: {k.architecture} {k.name} ({k.symbol}): {'; '.join(wrong)}")
 
 
 def without_kernel() -> list[str]:
-    """The ops of CUDA C++ that CUDA tensors have no kernel for."""
+    """Return the ops of CUDA C++ that CUDA tensors have no kernel for."""
     import torch
 
     from selfsup_kernels.core import ops
@@ -185,10 +162,11 @@ def main(arguments=None) -> int:
     try:
         if options.contents:
             return print_contents(options.library.resolve())
-        bounds = bounds_of(dump("-ptx", options.library))
-        with ThreadPoolExecutor(2) as pool:
-            found = pool.map(lambda a: read(options.library, a, bounds), architectures(options.library))
-            kernels = [k for group in found for k in group]
+        bounds, kernels = bounds_of(dump("-ptx", options.library)), []
+        for a in architectures(options.library):
+            usage = usage_of(dump("-res-usage", "-arch", a, options.library))
+            counted = counts_of(dump("-sass", "-arch", a, options.library).splitlines())
+            kernels += [kernel(s, a, usage[s], counts, bounds.get(s)) for s, counts in counted.items()]
     except RuntimeError as error:
         print(f"cuda_static: {error}")
         return 1

@@ -1,4 +1,4 @@
-"""Times, memory and errors of the three operations on one GPU, against the alternatives; results as data.
+"""Measure times, memory and errors of the three operations on one GPU, against the alternatives; results as data.
 
     python benchmarks/gpu.py --out FOLDER [--quick] [--minutes N] [--skip NAME ...]
 
@@ -20,7 +20,7 @@ import torch
 
 from selfsup_kernels.lab import sass
 from selfsup_kernels.lab.bench import results, rivals, tables
-from selfsup_kernels.lab.bench.suite import OUT_OF_TIME, Suite
+from selfsup_kernels.lab.bench.suite import Suite
 from selfsup_kernels.lab.bench.workloads import case
 
 HALF, FULL = "bfloat16", "float32"
@@ -37,50 +37,37 @@ COMPILED = [(16384, 256, HALF), (16384, 256, FULL), (262144, FULL), ("ResNet-50"
 
 
 def cases(quick, tiny):
-    """(case, whether torch.compile is measured): the most important first."""
+    """Yield (case, whether torch.compile is measured): the most important first."""
     if tiny:
         yield from ((case("info_nce", views=2, batch=32, dim=16, dtype=d), True) for d in (FULL, HALF))
         yield case("byol", views=1, batch=48, dim=16), True
         yield from ((case("ema", model="tiny", dtype=d), True) for d in (FULL, HALF))
         return
-
-    def info_nce(shapes):
-        for rows, dim, dtype in shapes:
-            made = case("info_nce", views=2, batch=rows // 2, dim=dim, dtype=dtype)
-            yield made, (rows, dim, dtype) in COMPILED
-
-    yield from info_nce(INFO_NCE[:6])
+    info_nce = [
+        (case("info_nce", views=2, batch=rows // 2, dim=dim, dtype=dtype), (rows, dim, dtype) in COMPILED)
+        for rows, dim, dtype in INFO_NCE
+    ]
+    yield from info_nce[:6]
     for batch, dtype in BYOL[: 3 if quick else None]:
         yield case("byol", views=1, batch=batch, dim=256, dtype=dtype), (batch, dtype) in COMPILED
     for model, dtype in EMA[: 2 if quick else None]:
         yield case("ema", model=model, dtype=dtype), (model, dtype) in COMPILED
-    yield from info_nce([] if quick else INFO_NCE[6:])
+    yield from [] if quick else info_nce[6:]
 
 
 def columns(made, compiled):
-    """Ours and every rival; torch.compile where it is wanted."""
+    """Return ours and every rival; torch.compile where it is wanted."""
     # pytorch-metric-learning's loss over all triplets takes minutes and most of the memory.
     left_out = {"pytorch-metric-learning NTXentLoss", *([] if compiled else ["compile"])}
     return [rivals.OURS, *(name for name in rivals.RIVALS[made.op] if name not in left_out)]
 
 
 def show(rows):
-    """Print a line for each row: what ours takes, what that is of the device, and how many times it the rivals take."""
-    late = [row for row in rows if not row["times"] and set(row["unavailable"].values()) == {OUT_OF_TIME}]
-    lines = []
-    for row in rows:
-        facts = [row.get(k) for k in ("op", "model", "batch", "dim", "dtype", "part")]
-        label = " ".join(str(x) for x in facts if x is not None)
-        if rivals.OURS in row["times"]:
-            rate, fraction = tables.rate_of(row, rivals.OURS)
-            others = [f"{n} {results.ratio(row, n):.2f}" for n in row["times"] if n != rivals.OURS]
-            ours = f"{row['times'][rivals.OURS]['p50_ms']:.3f}"
-            lines.append([label, ours, rate, f"{fraction:.2f}", ", ".join(others)])
-        elif row not in late:
-            lines.append([label, "", "", "", str(row["unavailable"].get(rivals.OURS))])
-    sass.print_table(("", "ms", "rate", "fraction", "rivals, times ours"), lines)
-    if late:
-        print(f"{len(late)} more: {OUT_OF_TIME}")
+    for op in rivals.RIVALS:
+        made = tables.make(op, rows)
+        print(f"\n{made.title}")
+        sass.print_table(made.head, [cells for cells, _ in made.lines])
+        print(*made.notes, sep="\n")
 
 
 def main():
@@ -112,7 +99,7 @@ def main():
         suite.measure(made, columns(made, compiled))
         suite.rate()
         rows = [row for row in suite.rows if row["op"] == made.op]
-        results.write(args.out, made.op, suite.header, rows)
+        results.write_json(args.out / f"{made.op}.json", suite.header, rows)
         print(f"{made.label}: {time.monotonic() - start:.1f} s", flush=True)
     show(suite.rows)
     return 0

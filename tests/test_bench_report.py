@@ -65,14 +65,6 @@ def test_answer():
     assert tables.answer(NOTHING)[1] == []
 
 
-def test_where_a_rival_is_faster_is_said():
-    """Beyond the spread of the calls, and nowhere else."""
-    (line,) = tables.slower(ROWS)
-    assert line.startswith("EMA update (model ResNet-50")
-    assert "foreach_lerp takes 0.857x ours" in line
-    assert list(tables.slower([made_up("ema", "update", {"selfsup_kernels": 3.0, "loop": 2.9})])) == []
-
-
 @pytest.mark.parametrize(
     ("dtype", "error", "style"),
     [("float32", 3e-2, "wrong"), ("float32", None, "wrong"), ("float32", 1e-7, "slower"), ("bfloat16", 1e-2, "slower")],

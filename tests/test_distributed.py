@@ -359,8 +359,8 @@ def test_what_is_sent_is_what_the_documents_say(ranks, labelled):
     labels = random_labels(sum(SIZES[3]), 4) if labelled else None
     # log_weights, positives and the upstream gradient of each row, in float64.
     columns = 1 + 3 + 1 if labelled else 3 + 3 + 1
-    model = scaling_benchmark().scaling_model.received_bytes(3, 3 * max(SIZES[3]), 5, 3, 4, 8, columns, labelled)
-    assert ranks.run(3, sent, randn(3, sum(SIZES[3]), 5), labels) == [model] * 3
+    expected = scaling_benchmark().received_bytes(3, 3 * max(SIZES[3]), 5, 3, 4, 8, columns, labelled)
+    assert ranks.run(3, sent, randn(3, sum(SIZES[3]), 5), labels) == [expected] * 3
 
 
 def copied(group, views):

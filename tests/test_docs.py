@@ -15,17 +15,9 @@ pytest.importorskip("matplotlib", reason="the pictures of the documents are matp
 
 import tables  # noqa: E402
 
-HEADER = {
-    "device": "Imagined GPU",
-    "driver": "1.2",
-    "cuda": "13.0",
-    "torch": "2.13.0",
-    "triton": "3.7.1",
-    "date": "2026-01-02",
-    "peers": {"lightly": "1.6.0"},
-    "matrix_product_tflops": {"float32": 50.0, "bfloat16": 800.0},
-    "copy_gb_per_s": 4000.0,
-}
+HEADER = {"device": "Imagined GPU", "driver": "1.2", "cuda": "13.0", "torch": "2.13.0", "triton": "3.7.1"}
+HEADER |= {"date": "2026-01-02", "peers": {"lightly": "1.6.0"}, "copy_gb_per_s": 4000.0, "in_place_gb_per_s": 3900.0}
+HEADER |= {"matrix_product_tflops": {"float32": 50.0, "bfloat16": 800.0}}
 
 
 def timed(milliseconds):
@@ -40,21 +32,10 @@ def info_nce_row(batch, part, ours, eager, **more):
         unavailable["eager"] = "out of memory: asked for 137 GB"
     else:
         times["eager"] = timed(eager)
-    row = {
-        "op": "info_nce",
-        "views": 2,
-        "batch": batch,
-        "dim": 128,
-        "dtype": "float32",
-        "part": part,
-        "times": times,
-        "peak_bytes": {"selfsup_kernels": 4096 * batch, "eager": None if eager is None else 40 * batch**2},
-        "errors": {"selfsup_kernels": {"loss": 2e-7, "gradient": 3e-6}},
-        "unavailable": unavailable,
-        "notes": {},
-        "tflops": 20.0,
-        "fraction": 0.4,
-    }
+    row = {"op": "info_nce", "views": 2, "batch": batch, "dim": 128, "dtype": "float32", "part": part, "notes": {}}
+    row |= {"times": times, "unavailable": unavailable, "tflops": 20.0, "fraction": 0.4}
+    row["peak_bytes"] = {"selfsup_kernels": 4096 * batch, "eager": None if eager is None else 40 * batch**2}
+    row["errors"] = {"selfsup_kernels": {"loss": 2e-7, "gradient": 3e-6}}
     return row | more
 
 
@@ -67,9 +48,10 @@ def documents(tmp_path):
     rows += [info_nce_row(1024, "both", 4.0, 50.0), info_nce_row(65536, "both", 1234.0, None)]
     (folder / "info_nce.json").write_text(json.dumps({"header": HEADER, "rows": rows}))
     ema = {"op": "ema", "model": "ViT-B", "tensors": 200, "numbers": 86_000_000, "target": "float32"}
-    ema |= {"source": "bfloat16", "dtype": "bfloat16", "part": "update", "peak_bytes": {}, "unavailable": {}}
+    ema |= {"source": "bfloat16", "dtype": "bfloat16", "part": "update"}
+    ema |= {key: {} for key in ("peak_bytes", "unavailable", "notes", "errors")}
     ema |= {"times": {"selfsup_kernels": timed(0.25), "loop": timed(5.0)}, "gb_per_s": 3000.0, "fraction": 0.75}
-    (folder / "ema.json").write_text(json.dumps({"header": HEADER, "rows": [ema | {"errors": {}}]}))
+    (folder / "ema.json").write_text(json.dumps({"header": HEADER, "rows": [ema]}))
     (tmp_path / "docs").mkdir()
     shutil.copy(ROOT / "docs" / "performance.md", tmp_path / "docs")
     markers = ("results:imagined-gpu/info_nce", "pictures:imagined-gpu")
@@ -81,12 +63,10 @@ def documents(tmp_path):
 
 
 def test_committed_pages_and_pictures_are_those_of_the_results():
-    assert not tables.Documents().update(write=False), "run: make docs"
-
-
-def test_every_picture_of_results_belongs_to_a_page():
-    shown = "".join(page.read_text(encoding="utf-8") for page in tables.Documents().pages)
-    assert {path.name for path in (ROOT / "docs" / "images").iterdir() if path.name not in shown} == set()
+    documents = tables.Documents()
+    assert not documents.update(write=False), "run: make docs"
+    shown = "".join(page.read_text(encoding="utf-8") for page in documents.pages)
+    assert {path.name for path in documents.images.iterdir() if path.name not in shown} == set()
 
 
 PERFORMANCE = """
@@ -107,7 +87,7 @@ InfoNCE, 2 views, B = 1024, D = 128, float32, forward + backward: ours 4.00 ms a
 README = """
 | 256, 128 | 2.00 ms | 1.50 ms (0.75x) | 1.0 MB | 2.6 MB |
 | 65536, 128 | 1.23 s | out of memory | 268 MB | - |
-<img src="docs/images/imagined-gpu-info_nce-2x128-float32-time.png" width="360"
+<img src="docs/images/imagined-gpu-info_nce-2x128-float32-time.png" width="480"
 """
 
 
@@ -137,30 +117,23 @@ def test_what_is_not_finite_is_the_largest_error():
     assert "| float32 | selfsup_kernels | 2e-07 | inf |" in tables.errors(rows)
 
 
-def test_writing_again_changes_nothing_and_one_number_changes_page_and_picture(documents):
+def test_one_number_changes_page_and_picture(documents, monkeypatch, capsys):
     images = documents.images
     before = {path.name: path.read_bytes() for path in images.iterdir()}
-    assert len(before) == 2
+    assert len(before) == 1
     assert documents.update() == []
     path = documents.results / "imagined-gpu" / "info_nce.json"
     data = path.read_text()
     path.write_text(data.replace('"p50_ms": 50.0', '"p50_ms": 51.0'))
-    stale = {page.name for page in documents.update(write=False)}
-    assert stale == {"README.md", "performance.md", *before}
+    monkeypatch.setattr(tables, "Documents", lambda: documents)
+    with pytest.raises(SystemExit, match="run: python"):
+        tables.main(["--check"])
+    lines = capsys.readouterr().out.splitlines()
+    assert {Path(line.split()[0]).name for line in lines} == {"README.md", "performance.md", *before}
     documents.update()
     path.write_text(data)
     documents.update()
     assert {path.name: path.read_bytes() for path in images.iterdir()} == before  # the same bytes for the same data
-
-
-def test_check_fails_where_a_page_differs(documents, monkeypatch, capsys):
-    monkeypatch.setattr(tables, "Documents", lambda: documents)
-    tables.main(["--check"])
-    page = documents.root / "docs" / "performance.md"
-    page.write_text(page.read_text().replace("12.5x", "99.5x"))
-    with pytest.raises(SystemExit, match="run: python"):
-        tables.main(["--check"])
-    assert "docs/performance.md differs" in capsys.readouterr().out
 
 
 def test_links_lead_somewhere():

@@ -54,22 +54,14 @@ def test_refusals(error, verdict):
 
 
 @LINUX
-@pytest.mark.parametrize(
-    ("own", "folder", "limit", "used", "stat"),
-    [
-        ("0::/a/b\n", "a", "memory.max", "memory.current", "anon 1\ninactive_file 1000"),
-        ("4:cpu:/\n3:memory:/docker/x\n", "memory", "memory.limit_in_bytes", "memory.usage_in_bytes",
-         "inactive_file 7\ntotal_inactive_file 1000"),
-    ],
-)  # fmt: skip
-def test_available_heeds_control_groups(tmp_path, monkeypatch, own, folder, limit, used, stat):
+def test_available_heeds_control_groups(tmp_path, monkeypatch):
     assert 0 < host_memory.available() <= psutil.virtual_memory().total
-    (tmp_path / "groups" / folder / "b").mkdir(parents=True)
-    for group, most in ((tmp_path / "groups" / folder, "5000000"), (tmp_path / "groups" / folder / "b", "max")):
-        (group / limit).write_text(most)
-        (group / used).write_text("2000000")
-        (group / "memory.stat").write_text(stat)
-    (tmp_path / "own").write_text(own)
+    (tmp_path / "groups" / "a" / "b").mkdir(parents=True)
+    for group, most in ((tmp_path / "groups" / "a", "5000000"), (tmp_path / "groups" / "a" / "b", "max")):
+        (group / "memory.max").write_text(most)
+        (group / "memory.current").write_text("2000000")
+        (group / "memory.stat").write_text("anon 1\ninactive_file 1000")
+    (tmp_path / "own").write_text("4:cpu:/\n0::/a/b\n")
     monkeypatch.setattr(host_memory, "CGROUPS", tmp_path / "groups")
     monkeypatch.setattr(host_memory, "OWN_GROUPS", tmp_path / "own")
     assert host_memory.available() == 3_001_000

@@ -80,7 +80,7 @@ def modules_of(code):
 
 
 def test_import_loads_little_more_than_torch():
-    """``torch._dynamo`` alone doubles the time. The time itself: ``benchmarks/bench_ops.py``."""
+    """``torch._dynamo`` alone doubles the time."""
     loaded = modules_of("import selfsup_kernels")
     assert not [name for name in loaded if name.startswith(("torch._dynamo", "torch._inductor", "sympy", "triton"))]
     assert not [name for name in loaded if name.startswith(LAB)]

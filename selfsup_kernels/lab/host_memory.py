@@ -65,21 +65,16 @@ def available() -> int:
 
 
 def _left_in_groups():
-    """Yield what each memory limit of this process's control groups (version 1 or 2) and of those above them leaves."""
-    kinds = {
-        "": (CGROUPS, "memory.max", "memory.current", "inactive_file"),
-        "memory": (CGROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-    }
+    """Yield what each memory limit of this process's control group (version 2) and of those above it leaves."""
     for line in OWN_GROUPS.read_text().splitlines() if OWN_GROUPS.exists() else []:
         _, controllers, path = line.split(":", 2)
-        for controller in set(kinds) & set(controllers.split(",")):
-            root, limit, used, cache = kinds[controller]
-            # In a container the path may be the host's: then the group mounted at the root is this process's.
-            for group in (root / path.lstrip("/"), *(root / path.lstrip("/")).parents):
-                with contextlib.suppress(OSError, ValueError, TypeError):  # no such file or field, or "max"
-                    left = int((group / limit).read_text()) - int((group / used).read_text())
-                    # Files in the cache are given up before anything is refused.
-                    yield left + int(re.search(rf"^{cache} (\d+)", (group / "memory.stat").read_text(), re.M)[1])
+        own = CGROUPS / path.lstrip("/")
+        # In a container the path may be the host's: then the group mounted at the root is this process's.
+        for group in () if controllers else (own, *own.parents):
+            with contextlib.suppress(OSError, ValueError, TypeError):  # no such file or field, or "max"
+                left = int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
+                # Files in the cache are given up before anything is refused.
+                yield left + int(re.search(r"^inactive_file (\d+)", (group / "memory.stat").read_text(), re.M)[1])
 
 
 def refused(error) -> bool:

@@ -1,4 +1,4 @@
-"""Compiles the Triton kernels for an architecture that need not be there, and says what is wrong with the machine code.
+"""Compile the Triton kernels for an architecture that need not be there, and say what is wrong with the machine code.
 
 The public functions are called with CPU tensors while ``launcher.launch`` records instead of launching: what is
 compiled is what a user's call launches. Triton compiles for any architecture; only its driver looks for a device, and
@@ -67,7 +67,7 @@ class Code(NamedTuple):
     counts: dict[str, int]
 
     def count(self, pattern: str) -> int:
-        """Instructions whose name begins with ``pattern``."""
+        """Count the instructions whose name begins with ``pattern``."""
         return sum(n for name, n in self.counts.items() if re.match(pattern, name))
 
 
@@ -89,14 +89,14 @@ class Launch(NamedTuple):
 
 
 def available() -> str | None:
-    """None where kernels can be compiled and read, else the reason."""
+    """Return None where kernels can be compiled and read, else the reason."""
     if launcher.INTERPRETED:
         return "TRITON_INTERPRET is set: kernels are interpreted, not compiled"
     return None if sass.tool() else f"this Triton ({triton.__version__}) comes without cuobjdump"
 
 
 def _driver(architecture):
-    """As much of a driver as compiling asks for."""
+    """Return as much of a driver as compiling asks for."""
     target = GPUTarget("cuda", architecture, 32)
     return SimpleNamespace(
         get_current_target=lambda: target,
@@ -108,7 +108,7 @@ def _driver(architecture):
 
 @contextlib.contextmanager
 def recording(architecture: int, wanted: Callable[[str], bool] = lambda kernel: True):
-    """Within it launchers compile for ``architecture`` and launch nothing. Gives a list that fills with one
+    """Let launchers compile for ``architecture`` and launch nothing. Yields a list that fills with one
     :class:`Launch` for every kernel that is ``wanted`` and that differs from those before it."""
     launches, keys = [], set()
 
@@ -172,7 +172,7 @@ def read(compiled) -> Code:
 
 
 def occupancy(code: Code, warps: int, architecture: int) -> int:
-    """Programs that fit one multiprocessor at a time."""
+    """Return how many programs fit one multiprocessor at a time."""
     r = RESOURCES[architecture]
     per_warp = 256 * math.ceil(32 * code.registers / 256)  # handed out in these units
     limits = [r.programs, r.threads // (32 * warps), REGISTERS // (per_warp * warps)]
@@ -187,12 +187,12 @@ MATRIX_INSTRUCTION = {90: ("HGMMA", "HGMMA"), 100: ("tcgen05", r"UTC\w*MMA")}
 
 
 def matrix_count(code: Code, architecture: int) -> int:
-    """The architecture's own matrix instructions in the code."""
+    """Count the architecture's own matrix instructions in the code."""
     return code.count(MATRIX_INSTRUCTION.get(architecture, ("HMMA", "HMMA"))[1])
 
 
 def problems(launch: Launch, architecture: int) -> list[str]:
-    """Why a kernel must not be shipped with this configuration; empty where nothing is wrong."""
+    """Return why a kernel must not be shipped with this configuration; empty where nothing is wrong."""
     if launch.code is None:
         return [launch.error]
     code, found = launch.code, []

@@ -1,4 +1,4 @@
-"""Reads machine code with ``cuobjdump``: how often each instruction occurs in a kernel, and what the kernel takes."""
+"""Read machine code with ``cuobjdump``: how often each instruction occurs in a kernel, and what the kernel takes."""
 
 import importlib.util
 import re
@@ -21,7 +21,7 @@ class Usage(NamedTuple):
 
 
 def tool() -> Path | None:
-    """The cuobjdump of Triton's wheel, else that of the CUDA toolkit."""
+    """Return the cuobjdump of Triton's wheel, else that of the CUDA toolkit."""
     triton = importlib.util.find_spec("triton")
     places = [Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"] if triton else []
     places += [Path(p) for p in (shutil.which("cuobjdump"), "/usr/local/cuda/bin/cuobjdump") if p]
@@ -29,7 +29,7 @@ def tool() -> Path | None:
 
 
 def dump(*arguments) -> str:
-    """What ``cuobjdump`` prints. Raises RuntimeError with its message where it fails."""
+    """Return what ``cuobjdump`` prints; raise RuntimeError with its message where it fails."""
     done = subprocess.run([tool(), *arguments], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"cuobjdump {' '.join(map(str, arguments))}: {done.stderr.strip()}")

@@ -1,4 +1,4 @@
-"""``python -m selfsup_kernels tune``: measures tile shapes of the InfoNCE kernels on this GPU, and writes the table.
+"""``python -m selfsup_kernels tune``: measure tile shapes of the InfoNCE kernels on this GPU, and write the table.
 
 For each kernel, kind of numbers and width of rows: generate candidates; compile them all, and drop those that spill or
 do not fit (on the CPU, in several processes; what was compiled is in Triton's cache afterwards); measure the rest at
@@ -57,7 +57,7 @@ class Task(NamedTuple):
 
     @property
     def base(self):
-        """sums, gradient, wave or product."""
+        """Return sums, gradient, wave or product."""
         return self.kernel.removeprefix("masked_")
 
     @property
@@ -69,17 +69,17 @@ class Task(NamedTuple):
         return SMALL if self.masked and self.base != "wave" else LARGE
 
     def entry(self, table, architecture) -> configs.Config:
-        """The configuration that the table has."""
+        """Return the configuration that the table has."""
         entries = table[f"sm_{known(architecture)}"]
         return configs.Config(**entries[self.kernel][self.kind][configs.width_of(self.dim)])
 
     def launches(self, function, constants):
-        """Whether a launch with these constants is of this entry."""
+        """Return whether a launch with these constants is of this entry."""
         masked = constants.get("PART", "clean" if not self.masked else "masked") != "clean"
         return function == f"{self.base}_kernel" and masked == self.masked
 
     def overriding(self, config):
-        """The launchers use ``config`` for this kernel. They take the waves where there is no ``gradient``."""
+        """Let the launchers use ``config`` for this kernel. They take the waves where there is no ``gradient``."""
         waves = {"gradient": None} if self.base in ("wave", "product") else {}
         return configs.override({self.kernel: config} | waves)
 
@@ -91,24 +91,24 @@ class Measured(NamedTuple):
 
     @property
     def score(self):
-        """The geometric mean: a tenth counts as much at one size as at the other."""
+        """Return the geometric mean: a tenth counts as much at one size as at the other."""
         return math.prod(self.times) ** (1 / len(self.times))
 
 
 def known(architecture: int) -> int:
-    """The architecture whose entries a device uses."""
+    """Return the architecture whose entries a device uses."""
     return max((a for a in configs.ARCHITECTURES if a <= architecture), default=configs.ARCHITECTURES[0])
 
 
 def tasks(table: dict, architecture: int, kernels=OPS, kinds=tuple(KINDS), dims=DIMS) -> list[Task]:
-    """The entries that the table has: where it has none the launchers go another way."""
+    """Return the entries that the table has: where it has none the launchers go another way."""
     entries = table[f"sm_{known(architecture)}"]
     found = [Task(*names) for names in product(kernels, kinds, dims)]
     return [t for t in found if configs.width_of(t.dim) in entries.get(t.kernel, {}).get(t.kind, {})]
 
 
 def candidates(task: Task, architecture: int, shipped: configs.Config) -> list[configs.Config]:
-    """``shipped`` first, so that it is measured whatever the time is; then some tens that are worth trying."""
+    """Return ``shipped``, so that it is measured whatever the time is, then some tens that are worth trying."""
     half = task.kind == "half"
     whole = max(16, 1 << (task.dim - 1).bit_length())
     pieces = (32, 64, 128) if half else (16, 32, 64)
@@ -168,7 +168,7 @@ UNUSED = "the launchers do not use it"
 
 
 def objections(task: Task, config: configs.Config, architecture: int) -> list[str]:
-    """Why the configuration is not measured; empty where it is."""
+    """Return why the configuration is not measured; empty where it is."""
     wanted = f"{task.base}_kernel".__eq__
     try:
         with task.overriding(config), machine_code.recording(architecture, wanted) as launches:
@@ -185,7 +185,7 @@ def objections(task: Task, config: configs.Config, architecture: int) -> list[st
 
 
 def filter_candidates(task, found, architecture: int, pool=None):
-    """(the configurations to be measured, how many were dropped for which reason)."""
+    """Return the configurations to be measured, and how many were dropped for which reason."""
     work = zip(*((task, config, architecture) for config in found), strict=True)
     verdicts = list(pool.map(objections, *work, chunksize=2) if pool else map(objections, *work))
     # Numbers differ from one configuration to the next, and are no reasons of their own.
@@ -194,7 +194,7 @@ def filter_candidates(task, found, architecture: int, pool=None):
 
 
 def measure(task: Task, config: configs.Config, rows: int) -> float:
-    """The median of the kernel's own time in ms, all its launches of one call together, on the current CUDA device."""
+    """Return the median of the kernel's own time in ms, all its launches of one call together, on the CUDA device."""
     launches = []
 
     def keep(kernel, grid, *args, **options):
@@ -214,19 +214,8 @@ def measure(task: Task, config: configs.Config, rows: int) -> float:
     return triton.testing.do_bench(again, warmup=5, rep=25, return_mode="median")
 
 
-def matrix_rates() -> dict[str, float]:
-    """Operations a second of PyTorch's matrix product, by kind. Full float32 is made of TF32 products here."""
-    from selfsup_kernels.lab.bench import timing
-
-    rates = timing.Rates(timing.Clock("cuda"), ("bfloat16", "float32"))
-    return {kind: 1e12 * rates.tflops(str(dtype).removeprefix("torch.")) for kind, (dtype, _) in KINDS.items()}
-
-
 def tune(task: Task, table: dict, architecture: int, timer, *, until=math.inf, pool=None):
-    """Measure every candidate that is begun before the clock shows ``until``.
-
-    Args:
-        timer: (task, configuration, rows) -> milliseconds.
+    """Measure by ``timer(task, configuration, rows)`` every candidate that is begun before the clock shows ``until``.
 
     Returns:
         ([Measured, fastest first], how many candidates were dropped for which reason)
@@ -249,7 +238,7 @@ def tune(task: Task, table: dict, architecture: int, timer, *, until=math.inf, p
 
 
 def merged(table: dict, architecture: int, chosen: dict[Task, configs.Config]) -> dict:
-    """``table`` with these entries in place of its own."""
+    """Return ``table`` with these entries in place of its own."""
     result = copy.deepcopy(table)
     entries = result[f"sm_{known(architecture)}"]
     for task, config in chosen.items():
@@ -269,7 +258,7 @@ def merged(table: dict, architecture: int, chosen: dict[Task, configs.Config]) -
 
 
 def formatted(table: dict) -> str:
-    """As JSON with a line for each entry, so that a change of an entry is a change of one line."""
+    """Write JSON with a line for each entry, so that a change of an entry is a change of one line."""
     text = json.dumps(table, indent=1)
     return re.sub(r"\{\s*(\"block_m\"[^{}]*?)\s*\}", lambda m: "{ " + " ".join(m[1].split()) + " }", text) + "\n"
 
@@ -279,15 +268,9 @@ def write(text: str, path) -> None:
     Path(path).write_text(text)
 
 
-HEAD = ("entry", "tile", "warps/stages", "programs", "ms", "of product", "shipped")
-OPERATIONS = {"sums": 1, "gradient": 4, "wave": 2, "product": 2}
-"""Those of a pair and number of a row: the forward makes each pair once, the backward both products of each twice."""
-
-
-def cells(task: Task, measured: list[Measured], rate: float, shipped: configs.Config) -> list[str]:
-    """The fastest of an entry, and how it compares with what is shipped."""
+def cells(task: Task, measured: list[Measured], shipped: configs.Config) -> list[str]:
+    """Describe the fastest of an entry, and how it compares with what is shipped."""
     c, times = measured[0]
-    fraction = OPERATIONS[task.base] * task.rows[0] ** 2 * task.dim / (1e-3 * times[0]) / rate
     before = next((m for m in measured if m.config == shipped), None)
     return [
         task.name,
@@ -295,23 +278,14 @@ def cells(task: Task, measured: list[Measured], rate: float, shipped: configs.Co
         f"{c.num_warps}/{c.num_stages}" + (" TMA" if c.descriptor else ""),
         str(c.programs),
         ", ".join(f"{t:.3f} (M={rows})" for t, rows in zip(times, task.rows, strict=True)),
-        f"{fraction:.0%}",
         f"{before.score / measured[0].score:.2f}x" if before else "not measured",
     ]
 
 
-def run(
-    table: dict,
-    architecture: int,
-    todo: list[Task],
-    timer,
-    rates: dict[str, float],
-    minutes: float,
-    pool=None,
-    keep=None,
-):
-    """Measure every task, each with an equal share of the time that is left, and print. After each, ``keep`` gets
-    everything that was measured as data: the slow ones say why the fast one is fast. Returns the choice for each task.
+def run(table: dict, architecture: int, todo: list[Task], timer, minutes: float, pool=None, keep=None):
+    """Measure every task, each with an equal share of the time that is left, print, and return the choices.
+
+    After each, ``keep`` gets everything that was measured as data: the slow ones say why the fast one is fast.
     """
     end = time.monotonic() + 60 * minutes
     chosen, lines, entries = {}, [], {}
@@ -329,14 +303,14 @@ def run(
             keep(entries)
         if measured:
             chosen[task] = measured[0].config
-            lines.append(cells(task, measured, rates[task.kind], shipped))
+            lines.append(cells(task, measured, shipped))
     if lines:
-        sass.print_table(HEAD, lines)
+        sass.print_table(("entry", "tile", "warps/stages", "programs", "ms", "shipped"), lines)
     return chosen
 
 
 def refusal(kernels, kinds, write_table) -> str | None:
-    """Why the command cannot measure, in one line."""
+    """Return why the command cannot measure, in one line."""
     for name, given, choices in (("--op", kernels, OPS), ("--dtype", kinds, KINDS)):
         if wrong := [x for x in given or () if x not in choices]:
             return f"{name}: expected some of {', '.join(choices)}, got {', '.join(wrong)}"
@@ -360,10 +334,7 @@ def main(kernels=None, kinds=None, dims=None, out=None, write_table=False, minut
     if not todo:
         print("tune: the table has no such entries")
         return 2
-    rates = matrix_rates()
-    print(", ".join(f"{kind} matrix product {rate / 1e12:.0f} TFLOP/s" for kind, rate in rates.items()), flush=True)
     facts = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
-    facts["matrix_product"] = rates
 
     def keep(entries):
         if log:
@@ -371,7 +342,7 @@ def main(kernels=None, kinds=None, dims=None, out=None, write_table=False, minut
 
     processes = min(16, os.cpu_count() or 1)
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        chosen = run(table, architecture, todo, measure, rates, minutes, pool, keep)
+        chosen = run(table, architecture, todo, measure, minutes, pool, keep)
     if not chosen:
         return 1
     for path in filter(None, (out, configs.TABLE if write_table else None)):

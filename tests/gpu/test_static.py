@@ -104,39 +104,3 @@ def test_the_command_names_the_configuration_that_fails(tmp_path):
     sums = next(r for r in rows if r["kernel"] == "sums" and r["case"] == "plain")
     assert sums["shared"] > sums["shared_limit"] == 163 * 1024
     assert not [r for r in rows if r["kernel"] == "gradient" and r["problems"]]
-
-
-TILES = """
-import json, sys
-sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests/gpu"]
-import tiles, torch
-import selfsup_kernels as sk
-from selfsup_kernels.tiles import launcher, configs
-from selfsup_kernels.lab import machine_code
-
-torch.set_num_threads(1)
-found, kernels = [], 0
-for way in ("clean+masked", "all"):
-    configs._lookup = tiles.small(way)
-    launcher.MANY_TILES = 0 if way == "clean+masked" else 16
-    for dtype in (torch.float32, torch.bfloat16):
-        for dim in (64, 256):
-            with machine_code.recording(89, lambda kernel: kernel == "gradient_kernel") as launches:
-                views = torch.zeros(2, 200, dim, dtype=dtype, requires_grad=True)
-                sk.info_nce_loss(views, impl="triton").backward()
-            kernels += len(launches)
-            for launch in launches:
-                if launch.code is None or launch.code.shared > machine_code.RESOURCES[89].block_shared:
-                    found.append((way, str(dtype), dim, launch.error or launch.code.shared))
-print(json.dumps({"found": found, "kernels": kernels}))
-"""
-
-
-def test_the_tiles_of_the_tests_fit_the_smallest_gpu(tmp_path):
-    """The interpreter has no limit: here is where a tile that no GPU would take is seen."""
-    (tmp_path / "check.py").write_text(TILES)
-    done = run(tmp_path / "check.py", ROOT)
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
-    assert result["found"] == []
-    assert result["kernels"] >= 2 * 2 * 2  # each way, dtype and width has one at least

@@ -1,7 +1,7 @@
 """Compare this version of the package with another commit's in one run (``bench --base REF``).
 
-Processes of both versions measure the workloads of *this* version in turns (:mod:`selfsup_kernels.lab.bench._versus`).
-What the processes of one version differ by is the noise that a ratio has to exceed.
+Processes of both versions run ``workloads.py`` of *this* version in turns. What the processes of one version differ by
+is the noise that a ratio has to exceed.
 """
 
 import dataclasses
@@ -61,46 +61,42 @@ def tree_of(sha, device, say) -> Path:
         return folder
     say(f"building {describe(sha)}")
     folder.mkdir(parents=True, exist_ok=True)
-    archive = folder.with_suffix(".tar")
-    git("archive", "--format=tar", f"--output={archive}", sha)
-    shutil.unpack_archive(archive, folder)
-    archive.unlink()
+    git("archive", "--format=tar", f"--output={folder}.tar", sha)
+    shutil.unpack_archive(f"{folder}.tar", folder)
+    Path(f"{folder}.tar").unlink()
     extension = backends.load_extension()[0] is not None  # what this version runs with, the other one is built with
     own = {"SELFSUP_KERNELS_SKIP_BUILD": "0" if extension else "1"}
-    if device != "cuda":
-        own["SELFSUP_KERNELS_SKIP_CUDA_BUILD"] = "1"
+    own |= {} if device == "cuda" else {"SELFSUP_KERNELS_SKIP_CUDA_BUILD": "1"}
     command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
     done = subprocess.run(command, cwd=folder, env=os.environ | own, capture_output=True, text=True)
     if done.returncode:
         raise Unusable(f"{describe(sha)} does not build: {last_line(done.stderr)}")
-    record = folder / "selfsup_kernels" / "_build_info.json"
-    if extension and record.exists() and "failure" in json.loads(record.read_text()):
-        raise Unusable(f"{describe(sha)} was built without its extension")  # which in older versions is no error
     built.touch()
     return folder
 
 
 def launch(tree, device, cases, seconds):
     """Return what one process of a version measures."""
-    script, workloads = (str(Path(__file__).with_name(name)) for name in ("_versus.py", "workloads.py"))
+    code = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='__main__')"  # the package is that of the folder
     done = subprocess.run(
-        [sys.executable, script, str(tree), workloads, str(device), str(seconds)],
+        [sys.executable, "-c", code, str(Path(__file__).with_name("workloads.py")), str(device), str(seconds)],
         input=json.dumps([[case, part] for case, part, _ in cases]),
+        cwd=tree,
         env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
         capture_output=True,
         text=True,
     )
     if done.returncode:
         raise Unusable(f"a version ended with status {done.returncode}: {last_line(done.stderr)}")
-    return json.loads(done.stdout)
+    found = json.loads(last_line(done.stdout))
+    if not Path(found.pop("package")).resolve().is_relative_to(Path(tree).resolve()):
+        raise Unusable(f"--base: expected the package of {tree}, another one was imported")
+    return found
 
 
 def judge(base, head) -> dict:
-    """Compare the times of the processes of both versions; one or two that something disturbed weigh little.
-
-    Returns:
-        ``ratio`` (head over base: above 1 is slower), ``noise`` (what the times of equal processes differ by, from the
-        20th to the 80th percentile), ``verdict``: "slower" or "faster" where these ranges do not overlap, else "same".
+    """Return the ratio (head over base), the noise (of the processes of one version, from the 20th to the 80th
+    percentile) and a verdict: "slower" or "faster" where these ranges do not overlap, else "same".
     """
     times = {BASE: timing.summary(base), HEAD: timing.summary(head)}
     ratio = times[HEAD]["p50_ms"] / times[BASE]["p50_ms"]
@@ -145,11 +141,9 @@ def main(cases, device, base="auto", seconds=3.0, json_path=None) -> int:
     """Measure, print a table, and return 1 where something is slower.
 
     Args:
-        cases: of :mod:`selfsup_kernels.lab.bench.workloads`.
-        base: a commit; "auto" for the last one that differs from what is measured: the one that is checked out where
-            files of the package have been changed, else its parent.
+        base: a commit; "auto" for the one that is checked out where files of the package have been changed, else its
+            parent.
         seconds: about how long to measure each case and part of each version.
-        json_path: where to write everything as data, or None.
     """
     from selfsup_kernels.lab.bench import results
     from selfsup_kernels.lab.pages import console, progress
@@ -172,7 +166,9 @@ def main(cases, device, base="auto", seconds=3.0, json_path=None) -> int:
     if json_path:
         header = {"names": names, "sides": sides, "launches": LAUNCHES, "device": str(device)}
         results.write_json(json_path, header, rows)
-    say(f"now:  {names[HEAD]}\nbase: {names[BASE]}\n{'':36} {'base ms':>9} {'now ms':>9} {'ratio':>6} {'noise':>6}")
+    for name, side in sides.items():
+        say(f"{name}: {names[name]} ({side['impl']}, torch {side['torch']})")
+    say(f"{'':36} {'base ms':>9} {'now ms':>9} {'ratio':>6} {'noise':>6}")
     for row in rows:
         found = row.get("reason", "")
         if "ratio" in row:

@@ -52,16 +52,11 @@ def main(options) -> int:
     except Wrong as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
-    if options.base:
-        from selfsup_kernels.lab.bench import base
+    from selfsup_kernels.lab.bench import base, results, tables
 
+    if options.base:
         cases = [case for case, _ in plan.cases]
         return base.main(cases, plan.device, options.base, seconds=plan.seconds, json_path=options.json)
-    return run(plan, options)
-
-
-def run(plan, options) -> int:
-    from selfsup_kernels.lab.bench import results, tables
     from selfsup_kernels.lab.bench.suite import Suite
     from selfsup_kernels.lab.pages import console
     from selfsup_kernels.lab.pages.progress import Progress
@@ -85,7 +80,7 @@ def run(plan, options) -> int:
     if options.results:
         folder = Path(options.results) / results.folder_name(suite.header)
         for op in plan.ops:
-            results.write(folder, op, suite.header, [row for row in suite.rows if row["op"] == op])
+            results.write_json(folder / f"{op}.json", suite.header, [row for row in suite.rows if row["op"] == op])
         print(f"wrote {folder}", file=sys.stderr)
     if options.html:
         from selfsup_kernels.lab.bench import report

@@ -15,7 +15,6 @@ def write(path, header, rows):
         "report.html",
         answer=answer,
         numbers=numbers,
-        slower=list(tables.slower(rows)),
         device=tables.device_line(header),
         rates=tables.rates_line(header),
         gpu=header["kind"] == "cuda",

@@ -20,13 +20,14 @@ SCHEMA = Path(__file__).with_name("results.schema.json")
 
 def header(clock, ops=tuple(rivals.RIVALS)):
     """Return what the numbers depend on, besides the rates of the device (:class:`timing.Rates`)."""
+    packages = sorted({rival.package for op in ops for rival in rivals.RIVALS[op].values() if rival.package})
     common = {
         "triton": rivals.version("triton"),
         "torch": torch.__version__,
         "selfsup_kernels": sk.__version__,
         "python": platform.python_version(),
         "date": time.strftime("%Y-%m-%d"),
-        "peers": rivals.versions(ops),
+        "peers": {name: rivals.version(name) for name in packages if rivals.version(name)},
     }
     if not clock.cuda:
         extension, _ = backends.load_extension()
@@ -64,11 +65,6 @@ def folder_name(header):
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def write(folder, name, header, rows):
-    """Write ``FOLDER/NAME.json``, as ``benchmarks/results`` has them."""
-    write_json(Path(folder) / f"{name}.json", header, rows)
-
-
 def write_json(path, header, rows):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -102,7 +98,5 @@ def ours(row):
 
 def ratio(row, name):
     """Return how many times ours a column takes; None where one of them has no time."""
-    reference = ours(row)
-    return (
-        row["times"][name]["p50_ms"] / row["times"][reference]["p50_ms"] if reference and name in row["times"] else None
-    )
+    reference = row["times"].get(ours(row))
+    return row["times"][name]["p50_ms"] / reference["p50_ms"] if reference and name in row["times"] else None

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import importlib
 import importlib.metadata
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -49,9 +50,6 @@ class Average:
         self.update()
 
 
-# ---------------------------------------------------------------- InfoNCE
-
-
 def eager_info_nce(views):
     return eager.info_nce_loss(views, TEMPERATURE)
 
@@ -81,7 +79,7 @@ def _two_views(case):
         raise Unsupported(f"takes two views, not {case.views}")
 
 
-def _linear_cross_entropy(load):
+def _linear_cross_entropy(load, package):
     """Adapt a fused linear cross-entropy: ``load()`` returns a function of scaled rows, all rows and targets."""
 
     def make(case, inputs):
@@ -94,7 +92,8 @@ def _linear_cross_entropy(load):
 
         return loss
 
-    return make
+    note = FILTERED if load is _cut_cross_entropy else OTHER_LOSS
+    return Rival(make, package, note, other=True)
 
 
 def _inf_cl():
@@ -135,25 +134,13 @@ def _metric_learning(name, case, inputs):
     return lambda views: criterion(views.reshape(-1, views.shape[-1]), labels)
 
 
-# ---------------------------------------------------------------- BYOL
-
-
 def _lightly_byol(case, inputs):
     from lightly.loss import NegativeCosineSimilarity
 
-    criterion = NegativeCosineSimilarity()
-
-    def loss(predictions, targets):
-        if predictions.ndim == 2:
-            return 2 + 2 * criterion(predictions, targets)
-        views = range(len(predictions))
-        pairs = [criterion(predictions[u], targets[v]) for u in views for v in views if u != v]
-        return 2 + 2 * torch.stack(pairs).mean()
-
-    return loss
-
-
-# ---------------------------------------------------------------- EMA
+    criterion, pairs = NegativeCosineSimilarity(), list(itertools.permutations(range(case.views), 2))
+    if case.views == 1:
+        return lambda predictions, targets: 2 + 2 * criterion(predictions, targets)
+    return lambda p, t: 2 + 2 * torch.stack([criterion(p[u], t[v]) for u, v in pairs]).mean()
 
 
 def loop_of_lerp(targets, sources):
@@ -208,19 +195,17 @@ def _swa_utils(case, inputs):
     return _average(lambda: average.update_parameters(model), average.module, inputs[0])
 
 
-# ---------------------------------------------------------------- by name
+def _compile(function):
+    torch._dynamo.reset()  # what other shapes left would count against the limit of recompilations
+    return torch.compile(function, dynamic=False)
 
 
-def _plain(function, **facts):
-    return Rival(lambda case, inputs: function, **facts)
+def _plain(function, note=None):
+    return Rival(lambda case, inputs: function, note=note)
 
 
-def _compiled(function, **facts):
-    def make(case, inputs):
-        torch._dynamo.reset()  # what other shapes left would count against the limit of recompilations
-        return torch.compile(function, dynamic=False)
-
-    return Rival(make, compiles=True, **facts)
+def _compiled(function, note=None):
+    return Rival(lambda case, inputs: _compile(function), note=note, compiles=True)
 
 
 PML = "pytorch-metric-learning"
@@ -232,11 +217,9 @@ RIVALS = {
         "lightly": Rival(_lightly_info_nce, "lightly", "NTXentLoss"),
         PML: Rival(functools.partial(_metric_learning, "SupConLoss"), PML, "SupConLoss"),
         f"{PML} NTXentLoss": Rival(functools.partial(_metric_learning, "NTXentLoss"), PML),
-        "Inf-CL": Rival(_linear_cross_entropy(_inf_cl), "inf-cl", OTHER_LOSS, other=True),
-        "cut-cross-entropy": Rival(
-            _linear_cross_entropy(_cut_cross_entropy), "cut-cross-entropy", FILTERED, other=True
-        ),
-        "Liger": Rival(_linear_cross_entropy(_liger), "liger-kernel", OTHER_LOSS, other=True),
+        "Inf-CL": _linear_cross_entropy(_inf_cl, "inf-cl"),
+        "cut-cross-entropy": _linear_cross_entropy(_cut_cross_entropy, "cut-cross-entropy"),
+        "Liger": _linear_cross_entropy(_liger, "liger-kernel"),
     },
     "byol": {
         "eager": _plain(eager_byol),
@@ -313,9 +296,3 @@ def version(package):
     """Return the version of a package, None where it is not installed."""
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(package)
-
-
-def versions(ops) -> dict:
-    """Return ``{package: version}`` of what is installed of the rivals of these operations."""
-    packages = sorted({r.package for op in ops for r in RIVALS[op].values() if r.package})
-    return {package: version(package) for package in packages if version(package)}

@@ -28,16 +28,14 @@ class Suite:
     """Hold one run: the clock, the rates of the device, the rows so far, and the time that is left.
 
     Args:
-        device: of all tensors.
         dtypes: of the matrix products that fractions refer to.
-        seconds: about how long the turns of one case take, all parts and rivals together, besides the fewest calls.
-        rounds: of every part, in place of ``seconds``.
+        seconds: about how long the turns of one case take, besides the fewest calls; ``rounds`` goes before it.
         target_ms: how long each rate of the device is measured.
         minutes: after them nothing new begins; None for no limit.
         skip: columns to leave out.
         graphs: whether to measure replayed CUDA graphs too.
         advance: called with a text after each column of a case, and after each case.
-        rates: of :class:`timing.Rates`: the sizes to measure with.
+        rates: sizes for :class:`timing.Rates`.
         ops: the operations whose peers the header lists.
     """
 
@@ -83,7 +81,7 @@ class Suite:
     def measure(self, case, names):
         """Return rows, one for each part of the case, of the columns ``names``; add them to ``rows`` too."""
         found = {key: {} for key in ("peak_bytes", "errors", "unavailable", "notes")}
-        functions, times, inputs = {}, {part: {} for part in case.parts}, None
+        functions, inputs = {}, None
         for name in names:
             reason = self._refusal(case, name)
             if reason is None and not self.clock.cuda:
@@ -106,8 +104,7 @@ class Suite:
         if reason:
             found["unavailable"] |= dict.fromkeys(functions, reason)
             functions = {}
-        else:
-            times = measured
+        times = measured or {part: {} for part in case.parts}
         if self.clock.cuda:
             self._of_device(case, functions, inputs, found)
         self._errors(case, functions, inputs, found)
@@ -120,7 +117,7 @@ class Suite:
         """Make inputs; on a GPU several to be taken in turn, so that BYOL finds none of them in the cache."""
         count = 1
         if self.clock.cuda and case.op == "byol":
-            count = max(1, min(32, math.ceil(4 * self.clock.cache_bytes() / case.bytes("forward"))))
+            count = min(32, math.ceil(4 * self.clock.cache_bytes() / case.bytes("forward")))
         return [case.inputs(self.clock.device, seed) for seed in range(count)]
 
     def _refusal(self, case, name):
@@ -230,13 +227,8 @@ def graph_ms(function):
 
 
 def probe(parameters, name) -> dict:
-    """Run one rival on one case, in a fresh process: does it fit, what memory and about how long does it take?
-
-    Returns:
-        ``{"peak_bytes", "seconds"}`` of one forward and backward (or update) above the inputs, or ``{"reason"}``.
-
-    Raises:
-        what a refused allocation raises; any other exception is a reason.
+    """Run one rival on one case, in a fresh process: return ``{"peak_bytes", "seconds"}`` of one forward and backward
+    (or update) above the inputs, or ``{"reason"}``; raise where memory is refused.
     """
     try:
         case = workloads.case(**parameters)

@@ -20,9 +20,6 @@ class Table(NamedTuple):
     notes: list[str]
 
 
-# ---------------------------------------------------------------- one sentence
-
-
 def answer(rows):
     """Return ``(sentence, numbers)``: the largest case of forward and backward against its fastest rival.
 
@@ -55,20 +52,8 @@ def others(row):
     return [name for name in row["times"] if not rivals.impl_of(name)]
 
 
-def slower(rows):
-    """Return where a rival is faster than ours beyond the spread of the calls: its slow calls beat our quick ones."""
-    for row in rows:
-        for name in others(row) if results.ours(row) else ():
-            if row["times"][name]["p80_ms"] < row["times"][results.ours(row)]["p20_ms"]:
-                part = "" if row["part"] == "update" else f" {row['part']}"
-                yield f"{TITLES[row['op']]}{part} ({facts(row)}): {name} takes {factor(results.ratio(row, name))} ours"
-
-
 def facts(row, keys=FACTS):
     return ", ".join(f"{FACTS[key]} {row[key]}" for key in keys if key in row)
-
-
-# ---------------------------------------------------------------- a table
 
 
 def make(op, rows) -> Table:
@@ -93,28 +78,19 @@ def make(op, rows) -> Table:
 
 def cells(row, name):
     if name not in row["times"]:
-        return [label(name), "", status(row["unavailable"][name]), "", "", "", "", "", ""]
-    last = row["part"] in ("both", "update")
-    rate, fraction = rate_of(row, name)
-    found = worst(row, name)
+        return [label(name), "", status(row["unavailable"][name]), *6 * [""]]
+    last, found, rate = row["part"] in ("both", "update"), worst(row, name), ["", ""]
+    if name == results.ours(row) and row.get("fraction") is not None:
+        speed = flops(1e12 * row["tflops"]) if "tflops" in row else f"{row['gb_per_s']:.3g} GB/s"
+        rate = [speed, f"{100 * row['fraction']:.0f} %"]
     return [
         label(name),
         *(milliseconds(row["times"][name][key]) for key in ("p20_ms", "p50_ms", "p80_ms")),
         factor(results.ratio(row, name)),
         size(row["peak_bytes"].get(name)) if last else "",
-        rate,
-        "" if fraction is None else f"{100 * fraction:.0f} %",
+        *rate,
         "" if found is None or not last else f"{found:.0e}",
     ]
-
-
-def rate_of(row, name):
-    """Return a column's rate and its fraction of the device's, ``("104 GB/s", 0.8)``, counting the work of ours."""
-    if row.get("fraction") is None:
-        return "", None
-    share = 1 / results.ratio(row, name)
-    text = flops(1e12 * share * row["tflops"]) if "tflops" in row else f"{share * row['gb_per_s']:.3g} GB/s"
-    return text, share * row["fraction"]
 
 
 def style(row, name):
@@ -163,9 +139,6 @@ def flops(value):
     return f"{value / 1e12:.3g} TFLOP/s" if value >= 1e12 else f"{value / 1e9:.3g} GFLOP/s"
 
 
-# ---------------------------------------------------------------- the device
-
-
 def device_line(header):
     """Return the device and the versions of a run."""
     names = ("cpu_capability", "driver", "cuda", "selfsup_kernels", "torch", "triton", "python")
@@ -179,10 +152,7 @@ def rates_line(header):
     products = [f"{flops(1e12 * value)} ({name})" for name, value in header["matrix_product_tflops"].items()]
     side = header["matrix_product_size"]
     copy, in_place = (f"{header[key]:.0f} GB/s" for key in ("copy_gb_per_s", "in_place_gb_per_s"))
-    return (
-        f"In the same run a product of two {side} x {side} matrices reached {', '.join(products)}, a copy {copy}, "
-        f"scaling in place {in_place} (read and written)."
-    )
+    return f"In the same run: matrix product ({side}²) {', '.join(products)}, copy {copy}, scaling in place {in_place}."
 
 
 def show(console, header, rows):

@@ -17,22 +17,11 @@ def summary(values):
     return dict(zip(("p20_ms", "p50_ms", "p80_ms"), found, strict=True))
 
 
-def interleave(functions, rounds):
-    """Return the wall-clock times of ``functions`` (name -> callable) in turns, after one call of each."""
-    for function in functions.values():
-        function()
-    return in_turns({name: (lambda: None, lambda _, f=f: f()) for name, f in functions.items()}, rounds=rounds)
-
-
 def in_turns(calls, seconds=1.0, rounds=None, clock=None):
-    """Time ``work(prepare())`` of ``calls`` (name -> ``(prepare, work)``), without ``prepare``.
+    """Time ``work(prepare())`` of ``calls`` (name -> ``(prepare, work)``), without ``prepare``, in turns.
 
-    All are called in every round, each round beginning with another one, so that a disturbance of the machine affects
-    all alike. What is fast is called several times a round. A first round says how many more fit into ``seconds``;
-    there are at least three in all, or just ``rounds`` where that is given.
-
-    Returns:
-        ``{name: {"p20_ms", "p50_ms", "p80_ms", "calls"}}``
+    Each round begins with another one, so that a disturbance of the machine affects all alike. What is fast is called
+    several times a round. A first round says how many more fit into ``seconds``, where ``rounds`` is not given.
     """
     if not calls:
         return {}

@@ -4,9 +4,12 @@
     inputs = made.inputs("cpu", seed=0)
     made.run("both", made.ours("auto"), inputs)
 
-This file needs only the public functions of the package, so that it can measure another version of it.
+This file needs only the public functions of the package, so that it can measure another version of it: as a script it
+reads a list of (parameters of a case, part) from its input, and prints what they take with the package that it finds.
 """
 
+import json
+import sys
 from dataclasses import dataclass, fields, replace
 from math import prod
 
@@ -94,7 +97,7 @@ class Loss:
 
 @dataclass(frozen=True)
 class InfoNCE(Loss):
-    """NT-Xent of ``(V, B, D)`` views: M = V B rows, similarities of all with all."""
+    """Hold NT-Xent of ``(V, B, D)`` views: M = V B rows, similarities of all with all."""
 
     op = "info_nce"
     tensors_read = 1
@@ -122,7 +125,7 @@ class InfoNCE(Loss):
 
 @dataclass(frozen=True)
 class BYOL(Loss):
-    """The BYOL loss: all pairs of different views of ``(V, B, D)``, or with ``views=1`` of ``(B, D)`` pairs."""
+    """Hold the BYOL loss: all pairs of different views of ``(V, B, D)``, or with ``views=1`` of ``(B, D)`` pairs."""
 
     dim: int = 256
     op = "byol"
@@ -145,7 +148,7 @@ class BYOL(Loss):
 
 @dataclass(frozen=True)
 class EMA:
-    """The moving average of a model's parameters: float32 targets, sources of ``dtype``."""
+    """Hold the moving average of a model's parameters: float32 targets, sources of ``dtype``."""
 
     model: str = "ResNet-50"
     dtype: str = "float32"
@@ -228,3 +231,24 @@ def tiny_shapes():
 
 
 MODELS = {"ResNet-50": resnet50_shapes, "ViT-B": vit_b_shapes, "tiny": tiny_shapes}
+
+
+def main(device, seconds):
+    from torch.utils.benchmark import Timer
+
+    rows = []
+    for parameters, part in json.load(sys.stdin):
+        try:
+            made = case(**parameters)
+            names = {"run": made.run, "part": part, "ours": made.ours("auto"), "inputs": made.inputs(device)}
+            timer = Timer("run(part, ours, inputs)", globals=names, num_threads=torch.get_num_threads())
+            timer.timeit(3)
+            rows.append(1e3 * timer.blocked_autorange(min_run_time=float(seconds)).median)
+        except Exception as error:  # an older package may refuse what this one can do
+            rows.append(f"{type(error).__name__}: {error}")
+    impl = sk.backends.select("auto", torch.empty(0, device=device))
+    print(json.dumps({"package": sk.__file__, "impl": impl, "torch": torch.__version__, "rows": rows}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[2:])
