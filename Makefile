@@ -73,7 +73,7 @@ demo: setup  ## train with eager losses and with ours, report in out/demo
 	$(PY) -m selfsup_kernels demo --out out/demo
 
 bench: setup  ## the speed of every op
-	$(PY) -m selfsup_kernels bench $(ARGUMENTS)
+	$(PY) -m pytest benchmarks --benchmark-columns=min,median,iqr,rounds --benchmark-group-by=group
 
 # Measures this version and another in one run; fails if something is slower beyond the noise of that run. BASE defaults
 # to the parent of the checked-out commit, or to that commit if files of the package have been changed.

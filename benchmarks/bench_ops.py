@@ -1,0 +1,47 @@
+"""The operations under pytest-benchmark, against eager PyTorch and torch.compile: ``make bench``."""
+
+import functools
+import subprocess
+import sys
+
+import pytest
+
+from selfsup_kernels.lab.bench import rivals
+from selfsup_kernels.lab.bench.workloads import PARTS, case
+
+LOSSES = [case("info_nce", batch=b, dim=d) for b, d in ((256, 128), (1024, 128), (4096, 128), (2048, 512))]
+LOSSES += [case("byol", batch=batch) for batch in (4096, 32768)]
+
+
+def measure(benchmark, made, part, name, rounds):
+    """Measure one column of a workload, after a warm-up."""
+    benchmark.group = f"{made.label} {part}"
+    inputs = made.inputs()
+    function, reason = rivals.load(made, name, inputs)
+    if reason:
+        pytest.skip(reason)
+    made.run(part, function, inputs)
+    work = functools.partial(made.work, part, function)
+    benchmark.pedantic(work, setup=lambda: ((made.prepare(part, function, inputs),), {}), rounds=rounds)
+
+
+@pytest.mark.parametrize("name", ["eager", "compile", rivals.OURS])
+@pytest.mark.parametrize("made", LOSSES, ids=lambda made: f"{made.op}-B{made.batch}-D{made.dim}")
+@pytest.mark.parametrize("part", PARTS)
+def test_loss(benchmark, part, made, name):
+    measure(benchmark, made, part, name, rounds=3 if made.op == "info_nce" and made.batch >= 2048 else 15)
+
+
+@pytest.mark.parametrize("name", [*rivals.EAGER_EMA, rivals.OURS])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_ema(benchmark, dtype, name):
+    """Measure the moving average over ResNet-50's parameters."""
+    measure(benchmark, case("ema", dtype=dtype), "update", name, rounds=15)
+
+
+@pytest.mark.parametrize("module", ["torch", "selfsup_kernels"])
+def test_import(benchmark, module):
+    """Measure an import in a fresh process."""
+    benchmark.group = "import"
+    command = [sys.executable, "-c", f"import {module}"]
+    benchmark.pedantic(subprocess.run, (command,), {"check": True}, rounds=5, warmup_rounds=1)
