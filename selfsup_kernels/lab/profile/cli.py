@@ -1,4 +1,4 @@
-"""The options of ``python -m selfsup_kernels profile``."""
+"""Check the options of ``python -m selfsup_kernels profile``, and run it."""
 
 import re
 import sys
@@ -54,7 +54,7 @@ def main(options) -> int:
 
 
 def checked(options) -> dict:
-    """The arguments of ``command.run``.
+    """Return the arguments of ``command.run``.
 
     Raises:
         ValueError: an option cannot be used; the message is one line.
@@ -78,11 +78,9 @@ def checked(options) -> dict:
         compile=options.compile,
         device=target,
     )
-    plan = {"work": work, "batches": sizes, "steps": whole("steps", options.steps, 2), "out": options.out}
-    plan |= {
-        "seconds": number("seconds", options.seconds),
-        "limit": options.memory and amount("memory", options.memory),
-    }
+    seconds = amount("seconds", options.seconds, "a number > 0", {"": 1})
+    limit = options.memory and amount("memory", options.memory, "an amount of memory such as 8GB or 500MiB", UNITS)
+    steps = whole("steps", options.steps, 2)
     try:
         workload.width(workload.make_encoder(work.encoder), work.image_size)
     except Exception as error:  # whatever a network says of such images
@@ -90,7 +88,14 @@ def checked(options) -> dict:
         expected = f"convnet, MODULE:CALLABLE or a name of timm that makes (2, features) of (2, 3, {size}, {size})"
         raise Wrong("encoder", expected, f"{work.encoder} ({type(error).__name__}: {line})") from None
     writable_folder("out", Path(options.out))
-    return plan
+    return {
+        "work": work,
+        "batches": sizes,
+        "steps": steps,
+        "seconds": seconds,
+        "limit": limit and int(limit),
+        "out": options.out,
+    }
 
 
 def whole(name, text, least) -> int:
@@ -100,22 +105,12 @@ def whole(name, text, least) -> int:
     return value
 
 
-def number(name, text) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise Wrong(name, "a number > 0", text)
-    return value
-
-
-def amount(name, text) -> int:
-    """Bytes, with a unit or without: ``8GB``, ``500 MiB``."""
-    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*", text)
-    if not found or found[2].lower() not in UNITS or float(found[1]) == 0:
-        raise Wrong(name, "an amount of memory such as 8GB or 500MiB", text)
-    return int(float(found[1]) * UNITS[found[2].lower()])
+def amount(name, text, expected, units) -> float:
+    """Return a number > 0, with one of ``units`` or without: ``8GB``, ``500 MiB``."""
+    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*([a-z]*)\s*", text.lower())
+    if not found or found[2] not in units or float(found[1]) == 0:
+        raise Wrong(name, expected, text)
+    return float(found[1]) * units[found[2]]
 
 
 def batches(text, accumulate, default) -> list[int]:

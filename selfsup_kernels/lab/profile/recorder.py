@@ -1,5 +1,6 @@
-"""The record of one step: a clock, the parts that follow each other, and named ranges for profilers."""
+"""Record one step: a clock, the parts that follow each other, and named ranges for profilers."""
 
+import contextlib
 import threading
 import time
 from itertools import pairwise
@@ -53,13 +54,13 @@ class Recorder:
         self.clock, self.ranges, self.range = clock, ranges, None
         self.home = threading.get_ident()
         self.marks, self.created, self.stack = [], [], [parts.DATA]
-        self.backwards = 0
+        self.backwards = False
 
     def begin(self):
-        self._mark(parts.DATA)
+        self._mark()
 
     def data_is_wanted(self):
-        self.stack, self.backwards = [parts.OTHER], 0  # an exception caught in the loop may leave a part open
+        self.stack, self.backwards = [parts.OTHER], False  # an exception caught in the loop may leave a part open
         self.replace(parts.DATA)
 
     def end(self):
@@ -87,6 +88,16 @@ class Recorder:
             self.stack.pop()
             self._switch()
 
+    @contextlib.contextmanager
+    def inside(self, part):
+        """Return a context manager and decorator: what runs in it is ``part``."""
+        entered = self.enter(part)
+        try:
+            yield
+        finally:
+            if entered:
+                self.leave()
+
     def replace(self, part):
         """Let another part follow the present one."""
         self.stack[-1] = part
@@ -94,9 +105,10 @@ class Recorder:
 
     def _switch(self):
         if self.marks[-1][1] != self.stack[-1]:
-            self._mark(self.stack[-1])
+            self._mark()
 
-    def _mark(self, part):
+    def _mark(self):
+        part = self.stack[-1]
         self.marks.append((self.clock.read(), part))
         # On CUDA the backward has its own thread, and a range ends in the thread that began it: one is around both.
         if threading.get_ident() == self.home:
@@ -108,7 +120,7 @@ class Recorder:
                 self.range.__enter__()
 
     def seconds(self) -> dict:
-        """Part -> seconds, of a step that has ended."""
+        """Return part -> seconds of a step that has ended."""
         spent = dict.fromkeys(parts.PARTS, 0.0)
         for (begin, part), (end, _) in pairwise(self.marks):
             spent[part] += self.clock.seconds(begin, end)
