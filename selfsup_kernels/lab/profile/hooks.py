@@ -26,25 +26,23 @@ def _compiled(module) -> bool:
     return wrappers.is_compiled(module) or module._compiled_call_impl is not None
 
 
+def _reached(models):
+    """Yield modules, but none inside a loss or what is compiled."""
+    for model in models:
+        yield model
+        if not is_loss(model) and not _compiled(model):
+            yield from _reached(model.children())
+
+
 def losses_in(models) -> list[nn.Module]:
     """Return the outermost loss modules that are not compiled together with what is around them."""
-    found = []
-    for model in models:
-        if is_loss(model):
-            found.append(model)
-        elif not _compiled(model):
-            found += losses_in(model.children())
-    return list(dict.fromkeys(found))
+    return [module for module in dict.fromkeys(_reached(models)) if is_loss(module)]
 
 
 def own_losses(models) -> list:
     """Return ``(module, name)`` of the methods that compute a loss in place of a loss module."""
-    found = []
-    for model in models:
-        if not _compiled(model):
-            found += [(model, name) for kind, name in LOSS_METHODS.items() if isinstance(model, kind)]
-            found += own_losses(model.children())
-    return list(dict.fromkeys(found))
+    modules = [module for module in dict.fromkeys(_reached(models)) if not _compiled(module)]
+    return [(module, name) for module in modules for kind, name in LOSS_METHODS.items() if isinstance(module, kind)]
 
 
 def attach(stack, recorder, models, losses, calls):

@@ -14,14 +14,6 @@ from selfsup_kernels.lab.profile import parts
 class CPUClock:
     read = staticmethod(time.perf_counter)
 
-    @staticmethod
-    def seconds(begin, end) -> float:
-        return end - begin
-
-    @staticmethod
-    def passed(mark) -> bool:
-        return True
-
 
 class CUDAClock:
     """Events on the device's current stream: nothing waits for the GPU inside a step."""
@@ -34,14 +26,6 @@ class CUDAClock:
         event.record(torch.cuda.current_stream(self.device))
         return event
 
-    @staticmethod
-    def seconds(begin, end) -> float:
-        return begin.elapsed_time(end) / 1e3
-
-    @staticmethod
-    def passed(mark) -> bool:
-        return mark.query()
-
 
 class Recorder:
     """One step. From each of its ``marks``, ``(reading, part)``, that part runs, so the parts add up to the step.
@@ -52,7 +36,7 @@ class Recorder:
 
     def __init__(self, clock, ranges=False):
         self.clock, self.ranges, self.range = clock, ranges, None
-        self.home = threading.get_ident()
+        self.cuda, self.home = isinstance(clock, CUDAClock), threading.get_ident()
         self.marks, self.created, self.stack = [], [], [parts.DATA]
         self.backwards = False
 
@@ -115,13 +99,15 @@ class Recorder:
             self.created.append((next_node(), part))
             self.close()
             if self.ranges:
-                both = isinstance(self.clock, CUDAClock) and part in (parts.LOSS_BACKWARD, parts.ENCODER_BACKWARD)
+                both = self.cuda and part in (parts.LOSS_BACKWARD, parts.ENCODER_BACKWARD)
                 self.range = torch.profiler.record_function(parts.PREFIX + ("backward" if both else part))
                 self.range.__enter__()
 
-    def seconds(self) -> dict:
-        """Return part -> seconds of a step that has ended."""
+    def seconds(self) -> dict | None:
+        """Return part -> seconds of a step that has ended; None before the device has finished it."""
+        if self.cuda and not self.marks[-1][0].query():
+            return None
         spent = dict.fromkeys(parts.PARTS, 0.0)
         for (begin, part), (end, _) in pairwise(self.marks):
-            spent[part] += self.clock.seconds(begin, end)
+            spent[part] += begin.elapsed_time(end) / 1e3 if self.cuda else end - begin
         return spent

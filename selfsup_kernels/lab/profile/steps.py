@@ -252,13 +252,9 @@ class Run:
 
     def _collect(self):
         """Read the marks of steps that the device has finished."""
-        while self._waiting and self._clock.passed(self._waiting[0][1].marks[-1][0]):
-            kind, recorder = self._waiting.pop(0)
-            seconds = recorder.seconds()
-            if kind == TIMED:
-                self._timed.append(seconds)
-            else:
-                self._plain.append(sum(seconds.values()))
+        while self._waiting and (seconds := self._waiting[0][1].seconds()) is not None:
+            kind, _ = self._waiting.pop(0)
+            self._timed.append(seconds) if kind == TIMED else self._plain.append(sum(seconds.values()))
 
 
 def _require_integer(name, value, least):
