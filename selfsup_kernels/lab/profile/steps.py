@@ -29,24 +29,19 @@ def steps(model, *, optimizer=None, loss=None, ema=None, out=None, device=None, 
                 optimizer.zero_grad()
         print(run)              # run.summary is a dictionary, run.report("out") writes a page
 
-    A step lasts from asking the loader for a batch to asking it for the next one. At every moment exactly one part of
-    it runs: data, encoder forward, loss forward, loss backward, encoder backward, optimizer, EMA or other. The loop
-    trains as it would without this: values and random numbers are the same.
-
-    After ``warmup`` steps, steps with and without marks take turns, which shows what the marks cost; one further step
-    is for memory and the trace. The loop may have any length; four steps after the warm-up have everything.
+    At every moment of a step exactly one part of it runs (:data:`PARTS`). The loop trains as it would without this:
+    values and random numbers are the same. It may have any length; four steps after the warm-up have everything.
 
     Args:
-        model: the module that is trained, or a sequence of them. Its forward, or that of its children and theirs
-            where they are called by themselves, is "encoder forward", target network and projector included. Losses
-            in it are found: the package's methods, PyTorch's losses, and modules of a class named ``...Loss``.
+        model: the module that is trained, or a sequence of them. Losses in it are found: the package's methods,
+            PyTorch's losses, and modules of a class named ``...Loss``.
         optimizer: one, or a sequence, that is not a ``torch.optim.Optimizer``: those are found.
         loss: a loss module that is not part of ``model``, or a sequence of them. ``run.loss(function)`` wraps a
             function, and ``with run.part("loss")`` marks anything.
         ema: a module that averages and is not part of ``model``: a :class:`selfsup_kernels.EMA`, or any with
             ``update`` or ``update_parameters``. ``run.ema(function)`` wraps a function.
         out: a folder: ``report(out)`` is called at the end.
-        device: where the model trains; None for the device of its first parameter. ``cpu`` and ``cuda``.
+        device: where the model trains, ``cpu`` or ``cuda``; None for the device of its first parameter.
         warmup: steps before anything is measured.
         memory: measure the peak of each part, from the memory events of one step under ``torch.profiler``.
         trace: keep the Chrome trace of such a step.
@@ -187,15 +182,8 @@ class Run:
         warnings = list(self._warnings)
         if self._memory and self._peaks is None:
             warnings.append("Peak memory is not known: the loop was too short, or another profiler is at work.")
-        return summarize(
-            device=str(self.device),
-            counts=self.counts,
-            timed=self._timed,
-            plain=self._plain,
-            peaks=self._peaks,
-            warnings=warnings,
-            loss_known=self._loss_known,
-        )
+        measured = {"timed": self._timed, "plain": self._plain, "peaks": self._peaks, "warnings": warnings}
+        return summarize(device=str(self.device), counts=self.counts, loss_known=self._loss_known, **measured)
 
     def report(self, out):
         """Write ``report.html``, ``profile.json`` and the trace into the folder ``out``; needs the extra ``report``."""

@@ -101,9 +101,8 @@ def build(work):
         make_eager(method)
     method.to(work.device)
     if work.compile:  # in place, so that moving averages and their names stay
-        target = getattr(method, "target", None)
-        parts = method.encoder, method.projector, getattr(method, "predictor", None), getattr(target, "module", None)
-        for module in filter(None, parts):
+        networks = method.encoder, method.projector, getattr(method, "predictor", None)
+        for module in filter(None, (*networks, getattr(getattr(method, "target", None), "module", None))):
             module.compile()
     return method
 
@@ -210,7 +209,7 @@ def claim(device, limit=None):
 
 
 def profiled(work, steps, out) -> dict:
-    """Profile ``steps`` steps with marks and as many without, and write a trace into ``out``; returns the summary."""
+    """Profile ``steps`` steps with marks and as many without, and write a trace into ``out``; return the summary."""
     work = Workload(**work)
     claim(work.device)
     trainer = Trainer(work)
@@ -221,18 +220,18 @@ def profiled(work, steps, out) -> dict:
 
 
 def grown(work, limit=None, steps=3) -> dict:
-    """Measure this process's peak memory over a few steps, and the seconds of the fastest.
+    """Measure this process's peak memory over a few steps, and the seconds of one.
 
     ``limit``: bytes of a GPU that it may take; on a CPU the process has its limit from outside.
     """
     work = Workload(**work)
     claim(work.device, limit)
-    trainer, batches, seconds = Trainer(work), loader(work, steps), []
-    for _ in range(steps):
-        begin = time.perf_counter()
-        for _ in range(work.accumulate):
-            trainer.batch(next(batches))
-        if work.device != "cpu":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - begin)
-    return {"batch": work.batch, "peak_bytes": memory.process_peak(work.device), "seconds": min(seconds[1:])}
+    trainer = Trainer(work)
+    for i, views in enumerate(loader(work, steps)):
+        if i == work.accumulate:  # the first step only warms up
+            begin = time.perf_counter()
+        trainer.batch(views)
+    peak = memory.process_peak(work.device)
+    if work.device != "cpu":
+        torch.cuda.synchronize()
+    return {"batch": work.batch, "peak_bytes": peak, "seconds": (time.perf_counter() - begin) / (steps - 1)}
