@@ -153,6 +153,7 @@ def test_advice_on_the_largest_batch_is_right_within_a_tenth(variant, monkeypatc
         (["--steps", "1"], "--steps: expected a whole number >= 2"),
         (["--amp", "int8"], "--amp: expected one of bf16, fp16, got 'int8'"),
         (["--memory", "lots"], "--memory: expected an amount of memory such as 8GB"),
+        (["--memory", "1e400"], "--memory: expected an amount of memory"),
         (["--seconds", "-3"], "--seconds: expected a number > 0, got '-3'"),
         (["--device", "cuda:77"], "--device: expected one of cpu"),
         (["--out", "/proc/none"], "--out: expected a folder that can be written, got '/proc/none'"),

@@ -1,5 +1,6 @@
 """Check the options of ``python -m selfsup_kernels profile``, and run it."""
 
+import math
 import re
 import sys
 from pathlib import Path
@@ -78,9 +79,10 @@ def checked(options) -> dict:
         compile=options.compile,
         device=target,
     )
-    seconds = amount("seconds", options.seconds, "a number > 0", {"": 1})
-    limit = options.memory and amount("memory", options.memory, "an amount of memory such as 8GB or 500MiB", UNITS)
-    steps = whole("steps", options.steps, 2)
+    plan = {"work": work, "batches": sizes, "steps": whole("steps", options.steps, 2), "out": options.out}
+    plan["seconds"] = amount("seconds", options.seconds, "a number > 0", {"": 1})
+    expected = "an amount of memory such as 8GB or 500MiB"
+    plan["limit"] = options.memory and math.ceil(amount("memory", options.memory, expected, UNITS))
     try:
         workload.width(workload.make_encoder(work.encoder), work.image_size)
     except Exception as error:  # whatever a network says of such images
@@ -88,14 +90,7 @@ def checked(options) -> dict:
         expected = f"convnet, MODULE:CALLABLE or a name of timm that makes (2, features) of (2, 3, {size}, {size})"
         raise Wrong("encoder", expected, f"{work.encoder} ({type(error).__name__}: {line})") from None
     writable_folder("out", Path(options.out))
-    return {
-        "work": work,
-        "batches": sizes,
-        "steps": steps,
-        "seconds": seconds,
-        "limit": limit and int(limit),
-        "out": options.out,
-    }
+    return plan
 
 
 def whole(name, text, least) -> int:
@@ -107,10 +102,11 @@ def whole(name, text, least) -> int:
 
 def amount(name, text, expected, units) -> float:
     """Return a number > 0, with one of ``units`` or without: ``8GB``, ``500 MiB``."""
-    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*([a-z]*)\s*", text.lower())
-    if not found or found[2] not in units or float(found[1]) == 0:
+    found = re.fullmatch(r"\s*\+?((?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*([a-z]*)\s*", text.lower())
+    value = float(found[1]) * units.get(found[2], 0) if found else 0.0
+    if not 0 < value < float("inf"):
         raise Wrong(name, expected, text)
-    return float(found[1]) * units[found[2]]
+    return value
 
 
 def batches(text, accumulate, default) -> list[int]:
