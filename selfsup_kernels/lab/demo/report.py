@@ -80,7 +80,8 @@ def tables(summary):
         [name, *(milliseconds(times.get(part)) for part in train.TIMES), size(summary["step_peak_bytes"][name])]
         for name, times in summary["step_seconds"].items()
     ]
-    yield pages.Table("Milliseconds of a training step", ("run", *train.TIMES, "peak memory"), rows)
+    columns = ("run", *(part.replace("ema", "EMA") for part in train.TIMES), "peak memory")
+    yield pages.Table("Milliseconds of a training step", columns, rows)
     title = f"The contrastive loss alone, {summary['sweep']['views']} views, D = {summary['sweep']['dim']}"
     yield pages.Table(title, ("batch", "eager ms", "ours ms", "eager peak", "ours peak"), list(sweep_rows(summary)))
 
