@@ -22,33 +22,23 @@ LOCAL = ("localhost", "127.0.0.1", "[::1]", "::1")
 # What sticks out of the screen or out of a box that hides the rest. A box that scrolls may hold anything, if it is
 # itself on the screen. A box of one pixel is how text for screen readers is hidden.
 CUT_OFF = """(ignored) => {
-  const shown = (e) => {
-    const style = getComputedStyle(e), box = e.getBoundingClientRect();
-    return style.visibility !== "hidden" && style.display !== "none" && box.width > 1 && box.height > 1;
-  };
   const hides = (o) => o === "hidden" || o === "clip";
   const scrolls = (e) => ["auto", "scroll"].includes(getComputedStyle(e).overflowX) ||
                          (hides(getComputedStyle(e).overflowX) && e.clientWidth <= 1);
-  const named = (e) => {
-    const classes = [...e.classList].map((c) => "." + c).join("");
-    return "<" + e.tagName.toLowerCase() + classes + "> " + (e.textContent || "").trim().slice(0, 60);
-  };
   const width = document.documentElement.clientWidth, found = [];
   if (document.documentElement.scrollWidth > width + 1)
     found.push("the page is " + document.documentElement.scrollWidth + " pixels wide on a screen of " + width);
   for (const e of document.body.querySelectorAll("*")) {
-    if (!shown(e) || (ignored && e.closest(ignored))) continue;
-    const box = e.getBoundingClientRect(), style = getComputedStyle(e);
+    const box = e.getBoundingClientRect(), style = getComputedStyle(e), named = e.outerHTML.slice(0, 80);
+    if (style.visibility === "hidden" || box.width <= 1 || box.height <= 1 || (ignored && e.closest(ignored))) continue;
     let parent = e.parentElement, free = false;
     for (; parent && parent !== document.body && !free; parent = parent.parentElement) free = scrolls(parent);
     if (!free && (box.right > width + 1 || box.left < -1))
       found.push("from " + Math.round(box.left) + " to " + Math.round(box.right) + " on a screen of " + width + ": " +
-                 named(e));
-    const flows = !(e instanceof SVGElement) && e.clientWidth > 1 && e.clientHeight > 1;
-    if (flows && hides(style.overflowX) && e.scrollWidth > e.clientWidth + 1)
-      found.push("content is cut off at the side: " + named(e));
-    if (flows && hides(style.overflowY) && e.scrollHeight > e.clientHeight + 1)
-      found.push("content is cut off below: " + named(e));
+                 named);
+    if (e instanceof SVGElement || e.clientWidth <= 1 || e.clientHeight <= 1) continue;
+    if (hides(style.overflowX) && e.scrollWidth > e.clientWidth + 1) found.push("cut off at the side: " + named);
+    if (hides(style.overflowY) && e.scrollHeight > e.clientHeight + 1) found.push("cut off below: " + named);
   }
   return found;
 }"""
@@ -89,17 +79,9 @@ def open_page(target, width=1280, height=900):
                 page.complaints.append(f"request to another host: {route.request.url}")
                 route.abort()
 
-            def failed(request):
-                if _is_local(request.url):  # the others are in the list already
-                    page.complaints.append(f"not loaded: {request.url}")
-
-            def said(message):
-                if message.type == "error":
-                    page.complaints.append(f"console: {message.text}")
-
             page.route(lambda address: not _is_local(address), refuse)
-            page.on("requestfailed", failed)
-            page.on("console", said)
+            page.on("requestfailed", lambda request: page.complaints.append(f"not loaded: {request.url}"))
+            page.on("console", lambda m: page.complaints.append(f"console: {m.text}") if m.type == "error" else None)
             page.on("pageerror", lambda error: page.complaints.append(f"script: {error}"))
             page.goto(url)
             yield page
@@ -117,26 +99,18 @@ def check_layout(page, ignore=""):
         page: from ``open_page``.
         ignore: a CSS selector of elements that lie off the screen on purpose, such as closed drawers.
     """
-    _check_pictures(page)  # first: it scrolls, so that pictures that are loaded late are there
-    cut = page.evaluate(CUT_OFF, ignore)
-    assert not cut, "\n".join(cut[:10])
-    assert not page.complaints, "\n".join(page.complaints)
-
-
-def _check_pictures(page):
     # Decoded here and not in the page: a page opened from a file may not read the pixels of another file.
     from matplotlib.image import imread
 
     for picture in page.query_selector_all("img"):
+        source = (picture.get_attribute("src") or "no src")[:100]
         if not picture.is_visible():
-            box = picture.bounding_box()
-            assert box is None, f"empty picture: {_source(picture)}"  # None: not displayed at all
+            assert picture.bounding_box() is None, f"empty picture: {source}"  # None: not displayed at all
             continue
-        picture.scroll_into_view_if_needed()
-        assert picture.evaluate("e => e.complete && e.naturalWidth > 0"), f"not loaded: {_source(picture)}"
+        picture.scroll_into_view_if_needed()  # so that pictures that are loaded late are there
+        assert picture.evaluate("e => e.complete && e.naturalWidth > 0"), f"not loaded: {source}"
         pixels = imread(io.BytesIO(picture.screenshot()), format="png")
-        assert pixels.reshape(-1, pixels.shape[-1]).std(axis=0).max() > 0, f"one colour: {_source(picture)}"
-
-
-def _source(picture):
-    return (picture.get_attribute("src") or "no src")[:100]
+        assert pixels.reshape(-1, pixels.shape[-1]).std(axis=0).max() > 0, f"one colour: {source}"
+    cut = page.evaluate(CUT_OFF, ignore)
+    assert not cut, "\n".join(cut[:10])
+    assert not page.complaints, "\n".join(page.complaints)

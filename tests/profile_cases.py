@@ -5,7 +5,7 @@ import time
 import torch
 from torch import nn
 
-import selfsup_kernels as sk
+from selfsup_kernels.lab.profile.workload import METHODS, Workload
 
 TICK = 1e-6
 
@@ -105,18 +105,10 @@ def setup(costs=COSTS):
     return model, criterion, optimizer
 
 
-METHODS = {
-    "simclr": lambda e, p, q: sk.methods.SimCLR(e, p),
-    "cmc": lambda e, p, q: sk.methods.CMC(e, p),
-    "moco": lambda e, p, q: sk.methods.MoCo(e, p, 64),
-    "byol": lambda e, p, q: sk.methods.BYOL(e, p, q),
-    "fusion": lambda e, p, q: sk.methods.BYOLContrast(e, p, q),
-}
-
-
 def method_of(name, encoder=None):
     torch.manual_seed(0)
-    return METHODS[name](encoder or nn.Linear(8, 8), nn.Linear(8, 4), nn.Linear(4, 4))
+    networks = encoder or nn.Linear(8, 8), nn.Linear(8, 4)
+    return METHODS[name](Workload(dim=4), networks, nn.Linear(4, 4))
 
 
 def loop(method, count, around=lambda loader: loader):
@@ -141,7 +133,3 @@ def tiny():
 
 def wrong():
     return nn.Identity()
-
-
-def raises():
-    return nn.Linear(3, 3)

@@ -4,13 +4,11 @@ import contextlib
 import json
 import threading
 import time
-from itertools import pairwise
 
 import pytest
 import torch
 from profile_cases import (
     COSTS,
-    METHODS,
     TICK,
     Encoder,
     SquareLoss,
@@ -28,6 +26,7 @@ import selfsup_kernels as sk
 from selfsup_kernels.lab.profile import PARTS, memory, parts
 from selfsup_kernels.lab.profile.recorder import CPUClock
 from selfsup_kernels.lab.profile.summary import faster, size, summarize
+from selfsup_kernels.lab.profile.workload import METHODS
 
 QUIET = {"memory": False, "trace": False}
 
@@ -62,7 +61,7 @@ def test_every_part_is_told_apart_and_they_add_up(counted_time):
 
 def test_warnings_and_numbers():
     values = dict.fromkeys(PARTS, 0.1)
-    facts = {"device": "cpu", "counts": {}, "peaks": None, "timeline": None, "warnings": []}
+    facts = {"device": "cpu", "counts": {}, "peaks": None, "warnings": []}
     right = summarize(timed=[values], plain=[0.7], loss_known=True, **facts)
     assert right["difference"] == pytest.approx(0)
     assert not right["warnings"]
@@ -96,32 +95,17 @@ def test_two_losses_one_of_them_in_the_middle(together, counted_time):
             early, late = 0.5 * near(middle), far(second(middle))
             if together:
                 (early + late).backward()
-            else:
+            else:  # a retained graph goes backward twice
                 late.backward(retain_graph=True)
                 early.backward()
     costs = {"loss forward": 0.005, "loss backward": 0.024, "encoder forward": 0.01, "encoder backward": 0.02}
     close(seconds(run), costs | ({} if together else {"encoder backward": 0.028}))
 
 
-def test_a_retained_graph_goes_backward_twice(counted_time):
-    model, criterion = Encoder(0.004, 0.008), SquareLoss(0.002, 0.01)
-    with sk.profile.steps(model, loss=criterion, **QUIET) as run:
-        for x in run(batches(6)):
-            value = criterion(model(x))
-            value.backward(retain_graph=True)
-            value.backward()
-    close(seconds(run), {"loss backward": 0.02, "encoder backward": 0.016})
-
-
 @pytest.mark.parametrize("kind", ["module", "function", "part"])
 def test_losses_of_any_kind_and_what_they_call(kind, counted_time):
-    model, scale, square = Encoder(0.006, 0.012), Encoder(0.002, 0.004), SquareLoss(0.008, 0.016)
-
-    class Scaled(nn.Module):
-        def forward(self, z):
-            return square(scale(z))
-
-    criterion = Scaled()
+    model, scale = Encoder(0.006, 0.012), Encoder(0.002, 0.004)
+    criterion = nn.Sequential(scale, SquareLoss(0.008, 0.016))
     given = {"loss": criterion} if kind == "module" else {}
     with sk.profile.steps([model, scale], **given, **QUIET) as run:
         function = run.loss(lambda z: criterion(z)) if kind == "function" else criterion
@@ -136,14 +120,9 @@ def test_losses_of_any_kind_and_what_they_call(kind, counted_time):
 
 
 def test_averages_and_optimizers_of_any_kind(counted_time):
-    model, criterion, _ = setup(dict.fromkeys(COSTS, 0.0))
+    model, criterion, optimizer = Encoder(), SquareLoss(), Encoder()
+    optimizer.step = lambda: time.sleep(0.003)  # no torch.optim.Optimizer
     average = torch.optim.swa_utils.AveragedModel(model)
-
-    class Optimizer:
-        def step(self):
-            time.sleep(0.003)
-
-    optimizer = Optimizer()
     with sk.profile.steps(model, loss=criterion, ema=average, optimizer=optimizer, **QUIET) as run:
         other = run.ema(lambda: time.sleep(0.005))
         for x in run(batches(6)):
@@ -178,23 +157,6 @@ def test_methods_need_no_help(name, counted_time):
     close(seconds(run), {"encoder forward": 0.003 * calls[0], "encoder backward": 0.006 * calls[1]})
     close(seconds(run), {"loss forward": 0, "loss backward": 0})
     assert not run.summary["warnings"]
-
-
-def test_an_exception_inside_a_module_that_is_caught(counted_time):
-    class Fails(nn.Linear):
-        def forward(self, x):
-            if self.fail:
-                raise ValueError("now")
-            return super().forward(x)
-
-    model, criterion = Fails(4, 4), SquareLoss()
-    with sk.profile.steps(model, loss=criterion, warmup=0, **QUIET) as run:
-        for i, x in enumerate(run(batches(8))):
-            model.fail = i % 2 == 0
-            with contextlib.suppress(ValueError):
-                criterion(model(x)).backward()
-            time.sleep(0.002)
-    close(seconds(run), {"other": 0.002, "encoder forward": 0})
 
 
 def test_gradient_scaler_autocast_and_checkpointing(counted_time):
@@ -311,8 +273,8 @@ def test_bad_arguments():
         (TypeError, "model: expected an nn.Module", {"model": 3}),
         (ValueError, "model: expected at least one", {"model": []}),
         (TypeError, r"loss: expected .* run.loss\(function\)", {"loss": torch.nn.functional.mse_loss}),
-        (TypeError, "ema: expected a module with update", {"ema": model}),
-        (TypeError, "optimizer: expected an optimizer, got int", {"optimizer": 1}),
+        (TypeError, r"ema: expected an object with update\(\)", {"ema": model}),
+        (TypeError, r"optimizer: expected an object with step\(\), got int", {"optimizer": 1}),
         (ValueError, "warmup: expected an integer >= 0, got -1", {"warmup": -1}),
         (ValueError, "device: expected cpu or cuda, got meta", {"device": "meta"}),
     ):
@@ -323,8 +285,6 @@ def test_bad_arguments():
             run([], accumulate=0)
         with pytest.raises(ValueError, match=r"name: expected one of loss, .* got 'nonsense'"):
             run.part("nonsense")
-        with pytest.raises(TypeError, match="function: expected a function"):
-            run.loss(3)
 
 
 @pytest.mark.parametrize("how", ["wrapped", "in place", "with its loss"])
@@ -364,24 +324,14 @@ def test_peak_memory_by_part():
     assert run.summary["peak_bytes"] == max(v for v in peaks.values() if v is not None)
 
 
-def test_trace_has_the_ranges_and_the_timeline_the_memory(tmp_path):
-    method = method_of("byol", nn.Sequential(nn.Linear(8, 1 << 16), nn.Linear(1 << 16, 8)))
+def test_the_trace_has_the_ranges(tmp_path):
+    method = method_of("byol")
     with sk.profile.steps(method, memory=False) as run:
         loop(method, 7, run)
     run.save_trace(tmp_path)
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     names = {e["name"] for e in events if e.get("cat") == "user_annotation"}
     assert {f"selfsup_kernels: {part}" for part in parts.NAMED} <= names
-    line = run.summary["timeline"]
-    assert len(line["seconds"]) == len(line["bytes"]) > 10
-    # Sixteen rows of 2 ** 16 numbers, two views, and as much again for the target at a time.
-    assert 2 * 16 * 4 * 2**16 <= max(line["bytes"]) < 64 * 4 * 16 * 2**16
-    spans = line["spans"]
-    assert all(begin <= end for _, begin, end in spans)
-    assert all(a[2] <= b[1] + 1e-4 for a, b in pairwise(spans))
-    order = [name for name, *_ in spans if name not in ("other", "data")]
-    assert spans[0][0] == "data"
-    assert order.index("loss forward") < order.index("loss backward") < order.index("EMA")
 
 
 def test_a_users_own_profiler_shows_the_ranges():
@@ -391,7 +341,7 @@ def test_a_users_own_profiler_shows_the_ranges():
             criterion(model(x)).backward()
     assert "selfsup_kernels: loss backward" in {event.key for event in profiler.key_averages()}
     assert any("no trace: another profiler" in line for line in run.summary["warnings"])
-    assert run.summary["timeline"] is None
+    assert run.summary["peak_bytes"] is None
 
 
 # The CUDA paths, as far as a CPU allows: a backward in another thread, events, peaks
@@ -462,18 +412,15 @@ def test_parts_where_the_backward_has_its_own_thread(cuda, counted_time):
     assert run.summary["device"] == "cuda"
 
 
-def test_timeline_of_a_gpu(tmp_path):
+def test_peaks_of_a_gpu(tmp_path):
     """Its memory events only; both parts of the backward have one range."""
-    memory_event = {"name": "[memory]", "ph": "i"}
     events = [
         {"name": f"selfsup_kernels: {name}", "cat": "user_annotation", "ts": ts, "dur": 9}
         for name, ts in (("loss forward", 0), ("backward", 10))
     ]
     for ts, total, change, kind in ((2, 150, 50, 1), (3, 9999, 9999, 0), (5, 130, -20, 1), (12, 190, 60, 1)):
         args = {"Total Allocated": total, "Bytes": change, "Device Type": kind}
-        events.append(memory_event | {"ts": ts, "args": args})
+        events.append({"name": "[memory]", "ph": "i", "ts": ts, "args": args})
     (tmp_path / "trace.json").write_text(json.dumps({"traceEvents": events}))
-    line, peaks = memory.timeline(tmp_path / "trace.json", cuda=True)
-    assert line["bytes"] == [50, 30, 90]
-    assert line["spans"] == [["loss forward", 0, pytest.approx(9e-6)], ["backward", 1e-5, pytest.approx(1.9e-5)]]
+    peaks = memory.peaks(tmp_path / "trace.json", cuda=True)
     assert peaks == {"loss forward": 50, "loss backward": 90, "encoder backward": 90}

@@ -15,7 +15,7 @@ import selfsup_kernels as sk
 from selfsup_kernels.__main__ import main
 from selfsup_kernels.core import info
 from selfsup_kernels.lab import fresh, host_memory
-from selfsup_kernels.lab.profile import cli, command, largest, memory, parts, report, workload
+from selfsup_kernels.lab.profile import cli, largest, memory, parts, report, workload
 from selfsup_kernels.lab.profile.workload import METHODS, Workload
 
 jsonschema = pytest.importorskip("jsonschema")
@@ -56,67 +56,40 @@ def test_variants_of_the_training(options):
     assert any(not torch.equal(a, b) for a, b in zip(before, trainer.method.parameters(), strict=True))
 
 
-def test_fit_recovers_what_it_was_made_of():
-    sizes = [100, 200, 400, 800]
-    for coefficients in ((3e8, 2e5, 70.0), (3e8, 2e5, 0.0), (0.0, 0.0, 5.0), (1e6, 0.0, 0.0)):
-        found = largest.fit(sizes, [largest.value(coefficients, b) for b in sizes])
-        assert found == pytest.approx(coefficients, rel=1e-6, abs=1e-3)
-        batch = largest.solve(found, 2e9)
-        assert largest.value(found, batch) <= 2e9 * (1 + 1e-9)
-        assert largest.value(found, batch + 1) > 2e9 or batch == largest.LIMIT
-    # Memory that shrinks: no negative growth is believed.
-    assert largest.fit(sizes, [5.0, 4.0, 3.0, 2.0]) == pytest.approx((3.5, 0, 0))
-    assert largest.fit([10, 20], [100.0, 200.0]) == pytest.approx((0, 10, 0), abs=1e-6)
-    assert largest.solve((3e9, 1.0, 0.0), 2e9) == 0
+def grows(peak, bound):
+    """Stand for a fresh process whose peak is ``peak(batch)`` and is refused above the bound."""
 
-
-def invented(coefficients, bound):
-    """A measurement of memory that grows by the coefficients and is refused above the bound."""
-
-    def call(target, work, memory_limit=None):
-        peak = largest.value(coefficients(work["batch"]), work["batch"])
-        if peak > bound:
+    def call(target, work, *arguments, memory_limit=None):
+        if peak(work["batch"]) > bound:
             raise fresh.OutOfMemory("refused")
-        return {"batch": work["batch"], "peak_bytes": round(peak), "seconds": 1e-4 * work["batch"]}
+        return {"batch": work["batch"], "peak_bytes": round(peak(work["batch"])), "seconds": 1e-4 * work["batch"]}
 
     return call
 
 
-GROWTHS = {
-    "linear": lambda batch: (3e8, 4e4, 0.0),
-    "quadratic": lambda batch: (3e8, 4e4, 60.0),
-    # Small batches have their peak in the encoder, large ones in the loss.
-    "two regimes": lambda batch: (3e8, 2e5, 0.0) if batch < 1500 else (3e8, 2e4, 120.0),
-    "a fall": lambda batch: (6e8, 2e5, 0.0) if batch < 3000 else (1e8, 1e5, 0.0),
-}
-
-
-@pytest.mark.parametrize("coefficients", GROWTHS.values(), ids=GROWTHS)
 @pytest.mark.parametrize("accumulate", [1, 4])
-def test_search_finds_the_largest_batch(monkeypatch, coefficients, accumulate):
-    bound = 2_000_000_000
-    monkeypatch.setattr(fresh, "call", invented(coefficients, bound))
-    growth = largest.measure(Workload(accumulate=accumulate), bound, 256, 1e9)
-    truth = max(b for b in range(accumulate, 60_000, accumulate) if largest.value(coefficients(b), b) <= bound)
-    assert growth.largest % accumulate == 0
-    assert growth.largest == pytest.approx(truth, rel=0.02)
+@pytest.mark.parametrize("truth", [8, 100, 255, 256, 3000, 12345, 50_000])
+def test_search_finds_the_largest_batch(monkeypatch, truth, accumulate):
+    monkeypatch.setattr(fresh, "call", grows(lambda batch: batch, truth))
+    growth = largest.measure(Workload(accumulate=accumulate), truth, 256, 1e9)
+    told = growth.json()
+    assert told["batch"] % accumulate == 0
+    assert 0.95 * truth - accumulate < told["batch"] <= truth < told["refused"]
+    assert (told["or_more"], told["peak_bytes"]) == (False, told["batch"])
+    assert len(growth.points) < 16
 
 
 def test_search_where_nothing_fits_time_is_short_or_no_peak_is_told(monkeypatch):
-    monkeypatch.setattr(fresh, "call", invented(lambda batch: (3e9, 1.0, 0.0), 2e9))
-    growth = largest.measure(Workload(), int(2e9), 256, 1e9)
-    assert (growth.largest, growth.json()["points"]) == (0, [])
-    monkeypatch.setattr(fresh, "call", invented(lambda batch: (3e8, 4e4, 0.0), 2e12))
-    growth = largest.measure(Workload(), int(2e12), 256, 0.0)
-    assert len(growth.points) <= 2
-    assert growth.largest > 100 * growth.points[-1]["batch"]
-    told = growth.json()
-    assert (told["batch"], told["or_more"]) == (8 * growth.points[-1]["batch"], True)  # and not millions, unseen
-    assert report.batch_words(told) == f"{told['batch']:,} or more"
+    monkeypatch.setattr(fresh, "call", grows(lambda batch: 3e9, 2e9))
+    growth = largest.measure(Workload(accumulate=2), int(2e9), 256, 1e9)
+    assert (growth.json()["batch"], growth.refused, growth.points) == (0, 4, [])
+    monkeypatch.setattr(fresh, "call", grows(lambda batch: 3e8, 2e12))
+    told = largest.measure(Workload(), int(2e12), 256, 0.0).json()
+    assert (told["batch"], told["or_more"], report.batch_words(told)) == (256, True, "256 or more")
     monkeypatch.setattr(fresh, "call", lambda *_, **__: pytest.fail("a process for nothing"))
     monkeypatch.setattr(host_memory, "status", lambda name: None)
-    growth = largest.measure(Workload(), int(2e9), 256, 1e9)
-    assert (growth.largest, growth.json()["batch"], growth.peak(256)) == (None, None, None)
+    told = largest.measure(Workload(), int(2e9), 256, 1e9).json()
+    assert (told["batch"], report.batch_words(told)) == (None, "not known")
 
 
 def test_the_largest_batch_of_a_gpu_is_searched_under_the_limit(monkeypatch):
@@ -134,7 +107,7 @@ def test_the_largest_batch_of_a_gpu_is_searched_under_the_limit(monkeypatch):
     monkeypatch.setattr(fresh, "call", lambda *arguments, **options: asked.append((arguments, options)) or point)
     work = Workload(device="cuda")
     assert largest.Growth(work, 123).measure(256)
-    assert asked == [(("selfsup_kernels.lab.profile.workload:grown", work.json(), 123), {})]
+    assert asked == [(("selfsup_kernels.lab.profile.workload:grown", work._asdict(), 123), {})]
 
 
 def peak_of_an_allocation(size):
@@ -164,8 +137,8 @@ def test_advice_on_the_largest_batch_is_right_within_a_tenth(variant, monkeypatc
     # Small images, so that the eager loss' matrices are what grows; larger ones where images are all there is.
     size = {"eager": 8, "ours": 32}[variant]
     work = Workload(variant=variant, encoder="profile_cases:tiny", dim=32, image_size=size)
-    growth = largest.measure(work, bound, 512, 1e9)  # twelve batches, however slow
-    advice = growth.largest
+    growth = largest.measure(work, bound, 512, 1e9)
+    advice = growth.points[-1]["batch"]
     assert growth.measure(int(advice / 1.1))
     assert not growth.measure(int(1.1 * advice))
 
@@ -175,21 +148,17 @@ def test_advice_on_the_largest_batch_is_right_within_a_tenth(variant, monkeypatc
     [
         (["--method", "dino"], "--method: expected one of simclr, cmc, moco, byol, fusion, got 'dino'"),
         (["--batch", "12,x"], "--batch: expected a whole number >= 2, got 'x'"),
-        (["--batch", "0"], "--batch: expected a whole number >= 2, got '0'"),
         (["--batch", "10", "--accumulate", "4"], "--batch: expected multiples of --accumulate 4"),
-        (["--batch", "4", "--accumulate", "4"], "at least 2 samples in a part"),
         (["--views", "1"], "--views: expected a whole number >= 2, got '1'"),
         (["--steps", "1"], "--steps: expected a whole number >= 2"),
         (["--amp", "int8"], "--amp: expected one of bf16, fp16, got 'int8'"),
         (["--memory", "lots"], "--memory: expected an amount of memory such as 8GB"),
-        (["--memory", "8 parsec"], "--memory: expected an amount of memory"),
+        (["--memory", "1e400"], "--memory: expected an amount of memory"),
         (["--seconds", "-3"], "--seconds: expected a number > 0, got '-3'"),
         (["--device", "cuda:77"], "--device: expected one of cpu"),
         (["--out", "/proc/none"], "--out: expected a folder that can be written, got '/proc/none'"),
         (["--encoder", "nosuchmodule:f"], "--encoder: expected convnet, MODULE:CALLABLE or a name of timm"),
-        (["--encoder", "math:pi"], "TypeError"),
         (["--encoder", "profile_cases:wrong"], "(2, features) of (2, 3, 16, 16), got 'profile_cases:wrong (ValueErr"),
-        (["--encoder", "profile_cases:raises"], "RuntimeError"),
         (["--encoder", "no-such-net"], "no-such-net ("),
     ],
 )
@@ -203,7 +172,7 @@ def test_bad_arguments_are_one_line(capsys, arguments, words):
 
 def test_amounts_and_default_batches():
     amounts = {"8GB": 8 * 10**9, "500 MiB": 500 << 20, "1.5tb": 15 * 10**11, "123": 123}
-    assert {text: cli.amount("memory", text) for text in amounts} == amounts
+    assert {text: cli.amount("memory", text, "", cli.UNITS) for text in amounts} == amounts
     assert cli.batches(None, 4, (256, 1024)) == [256, 1024]
     assert cli.batches(None, 512, (256, 1030)) == [1024]
     assert cli.batches("64,16,64", 1, ()) == [16, 64]
@@ -223,7 +192,7 @@ def written(tmp_path_factory):
     out = tmp_path_factory.mktemp("profile")
 
     def call(target, work, *arguments, **options):
-        if target.endswith("profiled") and work["variant"] == "eager" and work["batch"] == 24:
+        if work["batch"] > 50 or (target.endswith("profiled") and work["variant"] == "eager" and work["batch"] == 24):
             raise fresh.OutOfMemory("out of memory")
         if target.endswith("profiled") and work["variant"] == "eager" and work["batch"] == 12:
             raise fresh.Failed("first line\nValueError: last line")
@@ -232,7 +201,6 @@ def written(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fresh, "call", call)
-        patch.setattr(command, "GROWTH", 6e-8)  # no batch is left out for lack of time, and none is looked for
         options = "--method fusion --encoder profile_cases:tiny --batch 8,12,24 --accumulate 2 --dim 16 --steps 2"
         before = torch.get_num_threads()
         torch.set_num_threads(1)
@@ -263,7 +231,7 @@ def test_command_end_to_end(written):
     assert "ms (ours) and an unknown share (eager: does not fit in " in results["answer"]
     for growth in results["largest"]["variants"].values():
         assert growth["batch"] % 2 == 0
-        assert growth["batch"] > 24
+        assert 46 <= growth["batch"] <= 50
     page = (out / "report.html").read_text()
     assert page.index(results["answer"]) < page.index("<h2>")
     assert "http" not in page
@@ -278,7 +246,7 @@ def test_schema_refuses_what_is_broken(written):
         lambda r: r["cases"][0]["summary"]["parts"][0].update(seconds=-1),
         lambda r: r["cases"][0]["summary"].update(loss_share=1.5),
         lambda r: r["cases"][0].update(variant="theirs"),
-        lambda r: r["largest"]["variants"]["ours"].update(coefficients=[1, 2]),
+        lambda r: r["largest"]["variants"]["ours"].update(batch=-1),
         lambda r: r["workload"].update(method="dino"),
     ):
         broken = copy.deepcopy(results)
@@ -295,27 +263,20 @@ def test_pages_in_a_browser(written, width, tmp_path):
     results = json.loads((tmp_path / "profile.json").read_text())
     VALIDATOR.validate(results)
     assert results["answer"].startswith("The loss takes ")
-    for page, pictures in ((written[0] / "report.html", 3), (tmp_path / "report.html", 2)):
+    for page in (written[0] / "report.html", tmp_path / "report.html"):
         with browser.open_page(page, width=width) as opened:
             browser.check_layout(opened)
-            assert len(opened.query_selector_all("img")) == pictures
+            assert len(opened.query_selector_all("img")) == 1
             assert len(opened.query_selector_all(".numbers dd")) == 3
             assert opened.inner_text("h1") == json.loads((page.parent / "profile.json").read_text())["answer"]
 
 
-def test_reports_without_everything(written, tmp_path):
+def test_report_of_a_short_loop(tmp_path):
     with sk.profile.steps(nn.Linear(4, 4)) as run:
         list(run(batches(1)))
     run.report(tmp_path)
     VALIDATOR.validate(json.loads((tmp_path / "profile.json").read_text()))
-    bare = copy.deepcopy(written[2])
-    for case in bare["cases"]:
-        if case["summary"]:
-            case["summary"] |= {"timeline": None, "peak_bytes": None}
-            for row in case["summary"]["parts"]:
-                row["peak_bytes"] = None
-    bare["largest"] = None
-    assert report.render(bare).count("<img") == 1
+    assert "<img" not in (tmp_path / "report.html").read_text()
 
 
 def test_timm_names():

@@ -1,14 +1,13 @@
-"""The handwritten digits that scikit-learn ships, split once, and the augmentations that make the views."""
+"""Load the handwritten digits that scikit-learn ships, split once, and augment them into views."""
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 
-@dataclass
-class Digits:
+class Digits(NamedTuple):
     """Images ``(n, 1, 8, 8)`` in [0, 1] and labels; the labels serve the evaluation only."""
 
     train: torch.Tensor
@@ -18,7 +17,7 @@ class Digits:
 
 
 def load_digits() -> Digits:
-    """1797 real images of 8 x 8, in a stratified split that does not depend on the demo's seed."""
+    """Return 1797 real images of 8 x 8, in a stratified split that does not depend on the demo's seed."""
     from sklearn.datasets import load_digits as load
     from sklearn.model_selection import train_test_split
 
@@ -30,7 +29,7 @@ def load_digits() -> Digits:
 
 
 def augment(images, generator):
-    """One random view of each image: rotated, moved, scaled, sheared, its contrast changed, a square hidden, noise."""
+    """Return one view of each image: rotated, moved, scaled, sheared, its contrast changed, part hidden, noise."""
     n, _, height, width = images.shape
 
     def uniform(amount, *shape):
@@ -54,7 +53,7 @@ def augment(images, generator):
 
 
 def batches(images, batch_size, num_views, steps, seed):
-    """``steps`` batches of ``num_views`` augmented views each, the same ones for the same seed."""
+    """Yield ``steps`` batches of ``num_views`` augmented views each, the same ones for the same seed."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.empty(0, dtype=torch.int64)
     for _ in range(steps):

@@ -1,4 +1,4 @@
-"""Frozen features judged on held-out digits: a linear probe and nearest neighbours, with few labels and with all."""
+"""Judge frozen features on held-out digits: a linear probe and nearest neighbours, with few labels and with all."""
 
 import warnings
 
@@ -15,11 +15,9 @@ CASES = {
 }
 
 
-def accuracies(digits, features, seed=0, draws=DRAWS) -> dict:
-    """Case -> share of the test digits that are recognised; with few labels the mean over ``draws`` of them.
-
-    ``features`` maps images to a matrix.
-    """
+@torch.no_grad()
+def accuracies(digits, encoder, seed=0, draws=DRAWS) -> dict:
+    """Return case -> share of the test digits that are recognised; with few labels the mean over ``draws`` of them."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.neighbors import KNeighborsClassifier
     from sklearn.pipeline import make_pipeline
@@ -29,7 +27,8 @@ def accuracies(digits, features, seed=0, draws=DRAWS) -> dict:
     rng = np.random.default_rng(seed)
     classes = [np.flatnonzero(labels == c) for c in np.unique(labels)]
     few = [np.concatenate([rng.permutation(rows)[:FEW] for rows in classes]) for _ in range(draws)]
-    x, x_test = features(digits.train), features(digits.test)
+    encoder.eval()
+    x, x_test = encoder(digits.train).numpy(), encoder(digits.test).numpy()
     found = {}
     for case in CASES:
         if case.endswith("linear"):
@@ -42,17 +41,3 @@ def accuracies(digits, features, seed=0, draws=DRAWS) -> dict:
             scores = [model.fit(x[rows], labels[rows]).score(x_test, test_labels) for rows in subsets]
         found[case] = float(np.mean(scores))
     return found
-
-
-def pixels(images) -> np.ndarray:
-    return images.flatten(1).numpy()
-
-
-def frozen(encoder):
-    """The encoder's features as a function of images."""
-
-    @torch.no_grad()
-    def features(images):
-        return encoder.eval()(images).numpy()
-
-    return features

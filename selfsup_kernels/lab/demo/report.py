@@ -1,11 +1,11 @@
-"""The printed summary, the HTML report (one file, pictures inside) and ``summary.json``."""
+"""Write the HTML report (one file, pictures inside) and ``summary.json``, and print the summary."""
 
 import json
 from pathlib import Path
 
 from selfsup_kernels.core import info
 from selfsup_kernels.lab import pages
-from selfsup_kernels.lab.demo import evaluate, plots, train
+from selfsup_kernels.lab.demo import agreement, evaluate, plots, train
 from selfsup_kernels.lab.demo.run import TITLES
 from selfsup_kernels.lab.pages import figures
 from selfsup_kernels.lab.profile.summary import milliseconds, size
@@ -31,7 +31,7 @@ def device(summary) -> str:
 
 
 def answer(summary) -> str:
-    """Whether both trainings are the same, and what the loss takes in each."""
+    """Tell whether both trainings are the same, and what the loss takes in each."""
     wrong = [TITLES[name] for name, facts in summary["agreement"].items() if not facts["holds"]]
     same = f"does NOT agree with eager to rounding ({', '.join(wrong)})" if wrong else "agrees with eager to rounding"
     ours, eager = (summary["step_seconds"][f"Contrastive, {loss}"]["loss"] for loss in ("ours", "eager"))
@@ -39,7 +39,7 @@ def answer(summary) -> str:
 
 
 def numbers(summary) -> list:
-    """``(value, label)`` for the top of the page: accuracy, time of a step, the loss alone."""
+    """Return ``(value, label)`` for the top of the page: accuracy, time of a step, the loss alone."""
     names = [f"Contrastive, {loss}" for loss in ("ours", "eager")]
     accuracy = [f"{100 * summary['accuracy'][name]['all/linear']:.1f} %" for name in names]
     steps = [f"{milliseconds(sum(summary['step_seconds'][name].values()))} ms" for name in names]
@@ -53,9 +53,7 @@ def numbers(summary) -> list:
 
 
 def notes(summary) -> list[str]:
-    lines = []
-    if summary["quick"]:
-        lines.append("A quick run: it shows that everything works. Its accuracies and times mean nothing.")
+    lines = ["A quick run: its accuracies and times mean nothing."] if summary["quick"] else []
     if summary["auto"] == "reference":
         build = f" To build them: {summary['build']}" if summary["build"] else ""
         lines.append(f"The C++ kernels are not installed here: 'ours' is the package's eager reference.{build}")
@@ -65,19 +63,13 @@ def notes(summary) -> list[str]:
 
 
 def tables(summary):
-    facts = summary["agreement"]
-    yield pages.Table(
-        "The largest relative difference between ours and eager",
-        ("", *(TITLES[name] for name in facts)),
-        [
-            [title, *(f"{f['checks'][key]:.1e}" if key in f["checks"] else "-" for f in facts.values())]
-            for key, title in (
-                ("loss_ours_eager", "loss on the same inputs"),
-                ("gradient_ours_eager", "its gradient"),
-                ("ema_ours_eager", "moving average"),
-            )
-        ],
-    )
+    facts, titles = summary["agreement"], ("loss on the same inputs", "its gradient", "moving average")
+    differences = [
+        [title, *(f"{f['checks'][key]:.1e}" if key in f["checks"] else "-" for f in facts.values())]
+        for key, title in zip(agreement.LIMITS, titles, strict=True)
+    ]
+    title = "The largest relative difference between ours and eager"
+    yield pages.Table(title, ("", *(TITLES[name] for name in facts)), differences)
     rows = [
         [name, *(f"{100 * cases[case]:.1f} %" for case in evaluate.CASES)]
         for name, cases in summary["accuracy"].items()
@@ -96,18 +88,15 @@ def tables(summary):
 
 def sweep_rows(summary):
     for case in summary["sweep"]["cases"]:
-        left_out, seconds = case["left_out"], case["seconds"]
-        cells = [
-            f"left out ({left_out[n]})" if n in left_out else milliseconds(seconds.get(n)) for n in ("eager", "ours")
-        ]
-        yield [str(case["batch"]), *cells, *(size(case["peak_bytes"].get(n)) for n in ("eager", "ours"))]
+        why = {name: f"left out ({reason})" for name, reason in case["left_out"].items()}
+        times = [why.get(name) or milliseconds(case["seconds"].get(name)) for name in ("eager", "ours")]
+        yield [str(case["batch"]), *times, *(size(case["peak_bytes"].get(name)) for name in ("eager", "ours"))]
 
 
 def render(results) -> str:
     summary = results["summary"]
     pictures = {
         "Loss curves: ours as a line, eager dashed": plots.curves(results["losses"]),
-        "Time of a step": plots.step_time(summary["step_seconds"]),
         "The loss alone over the batch size": plots.sweep(summary["sweep"]["cases"]),
     }
     return pages.render(

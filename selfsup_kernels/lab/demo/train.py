@@ -1,10 +1,11 @@
-"""One training run: a method of the package, driven by plain PyTorch, with the losses of the package or eager ones.
+"""Train once: a method of the package, driven by plain PyTorch, with the losses of the package or eager ones.
 
 Both runs of a method share everything but the loss and the moving average: seed, initial weights, order of the
 batches, augmentations, optimizer.
 """
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -12,14 +13,13 @@ from torch import nn
 import selfsup_kernels as sk
 from selfsup_kernels.lab.demo import agreement, data
 from selfsup_kernels.lab.profile import parts, steps
-from selfsup_kernels.lab.profile.workload import head, make_eager
+from selfsup_kernels.lab.profile.workload import convolutions, head, make_eager
 
 FEATURES, EMBEDDING = 256, 128
 """Widths of the encoder's output, which the evaluation reads, and of the rows that the losses read."""
 
 
-@dataclass(frozen=True)
-class Recipe:
+class Recipe(NamedTuple):
     """Chosen on a validation part of the training digits; the test digits played no part."""
 
     views: int
@@ -57,12 +57,9 @@ class Run:
 
 
 def encoder(width=24) -> nn.Sequential:
-    """A small convolutional encoder of 8 x 8 digits."""
-    layers, inputs = [], 1
-    for outputs, stride in ((width, 1), (2 * width, 2), (4 * width, 2)):
-        layers += [nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
-        inputs = outputs
-    flat = [nn.Flatten(), nn.Linear(4 * inputs, FEATURES, bias=False), nn.BatchNorm1d(FEATURES), nn.ReLU(inplace=True)]
+    """Make a small convolutional encoder of 8 x 8 digits."""
+    layers = convolutions(1, (width, 1), (2 * width, 2), (4 * width, 2))
+    flat = nn.Flatten(), nn.Linear(16 * width, FEATURES, bias=False), nn.BatchNorm1d(FEATURES), nn.ReLU(inplace=True)
     return nn.Sequential(*layers, *flat)
 
 
@@ -110,7 +107,7 @@ def train(name, loss, images, recipe, seed, *, check_every=0, on_step=lambda val
                 if checking:
                     agreement.check_average(run.checks, method, before, momentum)
             run.losses.append(value.item())
-            on_step(run.losses[-1])
+            on_step(f"loss {run.losses[-1]:.4f}")
     hook.remove()
     seconds = {row["part"]: row["seconds"] for row in profile.summary["parts"]}
     if profile.summary["steps"]["timed"]:

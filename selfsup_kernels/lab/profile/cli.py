@@ -1,5 +1,6 @@
-"""The options of ``python -m selfsup_kernels profile``."""
+"""Check the options of ``python -m selfsup_kernels profile``, and run it."""
 
+import math
 import re
 import sys
 from pathlib import Path
@@ -54,7 +55,7 @@ def main(options) -> int:
 
 
 def checked(options) -> dict:
-    """The arguments of ``command.run``.
+    """Return the arguments of ``command.run``.
 
     Raises:
         ValueError: an option cannot be used; the message is one line.
@@ -79,10 +80,9 @@ def checked(options) -> dict:
         device=target,
     )
     plan = {"work": work, "batches": sizes, "steps": whole("steps", options.steps, 2), "out": options.out}
-    plan |= {
-        "seconds": number("seconds", options.seconds),
-        "limit": options.memory and amount("memory", options.memory),
-    }
+    plan["seconds"] = amount("seconds", options.seconds, "a number > 0", {"": 1})
+    expected = "an amount of memory such as 8GB or 500MiB"
+    plan["limit"] = options.memory and math.ceil(amount("memory", options.memory, expected, UNITS))
     try:
         workload.width(workload.make_encoder(work.encoder), work.image_size)
     except Exception as error:  # whatever a network says of such images
@@ -100,22 +100,13 @@ def whole(name, text, least) -> int:
     return value
 
 
-def number(name, text) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
+def amount(name, text, expected, units) -> float:
+    """Return a number > 0, with one of ``units`` or without: ``8GB``, ``500 MiB``."""
+    found = re.fullmatch(r"\s*\+?((?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*([a-z]*)\s*", text.lower())
+    value = float(found[1]) * units.get(found[2], 0) if found else 0.0
     if not 0 < value < float("inf"):
-        raise Wrong(name, "a number > 0", text)
+        raise Wrong(name, expected, text)
     return value
-
-
-def amount(name, text) -> int:
-    """Bytes, with a unit or without: ``8GB``, ``500 MiB``."""
-    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*", text)
-    if not found or found[2].lower() not in UNITS or float(found[1]) == 0:
-        raise Wrong(name, "an amount of memory such as 8GB or 500MiB", text)
-    return int(float(found[1]) * UNITS[found[2].lower()])
 
 
 def batches(text, accumulate, default) -> list[int]:

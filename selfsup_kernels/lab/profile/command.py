@@ -1,7 +1,6 @@
-"""The measurements of the command: how the peak grows, then a profile of every batch, in fresh processes."""
+"""Measure what the command reports: the largest batch, then a profile of every batch, in fresh processes."""
 
 import itertools
-import math
 import subprocess
 import sys
 import time
@@ -10,7 +9,6 @@ from pathlib import Path
 from selfsup_kernels.lab import fresh
 from selfsup_kernels.lab.pages.progress import Progress
 from selfsup_kernels.lab.profile import largest, memory, report
-from selfsup_kernels.lab.profile.summary import size
 from selfsup_kernels.lab.profile.workload import VARIANTS
 
 GROWTH = 0.45
@@ -18,32 +16,40 @@ GROWTH = 0.45
 
 
 def run(work, batches, steps, seconds, limit, out) -> dict:
-    """The results, as ``profile.json`` has them; traces are in the folder ``out`` then.
+    """Return the results, as ``profile.json`` has them, and write traces into the folder ``out``.
 
     ``limit``: bytes for the largest batch, None for what is free; ``seconds``: about how long all of it may take.
     """
-    begin = time.monotonic()
-    free = memory.free(work.device)
+    begin, free = time.monotonic(), memory.free(work.device)
     bound = min(limit or free, free)
     growths, cases = {}, []
     with Progress(sys.stderr) as bar:
         for variant in VARIANTS:
-            bar.stage(f"memory, {variant}", 5)
+            bar.stage(f"memory, {variant}", 8)
             budget = GROWTH * seconds / len(VARIANTS)
             try:
-                growths[variant] = largest.measure(work.of(variant=variant), bound, batches[0], budget, bar.advance)
+                growths[variant] = largest.measure(
+                    work._replace(variant=variant), bound, batches[0], budget, bar.advance
+                )
             except fresh.Failed as error:
                 words = f"training steps fail, {variant} at batch {batches[0]}"
                 raise SystemExit(f"profile: {words}:\n{error}") from None
         bar.stage("profiles", len(batches) * len(VARIANTS))
         for batch, variant in itertools.product(batches, VARIANTS):
-            left = seconds - (time.monotonic() - begin) if batch > batches[0] else math.inf
-            case = _profile(work.of(variant=variant, batch=batch), growths[variant], steps, Path(out), free, left)
-            cases.append({"batch": batch, "variant": variant, "reason": None, "summary": None, "trace": None} | case)
-            bar.advance(f"batch {batch}, {variant}: {cases[-1]['reason'] or cases[-1]['status']}")
+            # The steps with marks and those without, two to warm up, and two's time for the trace.
+            expected = largest.STARTUP + (2 * steps + 4) * growths[variant].seconds(batch)
+            case = {"batch": batch, "variant": variant, "status": "skipped", "reason": None, "summary": None}
+            if batch > batches[0] and expected > seconds - (time.monotonic() - begin):
+                case |= {"trace": None, "reason": f"its profile takes about {expected:.0f} s"}
+            else:
+                case |= _profile(
+                    work._replace(variant=variant, batch=batch), steps, Path(out), free, max(300, 10 * expected)
+                )
+            cases.append(case)
+            bar.advance(f"batch {batch}, {variant}: {case['reason'] or case['status']}")
     return report.results(
         work.device,
-        workload={**work.json(), "batches": batches, "steps": steps},
+        workload={**work._asdict(), "batches": batches, "steps": steps},
         cases=cases,
         largest={
             "limit_bytes": bound,
@@ -54,27 +60,20 @@ def run(work, batches, steps, seconds, limit, out) -> dict:
     )
 
 
-def _profile(work, growth, steps, out, free, left) -> dict:
-    """The status of one case, and its summary or the reason why there is none."""
-    needed = growth.peak(work.batch)
-    if growth.refused is not None and work.batch >= growth.refused:
-        return {"status": "out of memory", "reason": f"does not fit in {size(growth.limit)}"}
-    if needed is not None and needed > growth.limit and work.batch > growth.points[-1]["batch"]:
-        return {"status": "does not fit", "reason": f"would take about {size(needed)} of {size(growth.limit)}"}
-    # The steps with marks and those without, two to warm up, and two's time for the trace.
-    expected = largest.STARTUP + (2 * steps + 4) * (growth.seconds(work.batch) or 0)
-    if expected > left:
-        return {"status": "skipped", "reason": f"was left out, since its profile takes about {expected:.0f} s"}
-    folder, patience = out / f"{work.variant}-{work.batch}", max(300.0, 10 * expected)  # a hang ends
+def _profile(work, steps, out, free, patience) -> dict:
+    """Return the status of one case, and its summary or the reason why there is none."""
+    folder = out / f"{work.variant}-{work.batch}"
     target, under = "selfsup_kernels.lab.profile.workload:profiled", free if work.device == "cpu" else None
-    arguments = work.json(), steps, str(folder.resolve())
+    found = {"status": "measured", "trace": None}
     try:
-        summary = fresh.call(target, *arguments, memory_limit=under, timeout=patience)
+        arguments = work._asdict(), steps, str(folder.resolve())
+        found["summary"] = fresh.call(target, *arguments, memory_limit=under, timeout=patience)
     except fresh.OutOfMemory:
-        return {"status": "out of memory", "reason": f"does not fit in {size(free)}"}
+        return found | {"status": "out of memory", "reason": f"does not fit in {report.size(free)}"}
     except subprocess.TimeoutExpired:
-        return {"status": "skipped", "reason": f"took more than {patience:.0f} s"}
+        return found | {"status": "skipped", "reason": f"took more than {patience:.0f} s"}
     except fresh.Failed as error:
-        return {"status": "failed", "reason": str(error).strip().splitlines()[-1][:300]}
-    trace = f"{folder.name}/trace.json" if (folder / "trace.json").exists() else None
-    return {"status": "measured", "summary": summary, "trace": trace}
+        return found | {"status": "failed", "reason": str(error).strip().splitlines()[-1][:300]}
+    if (folder / "trace.json").exists():
+        found["trace"] = f"{folder.name}/trace.json"
+    return found

@@ -1,4 +1,4 @@
-"""The loss' part of a backward.
+"""Find the loss' part of a backward.
 
 Every node of the autograd graph has a number, higher the later it was made, and the engine runs what is ready from the
 highest number down: the loss' nodes before those that made the loss' inputs. So a node's backward belongs to the part
@@ -24,29 +24,24 @@ def split(recorder, roots):
     """
     created, losses = recorder.created, set()
     numbers = [number for number, _ in created]
-    first = min((number for number, part in created if part == parts.LOSS_FORWARD), default=None)
-    nodes = {root.grad_fn for root in roots if getattr(root, "grad_fn", None) is not None}
-    if first is None or not nodes:
-        return parts.ENCODER_BACKWARD, [], losses
+    first = min((number for number, part in created if part == parts.LOSS_FORWARD), default=LEAF)
 
     def part_of(node):
         place = bisect_right(numbers, node._sequence_nr()) - 1
         made = created[place][1] if place >= 0 else None
         if made == parts.LOSS_FORWARD:
             losses.add(place)
-            return parts.LOSS_BACKWARD
         # What was made after a loss and outside of any module weighs, scales or adds up losses.
         outside = made == parts.OTHER and node._sequence_nr() >= first
-        return parts.LOSS_BACKWARD if outside else parts.ENCODER_BACKWARD
+        return parts.LOSS_BACKWARD if outside or made == parts.LOSS_FORWARD else parts.ENCODER_BACKWARD
 
-    todo = list(nodes)
+    nodes, todo = set(), [getattr(root, "grad_fn", None) for root in roots]
     while todo:
         node = todo.pop()
-        if node._sequence_nr() >= first:  # what was made before the first loss is all encoder
-            children = {child for child, _ in node.next_functions if child is not None}
-            new = {child for child in children - nodes if child._sequence_nr() < LEAF}
-            nodes |= new
-            todo += new
+        if node is not None and node not in nodes and node._sequence_nr() < LEAF:
+            nodes.add(node)
+            if node._sequence_nr() >= first:  # what was made before the first loss is all encoder
+                todo += [child for child, _ in node.next_functions]
     order = [(node, part_of(node)) for node in sorted(nodes, key=lambda node: -node._sequence_nr())]
     if not losses:  # a backward of something else
         return parts.ENCODER_BACKWARD, [], losses
@@ -56,26 +51,24 @@ def split(recorder, roots):
 
 
 def watched(recorder, backward):
-    """``torch.autograd.backward`` that tells the recorder its parts."""
+    """Return a ``torch.autograd.backward`` that tells the recorder its parts."""
 
     def wrapper(tensors, *args, **kwargs):
         if recorder.backwards:  # one inside another, as of re-entrant checkpointing, is part of it
             return backward(tensors, *args, **kwargs)
         tensors = (tensors,) if isinstance(tensors, torch.Tensor) else tuple(tensors)
         start, handles, losses = split(recorder, tensors)
-        entered = recorder.enter(start)
-        recorder.backwards += entered
+        recorder.backwards = recorder.enter(start)
         try:
             return backward(tensors, *args, **kwargs)
         finally:
-            if entered:
-                recorder.backwards = 0
+            if recorder.backwards:
+                recorder.backwards = False
                 recorder.leave()
             for handle in handles:
                 handle.remove()
             retained = args[1] if len(args) > 1 else kwargs.get("retain_graph")
-            if not retained:  # the next walk need not reach back to these losses
-                for place in losses:
-                    recorder.created[place] = (recorder.created[place][0], None)
+            for place in () if retained else losses:  # the next walk need not reach back to these losses
+                recorder.created[place] = (recorder.created[place][0], None)
 
     return wrapper

@@ -1,74 +1,26 @@
-"""The largest batch that fits: peaks measured at growing batches, and what they say of a limit.
+"""Find the largest batch that fits: double it in fresh processes until memory is refused, then bisect."""
 
-The peak of a step grows by what each sample needs (inputs, activations) and, for losses that hold a similarity matrix,
-by what each pair needs: ``a + b B + c B^2``, none of them negative.
-"""
-
-import math
 import time
 
 from selfsup_kernels.lab import fresh
 from selfsup_kernels.lab.profile import memory
 
-CLOSE = 0.97
-"""The share of the predicted batch that is measured next: near enough to be sure, far enough to fit."""
-PROBE = 1.12
-"""How far above the prediction a batch is tried that should not fit."""
-NEAR = 1.03
-"""A batch larger by less than this is not worth another measurement."""
-STRIDE = 4
-"""How much larger than the largest measured batch the next one may be."""
-REACH = 8
-"""How far beyond the largest measured batch a prediction is told; further on it is "or more"."""
-RECENT = 4
-"""How many of the largest batches are fitted: with small ones the encoder makes the peak, with large ones the loss."""
-LIMIT = 1 << 24
-"""No batch beyond this is looked for."""
+CLOSE = 1.05
+"""The search ends where the smallest refused batch is less than this times the largest that fits."""
 STARTUP = 4.0
 """Seconds that a fresh process takes, about."""
 
 
-def fit(batches, values) -> tuple[float, float, float]:
-    """``(a, b, c)``, none negative, of the least squares of ``a + b B + c B^2``."""
-    import numpy
-
-    x, y = numpy.asarray(batches, float) / max(batches), numpy.asarray(values, float)
-    powers = list(range(min(3, len(set(batches)))))
-    while True:
-        found = numpy.linalg.lstsq(x[:, None] ** powers, y, rcond=None)[0]
-        if len(powers) == 1 or (found >= 0).all():
-            break
-        del powers[int(found.argmin())]
-    coefficients = dict(zip(powers, found, strict=True))
-    return tuple(float(coefficients.get(power, 0.0)) / max(batches) ** power for power in range(3))
-
-
-def value(coefficients, batch) -> float:
-    a, b, c = coefficients
-    return a + b * batch + c * batch**2
-
-
-def solve(coefficients, limit) -> int:
-    """The largest batch whose value is within ``limit``; 0 if there is none, at most ``LIMIT``."""
-    a, b, c = coefficients
-    if a > limit:
-        return 0
-    if value(coefficients, LIMIT) <= limit:
-        return LIMIT
-    # Written so that nothing cancels where c is small.
-    return int(2 * (limit - a) / (b + math.sqrt(b * b + 4 * c * (limit - a))) * (1 + 1e-12))
-
-
 class Growth:
-    """Measured peaks and times of one variant over the batch, and what they predict."""
+    """Measured peaks and times of one variant at growing batches, and the smallest batch that is refused."""
 
     def __init__(self, work, limit):
         self.work, self.limit = work, limit
         self.points, self.refused = [], None
 
     def measure(self, batch) -> bool:
-        """Run steps in a fresh process under the limit; whether they fitted."""
-        target, work = "selfsup_kernels.lab.profile.workload:grown", self.work.of(batch=batch).json()
+        """Run steps in a fresh process under the limit; return whether they fit."""
+        target, work = "selfsup_kernels.lab.profile.workload:grown", self.work._replace(batch=batch)._asdict()
         try:
             if self.work.device == "cpu":
                 point = fresh.call(target, work, memory_limit=self.limit)
@@ -83,78 +35,36 @@ class Growth:
         self.points = sorted([*self.points, point], key=lambda p: p["batch"])
         return True
 
-    @property
-    def recent(self) -> list:
-        """The largest batches whose peaks grow.
+    def seconds(self, batch) -> float:
+        """Return the predicted seconds of a step, whose growth is between linear and quadratic; 0 if unknown."""
+        last = self.points[-1] if self.points else {"batch": batch, "seconds": 0.0}
+        return last["seconds"] * (batch / last["batch"]) ** 1.5
 
-        The C library keeps freed blocks of up to 32 MB and returns larger ones at once, so that a larger batch may take
-        less: what was measured before says little then.
-        """
-        points = self.points[-RECENT:]
-        falls = [i for i in range(1, len(points)) if points[i]["peak_bytes"] < points[i - 1]["peak_bytes"]]
-        return points[falls[-1] :] if falls else points
-
-    @property
-    def coefficients(self):
-        recent = self.recent if len(self.recent) > 1 else self.points[-RECENT:]
-        return fit([p["batch"] for p in recent], [p["peak_bytes"] for p in recent]) if len(recent) > 1 else None
-
-    def peak(self, batch) -> float | None:
-        """Predicted bytes."""
-        return value(self.coefficients, batch) if self.coefficients else None
-
-    def seconds(self, batch) -> float | None:
-        """Predicted seconds of a step; its growth is between linear and quadratic."""
-        last = self.points[-1] if self.points else None
-        return last["seconds"] * max(batch / last["batch"], (batch / last["batch"]) ** 1.5) if last else None
-
-    @property
-    def largest(self) -> int | None:
-        """The largest batch that fits, by all that was measured; 0 if none does, None if too little is known."""
+    def following(self, last) -> int | None:
+        """Return the batch to measure after ``last``, or None at the end of the search."""
         step = self.work.accumulate
-        if not self.coefficients:
-            return 0 if self.refused == 2 * step else None
-        batch = solve(self.coefficients, self.limit) // step * step
-        if self.refused is not None:
-            batch = min(batch, self.refused - step)
-        return max(batch, self.points[-1]["batch"])
+        reached = self.points[-1]["batch"] if self.points else 0
+        if self.refused is None:
+            return 2 * last
+        middle = max(2 * step, (reached + self.refused) // 2 // step * step)
+        return middle if self.refused > CLOSE * reached and reached < middle < self.refused else None
 
     def json(self) -> dict:
-        batch, reached = self.largest, self.points[-1]["batch"] if self.points else None
-        told = min(batch, REACH * reached) if batch else batch
+        last = self.points[-1] if self.points else {"batch": 0 if self.refused == 2 * self.work.accumulate else None}
         return {
-            "batch": told,
-            "or_more": told != batch,
-            "peak_bytes": self.peak(told) if told else None,
-            "seconds": self.seconds(told) if told else None,
-            "measured_to": reached,
+            "batch": last["batch"],
+            "or_more": bool(self.points) and self.following(last["batch"]) is not None,
+            "peak_bytes": last.get("peak_bytes"),
+            "seconds": last.get("seconds"),
+            "measured_to": last["batch"] or None,
             "refused": self.refused,
-            "coefficients": self.coefficients and list(self.coefficients),
+            "coefficients": None,  # files of earlier versions have a fit
             "points": self.points,
         }
 
-    def following(self, last) -> int | None:
-        """The batch to measure after ``last``, or None where the present ones say enough."""
-        step, points = self.work.accumulate, self.points
-        if not points:
-            return max(2 * step, last // 4 // step * step) if last > 2 * step else None
-        reached = points[-1]["batch"]
-        if len(points) < 3:
-            aim = 2 * reached
-        elif len(self.recent) < 3 and self.recent != points[-RECENT:]:  # the peak has just fallen
-            aim = PROBE * reached
-        else:
-            aim = min(CLOSE * solve(self.coefficients, self.limit), STRIDE * reached)
-        if self.refused is None and aim <= NEAR * reached:
-            aim = PROBE * self.largest
-        if self.refused is not None and aim >= CLOSE * self.refused:
-            aim = math.sqrt(reached * self.refused)
-        aim = int(aim) // step * step
-        return aim if aim > NEAR * reached else None
-
 
 def measure(work, limit, start, budget, advance=lambda note: None) -> Growth:
-    """Measure growing batches from ``start`` on, each in a fresh process, until one is close to what the limit allows.
+    """Search from the batch ``start`` on.
 
     Args:
         work: the :class:`selfsup_kernels.lab.profile.workload.Workload`; its own batch does not matter.
@@ -162,17 +72,11 @@ def measure(work, limit, start, budget, advance=lambda note: None) -> Growth:
         budget: seconds, about; the first batch is measured in any case, none where the system tells no peak.
         advance: called with a note before each measurement.
     """
-    begin = time.monotonic()
-    growth = Growth(work, limit)
-    batch = max(2 * work.accumulate, start // work.accumulate * work.accumulate)
-    for _ in range(12):
-        if batch is None or memory.process_peak(work.device) is None:
-            break
-        expected = growth.seconds(batch)
-        left = budget - (time.monotonic() - begin)
-        if len(growth.points) > 1 and STARTUP + 4 * expected > left:
-            break
+    end, growth, batch = time.monotonic() + budget, Growth(work, limit), start
+    while batch is not None and memory.process_peak(work.device) is not None:
         advance(f"{work.variant}: batch {batch}")
         growth.measure(batch)
         batch = growth.following(batch)
+        if batch and time.monotonic() + STARTUP + 4 * growth.seconds(batch) > end:
+            break
     return growth

@@ -1,5 +1,6 @@
-"""The record of one step: a clock, the parts that follow each other, and named ranges for profilers."""
+"""Record one step: a clock, the parts that follow each other, and named ranges for profilers."""
 
+import contextlib
 import threading
 import time
 from itertools import pairwise
@@ -13,14 +14,6 @@ from selfsup_kernels.lab.profile import parts
 class CPUClock:
     read = staticmethod(time.perf_counter)
 
-    @staticmethod
-    def seconds(begin, end) -> float:
-        return end - begin
-
-    @staticmethod
-    def passed(mark) -> bool:
-        return True
-
 
 class CUDAClock:
     """Events on the device's current stream: nothing waits for the GPU inside a step."""
@@ -33,14 +26,6 @@ class CUDAClock:
         event.record(torch.cuda.current_stream(self.device))
         return event
 
-    @staticmethod
-    def seconds(begin, end) -> float:
-        return begin.elapsed_time(end) / 1e3
-
-    @staticmethod
-    def passed(mark) -> bool:
-        return mark.query()
-
 
 class Recorder:
     """One step. From each of its ``marks``, ``(reading, part)``, that part runs, so the parts add up to the step.
@@ -51,15 +36,15 @@ class Recorder:
 
     def __init__(self, clock, ranges=False):
         self.clock, self.ranges, self.range = clock, ranges, None
-        self.home = threading.get_ident()
+        self.cuda, self.home = isinstance(clock, CUDAClock), threading.get_ident()
         self.marks, self.created, self.stack = [], [], [parts.DATA]
-        self.backwards = 0
+        self.backwards = False
 
     def begin(self):
-        self._mark(parts.DATA)
+        self._mark()
 
     def data_is_wanted(self):
-        self.stack, self.backwards = [parts.OTHER], 0  # an exception caught in the loop may leave a part open
+        self.stack, self.backwards = [parts.OTHER], False  # an exception caught in the loop may leave a part open
         self.replace(parts.DATA)
 
     def end(self):
@@ -87,6 +72,16 @@ class Recorder:
             self.stack.pop()
             self._switch()
 
+    @contextlib.contextmanager
+    def inside(self, part):
+        """Return a context manager and decorator: what runs in it is ``part``."""
+        entered = self.enter(part)
+        try:
+            yield
+        finally:
+            if entered:
+                self.leave()
+
     def replace(self, part):
         """Let another part follow the present one."""
         self.stack[-1] = part
@@ -94,22 +89,25 @@ class Recorder:
 
     def _switch(self):
         if self.marks[-1][1] != self.stack[-1]:
-            self._mark(self.stack[-1])
+            self._mark()
 
-    def _mark(self, part):
+    def _mark(self):
+        part = self.stack[-1]
         self.marks.append((self.clock.read(), part))
         # On CUDA the backward has its own thread, and a range ends in the thread that began it: one is around both.
         if threading.get_ident() == self.home:
             self.created.append((next_node(), part))
             self.close()
             if self.ranges:
-                both = isinstance(self.clock, CUDAClock) and part in (parts.LOSS_BACKWARD, parts.ENCODER_BACKWARD)
+                both = self.cuda and part in (parts.LOSS_BACKWARD, parts.ENCODER_BACKWARD)
                 self.range = torch.profiler.record_function(parts.PREFIX + ("backward" if both else part))
                 self.range.__enter__()
 
-    def seconds(self) -> dict:
-        """Part -> seconds, of a step that has ended."""
+    def seconds(self) -> dict | None:
+        """Return part -> seconds of a step that has ended; None before the device has finished it."""
+        if self.cuda and not self.marks[-1][0].query():
+            return None
         spent = dict.fromkeys(parts.PARTS, 0.0)
         for (begin, part), (end, _) in pairwise(self.marks):
-            spent[part] += self.clock.seconds(begin, end)
+            spent[part] += begin.elapsed_time(end) / 1e3 if self.cuda else end - begin
         return spent

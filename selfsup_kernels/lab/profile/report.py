@@ -1,4 +1,4 @@
-"""``report.html`` (one file, pictures inside), ``profile.json``, and what is printed."""
+"""Write ``report.html`` (one file, its picture inside) and ``profile.json``, and print the tables."""
 
 import datetime
 import json
@@ -50,31 +50,28 @@ def write(results, out, console=None) -> Path:
     return page
 
 
-def telling(results):
-    """The batch that the answer is about: the largest of those at which the most is known."""
-
-    def known(batch):
-        found = [case["status"] for case in results["cases"] if case["batch"] == batch]
-        return "measured" in found, -sum(status in ("skipped", "failed") for status in found), batch or 0
-
-    return max((case["batch"] for case in results["cases"]), key=known)
+def largest_measured(results) -> list:
+    """Return the cases of the largest batch at which a step was measured."""
+    batch = max((case["summary"] is not None, case["batch"] or 0) for case in results["cases"])[1]
+    return [case for case in results["cases"] if (case["batch"] or 0) == batch]
 
 
 def answer(results) -> str:
-    """The loss' share of a step, in one sentence."""
-    batch, words = telling(results), []
-    for case in results["cases"]:
+    """Return the loss' share of a step, in one sentence."""
+    words, cases = [], largest_measured(results)
+    batch = cases[0]["batch"]
+    for case in cases:
         summary = case["summary"]
-        if case["batch"] == batch and summary and summary["loss_share"] is not None:
+        if summary and summary["loss_share"] is not None:
             step = f"{percent(summary['loss_share'])} of a step of {milliseconds(summary['marked_step_seconds'])} ms"
             words.append(step + (f" ({case['variant']})" if batch else ""))
-        elif case["batch"] == batch:
+        else:
             words.append(f"an unknown share ({case['variant']}: {case['reason'] or 'no loss was found'})")
     return f"{f'At batch {batch:,} the' if batch else 'The'} loss takes {' and '.join(words)}."
 
 
 def notes(results):
-    """Why a case was not measured, and the warnings of those that were."""
+    """Yield why a case was not measured, and the warnings of those that were."""
     for case in results["cases"]:
         name = case["variant"].capitalize() + (f" at batch {case['batch']:,}" if case["batch"] else "")
         if case["summary"]:
@@ -84,16 +81,15 @@ def notes(results):
 
 
 def numbers(results) -> list:
-    """``(value, label)`` for the top of the page: the time of a step, its peak memory, the largest batch."""
-    cases = {case["variant"]: case["summary"] for case in results["cases"] if case["batch"] == telling(results)}
-    steps = [f"{milliseconds(s['step_seconds'])} ms" if s else "-" for s in cases.values()]
-    peaks = [size(s["peak_bytes"]) if s else "-" for s in cases.values()]
+    """Return ``(value, label)`` for the top of the page: time of a step, its peak memory, the largest batch."""
+    cases = {case["variant"]: case["summary"] or {} for case in largest_measured(results)}
     which = f", {' / '.join(cases)}" if len(cases) > 1 else ""
-    found = [(" / ".join(steps), f"a step{which}"), (" / ".join(peaks), f"peak memory{which}")]
+    columns = [("step_seconds", milliseconds, "ms a step"), ("peak_bytes", size, "peak memory")]
+    found = [(" / ".join(f(s.get(key)) for s in cases.values()), label + which) for key, f, label in columns]
     if results["largest"]:
         batches = [batch_words(facts) for facts in results["largest"]["variants"].values()]
         return [*found, (" / ".join(batches), f"largest batch in {size(results['largest']['limit_bytes'])}{which}")]
-    return [*found, *((percent(s["loss_share"]), "of the step is the loss") for s in cases.values() if s)]
+    return [*found, *((percent(s.get("loss_share")), "of the step is the loss") for s in cases.values())]
 
 
 def tables(results):
@@ -110,19 +106,19 @@ def tables(results):
     yield pages.Table("Milliseconds of a step", (*head, *parts.PARTS), times)
     yield pages.Table("Peak memory while each part ran", ("batch", "", *parts.PARTS), peaks)
     if results["largest"]:
-        columns = ("", "largest batch", "its peak", "its step", "measured up to", "did not fit")
-        rows = []
-        for variant, facts in results["largest"]["variants"].items():
-            cells = batch_words(facts), size(facts["peak_bytes"]), f"{milliseconds(facts['seconds'])} ms"
-            rows.append([variant, *cells, facts["measured_to"] or "-", facts["refused"] or "-"])
+        rows = [
+            [name, batch_words(s), size(s["peak_bytes"]), milliseconds(s["seconds"]), s["refused"] or "-"]
+            for name, s in results["largest"]["variants"].items()
+        ]
+        columns = ("", "largest batch", "its peak", "ms of its step", "did not fit")
         yield pages.Table(f"The largest batch within {size(results['largest']['limit_bytes'])}", columns, rows)
 
 
 def batch_words(facts) -> str:
-    """The largest batch of one variant."""
-    if facts["batch"] is None:
-        return "not known"
-    return f"{facts['batch']:,}{' or more' if facts['or_more'] else ''}" if facts["batch"] else "none"
+    """Return the largest batch of one variant in words."""
+    if not facts["batch"]:
+        return "none" if facts["batch"] == 0 else "not known"
+    return f"{facts['batch']:,}{' or more' if facts['or_more'] else ''}"
 
 
 def render(results) -> str:
@@ -130,21 +126,13 @@ def render(results) -> str:
     from selfsup_kernels.lab.profile import plots
 
     measured = [case for case in results["cases"] if case["status"] == "measured"]
-    lines = [case for case in measured if case["batch"] == telling(results) and case["summary"]["timeline"]]
-    pictures = {}
-    if measured:
-        pictures["Where the time of a step goes"] = plots.times(measured)
-    if lines:
-        pictures["Memory of tensors over the time of one step under torch.profiler"] = plots.timelines(lines)
-    if results["largest"] and any(facts["points"] for facts in results["largest"]["variants"].values()):
-        pictures["Peak memory over the batch, and the limit"] = plots.growth(results["largest"])
     return pages.render(
-        "selfsup_kernels.lab.profile",
+        __package__,
         "report.html",
         r=results,
         answer=results["answer"],
         numbers=numbers(results),
         tables=list(tables(results)),
-        pictures={title: figures.data_uri(picture) for title, picture in pictures.items()},
+        picture=figures.data_uri(plots.times(measured)) if measured else None,
         traces=[case["trace"] for case in measured if case["trace"]],
     )

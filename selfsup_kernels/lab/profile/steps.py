@@ -1,7 +1,6 @@
-"""The profile of a training loop: ``with profile.steps(model) as run: for batch in run(loader): ...``."""
+"""Profile a training loop: ``with profile.steps(model) as run: for batch in run(loader): ...``."""
 
 import contextlib
-import functools
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -30,24 +29,19 @@ def steps(model, *, optimizer=None, loss=None, ema=None, out=None, device=None, 
                 optimizer.zero_grad()
         print(run)              # run.summary is a dictionary, run.report("out") writes a page
 
-    A step lasts from asking the loader for a batch to asking it for the next one. At every moment exactly one part of
-    it runs: data, encoder forward, loss forward, loss backward, encoder backward, optimizer, EMA or other. The loop
-    trains as it would without this: values and random numbers are the same.
-
-    After ``warmup`` steps, steps with and without marks take turns, which shows what the marks cost; one further step
-    is for memory and the trace. The loop may have any length; four steps after the warm-up have everything.
+    At every moment of a step exactly one part of it runs (:data:`PARTS`). The loop trains as it would without this:
+    values and random numbers are the same. It may have any length; four steps after the warm-up have everything.
 
     Args:
-        model: the module that is trained, or a sequence of them. Its forward, or that of its children and theirs
-            where they are called by themselves, is "encoder forward", target network and projector included. Losses
-            in it are found: the package's methods, PyTorch's losses, and modules of a class named ``...Loss``.
+        model: the module that is trained, or a sequence of them. Losses in it are found: the package's methods,
+            PyTorch's losses, and modules of a class named ``...Loss``.
         optimizer: one, or a sequence, that is not a ``torch.optim.Optimizer``: those are found.
         loss: a loss module that is not part of ``model``, or a sequence of them. ``run.loss(function)`` wraps a
             function, and ``with run.part("loss")`` marks anything.
         ema: a module that averages and is not part of ``model``: a :class:`selfsup_kernels.EMA`, or any with
             ``update`` or ``update_parameters``. ``run.ema(function)`` wraps a function.
         out: a folder: ``report(out)`` is called at the end.
-        device: where the model trains; None for the device of its first parameter. ``cpu`` and ``cuda``.
+        device: where the model trains, ``cpu`` or ``cuda``; None for the device of its first parameter.
         warmup: steps before anything is measured.
         memory: measure the peak of each part, from the memory events of one step under ``torch.profiler``.
         trace: keep the Chrome trace of such a step.
@@ -58,20 +52,25 @@ def steps(model, *, optimizer=None, loss=None, ema=None, out=None, device=None, 
     Raises:
         ValueError, TypeError: an argument does not fit; the message says which and why.
     """
-    models = _modules("model", model)
+    models, losses = _list(model), _list(loss)
     if not models:
         raise ValueError("model: expected at least one module, got none")
-    if device is None:
-        device = next((p.device for module in models for p in module.parameters()), "cpu")
-    device = torch.device(device)
+    for name, module in (*(("model", m) for m in models), *(("loss", m) for m in losses)):
+        if not isinstance(module, nn.Module):
+            hint = "; run.loss(function) wraps a function" if name == "loss" and callable(module) else ""
+            raise TypeError(f"{name}: expected an nn.Module or a sequence of them, got {type(module).__name__}{hint}")
+    device = torch.device(device or next((p.device for module in models for p in module.parameters()), "cpu"))
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device: expected cpu or cuda, got {device}")
     _require_integer("warmup", warmup, 0)
-    others = [o for o in _sequence(optimizer) if not isinstance(o, torch.optim.Optimizer)]
-    for other in others:
-        if not callable(getattr(other, "step", None)):
-            raise TypeError(f"optimizer: expected an optimizer, got {type(other).__name__}")
-    return Run(models, _modules("loss", loss), others, _averages(ema), device, out, warmup, memory, trace)
+    calls = [
+        (other, _method("optimizer", other, "step"), parts.OPTIMIZER)
+        for other in _list(optimizer)
+        if not isinstance(other, torch.optim.Optimizer)
+    ]
+    calls += [(module, _method("ema", module, "update", "update_parameters"), parts.EMA) for module in _list(ema)]
+    losses = list(dict.fromkeys([*losses, *hooks.losses_in(models)]))
+    return Run(models, losses, calls, device, out, warmup, memory, trace)
 
 
 class Run:
@@ -82,19 +81,16 @@ class Run:
         counts: kind of steps -> how many have been run.
     """
 
-    def __init__(self, models, losses, optimizers, averaging, device, out, warmup, memory, trace):
-        losses = list(dict.fromkeys([*losses, *hooks.losses_in(models)]))
-        self._parts = models, losses, optimizers, averaging
+    def __init__(self, models, losses, calls, device, out, warmup, memory, trace):
+        self._parts = models, losses, calls
         self._loss_known = bool(losses or hooks.own_losses(models))
         self.device, self._cuda, self._out, self._warmup = device, device.type == "cuda", out, warmup
         self._memory, self._keep_trace = memory, trace
         self._clock = CUDAClock(device) if self._cuda else CPUClock()
         self.counts = dict.fromkeys((WARMUP, TIMED, PLAIN, TRACED), 0)
-        self._waiting, self._timed, self._plain = [], [], []
-        self._peaks = self._timeline = None
-        self._warnings = []
+        self._waiting, self._timed, self._plain, self._warnings = [], [], [], []
         self._state = "new"
-        self._loop = self._kind = self._recorder = self._trace = None
+        self._peaks = self._loop = self._kind = self._recorder = self._trace = None
         self._hooks = contextlib.ExitStack()
 
     def __enter__(self):
@@ -111,9 +107,8 @@ class Run:
             torch.cuda.synchronize(self.device)
         self._collect()
         traced = Path(self._folder.name) / "trace.json"
-        if traced.exists():
-            self._timeline, peaks = memory.timeline(traced, self._cuda)
-            self._peaks = peaks if self._memory else None
+        if self._memory and traced.exists():
+            self._peaks = memory.peaks(traced, self._cuda)
         if not self._keep_trace:
             traced.unlink(missing_ok=True)
         if kind is None and self._out is not None:
@@ -133,7 +128,7 @@ class Run:
         return self._steps(loader, accumulate)
 
     def _steps(self, loader, accumulate):
-        """The loader's batches; asking for one ends the step before."""
+        """Yield the loader's batches; asking for one ends the step before."""
         self._abandon()  # a loop before this one that was left early
         loop = self._loop = object()
         batches = None
@@ -141,16 +136,14 @@ class Run:
             while True:
                 self._begin()
                 for i in range(accumulate):
-                    if i and self._recorder is not None:
+                    if i:
                         self._recorder.data_is_wanted()
-                    if batches is None:  # workers of a DataLoader start here: that is time for data
-                        batches = iter(loader)
+                    batches = iter(loader) if batches is None else batches  # starts workers: that is time for data
                     try:
                         batch = next(batches)
                     except StopIteration:
                         return
-                    if self._recorder is not None:
-                        self._recorder.replace(parts.OTHER)
+                    self._recorder.replace(parts.OTHER)
                     yield batch
                     if self._loop is not loop:
                         return
@@ -161,16 +154,12 @@ class Run:
 
     @contextlib.contextmanager
     def _inside(self, name):
-        recorder = self._recorder if self._kind != PLAIN else None
-        entered = recorder is not None and recorder.enter(name)
-        try:
+        recorded = self._recorder is not None and self._recorder.ranges
+        with self._recorder.inside(name) if recorded else contextlib.nullcontext():
             yield
-        finally:
-            if entered:
-                recorder.leave()
 
     def part(self, name):
-        """A context manager: what runs in it is the part ``name``, such as "loss", "ema" or "encoder"."""
+        """Return a context manager: what runs in it is the part ``name``, such as "loss", "ema" or "encoder"."""
         name = parts.OWN_NAMES.get(name, name)
         if name not in parts.PARTS:
             raise ValueError(f"name: expected one of {', '.join([*parts.OWN_NAMES, *parts.PARTS])}, got {name!r}")
@@ -179,42 +168,22 @@ class Run:
 
     def loss(self, function):
         """Wrap ``function``: its calls are the loss."""
-        return self._wrapped(function, parts.LOSS_FORWARD)
+        return self.part(parts.LOSS_FORWARD)(function)
 
     def ema(self, function):
         """Wrap ``function``: its calls update a moving average."""
-        return self._wrapped(function, parts.EMA)
-
-    def _wrapped(self, function, part):
-        if not callable(function):
-            raise TypeError(f"function: expected a function or a module, got {type(function).__name__}")
-        self._loss_known |= part == parts.LOSS_FORWARD
-
-        @functools.wraps(function)
-        def wrapper(*args, **kwargs):
-            with self._inside(part):
-                return function(*args, **kwargs)
-
-        return wrapper
+        return self.part(parts.EMA)(function)
 
     @property
     def summary(self) -> dict:
-        """Times, peaks and warnings; see ``docs/profile.md``."""
+        """Return times, peaks and warnings; see ``docs/profile.md``."""
         if self._state != "done":
             raise RuntimeError("profile.steps: expected the end of the with block before the summary is read")
         warnings = list(self._warnings)
         if self._memory and self._peaks is None:
             warnings.append("Peak memory is not known: the loop was too short, or another profiler is at work.")
-        return summarize(
-            device=str(self.device),
-            counts=self.counts,
-            timed=self._timed,
-            plain=self._plain,
-            peaks=self._peaks,
-            timeline=self._timeline,
-            warnings=warnings,
-            loss_known=self._loss_known,
-        )
+        measured = {"timed": self._timed, "plain": self._plain, "peaks": self._peaks, "warnings": warnings}
+        return summarize(device=str(self.device), counts=self.counts, loss_known=self._loss_known, **measured)
 
     def report(self, out):
         """Write ``report.html``, ``profile.json`` and the trace into the folder ``out``; needs the extra ``report``."""
@@ -223,7 +192,7 @@ class Run:
         return report.write_run(self.save_trace(out), out)
 
     def save_trace(self, out):
-        """Copy ``trace.json`` (on CUDA also ``snapshot.pickle``) to ``out``, and return the summary."""
+        """Copy ``trace.json`` to ``out``, and return the summary."""
         summary = self.summary  # raises before anything is written
         shutil.copytree(self._folder.name, out, dirs_exist_ok=True)
         return summary
@@ -231,86 +200,65 @@ class Run:
     def __str__(self):
         return text(self.summary) if self._state == "done" else "profile.steps: running"
 
-    def _next_kind(self) -> str:
-        if self.counts[WARMUP] < self._warmup:
-            return WARMUP
-        done = self.counts[TIMED] + self.counts[PLAIN]
-        if done >= 3 and not self.counts[TRACED] and (self._memory or self._keep_trace):
-            return TRACED
-        # By turns in the order of A B B A, which a steady drift of the machine does not tell apart.
-        return TIMED if done % 4 in (0, 3) else PLAIN
-
     def _begin(self):
-        self._kind = self._next_kind()
-        if self._kind == WARMUP:
-            return
-        self._recorder = Recorder(self._clock, ranges=self._kind != PLAIN)
-        if self._kind != PLAIN:
+        done = self.counts[TIMED] + self.counts[PLAIN]
+        if self.counts[WARMUP] < self._warmup:
+            self._kind = WARMUP
+        elif done >= 3 and not self.counts[TRACED] and (self._memory or self._keep_trace):
+            self._kind = TRACED
+        else:  # in the order A B B A, which a steady drift of the machine does not tell apart
+            self._kind = TIMED if done % 4 in (0, 3) else PLAIN
+        self._recorder = Recorder(self._clock, ranges=self._kind in (TIMED, TRACED))
+        if self._recorder.ranges:
             hooks.attach(self._hooks, self._recorder, *self._parts)
         if self._kind == TRACED:
             if torch.autograd._profiler_enabled():  # a second one would end the first
                 self._warnings.append("There is no trace: another profiler is at work.")
             else:
-                self._trace = memory.Trace(self._cuda, self._folder.name)
+                self._trace = memory.start_trace(self._cuda)
         self._recorder.begin()
 
     def _end(self):
-        kind, recorder = self._kind, self._recorder
-        if recorder is not None:
-            recorder.end()
-        self._close(save_trace=True)
+        kind, recorder, trace = self._kind, self._recorder, self._trace
+        recorder.end()
+        self._abandon()
+        if trace is not None:
+            trace.export_chrome_trace(f"{self._folder.name}/trace.json")
         if kind in (TIMED, PLAIN):
             self._waiting.append((kind, recorder))
             self._collect()
         self.counts[kind] += 1
 
     def _abandon(self):
-        """Drop a step that was left early."""
+        """Take hooks and profiler away, at the end of a step or where it was left early."""
         if self._recorder is not None:
             self._recorder.close()
-        self._close(save_trace=False)
-
-    def _close(self, save_trace):
         self._hooks.close()
         if self._trace is not None:
-            self._trace.stop(save_trace)
+            self._trace.stop()
         self._kind = self._recorder = self._trace = None
 
     def _collect(self):
         """Read the marks of steps that the device has finished."""
-        while self._waiting and self._clock.passed(self._waiting[0][1].marks[-1][0]):
-            kind, recorder = self._waiting.pop(0)
-            seconds = recorder.seconds()
-            if kind == TIMED:
-                self._timed.append(seconds)
-            else:
-                self._plain.append(sum(seconds.values()))
+        while self._waiting and (seconds := self._waiting[0][1].seconds()) is not None:
+            kind, _ = self._waiting.pop(0)
+            self._timed.append(seconds) if kind == TIMED else self._plain.append(sum(seconds.values()))
 
 
 def _require_integer(name, value, least):
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if not isinstance(value, int) or value < least:
         raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}")
 
 
-def _sequence(value) -> list:
+def _list(value) -> list:
     if value is None:
         return []
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def _modules(name, value) -> list[nn.Module]:
-    for module in _sequence(value):
-        if not isinstance(module, nn.Module):
-            hint = "; run.loss(function) wraps a function" if name == "loss" and callable(module) else ""
-            raise TypeError(f"{name}: expected an nn.Module or a sequence of them, got {type(module).__name__}{hint}")
-    return _sequence(value)
-
-
-def _averages(value) -> list:
-    found = []
-    for module in _sequence(value):
-        name = next((n for n in ("update", "update_parameters") if callable(getattr(module, n, None))), None)
-        if name is None:
-            raise TypeError(f"ema: expected a module with update(), got {type(module).__name__}")
-        found.append((module, name))
-    return found
+def _method(argument, owner, *names) -> str:
+    """Return the first of ``names`` that ``owner`` has as a method."""
+    name = next((name for name in names if callable(getattr(owner, name, None))), None)
+    if name is None:
+        raise TypeError(f"{argument}: expected an object with {names[0]}(), got {type(owner).__name__}")
+    return name

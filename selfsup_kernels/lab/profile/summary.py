@@ -1,4 +1,4 @@
-"""The measured steps as numbers: means of the faster half, shares, peaks, and warnings."""
+"""Summarize the measured steps: means of the faster half, shares, peaks, and warnings."""
 
 from statistics import fmean
 
@@ -9,12 +9,12 @@ TOLERANCE = 0.05
 
 
 def faster(values, key=None) -> list:
-    """The faster half: what disturbs a step makes it longer, never shorter, and means still add up."""
+    """Return the faster half: what disturbs a step makes it longer, never shorter, and means still add up."""
     return sorted(values, key=key)[: -(-len(values) // 2)]
 
 
-def summarize(*, device, counts, timed, plain, peaks, timeline, warnings, loss_known) -> dict:
-    """The fields that ``docs/profile.md`` describes.
+def summarize(*, device, counts, timed, plain, peaks, warnings, loss_known) -> dict:
+    """Return the fields that ``docs/profile.md`` describes.
 
     Args:
         timed: part -> seconds, of every step with marks.
@@ -29,8 +29,7 @@ def summarize(*, device, counts, timed, plain, peaks, timeline, warnings, loss_k
     named = sum(seconds[part] for part in parts.NAMED) if kept else None
     loss = sum(seconds[part] for part in parts.LOSS) if kept else None
     difference = named / alone - 1 if kept and alone else None
-    peaks = peaks or {}
-    warnings = list(warnings)
+    peaks, warnings = peaks or {}, list(warnings)
     if not kept or not plain:
         warnings.append("The loop was too short: expected the warm-up, a step with marks and a step without marks.")
     if not loss_known:
@@ -42,6 +41,10 @@ def summarize(*, device, counts, timed, plain, peaks, timeline, warnings, loss_k
         warnings.append("The loss was never called in a step that was measured.")
     if difference is not None and abs(difference) > TOLERANCE:
         warnings.append(f"The named parts make up {100 * (1 + difference):.0f} % of a step without marks.")
+    rows = [
+        {"part": p, "seconds": s, "share": s / step if step else None, "peak_bytes": peaks.get(p)}
+        for p, s in seconds.items()
+    ]
     return {
         "device": device,
         "steps": {**counts, "memory": 0},
@@ -49,19 +52,11 @@ def summarize(*, device, counts, timed, plain, peaks, timeline, warnings, loss_k
         "marked_step_seconds": step,
         "named_seconds": named,
         "difference": difference,
-        "parts": [
-            {
-                "part": part,
-                "seconds": seconds[part],
-                "share": seconds[part] / step if step else None,
-                "peak_bytes": peaks.get(part),
-            }
-            for part in parts.PARTS
-        ],
+        "parts": rows,
         "loss_share": loss / step if step and loss_known else None,
         "peak_bytes": max(peaks.values(), default=None),
-        "level_bytes": None,  # of files written before peaks came from the trace
-        "timeline": timeline,
+        "level_bytes": None,  # this and the timeline: of files of earlier versions
+        "timeline": None,
         "warnings": warnings,
     }
 
@@ -79,7 +74,7 @@ def percent(share) -> str:
 
 
 def size(count) -> str:
-    """Bytes in units of a thousand: ``12.3 GB``."""
+    """Return bytes in units of a thousand: ``12.3 GB``."""
     if count is None:
         return "-"
     unit, factor = next(((u, f) for u, f in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if count >= 0.9995 * f), ("B", 1))
@@ -87,16 +82,12 @@ def size(count) -> str:
 
 
 def text(summary) -> str:
-    """The summary as lines of text."""
-    counts = summary["steps"]
+    """Return the summary as lines of text."""
     lines = [
-        f"{milliseconds(summary['step_seconds'])} ms a step on {summary['device']}"
-        f" ({counts['timed']} steps with marks, {counts['plain']} without, {counts['warmup']} to warm up)",
+        f"{milliseconds(summary['step_seconds'])} ms a step on {summary['device']}",
         f"{'part':<18}{'ms':>10}{'share':>10}{'peak memory':>14}",
     ]
     for row in summary["parts"]:
         cells = milliseconds(row["seconds"]), percent(row["share"]), size(row["peak_bytes"])
         lines.append(f"{row['part']:<18}{cells[0]:>10}{cells[1]:>10}{cells[2]:>14}")
-    if summary["difference"] is not None:
-        lines.append(f"named parts against a step without marks: {100 * summary['difference']:+.1f} %")
     return "\n".join([*lines, *(f"warning: {line}" for line in summary["warnings"])])

@@ -1,12 +1,13 @@
-"""The training that the command profiles: a method of the package on synthetic images, with our losses or eager ones.
+"""Train what the command profiles: a method of the package on synthetic images, with our losses or eager ones.
 
 :func:`profiled` and :func:`grown` are called in fresh processes, with a :class:`Workload` as a dictionary.
 """
 
 import contextlib
 import importlib
+import itertools
 import time
-from dataclasses import asdict, dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,15 +18,22 @@ from selfsup_kernels.lab.bench import eager
 from selfsup_kernels.lab.profile import memory
 
 VARIANTS = ("ours", "eager")
-METHODS = ("simclr", "cmc", "moco", "byol", "fusion")
+METHODS = {
+    "simclr": lambda work, networks, predictor: sk.methods.SimCLR(*networks, 0.5),
+    "cmc": lambda work, networks, predictor: sk.methods.CMC(*networks, 0.07),
+    "moco": lambda work, networks, predictor: sk.methods.MoCo(
+        *networks, QUEUE, temperature=0.2, symmetric=work.views > 2, dim=work.dim
+    ),
+    "byol": lambda work, networks, predictor: sk.methods.BYOL(*networks, predictor),
+    "fusion": lambda work, networks, predictor: sk.methods.BYOLContrast(*networks, predictor, temperature=0.1),
+}
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 QUEUE = 65536
 POOL = 512
 """Different images; a batch draws from them."""
 
 
-@dataclass(frozen=True)
-class Workload:
+class Workload(NamedTuple):
     method: str = "simclr"
     variant: str = "ours"
     encoder: str = "convnet"
@@ -38,24 +46,24 @@ class Workload:
     compile: bool = False
     device: str = "cpu"
 
-    def of(self, **changes) -> "Workload":
-        return replace(self, **changes)
 
-    def json(self) -> dict:
-        return asdict(self)
-
-
-def convnet(width=16, features=128) -> nn.Sequential:
-    """The default encoder: four convolutions for small images with three channels."""
-    layers, inputs = [], 3
-    for outputs, stride in ((width, 2), (2 * width, 1), (4 * width, 2), (features, 2)):
-        layers += [nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
+def convolutions(inputs, *layers) -> list[nn.Module]:
+    """Make a convolution with BatchNorm and ReLU for each of ``layers``, ``(outputs, stride)``."""
+    made = []
+    for outputs, stride in layers:
+        made += [nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
         inputs = outputs
+    return made
+
+
+def convnet() -> nn.Sequential:
+    """Make the default encoder: four convolutions for small images with three channels."""
+    layers = convolutions(3, (16, 2), (32, 1), (64, 2), (128, 2))
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
 def head(inputs, hidden, outputs) -> nn.Sequential:
-    """A projector or a predictor."""
+    """Make a projector or a predictor."""
     return nn.Sequential(
         nn.Linear(inputs, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True), nn.Linear(hidden, outputs)
     )
@@ -75,40 +83,27 @@ def make_encoder(name) -> nn.Module:
 
 @torch.no_grad()
 def width(encoder, image_size) -> int:
-    """Numbers in the encoder's row for one image."""
-    training = encoder.training
+    """Return how many numbers the encoder makes of one image."""
     rows = encoder.eval()(torch.zeros(2, 3, image_size, image_size))
-    encoder.train(training)
+    encoder.train()
     if rows.dim() != 2 or len(rows) != 2:
         raise ValueError(f"it returned {tuple(rows.shape)}")
     return rows.shape[1]
 
 
 def build(work):
-    """The method, on its device."""
+    """Make the method, on its device."""
     torch.manual_seed(0)
     encoder = make_encoder(work.encoder)
-    projector = head(width(encoder, work.image_size), 2 * work.dim, work.dim)
-    predictor = head(work.dim, 2 * work.dim, work.dim)
-    if work.method == "simclr":
-        method = sk.methods.SimCLR(encoder, projector, 0.5)
-    elif work.method == "cmc":
-        method = sk.methods.CMC(encoder, projector, 0.07)
-    elif work.method == "moco":
-        symmetric = work.views > 2
-        method = sk.methods.MoCo(encoder, projector, QUEUE, temperature=0.2, symmetric=symmetric, dim=work.dim)
-    elif work.method == "byol":
-        method = sk.methods.BYOL(encoder, projector, predictor)
-    else:
-        method = sk.methods.BYOLContrast(encoder, projector, predictor, temperature=0.1)
+    networks = encoder, head(width(encoder, work.image_size), 2 * work.dim, work.dim)
+    method = METHODS[work.method](work, networks, head(work.dim, 2 * work.dim, work.dim))
     if work.variant == "eager":
         make_eager(method)
     method.to(work.device)
     if work.compile:  # in place, so that moving averages and their names stay
-        target = getattr(method, "target", None)
-        for module in (method.encoder, method.projector, target and target.module, getattr(method, "predictor", None)):
-            if module is not None:
-                module.compile()
+        networks = method.encoder, method.projector, getattr(method, "predictor", None)
+        for module in filter(None, (*networks, getattr(getattr(method, "target", None), "module", None))):
+            module.compile()
     return method
 
 
@@ -120,10 +115,9 @@ def make_eager(method) -> None:
         method.loss = eager.BYOLLoss()
         if isinstance(method, sk.methods.BYOLContrast):
             method.contrast = CrossViewLoss(method.contrast.temperature)
-    elif isinstance(method, sk.methods.CMC):
-        method.loss = CrossViewLoss(method.loss.temperature)
     else:
-        method.loss = eager.InfoNCELoss(method.loss.temperature)
+        kind = CrossViewLoss if isinstance(method, sk.methods.CMC) else eager.InfoNCELoss
+        method.loss = kind(method.loss.temperature)
     target = getattr(method, "target", None)
     if target is not None:
         target.update = lambda momentum=None: eager.ema_update_(
@@ -144,33 +138,30 @@ class CrossViewLoss(nn.Module):
         z = [F.normalize(view, dim=-1) for view in views]
         samples = torch.arange(len(z[0]), device=z[0].device)
         terms = []
-        for u in range(len(z)):
-            for v in range(u + 1, len(z)):
-                scores = (z[u] / self.temperature) @ z[v].T
-                terms += [F.cross_entropy(scores, samples), F.cross_entropy(scores.T, samples)]
+        for one, other in itertools.combinations(z, 2):
+            scores = (one / self.temperature) @ other.T
+            terms += [F.cross_entropy(scores, samples), F.cross_entropy(scores.T, samples)]
         return torch.stack(terms).mean()
 
 
 def eager_contrast(method):
-    """MoCo's loss as its authors write it: the positive's score before the queue's, and cross-entropy."""
+    """Return MoCo's loss as its authors write it: the positive's score before the queue's, and cross-entropy."""
 
     def contrast(queries, keys):
         negatives = method.queue.clone().T  # the queue is overwritten before the backward reads it
-        terms = []
-        for u, query in enumerate(queries):
-            rest = query @ negatives
-            for v, key in enumerate(keys):
-                if u != v or not method.symmetric:
-                    scores = torch.cat([(query * key).sum(-1, keepdim=True), rest], 1) / method.temperature
-                    first = torch.zeros(len(query), dtype=torch.int64, device=query.device)
-                    terms.append(F.cross_entropy(scores, first))
+        rest, terms = [query @ negatives for query in queries], []
+        for (u, query), (v, key) in itertools.product(enumerate(queries), enumerate(keys)):
+            if u != v or not method.symmetric:
+                scores = torch.cat([(query * key).sum(-1, keepdim=True), rest[u]], 1) / method.temperature
+                first = torch.zeros(len(query), dtype=torch.int64, device=query.device)
+                terms.append(F.cross_entropy(scores, first))
         return torch.stack(terms).mean()
 
     return contrast
 
 
 def loader(work, count):
-    """Views for ``count`` steps: random images, half of them flipped, changed in contrast when they are asked for."""
+    """Yield views for ``count`` steps: random images, half of them flipped, changed in contrast."""
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(POOL, 3, work.image_size, work.image_size, generator=generator)
     images = torch.cat([images, images.flip(-1)])
@@ -183,7 +174,7 @@ def loader(work, count):
 
 
 class Trainer:
-    """The body of a user's training loop."""
+    """Hold the body of a user's training loop."""
 
     def __init__(self, work):
         self.work, self.method = work, build(work)
@@ -198,7 +189,7 @@ class Trainer:
         work = self.work
         with self.autocast:
             value = self.method(*(view.to(work.device) for view in views))
-        self.scaler.scale(value / work.accumulate if work.accumulate > 1 else value).backward()
+        self.scaler.scale(value / work.accumulate).backward()
         self.batches += 1
         if self.batches % work.accumulate == 0:
             self.scaler.step(self.optimizer)
@@ -218,7 +209,7 @@ def claim(device, limit=None):
 
 
 def profiled(work, steps, out) -> dict:
-    """Profile ``steps`` steps with marks and as many without, and write a trace into ``out``; returns the summary."""
+    """Profile ``steps`` steps with marks and as many without, and write a trace into ``out``; return the summary."""
     work = Workload(**work)
     claim(work.device)
     trainer = Trainer(work)
@@ -229,18 +220,18 @@ def profiled(work, steps, out) -> dict:
 
 
 def grown(work, limit=None, steps=3) -> dict:
-    """Measure this process's peak memory over a few steps, and the seconds of the fastest.
+    """Measure this process's peak memory over a few steps, and the seconds of one.
 
     ``limit``: bytes of a GPU that it may take; on a CPU the process has its limit from outside.
     """
     work = Workload(**work)
     claim(work.device, limit)
-    trainer, batches, seconds = Trainer(work), loader(work, steps), []
-    for _ in range(steps):
-        begin = time.perf_counter()
-        for _ in range(work.accumulate):
-            trainer.batch(next(batches))
-        if work.device != "cpu":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - begin)
-    return {"batch": work.batch, "peak_bytes": memory.process_peak(work.device), "seconds": min(seconds[1:])}
+    trainer = Trainer(work)
+    for i, views in enumerate(loader(work, steps)):
+        if i == work.accumulate:  # the first step only warms up
+            begin = time.perf_counter()
+        trainer.batch(views)
+    peak = memory.process_peak(work.device)
+    if work.device != "cpu":
+        torch.cuda.synchronize()
+    return {"batch": work.batch, "peak_bytes": peak, "seconds": (time.perf_counter() - begin) / (steps - 1)}
