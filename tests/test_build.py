@@ -212,13 +212,14 @@ def test_a_fallback_warns_once_and_not_while_compile_traces(monkeypatch):
     ("change", "message"),
     [
         ({"version": "0.0.1"}, "is of version 0.0.1"),
+        ({"interface": "that of other sources"}, "built from other sources"),
         ({"platform": "plan9 vax"}, "Built for .*plan9 vax; you have torch"),
         ({"failure": "no compiler."}, "no compiler"),
         (None, "has no build record"),
     ],
 )
 def test_a_library_that_does_not_fit_is_refused(monkeypatch, tmp_path, change, message):
-    fits = {"version": selfsup_kernels.__version__, "torch": torch.__version__}
+    fits = {"version": selfsup_kernels.__version__, "torch": torch.__version__, "interface": build.interface()}
     monkeypatch.setattr(build, "RECORD", tmp_path / "_build_info.json")
     build.write_record(tmp_path, **fits)
     assert build.mismatch() is None

@@ -218,3 +218,21 @@ def test_activation_checkpointing(impl):
     want = torch.autograd.grad(loss(x), x)[0]
     again = torch.utils.checkpoint.checkpoint(loss, x, use_reentrant=False)
     assert torch.equal(torch.autograd.grad(again, x)[0], want)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_sizes_that_change_between_calls(impl, reduction):
+    """The gradient of ``sum`` is expanded: no size may come from its strides."""
+    loss = torch.compile(
+        lambda views, queue: info_nce_loss(views, queue=queue, reduction=reduction, impl=impl).sum(),
+        fullgraph=True,
+        dynamic=True,
+        backend="aot_eager",
+    )
+    for num_views, batch, rows in ((2, 8, 4), (3, 9, 4), (3, 5, 11), (2, 16, 1)):
+        views = [v.requires_grad_() for v in randn(num_views, batch, 6)]
+        queue = randn(rows, 6, seed=1)
+        got = torch.autograd.grad(loss(views, queue), views)
+        want = torch.autograd.grad(info_nce_loss(views, queue=queue, reduction=reduction, impl=impl).sum(), views)
+        for ours, theirs in zip(got, want, strict=True):
+            torch.testing.assert_close(ours, theirs)

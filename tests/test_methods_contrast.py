@@ -219,3 +219,14 @@ def test_byol_contrast_compiles_in_one_graph(impl):
 def test_byol_contrast_bad_arguments(arguments, error, message):
     with pytest.raises(error, match=message):
         both(**arguments)
+
+
+@pytest.mark.parametrize("method", [sk.methods.BYOLContrast, sk.methods.BYOL, sk.methods.MoCo])
+def test_an_unknown_impl_is_refused_at_once(method):
+    with pytest.raises(ValueError, match="impl: expected one of"):
+        method(
+            nn.Linear(4, 4),
+            nn.Linear(4, 3),
+            **({"dim": 3} if method is sk.methods.MoCo else {"predictor": nn.Linear(3, 3)}),
+            impl="x",
+        )

@@ -275,6 +275,10 @@ void backward_op(StableIValue* stack, uint64_t, uint64_t) {
   auto labels = to<std::optional<Tensor>>(stack[1 + saved_fields]);
   const Call call(stack + 2 + saved_fields);
   auto dtype = to<ScalarType>(stack[3 + saved_fields + Call::fields]);
+  STD_TORCH_CHECK(
+      saved.rows.size(0) == call.num_views * call.batch + call.queue_rows && saved.rows.size(1) == call.dim &&
+          (grad.dim() == 0 || (grad.size(0) == call.num_views && grad.size(1) == call.batch)),
+      "info_nce_backward: expected tensors of the sizes of the call");
   auto run = saved.rows.scalar_type() == ScalarType::Double ? backward<double> : backward<float>;
   auto [grad_views, grad_temperature] = run(call, grad, saved, labels, dtype);
   stack[0] = from(grad_views);

@@ -185,6 +185,7 @@ def select(impl: str, tensor: torch.Tensor, op: str = "info_nce", any_dtype: boo
 
 def or_auto(impl: str, op: str) -> str:
     """Return ``impl`` if ``op`` has it, else ``"auto"``: for methods that run several ops with one ``impl``."""
+    check.choice("impl", impl, CHOICES)
     return impl if impl in ops.impls_of(op) else "auto"
 
 

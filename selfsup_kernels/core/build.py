@@ -4,6 +4,7 @@
 it needs neither torch nor a compiler.
 """
 
+import hashlib
 import importlib.metadata
 import importlib.util
 import json
@@ -73,7 +74,21 @@ _CPP_TYPES = {"Size": "int64_t", "int": "int64_t", "bool": "bool", "float": "dou
 
 
 def write_headers() -> Path:
-    """Write the record of an InfoNCE call and the enumerations of the objectives as C++. Return the include folder."""
+    """Print the record of an InfoNCE call and the numbers of the objectives as C++; return the include folder."""
+    path, text = GENERATED / "generated" / "call.h", call_header()
+    if not path.exists() or path.read_text() != text:  # else everything would be compiled again
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return GENERATED
+
+
+def interface() -> str:
+    """Return a digest of what the library and the package must agree on."""
+    return hashlib.sha256(call_header().encode()).hexdigest()[:16]
+
+
+def call_header() -> str:
+    """Return the text of ``generated/call.h``."""
     call, objectives = (_load(PACKAGE / "info_nce" / f"{name}.py") for name in ("call", "objectives"))
     fields = [(name, kind.__name__) for name, kind in call.Call.__annotations__.items()]
     lines = [
@@ -93,12 +108,12 @@ def write_headers() -> Path:
     read = "torch::stable::detail::to"
     lines += [f"    {name} = {read}<{_CPP_TYPES[kind]}>(at[{i}]);" for i, (name, kind) in enumerate(fields)]
     lines += ["  }", f"  static constexpr int fields = {len(fields)};", "};"]
-    lines += [f"constexpr int saved_fields = {len(call.Saved._fields)};", "}  // namespace selfsup_kernels", ""]
-    path, text = GENERATED / "generated" / "call.h", "\n".join(lines)
-    if not path.exists() or path.read_text() != text:  # a new time stamp would recompile everything
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    return GENERATED
+    lines += [
+        f"constexpr int saved_fields = {len(call.Saved._fields)};  // {' '.join(call.Saved._fields)}",
+        "}  // namespace selfsup_kernels",
+        "",
+    ]
+    return "\n".join(lines)
 
 
 def _load(path):
@@ -131,7 +146,9 @@ def extension(setuptools_extension, include_dirs, library_dirs, sanitize=False):
 
 def write_record(folder, **facts) -> None:
     """Write the record, with this machine's facts, to the library's ``folder``."""
-    (Path(folder) / RECORD.name).write_text(json.dumps(facts | machine(), indent=2, sort_keys=True) + "\n")
+    (Path(folder) / RECORD.name).write_text(
+        json.dumps({"interface": interface()} | facts | machine(), indent=2, sort_keys=True) + "\n"
+    )
 
 
 def record() -> dict:
@@ -222,6 +239,8 @@ def mismatch() -> str | None:
         return f"torch {'.'.join(map(str, MIN_TORCH))} or later is needed. {built_for()}"
     if facts.get("version") != __version__:
         return f"the C++ extension is of version {facts.get('version')}, the package of {__version__}."
+    if facts.get("interface") != interface():
+        return "the C++ extension was built from other sources than the package has."
     if facts.get("platform") != machine()["platform"]:
         return built_for()
     return None

@@ -57,8 +57,11 @@ def define(
 
 
 def impls_of(op: str) -> tuple[str, ...]:
-    """Return the implementations of an op, or of a loss' forward and backward ("byol"); the last one is the GPU's."""
-    return ("reference", "cpu", next(gpu for name, gpu in _gpu.items() if name.startswith(op)))
+    """Return the implementations of an op, or of both ops of a loss ("byol"); the last one is the GPU's."""
+    gpu = _gpu.get(op) or _gpu.get(f"{op}_forward")
+    if gpu is None:
+        raise ValueError(f"op: expected one of {', '.join(_gpu)}, got {op!r}")
+    return ("reference", "cpu", gpu)
 
 
 def get(name: str, impl: str):

@@ -100,6 +100,7 @@ def info_nce_loss(
             loss = reference.by_autograd(call, *tensors)
         else:
             loss = apply(InfoNCE, impl, stacked, call, *tensors)
+            loss = loss.view(call.num_views, -1) if loss.dim() else loss
     else:
         if torch.compiler.is_compiling():  # gives the reason, which _disable_dynamo would not
             torch._dynamo.graph_break(msg="selfsup_kernels: a loss over many processes reads their sizes on the host")

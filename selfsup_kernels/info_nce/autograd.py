@@ -5,7 +5,7 @@ import torch
 from selfsup_kernels.core import backends
 from selfsup_kernels.core.once import once
 from selfsup_kernels.info_nce import ops  # noqa: F401  defines the ops
-from selfsup_kernels.info_nce.call import Call, Saved
+from selfsup_kernels.info_nce.call import SIZES, Call, Saved, sizes_of
 
 SAVED = len(Saved._fields)
 
@@ -23,17 +23,23 @@ class InfoNCE(torch.autograd.Function):
         queue: torch.Tensor | None,
         *views: torch.Tensor,
     ):
-        """The loss, then the fields of ``Saved``."""
-        call = call.with_sizes(views, stacked, 0 if queue is None else queue.shape[0])
+        """Return the loss, then the fields of ``Saved``.
+
+        The losses of the anchors are (V B,): of (V, B), Dynamo would take B from a stride of the incoming gradient,
+        which is 0 in an expanded one.
+        """
+        sizes = sizes_of(views, stacked, 0 if queue is None else queue.shape[0])
         views = list(views[0].unbind(0)) if stacked else list(views)
-        return backends.op("info_nce_forward", impl)(views, labels, queue, temperature_tensor, *call)
+        op = backends.op("info_nce_forward", impl)
+        loss, *saved = op(views, labels, queue, temperature_tensor, *sizes, *call[SIZES:])
+        return loss.flatten() if loss.dim() else loss, *saved
 
     @staticmethod
     def save(ctx, inputs, outputs):
         impl, stacked, call, temperature_tensor, labels, _, *views = inputs
         ctx.save_for_backward(*outputs[1:], labels, temperature_tensor, *views)  # views: for `once`, and their sizes
         ctx.impl, ctx.stacked, ctx.dtype = impl, stacked, views[0].dtype
-        ctx.call = call.without_sizes()
+        ctx.constants = call[SIZES:]
 
     @staticmethod
     def forward(ctx, *args):
@@ -47,10 +53,11 @@ class InfoNCE(torch.autograd.Function):
         labels, temperature_tensor, *views = saved[SAVED:]
         saved = Saved(*saved[:SAVED])
         queue_rows = saved.inverse_norms.shape[0] - saved.log_weights.shape[1]
-        call = ctx.call.with_sizes(views, ctx.stacked, queue_rows)
+        sizes = sizes_of(views, ctx.stacked, queue_rows)
+        grad = grad.reshape(sizes[0], -1) if grad.dim() else grad
         need_temperature = ctx.needs_input_grad[3]
         grad_views, grad_temperature = backends.op("info_nce_backward", ctx.impl)(
-            grad, *saved, labels, *call, need_temperature, ctx.dtype
+            grad, *saved, labels, *sizes, *ctx.constants, need_temperature, ctx.dtype
         )
         grads = (grad_views,) if ctx.stacked else grad_views.unbind(0)
         return (*[None] * 3, as_given(grad_temperature, temperature_tensor, need_temperature), None, None, *grads)

@@ -58,14 +58,15 @@ class Call(NamedTuple):
         """P: with labels three numbers say the coefficients of all positives, else there is one for each view."""
         return 3 if self.labelled else self.num_views
 
-    def without_sizes(self):
-        """For an autograd context: Dynamo of torch 2.11 keeps no symbolic numbers there."""
-        return self._replace(num_views=0, batch=0, dim=0, queue_rows=0)
 
-    def with_sizes(self, views, stacked, queue_rows):
-        """The sizes of these views. A graph of ``torch.jit.trace`` runs on other ones than it was traced with."""
-        num_views, batch, dim = views[0].shape if stacked else (len(views), *views[0].shape)
-        return self._replace(num_views=num_views, batch=batch, dim=dim, queue_rows=queue_rows)
+SIZES = 4
+"""The first fields of :class:`Call`, which follow from the shapes of the tensors."""
+
+
+def sizes_of(views, stacked, queue_rows):
+    """Return these fields, read from the tensors: a graph that torch.compile or torch.jit.trace made runs with other
+    sizes than it was traced with."""
+    return (*views[0].shape, queue_rows) if stacked else (len(views), *views[0].shape, queue_rows)
 
 
 class Saved(NamedTuple):
