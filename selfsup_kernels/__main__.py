@@ -8,7 +8,7 @@ import sys
 from selfsup_kernels.version import __version__
 
 OWN_OPTIONS = {
-    "bench": "time, memory and errors of the operations, beside what people use today",
+    "bench": "time, memory and errors of the operations, compared with what people use today",
     "profile": "where time and memory of real training steps go, and the largest batch that fits",
 }
 """Commands whose ``cli`` module has their options."""

@@ -64,7 +64,7 @@ class InfoNCE(torch.autograd.Function):
 
 
 def as_given(grad, temperature, needed):
-    """The gradient of a temperature of one element, in its dtype and shape; None where nobody asks for it."""
+    """Return the gradient in the dtype and shape of the temperature, or None if it is not needed."""
     if not needed:
         return None
     grad = grad.to(temperature)

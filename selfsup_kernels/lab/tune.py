@@ -40,8 +40,8 @@ LARGE, SMALL = (65536, 32768), (4096, 1024)
 """Rows of two views together at which a kernel is measured: large calls have nearly all tiles without masks, small ones
 are a single launch of the masked kernel."""
 LEAST, MOST = 32, 160
-"""Accumulators of a thread: with fewer a tile is not worth its loads, with more no register is left for the rest (on
-sm_100 they lie in a memory of their own)."""
+"""Accumulators per thread. Below the first bound a tile does less work than its loads cost; above the second no
+register is left for anything else. On sm_100, where accumulators lie in tensor memory, the upper bound is doubled."""
 
 
 class Task(NamedTuple):

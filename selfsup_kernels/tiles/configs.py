@@ -36,8 +36,8 @@ class Config(NamedTuple):
     descriptor: bool = False
     """Tiles are loaded through tensor descriptors, that is by TMA (compute capability 9.0 and later)."""
     registers: int = 255
-    """The most of a thread. Said explicitly, since the compiler would else rather spill a few than run fewer programs
-    on a multiprocessor; lower where more programs shall be resident."""
+    """Maximum registers per thread. Without it the compiler spills registers to fit more programs on an SM. A lower
+    value fits more programs."""
     programs: int = 1
     """Programs resident on one multiprocessor, where the grid is persistent."""
 

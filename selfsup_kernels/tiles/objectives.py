@@ -41,12 +41,12 @@ def anchor_tables(
     p = tl.where(positive, p, 0.0)  # elsewhere it is not used, and must not be NaN
 
     if NEGATIVES == OWN_AND_OTHER or NEGATIVES == OTHER:
-        # Each positive view has its own denominator; columns beside it (own view, queue) are shared by all.
+        # Each positive view has its own denominator. All of them share the queue and, if used, the anchor's own view.
         shared = is_queue
         if NEGATIVES == OWN_AND_OTHER:
             shared = shared | is_own
-        beside = log_sum_exp(n, shared[None, :])
-        rest = log_add(n, beside[:, None])
+        common = log_sum_exp(n, shared[None, :])
+        rest = log_add(n, common[:, None])
         each = -log_add(rest, p) - log_count
         loss = tl.sum(tl.where(positive, log_ratio(rest, p), 0.0), 1) / count
         positives = tl.where(positive, -sigmoid(rest - p) / count, 0.0)
