@@ -147,6 +147,17 @@ def test_links_lead_somewhere():
     assert not missing
 
 
+def test_the_functions_of_where_to_look_are_defined():
+    """The README names files and functions; each function is defined in its file."""
+    cell = re.compile(r"\[`[^`]+`\]\(([^)]+)\): ((?:`\w+`(?:, )?)+)")
+    table = (ROOT / "README.md").read_text(encoding="utf-8").partition("### Where to look")[2]
+    named = [(path, name) for path, names in cell.findall(table) for name in re.findall(r"\w+", names)]
+    assert len(named) > 15
+    for path, name in named:
+        defined = rf"(?m)^(def |struct |(?:[\w:<>&*]+ )*){name}\b *[({{]"
+        assert re.search(defined, (ROOT / path).read_text(encoding="utf-8")), f"{name} is not defined in {path}"
+
+
 def test_quick_start_runs():
     page = (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
