@@ -171,7 +171,7 @@ def test_update_momentum():
 
 
 def test_one_sample():
-    """Without negatives the loss is zero, as in the original; DCL raises."""
+    """With one sample the loss is zero, as in the original; DCL raises."""
     value, *grads = gradients(lightly.NTXentLoss(), two_views(1))
     assert value == 0
     assert not any(g.any() for g in grads)

@@ -1,4 +1,4 @@
-"""The documentation site: it builds without a warning, holds every public name, and its pages are whole."""
+"""Test the documentation site: it builds without warnings, has every public name, and its layout is intact."""
 
 import importlib
 import io
@@ -28,10 +28,10 @@ DRAWERS = ".sidebar-drawer, .toc-drawer, .skip-to-content"
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """The folder of the site, built as ``make docs`` builds it."""
+    """Build the site as ``make docs`` does and return its folder."""
     out = tmp_path_factory.mktemp("site")
     said = io.StringIO()
-    with warnings.catch_warnings():  # the extensions' own, of Sphinx's names
+    with warnings.catch_warnings():  # deprecation warnings of the extensions
         warnings.simplefilter("ignore", DeprecationWarning)
         warnings.simplefilter("ignore", PendingDeprecationWarning)
         app = Sphinx(DOCS, DOCS, out / "html", out / "doctrees", "html", status=None, warning=said, freshenv=True)
@@ -61,7 +61,7 @@ def test_pages_are_whole(site, name, width):
     with open_page(site / name, width=width) as page:
         check_layout(page, ignore=DRAWERS)
         if name == "objectives.html":
-            # Drawn, and not a line of letters: numerators are above their denominators.
+            # Formulas are drawn, not shown as a line of letters: numerators are above their denominators.
             gaps = page.eval_on_selector_all(
                 "math mfrac",
                 "all => all.map(e => e.lastElementChild.getBoundingClientRect().top -"
@@ -69,7 +69,7 @@ def test_pages_are_whole(site, name, width):
             )
             assert len(gaps) > 6
             assert min(gaps) > -2
-        if name == "performance.html" and width == 390:  # wide tables scroll in a box of their own
+        if name == "performance.html" and width == 390:  # wide tables scroll in their own box
             assert page.eval_on_selector_all(".table-wrapper", "all => all.some(e => e.scrollWidth > e.clientWidth)")
 
 

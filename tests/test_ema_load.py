@@ -91,7 +91,7 @@ class Noted(nn.Module):
 
 @pytest.fixture(params=[False, True], ids=["copies", "swaps"])
 def _swap(request):
-    """With a ``torch.__future__`` option, loading swaps the contents of parameters."""
+    """Set the ``torch.__future__`` option with which loading swaps the contents of parameters."""
     before = torch.__future__.get_swap_module_params_on_conversion()
     torch.__future__.set_swap_module_params_on_conversion(request.param)
     yield

@@ -89,7 +89,7 @@ def test_weights_of_a_wrapper_subclass_are_averaged(make):
     assert torch.equal(average[2].weight.detach(), torch.full((3,), 2.0))
 
 
-def test_plain_tensors_beside_them_go_in_one_call():
+def test_plain_tensors_among_subclasses_go_in_one_call():
     class Labelled(nn.Parameter):
         """A subclass that overrides no operators, so it is plain memory."""
 
