@@ -260,7 +260,7 @@ def test_gradient_of_something_else_in_a_graph_of_gradients(impl):
     assert torch.equal(torch.autograd.grad(penalty.sum(), x)[0], 6 * VIEWS)
 
 
-def test_arguments_are_left_as_they_were(impl):
+def test_arguments_are_not_modified(impl):
     x, queue, labels = VIEWS.clone(), randn(3, 8), LABELS.clone()
     info_nce_loss(x.requires_grad_(), queue=queue, labels=labels, impl=impl).backward()
     byol_loss(x, VIEWS, impl=impl).backward()

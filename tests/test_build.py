@@ -68,7 +68,7 @@ def test_the_extension_is_here_where_it_is_required():
     assert backends.unavailable("cpu") is None or not EXTENSION_REQUIRED
 
 
-def test_the_record_says_what_was_built():
+def test_the_record_describes_the_build():
     facts = build.record()
     if backends.unavailable("cpu") is not None:
         assert facts.get("failure", True)

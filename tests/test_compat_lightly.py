@@ -109,7 +109,7 @@ def test_memory_bank_loss(temperature, batch, length):
     compare(ours, lambda a, b: bank_loss(a, b, bank.to(a.dtype), temperature), two_views(batch))
 
 
-def test_memory_bank_is_a_ring_cut_off_at_its_end():
+def test_memory_bank_truncates_a_batch_at_its_end():
     criterion = lightly.NTXentLoss(memory_bank_size=(8, 3))
     expected, pointer = criterion.memory_bank.bank.clone(), 0
     torch.testing.assert_close(expected.norm(dim=1), torch.ones(8))

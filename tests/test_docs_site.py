@@ -57,7 +57,7 @@ def test_every_public_name_has_an_entry(site):
 
 @pytest.mark.parametrize("width", [390, 1280])
 @pytest.mark.parametrize("name", PAGES)
-def test_pages_are_whole(site, name, width):
+def test_pages_have_an_intact_layout(site, name, width):
     with open_page(site / name, width=width) as page:
         check_layout(page, ignore=DRAWERS)
         if name == "objectives.html":
@@ -80,6 +80,6 @@ def test_formulas_that_cannot_be_drawn_are_refused():
     assert "unheardof" not in mathml.converted(r"\operatorname{softmax}(x)", "inline")
 
 
-def test_a_function_stands_apart_from_its_argument():
+def test_a_space_separates_a_function_from_its_argument():
     for formula, apart in ((r"\log x", True), (r"\sum_b \exp S_{ab}", True), (r"\log(x)", False), ("a b", False)):
         assert ("<mspace" in mathml.converted(formula, "inline")) == apart

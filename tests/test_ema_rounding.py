@@ -48,7 +48,7 @@ def test_stochastic_rounding_is_unbiased(impl, dtype, value):
 
 
 @pytest.mark.parametrize("dtype", LOW)
-def test_stochastic_rounding_keeps_what_needs_none(impl, dtype):
+def test_stochastic_rounding_keeps_representable_values(impl, dtype):
     info = torch.finfo(dtype)
     for value in (0.0, -0.0, 1.0, -1.5, info.max, -info.max, info.tiny, info.tiny * info.eps):
         got = round_many(impl, value, dtype, count=256)

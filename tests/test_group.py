@@ -123,7 +123,7 @@ def warned(group, module):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_no_group_warns_once_and_local_does_not(ranks, method):
+def test_a_loss_without_a_group_warns_once_and_local_does_not(ranks, method):
     for found in ranks.run(2, warned, METHODS[method](None)):
         assert len(found) == 1
         assert found[0].startswith("selfsup_kernels: 2 processes run, and this loss has no group")

@@ -109,7 +109,7 @@ def test_label_dtypes(impl, dtype):
     assert torch.equal(got, info_nce_loss(views, labels=labels, impl=impl))
 
 
-def test_labels_all_different_are_no_labels(impl):
+def test_one_class_per_sample_equals_no_labels(impl):
     views = randn(3, 20, 8, dtype=torch.float64)
     for objective in LABEL_OBJECTIVES:
         got = run(info_nce_loss, views, 0.1, labels=torch.randperm(20), objective=objective, impl=impl)

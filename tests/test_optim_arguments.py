@@ -119,7 +119,7 @@ def test_a_rate_in_a_tensor_of_one_element(impl, ours, theirs, shape, dtype):
 
 
 @pytest.mark.parametrize("ours", OURS)
-def test_a_rate_that_is_no_number(impl, ours):
+def test_a_rate_that_is_not_a_number(impl, ours):
     p = nn.Parameter(torch.ones(3))
     p.grad = torch.ones(3)
     optimizer = ours([p], lr=0.1, impl=impl)
@@ -138,7 +138,7 @@ class Named(torch.Tensor):
 
 
 @pytest.mark.parametrize("ours", OURS)
-def test_tensors_that_bring_their_own_operators(impl, ours):
+def test_tensors_that_override_operators(impl, ours):
     """The kernels would read memory that a wrapper tensor lacks; a plain subclass works like any tensor."""
     plain, wrapper = nn.Parameter(torch.ones(3)), nn.Parameter(TwoTensor(torch.ones(3), torch.ones(3)))
     for p in (plain, wrapper):

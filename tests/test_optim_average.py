@@ -119,7 +119,7 @@ def test_two_optimizers_over_one_model(impl, ours):
         ours(model[0].parameters(), lr=0.1, ema=ema, impl=impl).step()
 
 
-def test_many_others_are_counted(impl):
+def test_the_error_counts_the_other_parameters(impl):
     model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(5)))
     optimizer = sk.optim.SGD(model[0].parameters(), ema=sk.EMA(model, impl=impl), impl=impl)
     model(torch.ones(1, 2)).sum().backward()

@@ -49,7 +49,7 @@ def test_more_than_2_31_elements(impl, dtype, device, alone):
 
 @pytest.mark.unpoisoned
 def test_a_share_far_below_2_24(impl, device):
-    """Of 2^28 numbers a share of 2^-k is rounded up; with draws of 24 bits it would be at least 2^-24, 16 numbers."""
+    """A share of 2^-k is rounded up, also below 2^-24; draws of 24 bits would round up 16 of 2^28 numbers or more."""
     for k, most in ((20, 256 + 5 * 16), (34, 3)):
         source = torch.full((2**28,), 2.0 ** (-24 - k), device=device)
         target = torch.zeros(2**28, dtype=torch.float16, device=device)
