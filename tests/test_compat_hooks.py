@@ -53,7 +53,7 @@ def test_other_subclasses_are_fine(cls):
 
 @pytest.mark.parametrize("bias", [None, -0.5])
 def test_clip_logits_and_labels_for_a_subclass_that_calls_them(bias):
-    """A loss with a margin, like those of open_clip subclasses."""
+    """A subclass may call them, for example to add a margin."""
 
     class WithMargin(open_clip.ClipLoss):
         def forward(self, image_features, text_features, logit_scale):
@@ -90,7 +90,7 @@ def test_an_override_of_clips_logits_counts():
 
 
 def test_default_distance_and_reducer_of_a_subclass():
-    """A subclass with another default, as in pytorch-metric-learning's documentation."""
+    """A subclass may have other defaults, as in pytorch-metric-learning's documentation."""
 
     def library_class(name, **attributes):
         return type(name, (), {"__module__": "pytorch_metric_learning", **attributes})

@@ -253,7 +253,7 @@ def test_the_average_of_every_kind_of_number(impl):
 
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor", "ignore:TypedStorage is deprecated")
 def test_sparse_and_quantised_buffers_are_copied(impl):
-    """A graph's adjacency matrix; quantised weights of torch.ao."""
+    """Sparse buffers include a graph's adjacency matrix, quantised ones the weights of torch.ao."""
     model = nn.Linear(2, 2)
     model.register_buffer("graph", torch.eye(3).to_sparse())
     model.register_buffer("table", torch.quantize_per_tensor(randn(4), 0.1, 0, torch.qint8))

@@ -158,7 +158,7 @@ def test_tensors_that_override_operators(impl, ours):
 
 @pytest.mark.parametrize("ours", OURS)
 def test_parameters_without_memory(ours):
-    """Tensors with shapes only: on the meta device, and as the fake tensors of tools that estimate memory."""
+    """Tensors may have only a shape: on the meta device, or as fake tensors of tools that estimate memory."""
     p = nn.Parameter(torch.ones(3, device="meta"))
     p.grad = torch.ones(3, device="meta")
     ours([p], lr=0.1).step()

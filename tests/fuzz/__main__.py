@@ -40,14 +40,14 @@ def share_of(number):
 
 def parse():
     parser = argparse.ArgumentParser(prog="tests/fuzz", description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", type=int, default=2000, help="how many (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of all of them (default %(default)s)")
+    parser.add_argument("--cases", type=int, default=2000, help="the number of cases (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="the seed of all cases (default %(default)s)")
     parser.add_argument("--first", type=int, default=0, help="the first number (default %(default)s)")
-    parser.add_argument("--case", type=int, help="this number alone")
+    parser.add_argument("--case", type=int, help="run only this case")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--impl", help="for all cases: cpu, reference, triton or cuda")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes (default %(default)s)")
-    parser.add_argument("--verbose", action="store_true", help="what every case is")
+    parser.add_argument("--verbose", action="store_true", help="print every case")
     return parser.parse_args()
 
 
