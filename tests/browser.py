@@ -4,7 +4,10 @@
 playwright; with ``SELFSUP_KERNELS_REQUIRE_BROWSER=1`` that is an error.
 """
 
+import atexit
+import base64
 import contextlib
+import functools
 import importlib.util
 import io
 import os
@@ -58,35 +61,41 @@ def _is_local(url):
     return parts.scheme in ("file", "data", "blob", "about") or parts.hostname in LOCAL
 
 
+@functools.cache
+def browser():
+    """Start the browser that all tests of this process share; return its playwright object."""
+    executable = chromium()
+    from playwright.sync_api import sync_playwright
+
+    playwright = sync_playwright().start()
+    atexit.register(playwright.stop)
+    return playwright.chromium.launch(executable_path=executable, args=ARGUMENTS)
+
+
 @contextlib.contextmanager
 def open_page(target, width=1280, height=900):
-    """A playwright page that shows ``target``, a path or a URL, on a screen of ``width`` pixels.
+    """Yield a playwright page that shows ``target``, a path or a URL, on a screen of ``width`` pixels.
 
     ``page.complaints`` collects errors of the console and of scripts, requests that failed, and requests to other
     hosts, which are not let through. ``check_layout`` reads it.
     """
-    executable = chromium()
-    from playwright.sync_api import sync_playwright
-
     url = str(target) if "://" in str(target) else Path(target).resolve().as_uri()
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=executable, args=ARGUMENTS)
-        try:
-            page = browser.new_page(viewport={"width": width, "height": height})
-            page.complaints = []
+    page = browser().new_page(viewport={"width": width, "height": height})
+    page.complaints = []
 
-            def refuse(route):
-                page.complaints.append(f"request to another host: {route.request.url}")
-                route.abort()
+    def refuse(route):
+        page.complaints.append(f"request to another host: {route.request.url}")
+        route.abort()
 
-            page.route(lambda address: not _is_local(address), refuse)
-            page.on("requestfailed", lambda request: page.complaints.append(f"not loaded: {request.url}"))
-            page.on("console", lambda m: page.complaints.append(f"console: {m.text}") if m.type == "error" else None)
-            page.on("pageerror", lambda error: page.complaints.append(f"script: {error}"))
-            page.goto(url)
-            yield page
-        finally:
-            browser.close()
+    try:
+        page.route(lambda address: not _is_local(address), refuse)
+        page.on("requestfailed", lambda request: page.complaints.append(f"not loaded: {request.url}"))
+        page.on("console", lambda m: page.complaints.append(f"console: {m.text}") if m.type == "error" else None)
+        page.on("pageerror", lambda error: page.complaints.append(f"script: {error}"))
+        page.goto(url)
+        yield page
+    finally:
+        page.close()
 
 
 def check_layout(page, ignore=""):
@@ -103,14 +112,16 @@ def check_layout(page, ignore=""):
     from matplotlib.image import imread
 
     for picture in page.query_selector_all("img"):
-        source = (picture.get_attribute("src") or "no src")[:100]
+        source = picture.get_attribute("src") or "no src"
         if not picture.is_visible():
-            assert picture.bounding_box() is None, f"empty picture: {source}"  # None: not displayed at all
+            assert picture.bounding_box() is None, f"empty picture: {source[:100]}"  # None: not displayed at all
             continue
-        picture.scroll_into_view_if_needed()  # so that pictures that are loaded late are there
-        assert picture.evaluate("e => e.complete && e.naturalWidth > 0"), f"not loaded: {source}"
-        pixels = imread(io.BytesIO(picture.screenshot()), format="png")
-        assert pixels.reshape(-1, pixels.shape[-1]).std(axis=0).max() > 0, f"one colour: {source}"
+        loaded = "e => { e.loading = 'eager'; return e.decode().then(() => true, () => false); }"
+        assert picture.evaluate(loaded), f"not loaded: {source[:100]}"
+        inline = source.startswith("data:image/png;base64,")
+        content = base64.b64decode(source.partition(",")[2]) if inline else picture.screenshot()
+        pixels = imread(io.BytesIO(content), format="png")
+        assert pixels.reshape(-1, pixels.shape[-1]).std(axis=0).max() > 0, f"one colour: {source[:100]}"
     cut = page.evaluate(CUT_OFF, ignore)
     assert not cut, "\n".join(cut[:10])
     assert not page.complaints, "\n".join(page.complaints)

@@ -35,17 +35,21 @@ ROWS = [made_up("info_nce", "both", {"selfsup_kernels": 1.0, "eager": 2.0}), LAR
 NOTHING = [made_up("info_nce", "both", {}, unavailable={"selfsup_kernels": "out of memory"})]
 
 
-@pytest.mark.parametrize("width", [390, 1280])
-@pytest.mark.parametrize(("rows", "pictures"), [(None, 20), (ROWS, 3), (NOTHING, 1)], ids=["all", "few", "none"])
-@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
-def test_page_in_a_browser(folder, rows, pictures, width, tmp_path):
+@pytest.mark.parametrize(
+    ("folder", "rows", "pictures"),
+    [*((folder, None, 20) for folder in FOLDERS), (FOLDERS[0], ROWS, 3), (FOLDERS[0], NOTHING, 1)],
+    ids=[*(folder.name for folder in FOLDERS), "few", "none"],
+)
+def test_page_in_a_browser(folder, rows, pictures, tmp_path):
     from selfsup_kernels.lab.bench import report
 
     found = [json.loads((folder / f"{op}.json").read_text()) for op in tables.TITLES]
     rows = rows or [row for data in found for row in data["rows"]]
     report.write(tmp_path / "page.html", found[0]["header"], rows)
     assert not re.search(r"(src|href)=.https?:", (tmp_path / "page.html").read_text())
-    with open_page(tmp_path / "page.html", width=width) as page:
+    with open_page(tmp_path / "page.html", width=390) as page:
+        check_layout(page)
+        page.set_viewport_size({"width": 1280, "height": 900})
         check_layout(page)
         sentence, numbers = tables.answer(rows)
         assert page.inner_text("h1") == sentence
