@@ -2,36 +2,36 @@
 
 import json
 import re
-import subprocess
 import sys
 import types
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import benchmarks_script
 
-from selfsup_kernels.lab.bench import accuracy, results, rivals
+from selfsup_kernels.lab import fresh
+from selfsup_kernels.lab.bench import accuracy, results, rivals, suite
 from selfsup_kernels.lab.bench.workloads import MODELS, TEMPERATURE, case
 
 jsonschema = pytest.importorskip("jsonschema")
-SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "gpu.py"
+gpu = benchmarks_script("gpu")
 
 # Workloads of a few hundred numbers; what is compared is exact up to rounding.
 pytestmark = pytest.mark.unpoisoned
 
 
-def suite(tmp_path, *extra):
-    """Run the suite on a CPU, and read its results by operation."""
-    arguments = ["--out", str(tmp_path), "--device", "cpu", "--quick", *extra]
-    run = subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    return {op: json.loads((tmp_path / f"{op}.json").read_text()) for op in rivals.RIVALS}, run.stdout
+def run(folder, *arguments):
+    """Run the suite on a CPU, without fresh processes, and read its results by operation."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fresh, "call", lambda target, *arguments, **_: suite.probe(*arguments))
+        assert gpu.main(["--out", str(folder), "--device", "cpu", "--quick", *arguments]) == 0
+    return {op: json.loads((folder / f"{op}.json").read_text()) for op in rivals.RIVALS}
 
 
-def test_results_are_well_formed(tmp_path):
-    found, printed = suite(tmp_path, "--skip", "compile", "lightly")
-    assert "EMA update, model tiny" in printed
+def test_results_are_well_formed(tmp_path, capsys):
+    found = run(tmp_path, "--skip", "compile", "lightly")
+    assert "EMA update, model tiny" in capsys.readouterr().out
     for data in found.values():
         jsonschema.validate(data, json.loads(results.SCHEMA.read_text()))
         for row in data["rows"]:
@@ -49,20 +49,18 @@ def test_results_are_well_formed(tmp_path):
     assert mixed[0]["unavailable"]["foreach_lerp"] == "refuses mixed dtypes"
 
 
-def test_out_of_time(tmp_path):
-    found, printed = suite(tmp_path, "--minutes", "0")
-    for data in found.values():
+def test_out_of_time(tmp_path, capsys):
+    for data in run(tmp_path, "--minutes", "0").values():
         for row in data["rows"]:
             assert row["times"] == {}
             assert set(row["unavailable"].values()) == {"skipped: out of time"}
-    assert "skipped: out of time" in printed
+    assert "skipped: out of time" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_so(tmp_path):
-    run = subprocess.run([sys.executable, str(SCRIPT), "--out", str(tmp_path)], capture_output=True, text=True)
-    assert run.returncode == 2
-    assert "needs a CUDA device" in run.stderr
+def test_without_a_gpu_it_says_so(tmp_path, capsys):
+    assert gpu.main(["--out", str(tmp_path)]) == 2
+    assert "needs a CUDA device" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- workloads and errors
