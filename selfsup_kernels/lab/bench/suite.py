@@ -33,7 +33,6 @@ class Suite:
         target_ms: how long each rate of the device is measured.
         minutes: after them nothing new begins; None for no limit.
         skip: columns to leave out.
-        graphs: whether to measure replayed CUDA graphs too.
         advance: called with a text after each column of a case, and after each case.
         rates: sizes for :class:`timing.Rates`.
         ops: the operations whose peers the header lists.
@@ -49,7 +48,6 @@ class Suite:
         target_ms=200.0,
         minutes=None,
         skip=(),
-        graphs=False,
         advance=lambda text: None,
         rates=None,
         ops=tuple(rivals.RIVALS),
@@ -59,7 +57,6 @@ class Suite:
             index = self.clock.device.index  # without one PyTorch refuses it
             torch.cuda.set_device(torch.cuda.current_device() if index is None else index)  # whose events count
         self.seconds, self.rounds, self.skip, self.advance = seconds, rounds, set(skip), advance
-        self.graphs = graphs and self.clock.cuda
         self.deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
         self.rates = timing.Rates(self.clock, dtypes, **(rates or {}))
         self.header = results.header(self.clock, ops) | self.rates.header()
@@ -106,7 +103,7 @@ class Suite:
             functions = {}
         times = measured or {part: {} for part in case.parts}
         if self.clock.cuda:
-            self._of_device(case, functions, inputs, found)
+            self._peaks(case, functions, inputs, found)
         self._errors(case, functions, inputs, found)
         rows = [{**case.facts, "part": part, "times": times[part], **found} for part in case.parts]
         self.rows += rows
@@ -171,25 +168,18 @@ class Suite:
             times[part] = timing.in_turns(of_part, seconds, self.rounds, self.clock)
         return times
 
-    def _of_device(self, case, functions, inputs, found):
-        """Measure the peak of the allocator, and replayed graphs where launches may take as long as the work."""
+    def _peaks(self, case, functions, inputs, found):
+        """Measure the peak of a GPU's allocator."""
         part = case.parts[-1]
         for name, function in functions.items():
             for made in inputs:
                 case.prepare("forward", function, made)  # without the gradients of before
             run = functools.partial(case.run, part, function, inputs[0])
-            wanted = {"peak_bytes": self.clock.peak_bytes}
-            small = case.op != "info_nce" or (case.rows <= 16384 and (rivals.impl_of(name) or name == "eager"))
-            if self.graphs and small and not rivals.find(case.op, name).waits:
-                wanted["graph_ms"] = graph_ms
-            for column, measure in wanted.items():
-                value, reason = self.attempt(measure, run)
-                if reason is None:
-                    found.setdefault(column, {})[name] = value
-                else:
-                    found["notes"][name] = f"{column}: {reason}"
-                    # After a capture that failed PyTorch's allocator and generator may still believe in it.
-                    self.graphs = self.graphs and column != "graph_ms"
+            value, reason = self.attempt(self.clock.peak_bytes, run)
+            if reason is None:
+                found["peak_bytes"][name] = value
+            else:
+                found["notes"][name] = f"peak_bytes: {reason}"
 
     def _errors(self, case, functions, inputs, found):
         functions = {name: f for name, f in functions.items() if not rivals.find(case.op, name).other}
@@ -219,13 +209,6 @@ class Suite:
                 row["fraction"] = row["gb_per_s"] / self.rates.memory_gb_per_s
 
 
-def graph_ms(function):
-    """Return the time of ``function()`` in a replayed CUDA graph: without what the host takes to launch it."""
-    from triton.testing import do_bench_cudagraph
-
-    return do_bench_cudagraph(function, return_mode="median")
-
-
 def probe(parameters, name) -> dict:
     """Run one rival on one case, in a fresh process: return ``{"peak_bytes", "seconds"}`` of one forward and backward
     (or update) above the inputs, or ``{"reason"}``; raise where memory is refused.
@@ -246,9 +229,8 @@ def probe(parameters, name) -> dict:
             function, _ = rivals.load(case, name, inputs)
         host_memory.trim()  # what making the inputs has left would be used first, and not be seen
         peak = host_memory.peak_growth(lambda: case.run(part, function, inputs))
-        clock, run = timing.Clock("cpu"), functools.partial(case.run, part, function)
-        times = [clock.milliseconds(clock.once(run, lambda: inputs)) for _ in range(2)]
-        return {"peak_bytes": peak, "seconds": min(times) / 1e3}
+        milliseconds = timing.Clock("cpu").median_ms(lambda: case.run(part, function, inputs))
+        return {"peak_bytes": peak, "seconds": milliseconds / 1e3}
     except Exception as error:
         if host_memory.refused(error):
             raise

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from selfsup_kernels.core import info
 from selfsup_kernels.lab import pages
-from selfsup_kernels.lab.demo import agreement, evaluate, plots, train
+from selfsup_kernels.lab.demo import evaluate, plots, train
 from selfsup_kernels.lab.demo.run import TITLES
 from selfsup_kernels.lab.pages import figures
 from selfsup_kernels.lab.profile.summary import milliseconds, size
@@ -66,7 +66,7 @@ def tables(summary):
     facts, titles = summary["agreement"], ("loss on the same inputs", "its gradient", "moving average")
     differences = [
         [title, *(f"{f['checks'][key]:.1e}" if key in f["checks"] else "-" for f in facts.values())]
-        for key, title in zip(agreement.LIMITS, titles, strict=True)
+        for key, title in zip(train.LIMITS, titles, strict=True)
     ]
     title = "The largest relative difference between ours and eager"
     yield pages.Table(title, ("", *(TITLES[name] for name in facts)), differences)
