@@ -3,7 +3,6 @@
 import contextlib
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -16,7 +15,7 @@ from selfsup_kernels.lab.profile.summary import summarize, text
 TIMED, PLAIN, TRACED, WARMUP = "timed", "plain", "traced", "warmup"
 
 
-def steps(model, *, optimizer=None, loss=None, ema=None, out=None, device=None, warmup=2, memory=True, trace=True):
+def steps(model, *, loss=None, ema=None, out=None, device=None, warmup=2, memory=True, trace=True):
     r"""Profile the steps of a training loop: where their time and their memory go.
 
     ::
@@ -35,7 +34,6 @@ def steps(model, *, optimizer=None, loss=None, ema=None, out=None, device=None, 
     Args:
         model: the module that is trained, or a sequence of them. Losses in it are found: the package's methods,
             PyTorch's losses, and modules of a class named ``...Loss``.
-        optimizer: one, or a sequence, that is not a ``torch.optim.Optimizer``: those are found.
         loss: a loss module that is not part of ``model``, or a sequence of them. ``run.loss(function)`` wraps a
             function, and ``with run.part("loss")`` marks anything.
         ema: a module that averages and is not part of ``model``: a :class:`selfsup_kernels.EMA`, or any with
@@ -52,23 +50,22 @@ def steps(model, *, optimizer=None, loss=None, ema=None, out=None, device=None, 
     Raises:
         ValueError, TypeError: an argument does not fit; the message says which and why.
     """
-    models, losses = _list(model), _list(loss)
+    models, losses, calls = _list(model), _list(loss), []
     if not models:
         raise ValueError("model: expected at least one module, got none")
     for name, module in (*(("model", m) for m in models), *(("loss", m) for m in losses)):
         if not isinstance(module, nn.Module):
             hint = "; run.loss(function) wraps a function" if name == "loss" and callable(module) else ""
             raise TypeError(f"{name}: expected an nn.Module or a sequence of them, got {type(module).__name__}{hint}")
+    for average in _list(ema):
+        update = next((name for name in ("update", "update_parameters") if hasattr(average, name)), None)
+        if update is None:
+            raise TypeError(f"ema: expected an object with update(), got {type(average).__name__}")
+        calls.append((average, update, parts.EMA))
     device = torch.device(device or next((p.device for module in models for p in module.parameters()), "cpu"))
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device: expected cpu or cuda, got {device}")
     _require_integer("warmup", warmup, 0)
-    calls = [
-        (other, _method("optimizer", other, "step"), parts.OPTIMIZER)
-        for other in _list(optimizer)
-        if not isinstance(other, torch.optim.Optimizer)
-    ]
-    calls += [(module, _method("ema", module, "update", "update_parameters"), parts.EMA) for module in _list(ema)]
     losses = list(dict.fromkeys([*losses, *hooks.losses_in(models)]))
     return Run(models, losses, calls, device, out, warmup, memory, trace)
 
@@ -114,7 +111,7 @@ class Run:
         if kind is None and self._out is not None:
             self.report(self._out)
 
-    def __call__(self, loader: Iterable, *, accumulate: int = 1) -> Iterator:
+    def __call__(self, loader, *, accumulate=1):
         """Iterate over ``loader``, each ``accumulate`` batches of which are one step.
 
         May be called again, for a further epoch.
@@ -152,12 +149,6 @@ class Run:
             if self._loop is loop:
                 self._abandon()
 
-    @contextlib.contextmanager
-    def _inside(self, name):
-        recorded = self._recorder is not None and self._recorder.ranges
-        with self._recorder.inside(name) if recorded else contextlib.nullcontext():
-            yield
-
     def part(self, name):
         """Return a context manager: what runs in it is the part ``name``, such as "loss", "ema" or "encoder"."""
         name = parts.OWN_NAMES.get(name, name)
@@ -165,6 +156,12 @@ class Run:
             raise ValueError(f"name: expected one of {', '.join([*parts.OWN_NAMES, *parts.PARTS])}, got {name!r}")
         self._loss_known |= name == parts.LOSS_FORWARD
         return self._inside(name)
+
+    @contextlib.contextmanager
+    def _inside(self, name):
+        recorded = self._recorder is not None and self._recorder.ranges
+        with self._recorder.inside(name) if recorded else contextlib.nullcontext():
+            yield
 
     def loss(self, function):
         """Wrap ``function``: its calls are the loss."""
@@ -254,11 +251,3 @@ def _list(value) -> list:
     if value is None:
         return []
     return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-def _method(argument, owner, *names) -> str:
-    """Return the first of ``names`` that ``owner`` has as a method."""
-    name = next((name for name in names if callable(getattr(owner, name, None))), None)
-    if name is None:
-        raise TypeError(f"{argument}: expected an object with {names[0]}(), got {type(owner).__name__}")
-    return name
