@@ -22,26 +22,21 @@ ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-backg
 ARGUMENTS += ["--disable-component-update", "--disable-sync", "--disable-dev-shm-usage"]
 LOCAL = ("localhost", "127.0.0.1", "[::1]", "::1")
 
-# What sticks out of the screen or out of a box that hides the rest. A box that scrolls may hold anything, if it is
-# itself on the screen. A box of one pixel is how text for screen readers is hidden.
+# What sticks out of the screen, or of a box that hides the rest. A box that scrolls may hold anything; a box of one
+# pixel is how text for screen readers is hidden.
 CUT_OFF = """(ignored) => {
-  const hides = (o) => o === "hidden" || o === "clip";
-  const scrolls = (e) => ["auto", "scroll"].includes(getComputedStyle(e).overflowX) ||
-                         (hides(getComputedStyle(e).overflowX) && e.clientWidth <= 1);
   const width = document.documentElement.clientWidth, found = [];
-  if (document.documentElement.scrollWidth > width + 1)
-    found.push("the page is " + document.documentElement.scrollWidth + " pixels wide on a screen of " + width);
+  const overflow = (e) => getComputedStyle(e).overflowX, named = (e) => e.outerHTML.slice(0, 80);
+  const free = (e) => e && e !== document.body && (overflow(e) === "auto" || overflow(e) === "scroll" ||
+                                                  e.clientWidth === 1 || free(e.parentElement));
   for (const e of document.body.querySelectorAll("*")) {
-    const box = e.getBoundingClientRect(), style = getComputedStyle(e), named = e.outerHTML.slice(0, 80);
-    if (style.visibility === "hidden" || box.width <= 1 || box.height <= 1 || (ignored && e.closest(ignored))) continue;
-    let parent = e.parentElement, free = false;
-    for (; parent && parent !== document.body && !free; parent = parent.parentElement) free = scrolls(parent);
-    if (!free && (box.right > width + 1 || box.left < -1))
+    const box = e.getBoundingClientRect();
+    if (getComputedStyle(e).visibility === "hidden" || box.width <= 1 || (ignored && e.closest(ignored))) continue;
+    if (!free(e.parentElement) && (box.right > width + 1 || box.left < -1))
       found.push("from " + Math.round(box.left) + " to " + Math.round(box.right) + " on a screen of " + width + ": " +
-                 named);
-    if (e instanceof SVGElement || e.clientWidth <= 1 || e.clientHeight <= 1) continue;
-    if (hides(style.overflowX) && e.scrollWidth > e.clientWidth + 1) found.push("cut off at the side: " + named);
-    if (hides(style.overflowY) && e.scrollHeight > e.clientHeight + 1) found.push("cut off below: " + named);
+                 named(e));
+    if (["hidden", "clip"].includes(overflow(e)) && e.clientWidth > 1 &&
+        (e.scrollWidth > e.clientWidth + 1 || e.scrollHeight > e.clientHeight + 1)) found.push("cut off: " + named(e));
   }
   return found;
 }"""
