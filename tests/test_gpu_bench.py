@@ -79,8 +79,9 @@ def test_operations_and_bytes():
 
 @pytest.mark.parametrize("views", [2, 4])
 def test_eager_and_chunked_losses_are_the_reference(views):
-    (z,) = case("info_nce", views=views, batch=20, dim=8, dtype="float64").inputs()
-    want = accuracy.info_nce_truth(z)
+    made = case("info_nce", views=views, batch=20, dim=8, dtype="float64")
+    (z,) = made.inputs()
+    want = accuracy.truth(made, (z,))
     for function in (rivals.eager_info_nce, lambda v: rivals.chunked_info_nce(v, chunk=7)):
         for ours, theirs in zip(accuracy.with_gradient(function, (z,)), want, strict=True):
             torch.testing.assert_close(ours, theirs)

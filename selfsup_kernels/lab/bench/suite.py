@@ -80,9 +80,7 @@ class Suite:
         found = {key: {} for key in ("peak_bytes", "errors", "unavailable", "notes")}
         functions, inputs = {}, None
         for name in names:
-            reason = self._refusal(case, name)
-            if reason is None and not self.clock.cuda:
-                reason = self._probe(case, name, found)
+            reason = self._refusal(case, name) or (None if self.clock.cuda else self._probe(case, name, found))
             if reason is None and inputs is None:
                 inputs, reason = self.attempt(self._inputs, case)
             if reason is None:
@@ -97,14 +95,11 @@ class Suite:
                 if note := rivals.find(case.op, name).note:
                     found["notes"][name] = note
             self.advance(f"{case.label}: {name}")
-        measured, reason = self.attempt(self._in_turns, case, functions, inputs)
+        times, reason = self.attempt(self._in_turns, case, functions, inputs)
         if reason:
             found["unavailable"] |= dict.fromkeys(functions, reason)
-            functions = {}
-        times = measured or {part: {} for part in case.parts}
-        if self.clock.cuda:
-            self._peaks(case, functions, inputs, found)
-        self._errors(case, functions, inputs, found)
+            functions, times = {}, {part: {} for part in case.parts}
+        self._peaks_and_errors(case, functions, inputs, found)
         rows = [{**case.facts, "part": part, "times": times[part], **found} for part in case.parts]
         self.rows += rows
         self.advance(f"{case.label}: times")
@@ -168,31 +163,27 @@ class Suite:
             times[part] = timing.in_turns(of_part, seconds, self.rounds, self.clock)
         return times
 
-    def _peaks(self, case, functions, inputs, found):
-        """Measure the peak of a GPU's allocator."""
-        part = case.parts[-1]
-        for name, function in functions.items():
-            for made in inputs:
-                case.prepare("forward", function, made)  # without the gradients of before
-            run = functools.partial(case.run, part, function, inputs[0])
-            value, reason = self.attempt(self.clock.peak_bytes, run)
-            if reason is None:
-                found["peak_bytes"][name] = value
-            else:
-                found["notes"][name] = f"peak_bytes: {reason}"
-
-    def _errors(self, case, functions, inputs, found):
-        functions = {name: f for name, f in functions.items() if not rivals.find(case.op, name).other}
-        judge, reason = self.attempt(accuracy.judge, case, inputs[0]) if functions else (None, None)
+    def _peaks_and_errors(self, case, functions, inputs, found):
+        """Measure the peaks of a GPU's allocator, and errors against float64."""
+        judged = {name for name in functions if not rivals.find(case.op, name).other}
+        judge, reason = self.attempt(accuracy.judge, case, inputs[0]) if judged else (None, None)
         if reason:
             found["notes"]["float64 reference"] = reason
-            return
         for name, function in functions.items():
-            errors, reason = self.attempt(judge, name, function)
-            if reason:
-                found["notes"][name] = f"errors: {reason}"
-            else:
-                found["errors"][name] = errors
+            measures = {}
+            if self.clock.cuda:
+                for made in inputs:
+                    case.prepare(case.parts[0], function, made)  # without the gradients of before
+                run = functools.partial(case.run, case.parts[-1], function, inputs[0])
+                measures["peak_bytes"] = functools.partial(self.clock.peak_bytes, run)
+            if judge and name in judged:
+                measures["errors"] = functools.partial(judge, name, function)
+            for column, measure in measures.items():
+                value, reason = self.attempt(measure)
+                if reason:
+                    found["notes"][name] = f"{column}: {reason}"
+                else:
+                    found[column][name] = value
 
     def rate(self):
         """Set what ours reaches of the rates of this run in all rows."""
@@ -223,7 +214,7 @@ def probe(parameters, name) -> dict:
         if reason:
             return {"reason": reason}
         first.run(part, function, inputs)
-        first.prepare("forward", function, inputs)
+        first.prepare(first.parts[0], function, inputs)
         if not compiles:
             inputs = case.inputs()
             function, _ = rivals.load(case, name, inputs)
