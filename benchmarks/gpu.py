@@ -3,7 +3,7 @@
     python benchmarks/gpu.py --out FOLDER [--quick] [--minutes N] [--skip NAME ...]
 
 A list of cases for the engine of ``python -m selfsup_kernels bench``, the rows that matter most first, within a limit
-of time. Writes ``FOLDER/{info_nce,byol,ema}.json`` after every case, and a table at the end. A rival that is not
+of time. Writes ``FOLDER/{info_nce,byol,ema}.json`` after every case, and a table at the end. A peer that is not
 installed, runs out of memory or fails is listed under ``unavailable`` with the reason, and hides nothing.
 
 ``--device cpu`` runs the same code on a CPU, to see that all of it works; its times mean nothing.
@@ -56,7 +56,7 @@ def cases(quick, tiny):
 
 
 def columns(made, compiled):
-    """Return ours and every rival; torch.compile where it is wanted."""
+    """Return ours and every peer; torch.compile where it is wanted."""
     # pytorch-metric-learning's loss over all triplets takes minutes and most of the memory.
     left_out = {"pytorch-metric-learning NTXentLoss", *([] if compiled else ["compile"])}
     return [rivals.OURS, *(name for name in rivals.RIVALS[made.op] if name not in left_out)]

@@ -36,7 +36,7 @@ FEWEST = 3
 
 
 class Case(NamedTuple):
-    """What the rows of one table, and of one picture, have in common."""
+    """Name what the rows of one table, and of one picture, have in common."""
 
     views: int
     dim: int

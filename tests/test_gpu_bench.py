@@ -138,7 +138,7 @@ def test_adaptors_of_the_losses(name, fake_peers):
 
 @pytest.mark.parametrize("name", ["foreach_lerp", "loop", "swa_utils"])
 def test_updates_are_the_average(name):
-    """Also of copies that a rival holds: they begin where the targets are, so that doing nothing shows."""
+    """Also of copies that a peer holds: they begin where the targets are, so that doing nothing shows."""
     made = case("ema", model="tiny")
     inputs = made.inputs()
     function, _ = rivals.load(made, name, inputs)

@@ -1,4 +1,4 @@
-"""What reads the hardware's counters, as far as a machine without a GPU can tell: the profiler is a stand-in."""
+"""Test the reading of the hardware's counters without a GPU: the profiler is a stand-in."""
 
 import sys
 

@@ -33,7 +33,7 @@ def add_arguments(parser):
     add("--seconds", default="3", help="about how long the turns of one case take (default: 3)")
     add("--rounds", help="turns of every part, in place of --seconds; on a CPU")
     add("--json", metavar="FILE", help="write all results there")
-    add("--csv", metavar="FILE", help="the same, one line for each case, part and rival")
+    add("--csv", metavar="FILE", help="the same, one line for each case, part and peer")
     add("--html", metavar="FILE", help="a page with plots, which needs no network")
     add("--results", metavar="DIR", help="write DIR/DEVICE/OP.json, as benchmarks/results has them")
     add("--base", metavar="REF", help="compare with another commit of this checkout instead")
@@ -122,7 +122,7 @@ class Plan:
         self.product_dtypes = dtypes if "info_nce" in self.ops else ["float32"]
 
     def columns(self, vs):
-        """Return ``{op: names}``: our implementations, then the rivals."""
+        """Return ``{op: names}``: our implementations, then the peers."""
         from selfsup_kernels.lab.bench import rivals
 
         found = {op: [rivals.impl_name(impl) for impl in self.impls] for op in self.ops}

@@ -19,7 +19,7 @@ SCHEMA = Path(__file__).with_name("results.schema.json")
 
 
 def header(clock, ops=tuple(rivals.RIVALS)):
-    """Return what the numbers depend on, besides the rates of the device (:class:`timing.Rates`)."""
+    """Return what the numbers depend on, apart from the rates of the device (:class:`timing.Rates`)."""
     packages = sorted({rival.package for op in ops for rival in rivals.RIVALS[op].values() if rival.package})
     facts = {
         "kind": clock.device.type,
@@ -72,7 +72,7 @@ FIELDS += ("tflops", "gb_per_s", "fraction", "unavailable", "note")
 
 
 def write_csv(path, rows):
-    """Write one line for each case, part and rival; empty where there is nothing to say."""
+    """Write one line for each case, part and peer; empty where there is nothing to say."""
     with Path(path).open("w", newline="") as file:
         writer = csv.DictWriter(file, FIELDS, extrasaction="ignore")
         writer.writeheader()

@@ -1,6 +1,6 @@
-"""Adapt what others call for the same work: each rival becomes a function of the workload's inputs.
+"""Adapt what others call for the same work: each peer becomes a function of the workload's inputs.
 
-The rivals of ``info_nce`` work on the same M x M problem (M = V B rows) as ours. What fused linear cross-entropies
+The peers of ``info_nce`` work on the same M x M problem (M = V B rows) as ours. What fused linear cross-entropies
 cannot do is leave a row's similarity with itself out of its softmax: their losses differ from NT-Xent by that term, not
 in their work.
 """
@@ -29,7 +29,7 @@ FILTERED = OTHER_LOSS + "; by default its gradient leaves out blocks in which no
 
 
 class Unsupported(Exception):
-    """A rival cannot do the case; the message says why."""
+    """A peer cannot do the case; the message says why."""
 
 
 class Rival(NamedTuple):
@@ -41,7 +41,7 @@ class Rival(NamedTuple):
 
 
 class Average:
-    """A rival's update of averages that it holds itself: the tensors in ``copies``."""
+    """A peer's update of averages that it holds itself: the tensors in ``copies``."""
 
     def __init__(self, update, copies):
         self.update, self.copies = update, copies
@@ -150,7 +150,7 @@ def _foreach_lerp(case, inputs):
 
 
 def _average(make, case, inputs):
-    """Set a rival's own average to the workload's targets; ``make(model)`` returns its update and the average."""
+    """Set a peer's own average to the workload's targets; ``make(model)`` returns its update and the average."""
     targets, sources = inputs
     model = torch.nn.ParameterList([torch.nn.Parameter(x.detach().clone()) for x in sources])
     update, module = make(model)
@@ -232,14 +232,14 @@ RIVALS = {
         "swa_utils": _averaged(_swa_utils, None, "AveragedModel, get_ema_multi_avg_fn"),
     },
 }
-"""The rivals of each operation, by the name that results and ``--vs`` use."""
+"""The peers of each operation, by the name that results and ``--vs`` use."""
 
 EAGER_EMA = ("foreach_lerp", "loop")
 """The two ways to write the moving average that ``--vs eager`` means."""
 
 
 def named(op, word):
-    """Return the rivals that a word of ``--vs`` means: one, several of one package, or "all"."""
+    """Return the peers that a word of ``--vs`` means: one, several of one package, or "all"."""
     if op == "ema" and word == "eager":
         return list(EAGER_EMA)
     return [name for name in RIVALS[op] if word == "all" or f"{name.lower()} ".startswith(f"{word} ")]
@@ -251,12 +251,12 @@ def impl_name(impl):
 
 
 def impl_of(name):
-    """Return the implementation of a column of ours, or None for a rival's column."""
+    """Return the implementation of a column of ours, or None for a peer's column."""
     return "auto" if name == OURS else name[6:-1] if name.startswith("impl='") else None
 
 
 def find(op, name) -> Rival:
-    """Return the rival of a column; a name ``MODULE:CALLABLE`` is a user's own function of the inputs."""
+    """Return the peer of a column; a name ``MODULE:CALLABLE`` is a user's own function of the inputs."""
     if impl_of(name):
         return Rival(functools.partial(_ours, impl_of(name)))
     if name in RIVALS[op]:

@@ -1,6 +1,6 @@
-"""Measure one case at a time, ours and all rivals, as rows of results: the engine of every benchmark here.
+"""Measure one case at a time, ours and all peers, as rows of results: the engine of every benchmark here.
 
-On a CPU each rival first runs once in a fresh process, under a limit of the memory that is left: that gives its peak,
+On a CPU each peer first runs once in a fresh process, under a limit of the memory that is left: that gives its peak,
 and what does not fit or takes too long never runs in this process. On a GPU the allocator counts the peak. Then all
 take turns.
 """
@@ -19,9 +19,9 @@ from selfsup_kernels.lab.bench import accuracy, results, rivals, timing, workloa
 
 OUT_OF_TIME = "skipped: out of time"
 LONGEST = 1.5
-"""A rival of which one forward and backward takes this many times the seconds of a case is skipped."""
+"""A peer of which one forward and backward takes this many times the seconds of a case is skipped."""
 STARTING, COMPILING = 20.0, 180.0
-"""Seconds that a fresh process may take besides its work, and torch.compile in it."""
+"""Seconds that the start of a fresh process, and torch.compile in it, may take."""
 
 
 class Suite:
@@ -29,7 +29,7 @@ class Suite:
 
     Args:
         dtypes: of the matrix products that fractions refer to.
-        seconds: about how long the turns of one case take, besides the fewest calls; ``rounds`` goes before it.
+        seconds: about how long the turns of one case take; ``rounds`` takes precedence.
         target_ms: how long each rate of the device is measured.
         minutes: after them nothing new begins; None for no limit.
         skip: columns to leave out.
@@ -121,7 +121,7 @@ class Suite:
         return rivals.load(small, name, small.inputs(self.clock.device))[1]
 
     def _probe(self, case, name, found):
-        """Note the peak memory, from a fresh process; return why the rival is not to be measured here, or None."""
+        """Note the peak memory, from a fresh process; return why the peer is not to be measured here, or None."""
         parameters = {k: v for k, v in case.facts.items() if k in ("op", "model", "views", "batch", "dim", "dtype")}
         longest = STARTING + 4 * LONGEST * self.seconds + COMPILING * rivals.find(case.op, name).compiles
         left = host_memory.available()
@@ -201,7 +201,7 @@ class Suite:
 
 
 def probe(parameters, name) -> dict:
-    """Run one rival on one case, in a fresh process: return ``{"peak_bytes", "seconds"}`` of one forward and backward
+    """Run one peer on one case, in a fresh process: return ``{"peak_bytes", "seconds"}`` of one forward and backward
     (or update) above the inputs, or ``{"reason"}``; raise where memory is refused.
     """
     try:

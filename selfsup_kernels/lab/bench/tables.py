@@ -21,7 +21,7 @@ class Table(NamedTuple):
 
 
 def answer(rows):
-    """Return ``(sentence, numbers)``: the largest case of forward and backward against its fastest rival.
+    """Return ``(sentence, numbers)``: the largest case of forward and backward against its fastest peer.
 
     ``numbers`` are up to three pairs of a number and what it is: the ratio of times, the ratio of memory, the share of
     the device's rate.
@@ -36,7 +36,7 @@ def answer(rows):
     text = f"{TITLES[row['op']]} ({facts(row)}) takes {milliseconds(row['times'][ours]['p50_ms'])} ms"
     numbers = []
     if best:
-        text += f"; {best}, the fastest rival, takes {milliseconds(row['times'][best]['p50_ms'])} ms"
+        text += f"; {best}, the fastest peer, takes {milliseconds(row['times'][best]['p50_ms'])} ms"
         numbers.append((factor(results.ratio(row, best)), f"time of {best} over ours"))
         mine, theirs = row["peak_bytes"].get(ours), row["peak_bytes"].get(best)
         if mine and theirs:
@@ -48,7 +48,7 @@ def answer(rows):
 
 
 def others(row):
-    """Return the rivals with a time."""
+    """Return the peers with a time."""
     return [name for name in row["times"] if not rivals.impl_of(name)]
 
 
