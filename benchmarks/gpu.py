@@ -17,8 +17,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the package of this checkout
 
 import torch
-from rich.console import Console
 
+from selfsup_kernels.lab import pages
 from selfsup_kernels.lab.bench import results, rivals, tables
 from selfsup_kernels.lab.bench.suite import Suite
 from selfsup_kernels.lab.bench.workloads import case
@@ -90,7 +90,7 @@ def main(arguments=None):
         rows = [row for row in suite.rows if row["op"] == made.op]
         results.write_json(args.out / f"{made.op}.json", suite.header, rows)
         print(f"{made.label}: {time.monotonic() - start:.1f} s", flush=True)
-    tables.show(Console(width=150), suite.header, suite.rows)
+    tables.show(pages.console(150), suite.header, suite.rows)
     return 0
 
 

@@ -53,7 +53,7 @@ def test_page_in_a_browser(folder, rows, pictures, tmp_path):
         check_layout(page)
         sentence, numbers = tables.answer(rows)
         assert page.inner_text("h1") == sentence
-        assert page.locator(".numbers b").all_inner_texts() == [number for number, _ in numbers]
+        assert page.locator(".numbers dd").all_inner_texts() == [number for number, _ in numbers]
         assert page.locator("img").count() >= pictures
 
 
@@ -76,7 +76,7 @@ def test_answer():
 def test_errors_beyond_rounding_are_flagged(dtype, error, style):
     errors = {"selfsup_kernels": {"loss": 1e-8}, "eager": {"loss": error, "rows": 64}}
     row = made_up("info_nce", "both", {"selfsup_kernels": 1.0, "eager": 2.0}, dtype=dtype, errors=errors)
-    assert [style for _, style in tables.make("info_nce", [row]).lines] == ["ours", style]
+    assert tables.make("info_nce", [row]).styles == ["ours", style]
     assert tables.worst(row, "eager") == (math.inf if error is None else error)
 
 

@@ -68,10 +68,7 @@ def main(options) -> int:
         for case, names in plan.cases:
             suite.measure(case, names)
     suite.rate()
-    out = console()
-    if not out.is_terminal:
-        out.width = WIDTH
-    tables.show(out, suite.header, suite.rows)
+    tables.show(console(WIDTH), suite.header, suite.rows)
     if options.json:
         results.write_json(options.json, suite.header, suite.rows)
     if options.csv:

@@ -20,7 +20,7 @@ def write(results, out, figure=None) -> Path:
     if figure is not None:
         Path(figure).parent.mkdir(parents=True, exist_ok=True)
         plots.compact(results["losses"], summary["sweep"]["cases"], device(summary)).savefig(figure, dpi=144)
-    pages.show(pages.console(), tables(summary), answer(summary), notes(summary), page)
+    pages.show(pages.console(), answer(summary), tables(summary), notes=notes(summary), page=page)
     return page
 
 
