@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+LEFT = ("", "part", "run", "features")
+"""Titles of columns of names."""
 STYLES = {"ours": "bold cyan", "absent": "dim", "faster": "yellow", "wrong": "bold red"}
 
 
@@ -54,15 +56,9 @@ def show(console, answer, tables, about=(), notes=(), page=None):
         grid = Grid(title=table.title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
         for column in table.columns:
             grid.add_column(column, justify="left" if column in LEFT else "right", overflow="fold")
-        for i, row in enumerate(table.rows):
-            grid.add_row(
-                *(escape(str(cell)) for cell in row), style=STYLES.get(table.styles[i]) if table.styles else ""
-            )
+        for row, style in zip(table.rows, table.styles or [None] * len(table.rows), strict=True):
+            grid.add_row(*(escape(str(cell)) for cell in row), style=STYLES.get(style))
         console.print(grid)
         say(table.notes, "dim")
     say(f"- {note}" for note in notes)
     say([f"\nReport: {page.resolve()}"] if page else [])
-
-
-LEFT = ("", "part", "run", "features")
-"""Titles of columns of names."""
