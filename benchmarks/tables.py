@@ -380,12 +380,12 @@ def is_current(path, rows):
 
 
 def draw(path, rows, title):
-    from selfsup_kernels.lab.bench import plots
+    from selfsup_kernels.lab.bench import report
 
     path.parent.mkdir(parents=True, exist_ok=True)
     # Software would hold matplotlib's version.
     metadata = {"Software": None, "Digest": digest(rows)}
-    plots.rivals_of(rows, "time", title).savefig(path, format="png", dpi=144, metadata=metadata)
+    report.picture(rows, "time", title).savefig(path, format="png", dpi=144, metadata=metadata)
 
 
 # ---------------------------------------------------------------- pages

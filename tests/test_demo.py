@@ -21,7 +21,7 @@ from selfsup_kernels.__main__ import main
 from selfsup_kernels.core import info
 from selfsup_kernels.lab import fresh
 from selfsup_kernels.lab.bench import eager, suite
-from selfsup_kernels.lab.demo import data, evaluate, plots, report, run, train
+from selfsup_kernels.lab.demo import data, evaluate, report, run, train
 from selfsup_kernels.lab.pages import progress
 
 
@@ -150,7 +150,7 @@ def test_sweep_leaves_out_what_does_not_fit(monkeypatch, error, reason):
     assert row["left_out"] == {"eager": reason}
     assert (row["seconds"], row["peak_bytes"]) == ({"ours": 0.5}, {"ours": 1000})
     assert list(report.sweep_rows({"sweep": {"cases": [row]}})) == [["16", f"left out ({reason})", "500", "-", "1 kB"]]
-    assert plots.sweep([row]).axes
+    assert report.sweep([row]).axes
 
 
 def test_the_answer_and_the_notes_speak_against_us_too(quick):
