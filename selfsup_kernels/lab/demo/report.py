@@ -3,8 +3,6 @@
 import json
 from pathlib import Path
 
-import numpy as np
-
 from selfsup_kernels.core import info
 from selfsup_kernels.lab import pages
 from selfsup_kernels.lab.demo import evaluate, train
@@ -13,15 +11,16 @@ from selfsup_kernels.lab.pages.figures import EAGER, OURS, data_uri, figure, log
 from selfsup_kernels.lab.profile.summary import milliseconds, size
 
 
-def write(results, out, compact_figure=None) -> Path:
+def write(results, out, figure_path=None) -> Path:
     out, summary = Path(out), results["summary"]
     out.mkdir(parents=True, exist_ok=True)
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     page = out / "report.html"
     page.write_text(render(results), encoding="utf-8")
-    if compact_figure is not None:
-        Path(compact_figure).parent.mkdir(parents=True, exist_ok=True)
-        compact(results["losses"], summary["sweep"]["cases"], device(summary)).savefig(compact_figure, dpi=144)
+    if figure_path is not None:
+        wide = picture(results["losses"], summary["sweep"]["cases"], device(summary), columns=4)
+        Path(figure_path).parent.mkdir(parents=True, exist_ok=True)
+        wide.savefig(figure_path, dpi=144)
     pages.show(pages.console(), answer(summary), tables(summary), notes=notes(summary), page=page)
     return page
 
@@ -97,10 +96,7 @@ def sweep_rows(summary):
 
 def render(results) -> str:
     summary = results["summary"]
-    pictures = {
-        "Loss curves: ours as a line, eager dashed": curves(results["losses"]),
-        "The loss alone over the batch size": sweep(summary["sweep"]["cases"]),
-    }
+    drawn = picture(results["losses"], summary["sweep"]["cases"], device(summary))
     return pages.render(
         "selfsup_kernels.lab.demo",
         "report.html",
@@ -109,33 +105,24 @@ def render(results) -> str:
         numbers=numbers(summary),
         notes=notes(summary),
         tables=list(tables(summary)),
-        pictures={title: data_uri(picture) for title, picture in pictures.items()},
+        picture=data_uri(drawn),
         device=device(summary),
     )
 
 
-def curve(axis, runs, title):
-    steps = np.arange(1, len(runs["ours"]) + 1)
-    axis.plot(steps, runs["ours"], color=OURS, linewidth=3, alpha=0.55, label="ours")
-    axis.plot(steps, runs["eager"], color=EAGER, linewidth=1.2, linestyle=(0, (4, 3)), label="eager")
-    axis.set_title(title, fontsize=11)
-    axis.set_xlabel("step")
-    axis.set_ylabel("loss")
-    axis.legend(frameon=False, fontsize=9)
-
-
-def curves(losses):
-    made, axes = figure(8.0, 3.4, len(losses))
-    for axis, (name, runs) in zip(axes[0], losses.items(), strict=True):
-        curve(axis, runs, TITLES[name])
-    return made
-
-
-def sweep_axes(axes, rows):
-    """Draw time and memory over the batch size, on two axes."""
+def picture(losses, rows, device, columns=2):
+    """Draw both loss curves, and time and memory of the contrastive loss alone over the batch size."""
+    made, axes = figure(4.0 * columns, 3.6 * 4 / columns, columns, 4 // columns)
+    curves, sweep = axes.flat[:2], axes.flat[2:]
+    for axis, (name, runs) in zip(curves, losses.items(), strict=True):
+        steps = range(1, len(runs["ours"]) + 1)
+        axis.plot(steps, runs["ours"], color=OURS, linewidth=3, alpha=0.55, label="ours")
+        axis.plot(steps, runs["eager"], color=EAGER, linewidth=1.2, linestyle=(0, (4, 3)), label="eager")
+        axis.set(title=f"{TITLES[name]} training on digits", xlabel="step", ylabel="loss")
+        axis.legend(frameon=False, fontsize=9)
     for axis, key, unit, title in (
-        (axes[0], "seconds", 1e-3, "Time of the loss, forward + backward (ms)"),
-        (axes[1], "peak_bytes", 2**20, "Peak memory of the loss (MiB)"),
+        (sweep[0], "seconds", 1e-3, "Time of the loss alone (ms)"),
+        (sweep[1], "peak_bytes", 2**20, "Peak memory of the loss alone (MiB)"),
     ):
         shown = []
         for name, color, marker in (("eager", EAGER, "s"), ("ours", OURS, "o")):
@@ -143,24 +130,10 @@ def sweep_axes(axes, rows):
             if known:
                 axis.loglog(*zip(*known, strict=True), color=color, marker=marker, markersize=5, label=name)
                 shown += [value for _, value in known]
-        axis.set_title(title, fontsize=11)
         if shown:
             axis.set_xticks([row["batch"] for row in rows], [row["batch"] for row in rows])
             log_axis(axis.yaxis, shown)
             axis.legend(frameon=False, fontsize=9)
-        axis.set_xlabel("batch size (4 views)")
-
-
-def sweep(rows):
-    made, axes = figure(8.0, 3.8, 2)
-    sweep_axes(axes[0], rows)
-    return made
-
-
-def compact(losses, rows, device):
-    """Draw the README's picture: the contrastive curves, time and memory of the loss over the batch size."""
-    made, axes = figure(12.0, 3.7, 3)
-    curve(axes[0, 0], losses["contrastive"], "Contrastive training on digits")
-    sweep_axes(axes[0, 1:], rows)
+        axis.set(title=title, xlabel="batch size (4 views)")
     made.supxlabel(device, fontsize=8, color="#52606d")
     return made
