@@ -108,14 +108,14 @@ def test_losses_of_any_kind_and_what_they_call(kind, counted_time):
 
 
 def test_averages_and_optimizers_of_any_kind(counted_time):
-    model, criterion = Encoder(), SquareLoss()
+    model, criterion, optimizer = Encoder(), SquareLoss(), Encoder()
+    optimizer.step = lambda: time.sleep(0.003)  # no torch.optim.Optimizer
     average = torch.optim.swa_utils.AveragedModel(model)
-    with sk.profile.steps(model, loss=criterion, ema=average, **QUIET) as run:
+    with sk.profile.steps(model, loss=criterion, ema=average, optimizer=optimizer, **QUIET) as run:
         other = run.ema(lambda: time.sleep(0.005))
         for x in run(batches(6)):
             criterion(model(x)).backward()
-            with run.part("optimizer"):  # no torch.optim.Optimizer
-                time.sleep(0.003)
+            optimizer.step()
             average.update_parameters(model)
             other()
             with run.part("ema"):
@@ -262,6 +262,7 @@ def test_bad_arguments():
         (ValueError, "model: expected at least one", {"model": []}),
         (TypeError, r"loss: expected .* run.loss\(function\)", {"loss": torch.nn.functional.mse_loss}),
         (TypeError, r"ema: expected an object with update\(\)", {"ema": model}),
+        (TypeError, r"optimizer: expected an object with step\(\), got int", {"optimizer": 1}),
         (ValueError, "warmup: expected an integer >= 0, got -1", {"warmup": -1}),
         (ValueError, "device: expected cpu or cuda, got meta", {"device": "meta"}),
     ):

@@ -1,27 +1,42 @@
-"""Show how far a command is: a bar by rich, whose last state alone is printed where the output is no terminal."""
+"""A progress bar on a terminal, plain lines elsewhere."""
 
 import sys
+import time
 
 
 class Progress:
     """``with Progress() as p: p.stage("name", steps); p.advance()``."""
 
     def __init__(self, stream=None):
-        from rich import console, progress
+        self.stream = stream or sys.stdout
+        self.live = None
+        if self.stream.isatty():
+            from rich import progress
+            from rich.console import Console
 
-        columns = [*progress.Progress.get_default_columns()[:3], progress.TimeElapsedColumn()]
-        note = progress.TextColumn("{task.fields[note]}")
-        self.bar = progress.Progress(*columns, note, console=console.Console(file=stream or sys.stdout))
+            note = progress.TextColumn("{task.fields[note]}")
+            columns = [*progress.Progress.get_default_columns()[:3], progress.TimeElapsedColumn(), note]
+            self.live = progress.Progress(*columns, console=Console(file=self.stream))
 
     def __enter__(self):
-        self.bar.start()
+        self.begin = time.monotonic()
+        if self.live:
+            self.live.start()
         return self
 
     def __exit__(self, *exception):
-        self.bar.stop()
+        if self.live:
+            self.live.stop()
 
     def stage(self, name, total):
-        self.task = self.bar.add_task(name, total=total, note="")
+        self.name, self.total, self.done = name, total, 0
+        if self.live:
+            self.task = self.live.add_task(name, total=total, note="")
 
     def advance(self, note=""):
-        self.bar.update(self.task, advance=1, note=note)
+        self.done += 1
+        if self.live:
+            self.live.update(self.task, advance=1, note=note)
+        elif self.done % max(1, self.total // 4) == 0 or self.done == self.total:
+            line = f"[{time.monotonic() - self.begin:5.0f} s] {self.name}  {self.done}/{self.total}  {note}"
+            print(line.rstrip(), file=self.stream, flush=True)

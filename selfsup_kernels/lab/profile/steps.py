@@ -3,6 +3,7 @@
 import contextlib
 import shutil
 import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from selfsup_kernels.lab.profile.summary import summarize, text
 TIMED, PLAIN, TRACED, WARMUP = "timed", "plain", "traced", "warmup"
 
 
-def steps(model, *, loss=None, ema=None, out=None, device=None, warmup=2, memory=True, trace=True):
+def steps(model, *, optimizer=None, loss=None, ema=None, out=None, device=None, warmup=2, memory=True, trace=True):
     r"""Profile the steps of a training loop: where their time and their memory go.
 
     ::
@@ -34,6 +35,7 @@ def steps(model, *, loss=None, ema=None, out=None, device=None, warmup=2, memory
     Args:
         model: the module that is trained, or a sequence of them. Losses in it are found: the package's methods,
             PyTorch's losses, and modules of a class named ``...Loss``.
+        optimizer: one, or a sequence, that is not a ``torch.optim.Optimizer``: those are found.
         loss: a loss module that is not part of ``model``, or a sequence of them. ``run.loss(function)`` wraps a
             function, and ``with run.part("loss")`` marks anything.
         ema: a module that averages and is not part of ``model``: a :class:`selfsup_kernels.EMA`, or any with
@@ -57,11 +59,11 @@ def steps(model, *, loss=None, ema=None, out=None, device=None, warmup=2, memory
         if not isinstance(module, nn.Module):
             hint = "; run.loss(function) wraps a function" if name == "loss" and callable(module) else ""
             raise TypeError(f"{name}: expected an nn.Module or a sequence of them, got {type(module).__name__}{hint}")
+    for other in _list(optimizer):
+        if not isinstance(other, torch.optim.Optimizer):
+            calls.append((other, _method("optimizer", other, "step"), parts.OPTIMIZER))
     for average in _list(ema):
-        update = next((name for name in ("update", "update_parameters") if hasattr(average, name)), None)
-        if update is None:
-            raise TypeError(f"ema: expected an object with update(), got {type(average).__name__}")
-        calls.append((average, update, parts.EMA))
+        calls.append((average, _method("ema", average, "update", "update_parameters"), parts.EMA))
     device = torch.device(device or next((p.device for module in models for p in module.parameters()), "cpu"))
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device: expected cpu or cuda, got {device}")
@@ -111,7 +113,7 @@ class Run:
         if kind is None and self._out is not None:
             self.report(self._out)
 
-    def __call__(self, loader, *, accumulate=1):
+    def __call__(self, loader: Iterable, *, accumulate: int = 1) -> Iterator:
         """Iterate over ``loader``, each ``accumulate`` batches of which are one step.
 
         May be called again, for a further epoch.
@@ -251,3 +253,11 @@ def _list(value) -> list:
     if value is None:
         return []
     return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _method(argument, owner, *names) -> str:
+    """Return the first of ``names`` that ``owner`` has as a method."""
+    name = next((name for name in names if callable(getattr(owner, name, None))), None)
+    if name is None:
+        raise TypeError(f"{argument}: expected an object with {names[0]}(), got {type(owner).__name__}")
+    return name
