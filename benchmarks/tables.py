@@ -36,7 +36,7 @@ FEWEST = 3
 
 
 class Case(NamedTuple):
-    """What the rows of one table, and of one picture, have in common."""
+    """Name what the rows of one table, and of one picture, have in common."""
 
     views: int
     dim: int
@@ -380,12 +380,12 @@ def is_current(path, rows):
 
 
 def draw(path, rows, title):
-    from selfsup_kernels.lab.bench import plots
+    from selfsup_kernels.lab.bench import report
 
     path.parent.mkdir(parents=True, exist_ok=True)
     # Software would hold matplotlib's version.
     metadata = {"Software": None, "Digest": digest(rows)}
-    plots.rivals_of(rows, "time", title).savefig(path, format="png", dpi=144, metadata=metadata)
+    report.picture(rows, "time", title).savefig(path, format="png", dpi=144, metadata=metadata)
 
 
 # ---------------------------------------------------------------- pages

@@ -19,9 +19,11 @@ SCHEMA = Path(__file__).with_name("results.schema.json")
 
 
 def header(clock, ops=tuple(rivals.RIVALS)):
-    """Return what the numbers depend on, besides the rates of the device (:class:`timing.Rates`)."""
+    """Return what the numbers depend on, apart from the rates of the device (:class:`timing.Rates`)."""
     packages = sorted({rival.package for op in ops for rival in rivals.RIVALS[op].values() if rival.package})
-    common = {
+    facts = {
+        "kind": clock.device.type,
+        "driver": driver_version() if clock.cuda else None,
         "triton": rivals.version("triton"),
         "torch": torch.__version__,
         "selfsup_kernels": sk.__version__,
@@ -31,24 +33,17 @@ def header(clock, ops=tuple(rivals.RIVALS)):
     }
     if not clock.cuda:
         extension, _ = backends.load_extension()
-        return {
-            "device": info.cpu()["model"],
-            "kind": "cpu",
-            "threads": torch.get_num_threads(),
-            "cpu_capability": extension.cpu_capability() if extension else "no C++ kernels",
-            "driver": None,
-        } | common
+        facts |= {"device": info.cpu()["model"], "threads": torch.get_num_threads()}
+        return facts | {"cpu_capability": extension.cpu_capability() if extension else "no C++ kernels"}
     properties = torch.cuda.get_device_properties(clock.device)
-    return {
+    return facts | {
         "device": properties.name,
-        "kind": "cuda",
         "multiprocessors": properties.multi_processor_count,
         "memory_bytes": properties.total_memory,
         "cache_bytes": clock.cache_bytes(),
-        "driver": driver_version(),
         "cuda": torch.version.cuda,
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
-    } | common
+    }
 
 
 def driver_version():
@@ -77,7 +72,7 @@ FIELDS += ("tflops", "gb_per_s", "fraction", "unavailable", "note")
 
 
 def write_csv(path, rows):
-    """Write one line for each case, part and rival; empty where there is nothing to say."""
+    """Write one line for each case, part and peer; empty where there is nothing to say."""
     with Path(path).open("w", newline="") as file:
         writer = csv.DictWriter(file, FIELDS, extrasaction="ignore")
         writer.writeheader()
