@@ -3,7 +3,7 @@
     python benchmarks/gpu.py --out FOLDER [--quick] [--minutes N] [--skip NAME ...]
 
 A list of cases for the engine of ``python -m selfsup_kernels bench``, the rows that matter most first, within a limit
-of time. Writes ``FOLDER/{info_nce,byol,ema}.json`` after every case, and a table at the end. A peer that is not
+of time. Writes ``FOLDER/{info_nce,byol,ema}.json`` after every case, and a table at the end. A baseline that is not
 installed, runs out of memory or fails is listed under ``unavailable`` with the reason, and hides nothing.
 
 ``--device cpu`` runs the same code on a CPU, to see that all of it works; its times mean nothing.
@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the package o
 import torch
 
 from selfsup_kernels.lab import pages
-from selfsup_kernels.lab.bench import results, rivals, tables
+from selfsup_kernels.lab.bench import baselines, results, tables
 from selfsup_kernels.lab.bench.suite import Suite
 from selfsup_kernels.lab.bench.workloads import case
 
@@ -56,10 +56,10 @@ def cases(quick, tiny):
 
 
 def columns(made, compiled):
-    """Return ours and every peer; torch.compile where it is wanted."""
+    """Return ours and every baseline; torch.compile where it is wanted."""
     # pytorch-metric-learning's loss over all triplets takes minutes and most of the memory.
     left_out = {"pytorch-metric-learning NTXentLoss", *([] if compiled else ["compile"])}
-    return [rivals.OURS, *(name for name in rivals.RIVALS[made.op] if name not in left_out)]
+    return [baselines.OURS, *(name for name in baselines.BASELINES[made.op] if name not in left_out)]
 
 
 def main(arguments=None):
@@ -67,7 +67,7 @@ def main(arguments=None):
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--quick", action="store_true", help="the most important rows alone; tiny ones on a CPU")
     parser.add_argument("--minutes", type=float, default=6.0, help="start no new measurement after this time")
-    parser.add_argument("--skip", nargs="*", default=[], metavar="NAME", help="rivals to leave out, such as compile")
+    parser.add_argument("--skip", nargs="*", default=[], metavar="NAME", help="baselines to leave out, such as compile")
     parser.add_argument("--device", default="cuda", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     if args.device != "cpu" and not torch.cuda.is_available():

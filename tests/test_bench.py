@@ -16,7 +16,7 @@ import torch
 
 from selfsup_kernels.core import info
 from selfsup_kernels.lab import fresh
-from selfsup_kernels.lab.bench import cli, results, rivals, timing
+from selfsup_kernels.lab.bench import baselines, cli, results, timing
 from selfsup_kernels.lab.bench import suite as engine
 from selfsup_kernels.lab.bench.workloads import case
 
@@ -120,7 +120,7 @@ def test_numbers_follow_from_each_other(run):
         assert row["fraction"] == pytest.approx(row["gb_per_s"] / bandwidth)
 
 
-def test_one_line_of_csv_for_each_case_part_and_rival(run):
+def test_one_line_of_csv_for_each_case_part_and_baseline(run):
     out, data, _ = run
     with (out / "all.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
@@ -196,7 +196,7 @@ def measured(names, **options):
     return rows
 
 
-def test_a_rival_that_fails_hides_nothing(own, monkeypatch):
+def test_a_baseline_that_fails_hides_nothing(own, monkeypatch):
     monkeypatch.setattr(engine.host_memory, "available", lambda: 2 * 10**9)
     for row in measured([f"own_losses:{name}" for name in ("petabyte", "wrong", "mean")], rounds=3):
         assert set(row["times"]) == {"own_losses:mean"}
@@ -285,12 +285,12 @@ PML = "pytorch-metric-learning"
         ((), "info_nce", [OURS, "eager", "compile"]),
         ((), "ema", [OURS, "foreach_lerp", "loop"]),
         (("--vs", "none", "--impl", "cpu"), "byol", ["impl='cpu'"]),
-        (("--vs", "all"), "info_nce", [OURS, *rivals.RIVALS["info_nce"]]),
+        (("--vs", "all"), "info_nce", [OURS, *baselines.BASELINES["info_nce"]]),
         (("--vs", PML.upper(), "--op", "info_nce"), "info_nce", [OURS, PML, f"{PML} NTXentLoss"]),
         (("--vs", "swa_utils,lightly"), "ema", [OURS, "swa_utils", "lightly"]),
     ],
 )
-def test_names_of_rivals(arguments, op, names):
+def test_names_of_baselines(arguments, op, names):
     assert {made.op: columns for made, columns in cli.Plan(options(*arguments)).cases}[op] == names
 
 

@@ -58,10 +58,10 @@ def test_page_in_a_browser(folder, rows, pictures, tmp_path):
 
 
 def test_answer():
-    """The largest case that a rival has a time for, and three numbers."""
+    """The largest case that a baseline has a time for, and three numbers."""
     sentence, numbers = tables.answer(ROWS)
     assert sentence == (
-        "InfoNCE (views 2, B 4096, D 128, dtype float32) takes 100 ms; eager, the fastest peer, takes 1000 ms."
+        "InfoNCE (views 2, B 4096, D 128, dtype float32) takes 100 ms; eager, the fastest baseline, takes 1000 ms."
     )
     assert [number for number, _ in numbers] == ["10x", "200x", "50 %"]
     assert [number for number, _ in tables.answer([EMA])[1]] == ["0.857x", "50 %"]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from helpers import benchmarks_script
 
 from selfsup_kernels.lab import fresh
-from selfsup_kernels.lab.bench import accuracy, results, rivals, suite
+from selfsup_kernels.lab.bench import accuracy, baselines, results, suite
 from selfsup_kernels.lab.bench.workloads import MODELS, TEMPERATURE, case
 
 jsonschema = pytest.importorskip("jsonschema")
@@ -26,7 +26,7 @@ def run(folder, *arguments):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fresh, "call", lambda target, *arguments, **_: suite.probe(*arguments))
         assert gpu.main(["--out", str(folder), "--device", "cpu", "--quick", *arguments]) == 0
-    return {op: json.loads((folder / f"{op}.json").read_text()) for op in rivals.RIVALS}
+    return {op: json.loads((folder / f"{op}.json").read_text()) for op in baselines.BASELINES}
 
 
 def test_results_are_well_formed(tmp_path, capsys):
@@ -40,7 +40,9 @@ def test_results_are_well_formed(tmp_path, capsys):
                 assert all(0 <= error < (0.1 if "bfloat16" in row.values() else 1e-4) for error in errors.values())
     for row in found["info_nce"]["rows"]:
         left_out = {"pytorch-metric-learning NTXentLoss"}
-        assert set(row["times"]) | set(row["unavailable"]) == {rivals.OURS, *rivals.RIVALS["info_nce"]} - left_out
+        assert (
+            set(row["times"]) | set(row["unavailable"]) == {baselines.OURS, *baselines.BASELINES["info_nce"]} - left_out
+        )
         assert row["unavailable"]["lightly"] == row["unavailable"]["compile"] == "skipped: by --skip"
     mixed = [row for row in found["ema"]["rows"] if row["source"] == "bfloat16"]
     assert mixed[0]["unavailable"]["foreach_lerp"] == "refuses mixed dtypes"
@@ -82,7 +84,7 @@ def test_eager_and_chunked_losses_are_the_reference(views):
     made = case("info_nce", views=views, batch=20, dim=8, dtype="float64")
     (z,) = made.inputs()
     want = accuracy.truth(made, (z,))
-    for function in (rivals.eager_info_nce, lambda v: rivals.chunked_info_nce(v, chunk=7)):
+    for function in (baselines.eager_info_nce, lambda v: baselines.chunked_info_nce(v, chunk=7)):
         for ours, theirs in zip(accuracy.with_gradient(function, (z,)), want, strict=True):
             torch.testing.assert_close(ours, theirs)
 
@@ -90,9 +92,9 @@ def test_eager_and_chunked_losses_are_the_reference(views):
 def test_errors_are_small_where_nothing_is_wrong_and_large_where_something_is():
     made = case("info_nce", views=2, batch=40, dim=8)
     judge = accuracy.judge(made, made.inputs())
-    for name, function in ((rivals.OURS, made.ours()), ("eager", rivals.eager_info_nce)):
+    for name, function in ((baselines.OURS, made.ours()), ("eager", baselines.eager_info_nce)):
         assert max(judge(name, function).values()) < 1e-5
-    wrong = judge("mine:loss", lambda v: rivals.eager_info_nce(v) + 0.1 * v.square().mean())
+    wrong = judge("mine:loss", lambda v: baselines.eager_info_nce(v) + 0.1 * v.square().mean())
     assert min(wrong["loss"], wrong["gradient"]) > 1e-3
 
 
@@ -122,18 +124,18 @@ def fake_peers(monkeypatch):
         monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(**members))
 
 
-@pytest.mark.parametrize("name", [n for n, r in rivals.RIVALS["info_nce"].items() if r.other])
+@pytest.mark.parametrize("name", [n for n, r in baselines.BASELINES["info_nce"].items() if r.other])
 def test_adaptors_of_the_losses(name, fake_peers):
     """They pass the right rows and targets, with a row's similarity with itself."""
     made = case("info_nce", batch=12, dim=16, dtype="float64")
     inputs = made.inputs()
-    function, reason = rivals.load(made, name, inputs)
+    function, reason = baselines.load(made, name, inputs)
     assert reason is None
     z = F.normalize(inputs[0].reshape(24, 16), dim=-1)
     want = F.cross_entropy(z @ z.T / TEMPERATURE, torch.arange(24).roll(12))
     torch.testing.assert_close(function(*inputs), want)
     three = case("info_nce", views=3, batch=12, dim=16)
-    assert rivals.load(three, name, three.inputs())[1] == "takes two views, not 3"
+    assert baselines.load(three, name, three.inputs())[1] == "takes two views, not 3"
 
 
 @pytest.mark.parametrize("name", ["foreach_lerp", "loop", "swa_utils"])
@@ -141,9 +143,9 @@ def test_updates_are_the_average(name):
     """Also of copies that a peer holds: they begin where the targets are, so that doing nothing shows."""
     made = case("ema", model="tiny")
     inputs = made.inputs()
-    function, _ = rivals.load(made, name, inputs)
+    function, _ = baselines.load(made, name, inputs)
     assert accuracy.average_error(function, *inputs) < 1e-6
-    still = rivals.Average(lambda: None, [t.clone() for t in inputs[0]])
+    still = baselines.Average(lambda: None, [t.clone() for t in inputs[0]])
     assert accuracy.average_error(still, *inputs) > 1e-3
 
 
@@ -159,6 +161,6 @@ class Broken(types.ModuleType):
 def test_peers_that_cannot_be_imported_are_listed(module, reason, monkeypatch):
     monkeypatch.setitem(sys.modules, "inf_cl", module)
     made = case("info_nce", batch=8, dim=4)
-    function, given = rivals.load(made, "Inf-CL", made.inputs())
+    function, given = baselines.load(made, "Inf-CL", made.inputs())
     assert function is None
     assert re.fullmatch(reason, given)  # one line

@@ -6,7 +6,7 @@ import math
 import torch
 
 import selfsup_kernels as sk
-from selfsup_kernels.lab.bench import rivals
+from selfsup_kernels.lab.bench import baselines
 from selfsup_kernels.lab.bench.workloads import MOMENTUM, TEMPERATURE
 
 OPERATIONS = {"cpu": 5e11, "cuda": 2e14}
@@ -28,18 +28,18 @@ def with_gradient(function, inputs):
 def truth(case, inputs):
     """Return loss and gradient for the same numbers in float64; of InfoNCE blockwise, so that no matrix is held."""
     wide = [x.detach().double() for x in inputs]
-    function = rivals.eager_byol
+    function = baselines.eager_byol
     if case.op == "info_nce":
         function = functools.partial(sk.info_nce_loss, temperature=TEMPERATURE, impl="reference")
     return with_gradient(function, [wide[0].requires_grad_(), *wide[1:]])
 
 
 def judge(case, inputs):
-    """Return a function ``(name, peer's function) -> errors``."""
+    """Return a function ``(name, baseline's function) -> errors``."""
     if case.op == "ema":
         return lambda name, function: {"value": average_error(function, *inputs)}
     if case.op == "info_nce" and 8 * case.rows**2 * case.dim > OPERATIONS[inputs[0].device.type]:
-        raise rivals.Unsupported("takes too long at this size")
+        raise baselines.Unsupported("takes too long at this size")
     want = truth(case, inputs)
     return lambda name, function: dict(
         zip(("loss", "gradient"), map(relative, with_gradient(function, inputs), want), strict=True)
@@ -48,7 +48,7 @@ def judge(case, inputs):
 
 def average_error(update, targets, sources):
     """Return the largest error among the tensors of one update."""
-    averages = update.copies if isinstance(update, rivals.Average) else targets
+    averages = update.copies if isinstance(update, baselines.Average) else targets
     with torch.no_grad():
         want = [t.double().lerp(s.double(), 1 - MOMENTUM) for t, s in zip(averages, sources, strict=True)]
         update(targets, sources)

@@ -33,7 +33,7 @@ def add_arguments(parser):
     add("--seconds", default="3", help="about how long the turns of one case take (default: 3)")
     add("--rounds", help="turns of every part, in place of --seconds; on a CPU")
     add("--json", metavar="FILE", help="write all results there")
-    add("--csv", metavar="FILE", help="the same, one line for each case, part and peer")
+    add("--csv", metavar="FILE", help="the same, one line for each case, part and baseline")
     add("--html", metavar="FILE", help="a page with plots, which needs no network")
     add("--results", metavar="DIR", help="write DIR/DEVICE/OP.json, as benchmarks/results has them")
     add("--base", metavar="REF", help="compare with another commit of this checkout instead")
@@ -119,18 +119,18 @@ class Plan:
         self.product_dtypes = dtypes if "info_nce" in self.ops else ["float32"]
 
     def columns(self, vs):
-        """Return ``{op: names}``: our implementations, then the peers."""
-        from selfsup_kernels.lab.bench import rivals
+        """Return ``{op: names}``: our implementations, then the baselines."""
+        from selfsup_kernels.lab.bench import baselines
 
-        found = {op: [rivals.impl_name(impl) for impl in self.impls] for op in self.ops}
+        found = {op: [baselines.impl_name(impl) for impl in self.impls] for op in self.ops}
         for word in words("eager,compile" if vs is None else "" if vs == "none" else vs):
             if ":" in word:
                 importable("vs", word)
-            named = {op: [word] if ":" in word else rivals.named(op, word.lower()) for op in self.ops}
+            named = {op: [word] if ":" in word else baselines.named(op, word.lower()) for op in self.ops}
             if vs is None and "ema" in named and word == "compile":
                 named["ema"] = []  # torch.compile takes minutes to compile it
             elif not any(named.values()):
-                every = sorted({name for op in self.ops for name in rivals.RIVALS[op]}, key=str.lower)
+                every = sorted({name for op in self.ops for name in baselines.BASELINES[op]}, key=str.lower)
                 raise Wrong("vs", f"some of {', '.join(['all', 'none', *every])} or MODULE:CALLABLE", word)
             for op, names in named.items():
                 found[op] += [name for name in names if name not in found[op]]

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from selfsup_kernels.lab import pages
-from selfsup_kernels.lab.bench import rivals, tables
+from selfsup_kernels.lab.bench import baselines, tables
 from selfsup_kernels.lab.pages.figures import color_of, data_uri, figure, log_axis
 
 UNITS = {"time": "forward + backward (ms)", "memory": "peak memory above the inputs (MB)"}
@@ -70,7 +70,7 @@ def picture(rows, column, title):
         axis.set_xticks([])
         return made
     for name, found in points.items():
-        width = 2.4 if rivals.impl_of(name) else 1.4
+        width = 2.4 if baselines.impl_of(name) else 1.4
         style = {"color": color_of(name), "marker": "o", "linewidth": width, "label": tables.label(name)}
         axis.loglog(*zip(*found, strict=True), **style)
     values = [y for found in points.values() for _, y in found]

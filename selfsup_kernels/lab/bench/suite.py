@@ -1,7 +1,7 @@
-"""Measure one case at a time, ours and all peers, as rows of results: the engine of every benchmark here.
+"""Measure one case at a time, ours and all baselines, as rows of results: the engine of every benchmark here.
 
-On a CPU each peer first runs once in a fresh process, under a limit of the memory that is left: that gives its peak,
-and what does not fit or takes too long never runs in this process. On a GPU the allocator counts the peak. Then all
+On a CPU each baseline first runs once in a fresh process, limited to the memory that is left: that gives its peak, and
+what does not fit or takes too long never runs in this process. On a GPU the allocator counts the peak. Then all
 take turns.
 """
 
@@ -15,11 +15,11 @@ import time
 import torch
 
 from selfsup_kernels.lab import fresh, host_memory
-from selfsup_kernels.lab.bench import accuracy, results, rivals, timing, workloads
+from selfsup_kernels.lab.bench import accuracy, baselines, results, timing, workloads
 
 OUT_OF_TIME = "skipped: out of time"
 LONGEST = 1.5
-"""A peer of which one forward and backward takes this many times the seconds of a case is skipped."""
+"""A baseline of which one forward and backward takes this many times the seconds of a case is skipped."""
 STARTING, COMPILING = 20.0, 180.0
 """Seconds that the start of a fresh process, and torch.compile in it, may take."""
 
@@ -35,7 +35,7 @@ class Suite:
         skip: columns to leave out.
         advance: called with a text after each column of a case, and after each case.
         rates: sizes for :class:`timing.Rates`.
-        ops: the operations whose peers the header lists.
+        ops: the operations whose baselines the header lists.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Suite:
         skip=(),
         advance=lambda text: None,
         rates=None,
-        ops=tuple(rivals.RIVALS),
+        ops=tuple(baselines.BASELINES),
     ):
         self.clock = timing.Clock(device, target_ms)
         if self.clock.cuda:
@@ -69,7 +69,7 @@ class Suite:
         try:
             return function(*arguments), None
         except Exception as error:
-            reason = rivals.reason_of(error)
+            reason = baselines.reason_of(error)
         gc.collect()
         if self.clock.cuda:
             torch.cuda.empty_cache()
@@ -84,7 +84,7 @@ class Suite:
             if reason is None and inputs is None:
                 inputs, reason = self.attempt(self._inputs, case)
             if reason is None:
-                function, reason = rivals.load(case, name, inputs[0])
+                function, reason = baselines.load(case, name, inputs[0])
             if reason is None:
                 slow, failed = self.attempt(self._first_calls, case, function, inputs[0])
                 reason = failed or slow
@@ -92,7 +92,7 @@ class Suite:
                 found["unavailable"][name] = reason
             else:
                 functions[name] = function
-                if note := rivals.find(case.op, name).note:
+                if note := baselines.find(case.op, name).note:
                     found["notes"][name] = note
             self.advance(f"{case.label}: {name}")
         times, reason = self.attempt(self._in_turns, case, functions, inputs)
@@ -118,12 +118,12 @@ class Suite:
         if time.monotonic() > self.deadline:
             return OUT_OF_TIME
         small = case.small()
-        return rivals.load(small, name, small.inputs(self.clock.device))[1]
+        return baselines.load(small, name, small.inputs(self.clock.device))[1]
 
     def _probe(self, case, name, found):
-        """Note the peak memory, from a fresh process; return why the peer is not to be measured here, or None."""
+        """Note the peak memory, from a fresh process; return why the baseline is not to be measured here, or None."""
         parameters = {k: v for k, v in case.facts.items() if k in ("op", "model", "views", "batch", "dim", "dtype")}
-        longest = STARTING + 4 * LONGEST * self.seconds + COMPILING * rivals.find(case.op, name).compiles
+        longest = STARTING + 4 * LONGEST * self.seconds + COMPILING * baselines.find(case.op, name).compiles
         left = host_memory.available()
         try:
             answer = fresh.call(f"{__name__}:probe", parameters, name, memory_limit=left, timeout=longest)
@@ -165,7 +165,7 @@ class Suite:
 
     def _peaks_and_errors(self, case, functions, inputs, found):
         """Measure the peaks of a GPU's allocator, and errors against float64."""
-        judged = {name for name in functions if not rivals.find(case.op, name).other}
+        judged = {name for name in functions if not baselines.find(case.op, name).other}
         judge, reason = self.attempt(accuracy.judge, case, inputs[0]) if judged else (None, None)
         if reason:
             found["notes"]["float64 reference"] = reason
@@ -201,23 +201,25 @@ class Suite:
 
 
 def probe(parameters, name) -> dict:
-    """Run one peer on one case, in a fresh process: return ``{"peak_bytes", "seconds"}`` of one forward and backward
-    (or update) above the inputs, or ``{"reason"}``; raise where memory is refused.
+    """Run one baseline on one case, in a fresh process.
+
+    Return ``{"peak_bytes", "seconds"}`` of one forward and backward (or update), bytes above the inputs, or
+    ``{"reason"}``; raise where memory is refused.
     """
     try:
         case = workloads.case(**parameters)
-        compiles, part = rivals.find(case.op, name).compiles, case.parts[-1]
+        compiles, part = baselines.find(case.op, name).compiles, case.parts[-1]
         # Libraries, threads and code are there before the measurement begins; torch.compile's code for this very shape.
         first = case if compiles else case.small()
         inputs = first.inputs()
-        function, reason = rivals.load(first, name, inputs)
+        function, reason = baselines.load(first, name, inputs)
         if reason:
             return {"reason": reason}
         first.run(part, function, inputs)
         first.prepare(first.parts[0], function, inputs)
         if not compiles:
             inputs = case.inputs()
-            function, _ = rivals.load(case, name, inputs)
+            function, _ = baselines.load(case, name, inputs)
         host_memory.trim()  # what making the inputs has left would be used first, and not be seen
         peak = host_memory.peak_growth(lambda: case.run(part, function, inputs))
         milliseconds = timing.Clock("cpu").median_ms(lambda: case.run(part, function, inputs))
@@ -225,4 +227,4 @@ def probe(parameters, name) -> dict:
     except Exception as error:
         if host_memory.refused(error):
             raise
-        return {"reason": rivals.reason_of(error)}
+        return {"reason": baselines.reason_of(error)}

@@ -3,7 +3,7 @@
 import math
 
 from selfsup_kernels.lab import pages
-from selfsup_kernels.lab.bench import results, rivals
+from selfsup_kernels.lab.bench import baselines, results
 
 TITLES = {"info_nce": "InfoNCE", "byol": "BYOL loss", "ema": "EMA update"}
 FACTS = {"model": "model", "views": "views", "batch": "B", "dim": "D", "dtype": "dtype"}
@@ -12,7 +12,7 @@ MATCH = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 2e-2, "float16": 4e-3}
 
 
 def answer(rows):
-    """Return ``(sentence, numbers)``: the largest case of forward and backward against its fastest peer.
+    """Return ``(sentence, numbers)``: the largest case of forward and backward against its fastest baseline.
 
     ``numbers`` are up to three pairs of a number and what it is: the ratio of times, the ratio of memory, the share of
     the device's rate.
@@ -27,7 +27,7 @@ def answer(rows):
     text = f"{TITLES[row['op']]} ({facts(row)}) takes {milliseconds(row['times'][ours]['p50_ms'])} ms"
     numbers = []
     if best:
-        text += f"; {best}, the fastest peer, takes {milliseconds(row['times'][best]['p50_ms'])} ms"
+        text += f"; {best}, the fastest baseline, takes {milliseconds(row['times'][best]['p50_ms'])} ms"
         numbers.append((factor(results.ratio(row, best)), f"time of {best} over ours"))
         mine, theirs = row["peak_bytes"].get(ours), row["peak_bytes"].get(best)
         if mine and theirs:
@@ -39,8 +39,8 @@ def answer(rows):
 
 
 def others(row):
-    """Return the peers with a time."""
-    return [name for name in row["times"] if not rivals.impl_of(name)]
+    """Return the baselines with a time."""
+    return [name for name in row["times"] if not baselines.impl_of(name)]
 
 
 def facts(row, keys=FACTS):
@@ -91,7 +91,7 @@ def style(row, name):
         return "absent"
     if (worst(row, name) or 0) > MATCH["float32" if row["op"] == "ema" else row["dtype"]]:
         return "wrong"
-    if rivals.impl_of(name):
+    if baselines.impl_of(name):
         return "ours"
     return "faster" if (results.ratio(row, name) or 1) < 1 else "slower"
 
@@ -103,7 +103,13 @@ def worst(row, name):
 
 
 def label(name):
-    return name if rivals.impl_of(name) is None else "ours" if name == rivals.OURS else f"ours, {rivals.impl_of(name)}"
+    return (
+        name
+        if baselines.impl_of(name) is None
+        else "ours"
+        if name == baselines.OURS
+        else f"ours, {baselines.impl_of(name)}"
+    )
 
 
 def status(reason):

@@ -8,14 +8,14 @@ from torch import nn
 
 from selfsup_kernels.core import info
 from selfsup_kernels.lab import fresh, host_memory
-from selfsup_kernels.lab.bench import rivals, workloads
+from selfsup_kernels.lab.bench import baselines, workloads
 from selfsup_kernels.lab.demo import data, evaluate, train
 from selfsup_kernels.lab.pages.progress import Progress
 
 CHECK_EVERY = 10
 VIEWS, DIM = 4, 128
 SIZES, QUICK_SIZES = (256, 512, 1024, 2048, 4096), (64, 128)
-COLUMNS = {"eager": "eager", "ours": rivals.OURS}
+COLUMNS = {"eager": "eager", "ours": baselines.OURS}
 PATIENCE = 60
 """Seconds that one size of the sweep may take."""
 QUICK = {"contrastive": {"steps": 12, "batch": 64}, "byol": {"steps": 16, "batch": 64}}

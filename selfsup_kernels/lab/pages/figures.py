@@ -18,7 +18,7 @@ OTHERS = ("#3a9d6e", "#b3462e", "#c9a227", "#2e8fa8", "#a8447a", "#5b6770", "#7d
 
 
 def color_of(name) -> str:
-    """Return the same colour for a peer in every picture, whatever else is in it."""
+    """Return the same colour for a baseline in every picture, whatever else is in it."""
     return COLORS.get(name) or OTHERS[hashlib.sha256(name.encode()).digest()[0] % len(OTHERS)]
 
 

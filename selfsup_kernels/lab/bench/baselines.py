@@ -1,6 +1,6 @@
-"""Adapt what others call for the same work: each peer becomes a function of the workload's inputs.
+"""Adapt what others call for the same work: each baseline becomes a function of the workload's inputs.
 
-The peers of ``info_nce`` work on the same M x M problem (M = V B rows) as ours. What fused linear cross-entropies
+The baselines of ``info_nce`` work on the same M x M problem (M = V B rows) as ours. What fused linear cross-entropies
 cannot do is leave a row's similarity with itself out of its softmax: their losses differ from NT-Xent by that term, not
 in their work.
 """
@@ -29,10 +29,10 @@ FILTERED = OTHER_LOSS + "; by default its gradient leaves out blocks in which no
 
 
 class Unsupported(Exception):
-    """A peer cannot do the case; the message says why."""
+    """A baseline cannot do the case; the message says why."""
 
 
-class Rival(NamedTuple):
+class Baseline(NamedTuple):
     make: Callable  # make(case, inputs) returns a function of the inputs
     package: str | None = None  # what has to be installed, as the package index calls it
     note: str | None = None
@@ -41,7 +41,7 @@ class Rival(NamedTuple):
 
 
 class Average:
-    """A peer's update of averages that it holds itself: the tensors in ``copies``."""
+    """A baseline's update of averages that it holds itself: the tensors in ``copies``."""
 
     def __init__(self, update, copies):
         self.update, self.copies = update, copies
@@ -150,7 +150,7 @@ def _foreach_lerp(case, inputs):
 
 
 def _average(make, case, inputs):
-    """Set a peer's own average to the workload's targets; ``make(model)`` returns its update and the average."""
+    """Set a baseline's own average to the workload's targets; ``make(model)`` returns its update and the average."""
     targets, sources = inputs
     model = torch.nn.ParameterList([torch.nn.Parameter(x.detach().clone()) for x in sources])
     update, module = make(model)
@@ -190,30 +190,30 @@ def _compile(function):
 
 
 def _plain(function, note=None):
-    return Rival(lambda case, inputs: function, note=note)
+    return Baseline(lambda case, inputs: function, note=note)
 
 
 def _compiled(function, note=None):
-    return Rival(lambda case, inputs: _compile(function), note=note, compiles=True)
+    return Baseline(lambda case, inputs: _compile(function), note=note, compiles=True)
 
 
 def _linear(load, package, note=OTHER_LOSS):
-    return Rival(functools.partial(_linear_cross_entropy, load), package, note, other=True)
+    return Baseline(functools.partial(_linear_cross_entropy, load), package, note, other=True)
 
 
 def _averaged(make, package, note):
-    return Rival(functools.partial(_average, make), package, note)
+    return Baseline(functools.partial(_average, make), package, note)
 
 
 PML = "pytorch-metric-learning"
-RIVALS = {
+BASELINES = {
     "info_nce": {
         "eager": _plain(eager_info_nce),
         "compile": _compiled(eager_info_nce),
         "chunked": _plain(chunked_info_nce),
-        "lightly": Rival(_lightly_info_nce, "lightly", "NTXentLoss"),
-        PML: Rival(functools.partial(_metric_learning, "SupConLoss"), PML, "SupConLoss"),
-        f"{PML} NTXentLoss": Rival(functools.partial(_metric_learning, "NTXentLoss"), PML),
+        "lightly": Baseline(_lightly_info_nce, "lightly", "NTXentLoss"),
+        PML: Baseline(functools.partial(_metric_learning, "SupConLoss"), PML, "SupConLoss"),
+        f"{PML} NTXentLoss": Baseline(functools.partial(_metric_learning, "NTXentLoss"), PML),
         "Inf-CL": _linear(_inf_cl, "inf-cl"),
         "cut-cross-entropy": _linear(_cut_cross_entropy, "cut-cross-entropy", FILTERED),
         "Liger": _linear(_liger, "liger-kernel"),
@@ -221,10 +221,10 @@ RIVALS = {
     "byol": {
         "eager": _plain(eager_byol),
         "compile": _compiled(eager_byol),
-        "lightly": Rival(_lightly_byol, "lightly", "NegativeCosineSimilarity, scaled"),
+        "lightly": Baseline(_lightly_byol, "lightly", "NegativeCosineSimilarity, scaled"),
     },
     "ema": {
-        "foreach_lerp": Rival(_foreach_lerp),
+        "foreach_lerp": Baseline(_foreach_lerp),
         "loop": _plain(loop_of_lerp, note="target.lerp_(source.float()), tensor by tensor"),
         "compile": _compiled(loop_of_lerp, note="of the loop"),
         "lightly": _averaged(_lightly_ema, "lightly", "update_momentum"),
@@ -232,17 +232,17 @@ RIVALS = {
         "swa_utils": _averaged(_swa_utils, None, "AveragedModel, get_ema_multi_avg_fn"),
     },
 }
-"""The peers of each operation, by the name that results and ``--vs`` use."""
+"""The baselines of each operation, by the name that results and ``--vs`` use."""
 
 EAGER_EMA = ("foreach_lerp", "loop")
 """The two ways to write the moving average that ``--vs eager`` means."""
 
 
 def named(op, word):
-    """Return the peers that a word of ``--vs`` means: one, several of one package, or "all"."""
+    """Return the baselines that a word of ``--vs`` means: one, several of one package, or "all"."""
     if op == "ema" and word == "eager":
         return list(EAGER_EMA)
-    return [name for name in RIVALS[op] if word == "all" or f"{name.lower()} ".startswith(f"{word} ")]
+    return [name for name in BASELINES[op] if word == "all" or f"{name.lower()} ".startswith(f"{word} ")]
 
 
 def impl_name(impl):
@@ -251,18 +251,18 @@ def impl_name(impl):
 
 
 def impl_of(name):
-    """Return the implementation of a column of ours, or None for a peer's column."""
+    """Return the implementation of a column of ours, or None for a baseline's column."""
     return "auto" if name == OURS else name[6:-1] if name.startswith("impl='") else None
 
 
-def find(op, name) -> Rival:
-    """Return the peer of a column; a name ``MODULE:CALLABLE`` is a user's own function of the inputs."""
+def find(op, name) -> Baseline:
+    """Return the baseline of a column; a name ``MODULE:CALLABLE`` is a user's own function of the inputs."""
     if impl_of(name):
-        return Rival(functools.partial(_ours, impl_of(name)))
-    if name in RIVALS[op]:
-        return RIVALS[op][name]
+        return Baseline(functools.partial(_ours, impl_of(name)))
+    if name in BASELINES[op]:
+        return BASELINES[op][name]
     module, _, attribute = name.partition(":")
-    return Rival(lambda case, inputs: getattr(importlib.import_module(module), attribute))
+    return Baseline(lambda case, inputs: getattr(importlib.import_module(module), attribute))
 
 
 def _ours(impl, case, inputs):
@@ -277,13 +277,15 @@ def _ours(impl, case, inputs):
 
 def load(case, name, inputs):
     """Return ``(function of the inputs, None)``, or ``(None, why there is none)``."""
-    rival = find(case.op, name)
+    baseline = find(case.op, name)
     try:
-        return rival.make(case, inputs), None
+        return baseline.make(case, inputs), None
     except ImportError as error:
-        advice = f" (pip install {rival.package})" if isinstance(error, ModuleNotFoundError) and rival.package else ""
+        advice = (
+            f" (pip install {baseline.package})" if isinstance(error, ModuleNotFoundError) and baseline.package else ""
+        )
         return None, f"absent: {error}{advice}"
-    except Exception as error:  # a peer that fails while it is imported does not hide the others
+    except Exception as error:  # a baseline that fails while it is imported does not hide the others
         return None, reason_of(error)
 
 
