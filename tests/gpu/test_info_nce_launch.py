@@ -9,6 +9,7 @@ import torch
 from helpers import info_nce_call, random_labels
 
 from selfsup_kernels.core import ops
+from selfsup_kernels.info_nce.objectives import Columns
 from selfsup_kernels.info_nce.ops import forward_fake_triton
 from selfsup_kernels.tiles import configs, launcher, waves
 from selfsup_kernels.tiles.gradient import MOST_COLUMNS
@@ -24,10 +25,22 @@ class Launch:
     def __init__(self, kernel, grid, args, options):
         names = [p.name for p in kernel.params] if hasattr(kernel, "params") else kernel.arg_names
         self.name = kernel.__name__.removesuffix("_kernel")
-        self.grid, self.given, self.options = grid, dict(zip(names, args, strict=False)) | options, options
+        self.grid, self.options = grid, options
+        self.given = named(dict(zip(names, args, strict=False)) | options)
 
     def __getitem__(self, name):
         return self.given[name]
+
+
+def named(given):
+    """Arguments by name; the fields of a named tuple by theirs, after the name of what is no size and no constant."""
+    flat = {}
+    for name, value in given.items():
+        if hasattr(value, "_asdict"):
+            flat |= {k if name in ("tile", "rules") else f"{name}.{k}": v for k, v in named(value._asdict()).items()}
+        else:
+            flat[name] = value
+    return flat
 
 
 @pytest.fixture
@@ -73,7 +86,7 @@ def test_many_rows_leave_the_masks_to_kernels_of_their_own(record):
     clean, masked, finish = backward
     assert clean.grid == (2 * 8192 // clean["BLOCK_M"], 1)
     assert masked.grid == (2 * 8192 // masked["BLOCK_M"], 1)
-    assert (clean["SLOT"], masked["SLOT"], finish["SPLITS"], finish["QUEUES"]) == (0, 1, 2, 0)
+    assert (clean["slot"], masked["slot"], finish["splits"], finish["QUEUES"]) == (0, 1, 2, 0)
     assert finish["partial"].shape == (2, 2 * 8192, 128)
     # The cap on registers, and with it the programs that share a multiprocessor, is the clean part's.
     config = configs.lookup("sums", 90, torch.bfloat16, 128)
@@ -101,7 +114,7 @@ def test_deterministic_mode_gives_a_program_all_columns_of_its_rows(record, monk
     (sums,) = [k for k in forward if k.name == "sums"]
     blocks = 8192 // sums["BLOCK_N"]
     assert not sums["SYMMETRIC"]
-    assert sums["CHUNK"] >= blocks
+    assert sums["chunk"] >= blocks
     assert sums["items"] == blocks * 2 * 3
 
 
@@ -137,11 +150,11 @@ UNIT = 32
 def visits(item, batch, queue, num_views, core, sums):
     """((view, unit of rows), (view, unit of columns)) that a work item adds to the rows' sums: ``info_nce_sums`` in
     plain Python."""
-    span, chunk = sums["SPAN"], sums["CHUNK"]
+    span, chunk = sums["SPAN_N"], sums["chunk"]
     n, q = -(-batch // span), -(-queue // span)
     item, piece = divmod(item, span // sums["BLOCK_N"])
     own_length = n // 2 + 1
-    own = 0 if sums["CROSS"] else num_views * n * -(-own_length // chunk)
+    own = 0 if sums["columns"] == Columns.OTHER else num_views * n * -(-own_length // chunk)
     pairs = num_views * (num_views - 1) // 2 if core < 0 else num_views - 1
     cross = pairs * n * -(-n // chunk)
     block = item % n
@@ -181,7 +194,7 @@ def test_items_of_a_part_cover_its_pairs_once(record, monkeypatch, many, core):
     assert [k["PART"] for k in launches] == (["all"] if many else ["clean", "masked"])
     seen = Counter()
     for sums in launches:
-        span, chunk, own = sums["SPAN"], sums["CHUNK"], sums["own_blocks"]
+        span, chunk, own = sums["SPAN_N"], sums["chunk"], sums["own_blocks"]
         n, q = -(-batch // span), -(-queue // span)
         chunks = -(-max(n, q) // chunk)
         for item in range(sums["items"]):
@@ -227,8 +240,8 @@ def test_waves_visit_every_pair_of_rows(record, monkeypatch, batch, queue, label
     columns = dict.fromkeys(range(views), rows) | ({views: queue} if queue else {})
     visited, started = {}, set()
     for wave, product in zip(waves, products, strict=True):
-        assert product["x_row"] == wave["u"] * wave["PADDED"] + wave["x_first"]
-        assert product["y_row"] == wave["v"] * wave["PADDED"] + wave["y_first"]
+        assert product["x_row"] == wave["u"] * wave["padded"] + wave["x_first"]
+        assert product["y_row"] == wave["v"] * wave["padded"] + wave["y_first"]
         assert wave.grid[1] * wave["BLOCK_M"] >= product["x_count"]
         assert wave.grid[0] * wave["BLOCK_N"] >= product["columns"]
         assert max(wave["workspace"].shape) <= PADDING * 32
@@ -259,9 +272,9 @@ def test_labels_make_one_view_of_all(record):
     forward, backward = call(record, (2, 100, 32), labels=random_labels(100, 7))
     assert names(forward) == ["load_rows", "sums", "class_tables"]
     assert names(backward) == ["gradient", "finish_rows"]
-    assert forward[1]["VIEWS"] == 1
-    assert forward[1]["BATCH"] == 200
-    assert backward[1]["VIEWS"] == 2
+    assert forward[1]["views"] == 1
+    assert forward[1]["batch"] == 200
+    assert backward[1]["NUM_VIEWS"] == 2
 
 
 def test_the_queue_is_stored_behind_the_views(record):
@@ -270,8 +283,8 @@ def test_the_queue_is_stored_behind_the_views(record):
     queue, views = forward[:2]
     assert (queue["first_row"], queue["rows"], queue["COLUMNS"]) == (1024, 256, 0)
     assert (views["first_row"], views["rows"], views["COLUMNS"]) == (0, 1024, 3)
-    assert views["stored"].shape == (1280, 32)
-    assert backward[0]["QUEUE"] == 70  # not its padding
+    assert views["saved.rows"].shape == (1280, 32)
+    assert backward[0]["queue"] == 70  # not its padding
     assert backward[1]["QUEUES"] == 1
 
 
