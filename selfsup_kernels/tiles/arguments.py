@@ -43,11 +43,6 @@ class Classes(NamedTuple):
     """The row after its last."""
 
 
-def given(saved: Saved, labelled: bool) -> Saved:
-    """``saved`` as kernels take it."""
-    return saved._replace(classes=Classes(*saved.classes) if labelled else None)
-
-
 class Rules(NamedTuple):
     """Which pairs count, and for what; the fields are those of :class:`selfsup_kernels.info_nce.call.Call`."""
 
@@ -116,3 +111,12 @@ class Block(NamedTuple):
     """Its first row, counted within the view."""
     row: int
     """Its first row, counted among the stored rows."""
+
+
+NOTHING = Saved(*[None] * len(Saved._fields))
+
+
+def only(saved: Saved, *names: str) -> Saved:
+    """``saved`` as a kernel takes it that needs these fields. The others are None: each pointer costs a launch a
+    microsecond."""
+    return NOTHING._replace(**{name: getattr(saved, name) for name in names})

@@ -148,7 +148,7 @@ def class_tables(layout, saved, sums, precision):
         class_tables_kernel,
         (launcher.cdiv(layout.batch, TABLE_BLOCK),),
         sums,
-        saved,
+        saved._replace(inverse_norms=None),
         loss,
         *layout.sizes,
         call.batch,

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from selfsup_kernels.tiles import configs, launcher
-from selfsup_kernels.tiles.arguments import Block, Sizes
+from selfsup_kernels.tiles.arguments import Block, Sizes, only
 from selfsup_kernels.tiles.pairs import masked_blocks, pair_gradient, partial_sums
 from selfsup_kernels.tiles.tile import SLOW, load_tile, negatives_meet, score_reference
 from selfsup_kernels.tiles.waves import in_waves
@@ -23,21 +23,22 @@ in float32."""
 
 
 class Work(NamedTuple):
-    """What one launch does of the sums."""
+    """One launch's part of the sums, and where it writes them."""
 
     shares: int
     """How many programs share the columns of a block of rows."""
     slot: int
-    """The first slot of ``partial`` that it writes, and that of the pairs with the queue."""
+    """The first slot of ``partial`` for pairs of the batch."""
     queue_slot: int
+    """The slot for pairs with the queue."""
     first_block: int
-    """Blocks of this process's rows in each view."""
+    """The first block of this process's rows in each view."""
     own_blocks: int
     part_first: int
-    """The rows of each view that ``partial`` has."""
+    """The first row of each view that ``partial`` has."""
     part_rows: int
     begin: int
-    """Of each view's blocks only those from ``begin`` to ``end``, in the order of visits."""
+    """Columns: of each view's blocks those from ``begin`` to ``end``, in the order of visits."""
     end: int
 
 
@@ -116,8 +117,9 @@ def gradient(layout, saved, upstream, factor, precision):
     key = launcher.arch_of(stored), stored.dtype, layout.stride
     clean, masked = (configs.lookup(kernel, *key) for kernel in ("gradient", "masked_gradient"))
     queue = int(layout.call.queue_rows > 0)
+    tables = only(saved, "log_weights", "weights", "positives", "scalars", "classes")
     if clean is None or clean.block_k < layout.stride:
-        return in_waves(layout, saved, upstream, factor, precision), 1
+        return in_waves(layout, stored, tables, upstream, factor, precision), 1
 
     def blocks(config):
         return layout.views * layout.own_blocks(config.block_m)[1]
@@ -151,7 +153,7 @@ def gradient(layout, saved, upstream, factor, precision):
                 (blocks(config), count + queue),
                 x,
                 y,
-                saved,
+                tables,
                 upstream,
                 partial,
                 *layout.sizes,

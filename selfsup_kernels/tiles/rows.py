@@ -8,7 +8,7 @@ import triton.language as tl
 
 from selfsup_kernels.info_nce.call import Saved
 from selfsup_kernels.tiles import launcher
-from selfsup_kernels.tiles.arguments import RowTile
+from selfsup_kernels.tiles.arguments import RowTile, only
 from selfsup_kernels.tiles.tile import LONGEST, SCALE, SLOW
 
 
@@ -100,9 +100,10 @@ class Finish(NamedTuple):
     splits: int
     """Slots of ``partial`` that hold pairs of the batch."""
     first: int
+    """The first sample of this process."""
     own: int
     part_first: int
-    """The rows of each view that ``partial`` has."""
+    """The first row of each view that ``partial`` has."""
     part_rows: int
 
 
@@ -217,6 +218,7 @@ def load_rows(layout, views, queue, order, classes, temperature_tensor):
     if temperature_tensor is not None and temperature_tensor.device != device:
         temperature, temperature_tensor = float(temperature_tensor), None  # on the CPU: no synchronisation
     tile, warps = _tile(layout)
+    to = only(saved, "rows", "inverse_norms", "scalars")
 
     def fill(sources, order, source, columns):
         launcher.launch(
@@ -225,7 +227,7 @@ def load_rows(layout, views, queue, order, classes, temperature_tensor):
             tuple(sources),
             tuple(s.stride(0) for s in sources),
             order,
-            saved,
+            to,
             sums,
             temperature_tensor,
             float(temperature),
@@ -252,11 +254,12 @@ def finish_rows(layout, partial, splits, saved, upstream, grad_scale, constant, 
     out = launcher.empty((call.num_views, call.own, call.dim), dtype, device)
     parts = launcher.empty(layout.rows, torch.float64, device) if need_temperature else None
     tile, warps = _tile(layout)
+    order = ("order",) if call.labelled else ()
     launcher.launch(
         finish_rows_kernel,
         (launcher.cdiv(layout.rows, tile.BLOCK),),
         partial,
-        saved,
+        only(saved, "rows", "inverse_norms", "positives", "scalars", *order),
         upstream,
         grad_scale,
         out,

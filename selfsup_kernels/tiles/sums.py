@@ -231,7 +231,7 @@ def sums_kernel(
 def pair_sums(layout, saved, sums, precision):
     """Launch :func:`sums_kernel` over all tiles."""
     call, stored = layout.call, saved.rows
-    rules = layout.rules._replace(inside=None, numerator=None)  # one compiled kernel for them all
+    rules = layout.rules._replace(inside=None, numerator=None)  # sums do not depend on them: no kernel of their own
     clean, masked = (
         configs.lookup(k, launcher.arch_of(stored), stored.dtype, layout.stride) for k in ("sums", "masked_sums")
     )

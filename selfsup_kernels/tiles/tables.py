@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from selfsup_kernels.tiles import launcher
-from selfsup_kernels.tiles.arguments import RowTile, Sizes
+from selfsup_kernels.tiles.arguments import RowTile, Sizes, only
 from selfsup_kernels.tiles.objectives import anchor_tables
 from selfsup_kernels.tiles.tile import SLOW, finite_or_zero, negatives_meet, score_reference
 
@@ -159,7 +159,7 @@ def view_tables(layout, saved, sums, precision):
         view_tables_kernel,
         (launcher.cdiv(call.own, TABLE_BLOCK), layout.views),
         sums,
-        saved,
+        only(saved, "rows", "log_weights", "weights", "positives", "scalars"),
         loss,
         *layout.sizes,
         call.first,

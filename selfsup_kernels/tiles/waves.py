@@ -76,8 +76,8 @@ launch of a smaller one. On an H100 16, 64, 128 and 256 MB take 48, 28, 27 and 2
 numbers, forward and backward, and 142, 135, 113 and 106 ms for rows of 256 float32 numbers."""
 
 
-def in_waves(layout, saved, upstream, factor, precision):
-    call, stored = layout.call, saved.rows
+def in_waves(layout, stored, tables, upstream, factor, precision):
+    call = layout.call
     arch = launcher.arch_of(stored)
     pairs = configs.lookup("masked_wave" if call.labelled else "wave", arch, stored.dtype, layout.stride)
     product = configs.lookup("product", arch, stored.dtype, layout.stride)
@@ -110,7 +110,7 @@ def in_waves(layout, saved, upstream, factor, precision):
                     (launcher.cdiv(y_count, pairs.block_n), launcher.cdiv(x_count, pairs.block_m)),
                     x,
                     y,
-                    saved,
+                    tables,
                     upstream,
                     workspace,
                     *layout.sizes,

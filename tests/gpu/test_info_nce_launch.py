@@ -1,6 +1,7 @@
 """What the InfoNCE launchers launch: which kernels, over which grid, with which work. Nothing runs, but in the last
 test."""
 
+import inspect
 import math
 from collections import Counter
 
@@ -12,8 +13,15 @@ from selfsup_kernels.core import ops
 from selfsup_kernels.info_nce.objectives import Columns
 from selfsup_kernels.info_nce.ops import forward_fake_triton
 from selfsup_kernels.tiles import configs, launcher, waves
-from selfsup_kernels.tiles.gradient import MOST_COLUMNS
+from selfsup_kernels.tiles.arguments import Sizes
+from selfsup_kernels.tiles.classes import class_tables_kernel
+from selfsup_kernels.tiles.gradient import MOST_COLUMNS, gradient_kernel
+from selfsup_kernels.tiles.gradient import Work as GradientWork
 from selfsup_kernels.tiles.layout import PADDING, Layout
+from selfsup_kernels.tiles.rows import Finish, Source, finish_rows_kernel, load_rows_kernel
+from selfsup_kernels.tiles.sums import Work as SumsWork
+from selfsup_kernels.tiles.sums import sums_kernel
+from selfsup_kernels.tiles.tables import view_tables_kernel
 
 H200 = 132
 IMPL = "triton"
@@ -64,6 +72,26 @@ def call(record, size, dtype=torch.bfloat16, labels=None, queue=0, part=(0, -1),
     record.clear()
     ops.get("info_nce_backward", "triton")(torch.ones_like(loss), *saved, labels, *known, False, dtype)
     return forward, record.copy()
+
+
+@pytest.mark.parametrize(
+    ("kernel", "numbers"),
+    [
+        (sums_kernel, (Sizes, SumsWork)),
+        (gradient_kernel, (Sizes, GradientWork)),
+        (waves.wave_kernel, (Sizes,)),
+        (view_tables_kernel, (Sizes,)),
+        (class_tables_kernel, (Sizes,)),
+        (load_rows_kernel, (Source,)),
+        (finish_rows_kernel, (Finish,)),
+    ],
+    ids=lambda x: getattr(x, "__name__", None),
+)
+def test_kernels_take_the_numbers_in_the_order_of_their_tuples(kernel, numbers):
+    names = list(inspect.signature(kernel.fn).parameters)
+    for record in numbers:
+        begin = names.index(record._fields[0])
+        assert names[begin : begin + len(record._fields)] == list(record._fields)
 
 
 def names(launches):
