@@ -80,7 +80,7 @@ void view_tables(
     double* log_weights,
     double* positives) {
   const int64_t batch = layout.batch, rows = layout.rows;
-  const int views = layout.rule.views, columns = layout.rule.columns();
+  const int views = layout.rule.views, columns = layout.rule.column_count();
   torch::stable::parallel_for(layout.first, layout.first + layout.count, 64, [&](int64_t begin, int64_t end) {
     std::vector<double> negatives(columns), weights(columns), p(static_cast<size_t>(views) * views), by_view(views);
     for (int64_t a = begin; a < end; ++a) {
@@ -141,7 +141,7 @@ std::pair<Tensor, Saved> forward(
   Saved out{
       cpu_empty({rows + queued, dim}, scalar_type<T>),
       cpu_empty({rows + queued}, scalar_type<T>),
-      cpu_empty({layout.rule.columns(), rows}, f64),
+      cpu_empty({layout.rule.column_count(), rows}, f64),
       cpu_empty({0, rows}, f64),
       cpu_empty({labels ? 3 : count, rows}, f64),
       cpu_empty({4}, f64),

@@ -84,7 +84,7 @@ void label_tables(
     double* loss,
     double* log_weights,
     double* positives) {
-  const int64_t rows = layout.rows, dim = call.dim, columns = layout.rule.columns();
+  const int64_t rows = layout.rows, dim = call.dim, columns = layout.rule.column_count();
   const bool softplus = form_of(call) == LabelForm::Sigmoid;
   const Kernels<T>& kernel = kernels<T>();
   const T s = static_cast<T>(scale);

@@ -52,7 +52,7 @@ class Pairs {
   // Returns N[c * rows + i] for the owned rows i: the log-sum-exp of row i's negatives in column c (a view, or the
   // queue last), -Inf if there are none.
   std::vector<double> log_sums() {
-    const int64_t rows = layout_.rows, columns = layout_.rule.columns();
+    const int64_t rows = layout_.rows, columns = layout_.rule.column_count();
     std::vector<double> n(columns * rows, 0.0);
     Scratch<T> column_sums(blocks_.longest());
     tournament(blocks_.count(), [&](int64_t i, int64_t j, int64_t thread) {
@@ -210,7 +210,7 @@ class Pairs {
 
   // Computes N of the given rows, each with its own running maximum.
   void exact_log_sums(const std::vector<int64_t>& which, std::vector<double>& n) {
-    const int64_t all = layout_.rows, columns = layout_.rule.columns();
+    const int64_t all = layout_.rows, columns = layout_.rule.column_count();
     gather(which, [&](const std::vector<int64_t>& rows, const Tensor& z, int64_t thread) {
       std::vector<double> top(rows.size() * columns, -INFINITY), total(rows.size() * columns, 0.0);
       auto take = [&](const T* s, int64_t count, int64_t slot) {

@@ -16,18 +16,18 @@ namespace selfsup_kernels {
 
 // Which views are positives and negatives of each other.
 struct ViewRule {
-  Columns used;
+  Columns columns;
   Positives inside;
   Numerator numerator;
   int views;
   int core;    // negative: none
   int queues;  // 0 or 1
 
-  int columns() const { return views + queues; }
+  int column_count() const { return views + queues; }  // of the tables
   // True if u == v, or there is no core view, or one of the two is the core view.
   bool meets(int u, int v) const { return core < 0 || u == v || u == core || v == core; }
   bool positive(int u, int v) const { return u != v && meets(u, v); }
-  bool negative(int u, int v) const { return meets(u, v) && !(u == v && used == Columns::OTHER); }
+  bool negative(int u, int v) const { return meets(u, v) && !(u == v && columns == Columns::OTHER); }
   // True if column c (a view, or the queue) holds negatives of an anchor of view u.
   bool uses(int u, int c) const { return c >= views || negative(u, c); }
   int positives(int u) const { return core < 0 || core == u ? views - 1 : 1; }
@@ -48,18 +48,18 @@ inline double sigmoid(double x) {
   return (x > 0 ? 1 : y) / (1 + y);
 }
 
-// Returns the anchor's loss; writes log_weights (columns()) and positives (views). u is the anchor's view.
+// Returns the anchor's loss; writes log_weights (column_count()) and positives (views). u is the anchor's view.
 inline double anchor_loss(
     ViewRule rule, int u, const double* n, const double* p, double* log_weights, double* positives) {
-  const int views = rule.views, columns = rule.columns();
+  const int views = rule.views, columns = rule.column_count();
   const double count = rule.positives(u);
   const double log_count = log(count);
   for (int c = 0; c < columns; ++c) log_weights[c] = -INFINITY;
   for (int v = 0; v < views; ++v) positives[v] = 0;
 
-  if (rule.used != Columns::ALL) {
+  if (rule.columns != Columns::ALL) {
     // Each positive view has its own denominator; the other columns in it (own view, queue) are shared by all.
-    double own = rule.used == Columns::OWN_AND_OTHER ? n[u] : -INFINITY;
+    double own = rule.columns == Columns::OWN_AND_OTHER ? n[u] : -INFINITY;
     double shared = rule.queues ? log_add(own, n[views]) : own;
     double loss = 0, total = -INFINITY;
     for (int v = 0; v < views; ++v) {
@@ -70,7 +70,7 @@ inline double anchor_loss(
       positives[v] = -sigmoid(rest - p[v]) / count;
       loss += log_ratio(rest, p[v]);
     }
-    if (rule.used == Columns::OWN_AND_OTHER) log_weights[u] = total;
+    if (rule.columns == Columns::OWN_AND_OTHER) log_weights[u] = total;
     if (rule.queues) log_weights[views] = total;
     return loss / count;
   }

@@ -141,8 +141,11 @@ def recording(architecture: int, wanted: Callable[[str], bool] = lambda kernel: 
 def compile_kernel(kernel, grid, *args, **options) -> Launch:
     """Compile for the active driver's architecture, and read. A kernel that does not compile is a result, not an
     exception."""
-    constants = {name: value for name, value in options.items() if name.isupper()}
-    others = {name: value for name, value in options.items() if not name.isupper()}
+    own = {name: value for name, value in options.items() if name in kernel.arg_names}
+    others = {name: value for name, value in options.items() if name not in own}
+    constants = {}
+    for name, value in own.items():
+        constants |= value._asdict() if hasattr(value, "_asdict") else {name: value}
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # where ptxas refuses, Triton prints the whole listing
             compiled = kernel.warmup(*args, grid=grid, **options)

@@ -4,77 +4,45 @@ Rows are sorted by class, so that those of a block's classes are neighbours: a p
 class of a row is named by the row where it begins.
 """
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 
 from selfsup_kernels.tiles import launcher
+from selfsup_kernels.tiles.arguments import Sizes
 from selfsup_kernels.tiles.objectives import ALL_INSIDE, ITSELF, LOG_SUM, MEAN, NONE_INSIDE
-from selfsup_kernels.tiles.tables import TABLE_BLOCK, block_scores, negatives, store_weights, table_width
+from selfsup_kernels.tiles.tables import (
+    TABLE_BLOCK,
+    Anchors,
+    Column,
+    block_scores,
+    negatives,
+    store_weights,
+    table_tile,
+)
 from selfsup_kernels.tiles.tile import LOG2E, finite_or_zero, log_add, log_ratio, score_reference, sigmoid
 
 
-@triton.jit(do_not_specialize=["rows", "BATCH", "QUEUE_ROWS", "SAMPLES"])
+@triton.jit(do_not_specialize=[*Sizes._fields, "samples"])
 def class_tables_kernel(
-    stored,
-    sums,
-    scalars,
-    classes,
-    ends,
-    order,
-    loss,
-    weights,
-    log_weights,
-    positives,
-    rows,
-    BATCH,
-    QUEUE_ROWS,
-    SAMPLES,
-    VIEWS: tl.constexpr,
-    QUEUE: tl.constexpr,
-    POSITIVES: tl.constexpr,
-    NUMERATOR: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    DIM: tl.constexpr,
-    STRIDE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Write the losses, weights, log_weights and positives (:func:`pair_coefficient`) of BLOCK anchors. SAMPLES: B. An
+    sums, saved, loss,
+    rows, batch, padded, queue, views, core_view, samples,
+    NUM_VIEWS: tl.constexpr, HAS_QUEUE: tl.constexpr, rules: tl.constexpr, tile: tl.constexpr,
+):  # fmt: skip
+    """Write the losses (V, samples), weights, log_weights and positives (:func:`pair_coefficient`) of BLOCK anchors. An
     anchor without positives has loss 0 and no gradient."""
+    BLOCK: tl.constexpr = tile.BLOCK
+    sizes = Sizes(rows, batch, padded, queue, views, core_view)
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    valid = row < BATCH
-    group = tl.load(classes + row, mask=valid, other=-2)
-    first = tl.load(classes + tl.program_id(0) * BLOCK)
-    last = tl.load(ends + tl.minimum(tl.program_id(0) * BLOCK + BLOCK, BATCH) - 1)
-    scale, reference = score_reference(scalars, NORMALIZE)
+    valid = row < batch
+    group = tl.load(saved.classes.first + row, mask=valid, other=-2)
+    first = tl.load(saved.classes.first + tl.program_id(0) * BLOCK)
+    last = tl.load(saved.classes.end + tl.minimum(tl.program_id(0) * BLOCK + BLOCK, batch) - 1)
+    scale = score_reference(saved.scalars, rules.normalize)
     n = tl.full((BLOCK,), float("-inf"), tl.float64)
-    for c in range(1 + QUEUE):
-        value = negatives(
-            sums,
-            stored,
-            row,
-            group,
-            valid,
-            classes,
-            c,
-            tl.where(c == 1, rows, 0),
-            tl.where(c == 1, QUEUE_ROWS, BATCH),
-            scale,
-            reference,
-            rows,
-            c == 0,
-            True,
-            DIM,
-            STRIDE,
-            BLOCK,
-            BLOCK_K,
-            PRECISION,
-        )
-        n = log_add(n, value)
+    for c in range(1 + HAS_QUEUE):
+        column = Column(c, tl.where(c == 1, rows, 0), tl.where(c == 1, queue, batch), c == 0)
+        n = log_add(n, negatives(sums, saved, Anchors(row, group, valid), column, scale, sizes, True, tile))
     near = n.to(tl.float32)
 
     top = tl.full((BLOCK,), float("-inf"), tl.float32)
@@ -83,10 +51,10 @@ def class_tables_kernel(
     share = tl.zeros((BLOCK,), tl.float64)
     for start in range(first, last, BLOCK):
         other = start + tl.arange(0, BLOCK)
-        s = block_scores(stored, row, other, last, scale, DIM, STRIDE, BLOCK, BLOCK_K, PRECISION)
-        theirs = tl.load(classes + other, mask=other < last, other=-1)
+        s = block_scores(saved.rows, row, other, last, scale, tile)
+        theirs = tl.load(saved.classes.first + other, mask=other < last, other=-1)
         positive = (group[:, None] == theirs[None, :]) & (row[:, None] != other[None, :])
-        if POSITIVES == ITSELF:
+        if rules.inside == ITSELF:
             linear += tl.sum(tl.where(positive, log_ratio(near[:, None], s), 0.0), 1).to(tl.float64)
             share += tl.sum(tl.where(positive, sigmoid(near[:, None] - s), 0.0), 1).to(tl.float64)
         else:
@@ -97,21 +65,21 @@ def class_tables_kernel(
             exponential = exponential * tl.exp(tl.where(top == high, 0.0, top - safe)).to(tl.float64) + part
             top = high
 
-    count = (tl.load(ends + row, mask=valid, other=1) - group - 1).to(tl.float64)
+    count = (tl.load(saved.classes.end + row, mask=valid, other=1) - group - 1).to(tl.float64)
     alone = valid & (count < 1)
-    count = tl.where(alone | (row >= BATCH), 1.0, count)
+    count = tl.where(alone | (row >= batch), 1.0, count)
     inside = tl.log(exponential) + finite_or_zero(top).to(tl.float64)
     none = float("-inf")
     ratio = sigmoid(n - inside)
-    if POSITIVES == ITSELF:
+    if rules.inside == ITSELF:
         value = linear / count
         weight = tl.where(n == none, none, tl.log(share / count) - n)
         pivot, factor = n, n * 0.0
-    elif POSITIVES == NONE_INSIDE:
+    elif rules.inside == NONE_INSIDE:
         value = n - linear / count
         weight = tl.where(n == none, none, -n)
         pivot, factor = n, n * 0.0
-    elif NUMERATOR == LOG_SUM:
+    elif rules.numerator == LOG_SUM:
         value = log_ratio(n, inside) + tl.log(count)
         weight = -log_add(n, inside)
         pivot, factor = inside, ratio
@@ -120,111 +88,74 @@ def class_tables_kernel(
         value = den - linear / count
         weight = -den
         pivot, factor = den, tl.where(alone, 0.0, 1.0)
-    view, place = row % VIEWS, row // VIEWS
-    sample = tl.load(order + place, mask=valid, other=0)
-    tl.store(loss + view * SAMPLES + sample, tl.where(alone, 0.0, value).to(tl.float32), mask=valid)
+    view, place = row % NUM_VIEWS, row // NUM_VIEWS
+    sample = tl.load(saved.order + place, mask=valid, other=0)
+    tl.store(loss + view * samples + sample, tl.where(alone, 0.0, value).to(tl.float32), mask=valid)
     weight = tl.where(alone, none, weight)
-    for c in range(1 + QUEUE):
-        store_weights(weights, log_weights, scalars, weight, reference, c * rows + row, valid)
-    tl.store(positives + row, tl.where(alone, 0.0, pivot).to(tl.float32), mask=valid)
-    tl.store(positives + rows + row, tl.where(alone, 0.0, 1.0 / count).to(tl.float32), mask=valid)
-    tl.store(positives + 2 * rows + row, tl.where(alone, 0.0, factor).to(tl.float32), mask=valid)
+    for c in range(1 + HAS_QUEUE):
+        store_weights(saved, weight, scale, c * rows + row, valid)
+    tl.store(saved.positives + row, tl.where(alone, 0.0, pivot).to(tl.float32), mask=valid)
+    tl.store(saved.positives + rows + row, tl.where(alone, 0.0, 1.0 / count).to(tl.float32), mask=valid)
+    tl.store(saved.positives + 2 * rows + row, tl.where(alone, 0.0, factor).to(tl.float32), mask=valid)
 
 
 @triton.jit
-def pair_coefficient(s, pivot, share, factor, POSITIVES: tl.constexpr, NUMERATOR: tl.constexpr):
-    """Return d loss_i / d S for an anchor's positive of score ``s``, from the three numbers of ``Saved.positives``."""
+def pair_coefficient(s, positives, at, mask, sizes, COLUMNS: tl.constexpr, rules: tl.constexpr):
+    """Return d loss_i / d S of the anchors ``at`` for positives of scores ``s``, from the three numbers of
+    ``Saved.positives``. COLUMNS: the anchors are the columns of ``s``."""
+    pivot = tl.load(positives + at, mask=mask, other=0.0)
+    share = tl.load(positives + sizes.rows + at, mask=mask, other=0.0)
+    factor = tl.load(positives + 2 * sizes.rows + at, mask=mask, other=0.0)
+    if COLUMNS:
+        pivot, share, factor = pivot[None, :], share[None, :], factor[None, :]
+    else:
+        pivot, share, factor = pivot[:, None], share[:, None], factor[:, None]
     below = tl.where(s > pivot, 0.0, s - pivot)  # only rounding can put a score above the sum that it is part of
-    if POSITIVES == ALL_INSIDE and NUMERATOR == MEAN:
+    if rules.inside == ALL_INSIDE and rules.numerator == MEAN:
         return factor * tl.exp2(below * LOG2E) - share
-    elif NUMERATOR == LOG_SUM:
+    elif rules.numerator == LOG_SUM:
         return -factor * tl.exp2(below * LOG2E)
-    elif POSITIVES == ITSELF:
+    elif rules.inside == ITSELF:
         return -share * sigmoid(pivot - s)
     else:
         return -share + s * 0.0
 
 
 @triton.jit
-def class_gradient(
-    g,
-    s,
-    x,
-    y,
-    upstream,
-    classes,
-    positives,
-    rows,
-    BATCH,
-    POSITIVES: tl.constexpr,
-    NUMERATOR: tl.constexpr,
-    FACTOR: tl.constexpr,
-):
+def class_gradient(g, s, x, y, saved, upstream, sizes, rules: tl.constexpr, tile: tl.constexpr):
     """Return ``g`` with the pairs of one class replaced: by zero for a row with itself, else by the sum of both
     anchors' coefficients. ``x``, ``y``: the rows of the tile; ``s``: its scores."""
-    x_in, y_in = x < BATCH, y < BATCH
-    x_class = tl.load(classes + x, mask=x_in, other=-1)
-    y_class = tl.load(classes + y, mask=y_in, other=-2)
+    x_in, y_in = x < sizes.batch, y < sizes.batch
+    x_class = tl.load(saved.classes.first + x, mask=x_in, other=-1)
+    y_class = tl.load(saved.classes.first + y, mask=y_in, other=-2)
     same = x_class[:, None] == y_class[None, :]
-    cx = pair_coefficient(
-        s,
-        tl.load(positives + x, mask=x_in, other=0.0)[:, None],
-        tl.load(positives + rows + x, mask=x_in, other=0.0)[:, None],
-        tl.load(positives + 2 * rows + x, mask=x_in, other=0.0)[:, None],
-        POSITIVES,
-        NUMERATOR,
-    )
-    cy = pair_coefficient(
-        s,
-        tl.load(positives + y, mask=y_in, other=0.0)[None, :],
-        tl.load(positives + rows + y, mask=y_in, other=0.0)[None, :],
-        tl.load(positives + 2 * rows + y, mask=y_in, other=0.0)[None, :],
-        POSITIVES,
-        NUMERATOR,
-    )
+    cx = pair_coefficient(s, saved.positives, x, x_in, sizes, False, rules)
+    cy = pair_coefficient(s, saved.positives, y, y_in, sizes, True, rules)
     if upstream is None:
-        both = (cx + cy) * FACTOR
+        both = (cx + cy) * tile.FACTOR
     else:
-        x_scale = FACTOR * tl.load(upstream + x, mask=x_in, other=0.0)
-        y_scale = FACTOR * tl.load(upstream + y, mask=y_in, other=0.0)
+        x_scale = tile.FACTOR * tl.load(upstream + x, mask=x_in, other=0.0)
+        y_scale = tile.FACTOR * tl.load(upstream + y, mask=y_in, other=0.0)
         both = cx * x_scale[:, None] + cy * y_scale[None, :]
     return tl.where(same, tl.where(x[:, None] == y[None, :], 0.0, both), g)
 
 
-def class_tables(layout, stored, sums, scalars, order, classes, precision):
-    """Return the losses of this process's anchors (V, own samples), log_weights, weights and positives."""
+def class_tables(layout, saved, sums, precision):
+    """Write log_weights, weights and positives; return the losses of this process's anchors (V, own samples)."""
     call = layout.call
-    new = functools.partial(launcher.empty, dtype=torch.float32, device=stored.device)
-    loss = new((layout.call.num_views, layout.call.batch))
-    log_weights, weights = (new((call.columns_of_tables, layout.rows)) for _ in range(2))
-    positives = new((call.positives_of_tables, layout.rows))
+    loss = launcher.empty((call.num_views, call.batch), torch.float32, saved.rows.device)
     launcher.launch(
         class_tables_kernel,
         (launcher.cdiv(layout.batch, TABLE_BLOCK),),
-        stored,
         sums,
-        scalars,
-        *classes,
-        order,
+        saved._replace(inverse_norms=None),
         loss,
-        weights,
-        log_weights,
-        positives,
-        layout.rows,
-        layout.batch,
-        layout.call.queue_rows,
-        layout.call.batch,
-        VIEWS=layout.call.num_views,
-        QUEUE=int(layout.call.queue_rows > 0),
-        POSITIVES=layout.call.inside,
-        NUMERATOR=layout.call.numerator,
-        NORMALIZE=call.normalize,
-        DIM=layout.call.dim,
-        STRIDE=layout.stride,
-        BLOCK=TABLE_BLOCK,
-        BLOCK_K=table_width(layout, stored.dtype),
-        PRECISION=precision,
+        *layout.sizes,
+        call.batch,
+        NUM_VIEWS=call.num_views,
+        HAS_QUEUE=int(call.queue_rows > 0),
+        rules=layout.rules,
+        tile=table_tile(layout, saved.rows.dtype, precision),
         num_warps=8,
     )
-    own = loss[:, call.first : call.first + call.own].contiguous()
-    return own, log_weights, weights, positives
+    return loss[:, call.first : call.first + call.own].contiguous()

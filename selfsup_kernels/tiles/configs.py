@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from selfsup_kernels.tiles.arguments import Tile
 from selfsup_kernels.tiles.layout import takes_tf32
 
 TABLE = Path(__file__).with_name("configs.json")
@@ -93,6 +94,13 @@ def override(entries: dict[str, Config | None]):
     finally:
         _overrides.clear()
         _overrides.update(before)
+
+
+def tile(config: Config, stride: int, precision: str, spans: Config | None = None, factor: float = 1.0) -> Tile:
+    """The constants of a kernel's tiles; ``spans``: the configuration of the launch without masks."""
+    spans = spans or config
+    blocks = config.block_m, config.block_n, config.block_k, spans.block_m, spans.block_n
+    return Tile(*blocks, stride, config.block_k >= stride, config.descriptor, precision, factor)
 
 
 def check_divides(kernel: str, spans: Config, config: Config) -> None:

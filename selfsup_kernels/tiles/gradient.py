@@ -5,11 +5,13 @@ the way: no two programs add to one sum, and the bits are the same every time. R
 waves (``info_nce_waves``).
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
-from selfsup_kernels.info_nce.objectives import Columns
 from selfsup_kernels.tiles import configs, launcher
+from selfsup_kernels.tiles.arguments import Block, Sizes, only
 from selfsup_kernels.tiles.pairs import masked_blocks, pair_gradient, partial_sums
 from selfsup_kernels.tiles.tile import SLOW, load_tile, negatives_meet, score_reference
 from selfsup_kernels.tiles.waves import in_waves
@@ -20,70 +22,34 @@ column (tests/test_accumulators.py simulates it). So sums over more columns are 
 in float32."""
 
 
-@triton.jit(
-    do_not_specialize=[
-        "rows",
-        "BATCH",
-        "PADDED",
-        "QUEUE",
-        "VIEWS",
-        "CORE",
-        "SHARES",
-        "SLOT",
-        "QUEUE_SLOT",
-        "first_block",
-        "own_blocks",
-        "part_first",
-        "part_rows",
-        "begin",
-        "end",
-    ],
-    do_not_specialize_on_alignment=["ends"],  # half of one tensor: where it begins depends on the number of rows
-)
+class Work(NamedTuple):
+    """One launch's part of the sums, and where it writes them."""
+
+    shares: int
+    """How many programs share the columns of a block of rows."""
+    slot: int
+    """The first slot of ``partial`` for pairs of the batch."""
+    queue_slot: int
+    """The slot for pairs with the queue."""
+    first_block: int
+    """The first block of this process's rows in each view."""
+    own_blocks: int
+    part_first: int
+    """The first row of each view that ``partial`` has."""
+    part_rows: int
+    begin: int
+    """Columns: of each view's blocks those from ``begin`` to ``end``, in the order of visits."""
+    end: int
+
+
+@triton.jit(do_not_specialize=[*Sizes._fields, *Work._fields])
 def gradient_kernel(
-    source_x,
-    source_y,
-    weights,
-    log_weights,
-    upstream,
-    scalars,
-    classes,
-    ends,
-    positives,
-    partial,
-    rows,
-    BATCH,
-    PADDED,
-    QUEUE,
-    VIEWS,
-    CORE,
-    SHARES,
-    SLOT,
-    QUEUE_SLOT,
-    first_block,
-    own_blocks,
-    part_first,
-    part_rows,
-    begin,
-    end,
-    PART: tl.constexpr,
-    AGAIN: tl.constexpr,
-    LABELS: tl.constexpr,
-    POSITIVES: tl.constexpr,
-    NUMERATOR: tl.constexpr,
-    CROSS: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    STRIDE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SPAN_M: tl.constexpr,
-    SPAN_N: tl.constexpr,
-    DESCRIPTOR: tl.constexpr,
-    FACTOR: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """partial[SLOT + k, place of i, :] <- sum over share k of the columns of G_ij z_j; share SHARES is the queue's.
+    source_x, source_y, saved, upstream, partial,
+    rows, batch, padded, queue, views, core_view,
+    shares, slot, queue_slot, first_block, own_blocks, part_first, part_rows, begin, end,
+    PART: tl.constexpr, AGAIN: tl.constexpr, rules: tl.constexpr, tile: tl.constexpr,
+):  # fmt: skip
+    """partial[slot + k, place of i, :] <- sum over share k of the columns of G_ij z_j; share ``shares`` is the queue's.
 
     Program (block of rows, share). Each share has as many blocks of every view. PART: the blocks of which no pair is
     left out ("clean"; none of them where weights are out of its range), the others ("masked"), or "all".
@@ -91,19 +57,23 @@ def gradient_kernel(
     Of each view's blocks only those from ``begin`` to ``end``, in the order of visits; AGAIN: other launches have left
     the sums over those before in ``partial``.
     """
+    BLOCK_M: tl.constexpr = tile.BLOCK_M
+    BLOCK_N: tl.constexpr = tile.BLOCK_N
+    BLOCK_K: tl.constexpr = tile.BLOCK_K
+    sizes = Sizes(rows, batch, padded, queue, views, core_view)
     u = tl.program_id(0) // own_blocks
     x_local = (first_block + tl.program_id(0) % own_blocks) * BLOCK_M
-    x_row = u * PADDED + x_local
+    x_row = u * padded + x_local
     share = tl.program_id(1)
-    scale, reference = score_reference(scalars, NORMALIZE)
-    is_slow = tl.load(scalars + SLOW) > 0
-    low, high = masked_blocks(classes, ends, x_local, BATCH, SPAN_M, SPAN_N, BLOCK_N, LABELS)
-    x = load_tile(source_x, x_row, 0, STRIDE, BLOCK_M, BLOCK_K, DESCRIPTOR)
+    scale = score_reference(saved.scalars, rules.normalize)
+    is_slow = tl.load(saved.scalars + SLOW) > 0
+    low, high = masked_blocks(saved.classes, x_local, sizes, rules.labelled, tile)
+    x = load_tile(source_x, x_row, 0, BLOCK_M, BLOCK_K, tile)
     total = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-    from_queue = share == SHARES
-    limit = tl.where(from_queue, QUEUE, BATCH)
+    from_queue = share == shares
+    limit = tl.where(from_queue, queue, batch)
     blocks = tl.cdiv(limit, BLOCK_N)
-    per = tl.where(from_queue, blocks, tl.cdiv(blocks, SHARES))
+    per = tl.where(from_queue, blocks, tl.cdiv(blocks, shares))
     first = tl.where(from_queue, 0, share * per)
     last = tl.minimum(first + per, blocks)
     # Masked blocks of this share: [low, high), or all of them.
@@ -117,50 +87,24 @@ def gradient_kernel(
     else:
         start, steps = low, high - low
     end = tl.minimum(end, steps)
-    for v in range(tl.where(from_queue, VIEWS, 0), tl.where(from_queue, VIEWS + 1, VIEWS)):
-        if negatives_meet(u, v, from_queue, CORE, CROSS):
+    for v in range(tl.where(from_queue, views, 0), tl.where(from_queue, views + 1, views)):
+        if negatives_meet(u, v, from_queue, core_view, rules.columns):
             for t in range(begin, end):
                 block = start + t
                 if PART == "clean":
                     block = tl.where(block < low, block, block + high - low)
                 y_local = block * BLOCK_N
-                y_row = v * PADDED + y_local
-                y = load_tile(source_y, y_row, 0, STRIDE, BLOCK_N, BLOCK_K, DESCRIPTOR)
-                s = tl.dot(x, tl.trans(y), input_precision=PRECISION)
-                g = pair_gradient(
-                    s,
-                    x_local,
-                    y_local,
-                    x_row,
-                    y_row,
-                    u,
-                    v,
-                    weights,
-                    log_weights,
-                    upstream,
-                    classes,
-                    positives,
-                    scale,
-                    reference,
-                    rows,
-                    BATCH,
-                    limit,
-                    VIEWS,
-                    PART != "clean",
-                    LABELS,
-                    POSITIVES,
-                    NUMERATOR,
-                    NORMALIZE,
-                    BLOCK_M,
-                    BLOCK_N,
-                    FACTOR,
-                )
-                total = tl.dot(g.to(y.dtype), y, total, input_precision=PRECISION)
-    slot = tl.where(from_queue, QUEUE_SLOT, SLOT + share).to(tl.int64)
-    at = (slot * VIEWS + u) * part_rows + x_local - part_first + tl.arange(0, BLOCK_M)
+                y_row = v * padded + y_local
+                y = load_tile(source_y, y_row, 0, BLOCK_N, BLOCK_K, tile)
+                s = tl.dot(x, tl.trans(y), input_precision=tile.PRECISION)
+                xs, ys = Block(u, x_local, x_row), Block(v, y_local, y_row)
+                g = pair_gradient(s, xs, ys, limit, saved, upstream, scale, sizes, PART != "clean", rules, tile)
+                total = tl.dot(g.to(y.dtype), y, total, input_precision=tile.PRECISION)
+    to_slot = tl.where(from_queue, queue_slot, slot + share).to(tl.int64)
+    at = (to_slot * views + u) * part_rows + x_local - part_first + tl.arange(0, BLOCK_M)
     k = tl.arange(0, BLOCK_K)
-    to = partial + at[:, None] * STRIDE + k[None, :]
-    inside = (x_local + tl.arange(0, BLOCK_M) < BATCH)[:, None] & (k < STRIDE)[None, :]
+    to = partial + at[:, None] * tile.STRIDE + k[None, :]
+    inside = (x_local + tl.arange(0, BLOCK_M) < batch)[:, None] & (k < tile.STRIDE)[None, :]
     if AGAIN:  # by atomics, which need no registers for the other sums; nothing else adds here, so the order is one
         tl.atomic_add(to, total, mask=inside & (begin < end), sem="relaxed")
     else:
@@ -169,16 +113,13 @@ def gradient_kernel(
 
 def gradient(layout, saved, upstream, factor, precision):
     """Return (partial, how many of its slots hold pairs of the batch; the other slots hold pairs with the queue)."""
-    call, stored = layout.call, saved.rows
+    stored = saved.rows
     key = launcher.arch_of(stored), stored.dtype, layout.stride
     clean, masked = (configs.lookup(kernel, *key) for kernel in ("gradient", "masked_gradient"))
-    constants = {"LABELS": call.labelled, "POSITIVES": call.inside, "NUMERATOR": call.numerator}
-    constants |= {"NORMALIZE": call.normalize, "STRIDE": layout.stride, "FACTOR": factor, "PRECISION": precision}
-    classes = saved.classes if call.labelled else (None, None)
-    tables = (saved.weights, saved.log_weights, upstream, saved.scalars, *classes, saved.positives)
     queue = int(layout.call.queue_rows > 0)
+    tables = only(saved, "log_weights", "weights", "positives", "scalars", "classes")
     if clean is None or clean.block_k < layout.stride:
-        return in_waves(layout, stored, tables, constants), 1
+        return in_waves(layout, stored, tables, upstream, factor, precision), 1
 
     def blocks(config):
         return layout.views * layout.own_blocks(config.block_m)[1]
@@ -201,6 +142,7 @@ def gradient(layout, saved, upstream, factor, precision):
         spans = config if part == "all" else clean
         configs.check_divides("gradient", spans, config)
         x, y = launcher.tile_sources(stored, config)
+        tile = configs.tile(config, layout.stride, precision, spans, factor)
         longest = launcher.cdiv(launcher.cdiv(layout.batch, config.block_n), count)
         longest = max(longest, launcher.cdiv(layout.call.queue_rows, config.block_n))
         # Three products of one are added up in float32 for each tile.
@@ -211,31 +153,15 @@ def gradient(layout, saved, upstream, factor, precision):
                 (blocks(config), count + queue),
                 x,
                 y,
-                *tables,
+                tables,
+                upstream,
                 partial,
-                layout.rows,
-                layout.batch,
-                layout.padded,
-                layout.call.queue_rows,
-                layout.views,
-                call.core_view,
-                count,
-                slot,
-                queue_slot,
-                *layout.own_blocks(config.block_m),
-                *layout.part,
-                begin,
-                begin + most,
+                *layout.sizes,
+                *Work(count, slot, queue_slot, *layout.own_blocks(config.block_m), *layout.part, begin, begin + most),
                 PART=part,
                 AGAIN=begin > 0,
-                CROSS=call.columns == Columns.OTHER,
-                BLOCK_M=config.block_m,
-                BLOCK_N=config.block_n,
-                BLOCK_K=config.block_k,
-                SPAN_M=spans.block_m,
-                SPAN_N=spans.block_n,
-                DESCRIPTOR=config.descriptor,
-                **constants,
+                rules=layout.rules,
+                tile=tile,
                 **config.options,
             )
     return partial, splits

@@ -7,8 +7,9 @@ backward: sums of weighted rows (quadratic) -> positives, normalisation, the use
 import torch
 
 from selfsup_kernels.core.ops import REDUCTIONS
-from selfsup_kernels.info_nce.call import Call, Saved, unpack_backward
+from selfsup_kernels.info_nce.call import Call, unpack_backward
 from selfsup_kernels.tiles import configs, launcher
+from selfsup_kernels.tiles.arguments import Classes
 from selfsup_kernels.tiles.classes import class_tables
 from selfsup_kernels.tiles.gradient import gradient
 from selfsup_kernels.tiles.layout import Layout, check_size, half_factor, sort_by_class, upstream_of_rows
@@ -27,21 +28,20 @@ def forward(views, labels, queue, temperature_tensor, *call):
         else:
             order = torch.empty(0, dtype=torch.int64, device=views[0].device)
             classes = torch.empty((2, 0), dtype=torch.int32, device=views[0].device)
-        stored, inverse_norms, sums, scalars = load_rows(layout, views, queue, order, temperature_tensor)
-        precision = configs.precision_of(stored.dtype)
-        pair_sums(layout, stored, sums, scalars, classes, precision)
-        if call.labelled:
-            loss, *tables = class_tables(layout, stored, sums, scalars, order, classes, precision)
-        else:
-            loss, *tables = view_tables(layout, stored, sums, scalars, precision)
+        saved, sums = load_rows(layout, views, queue, order, classes, temperature_tensor)
+        precision = configs.precision_of(saved.rows.dtype)
+        given = saved._replace(classes=Classes(*classes) if call.labelled else None)
+        pair_sums(layout, given, sums, precision)
+        loss = (class_tables if call.labelled else view_tables)(layout, given, sums, precision)
         reduction = REDUCTIONS[call.reduction]
         if reduction != "none":
             loss = loss.mean() if reduction == "mean" else loss.sum()
-    return loss, *Saved(stored, inverse_norms, *tables, scalars, order, classes)
+    return loss, *saved
 
 
 def backward(grad, *arguments):
     saved, _, call, (need_temperature, dtype) = unpack_backward(arguments)
+    saved = saved._replace(classes=Classes(*saved.classes) if call.labelled else None)
     layout, stored = Layout(call), saved.rows
     factor = half_factor(stored.dtype)
     reduction = REDUCTIONS[call.reduction]

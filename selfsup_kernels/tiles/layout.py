@@ -3,6 +3,7 @@
 import torch
 
 from selfsup_kernels.info_nce.call import Call
+from selfsup_kernels.tiles.arguments import Rules, Sizes
 
 PADDING = 256
 """The rows of each view are padded with zeros to a multiple of this, so that no tile needs a mask to load or reaches
@@ -69,6 +70,16 @@ class Layout:
         """Numbers from one stored row to the next: a multiple of 16 bytes for every dtype, and of what a product
         takes."""
         return _round_up(self.call.dim, 16)
+
+    @property
+    def sizes(self):
+        call = self.call
+        return Sizes(self.rows, self.batch, self.padded, call.queue_rows, self.views, call.core_view)
+
+    @property
+    def rules(self):
+        call = self.call
+        return Rules(call.columns, call.inside, call.numerator, call.labelled, call.normalize)
 
 
 def _round_up(x, multiple):

@@ -10,40 +10,28 @@ import triton.language as tl
 from selfsup_kernels.info_nce.objectives import Columns, Numerator, Positives
 from selfsup_kernels.tiles.tile import log_add, log_ratio, log_sum_exp, negatives_meet, sigmoid
 
-OWN_AND_OTHER, OTHER = tl.constexpr(int(Columns.OWN_AND_OTHER)), tl.constexpr(int(Columns.OTHER))
+ALL, OWN_AND_OTHER = tl.constexpr(int(Columns.ALL)), tl.constexpr(int(Columns.OWN_AND_OTHER))
 ALL_INSIDE, ITSELF, NONE_INSIDE = (tl.constexpr(int(x)) for x in (Positives.ALL, Positives.ITSELF, Positives.NONE))
 MEAN, LOG_SUM = tl.constexpr(int(Numerator.MEAN)), tl.constexpr(int(Numerator.LOG_SUM))
 
 
 @triton.jit
-def anchor_tables(
-    n,
-    p,
-    u,
-    column,
-    CORE,
-    VIEWS: tl.constexpr,
-    QUEUE: tl.constexpr,
-    NEGATIVES: tl.constexpr,
-    POSITIVES: tl.constexpr,
-    NUMERATOR: tl.constexpr,
-):
-    """(loss, log_weights, positives) of anchors of view ``u``; ``column`` numbers the last axis of ``n`` and ``p``.
-    NEGATIVES, POSITIVES, NUMERATOR: the three columns of an objective."""
+def anchor_tables(n, p, u, column, core_view, VIEWS: tl.constexpr, HAS_QUEUE: tl.constexpr, rules: tl.constexpr):
+    """(loss, log_weights, positives) of anchors of view ``u``; ``column`` numbers the last axis of ``n`` and ``p``."""
     is_view = column < VIEWS
-    meets = negatives_meet(u, column, False, CORE, False)
+    meets = negatives_meet(u, column, False, core_view, ALL)
     positive = (is_view & (column != u) & meets)[None, :]
-    is_queue = (column == VIEWS) if QUEUE else (column < 0)
+    is_queue = (column == VIEWS) if HAS_QUEUE else (column < 0)
     is_own = column == u
     none = float("-inf")
-    count = tl.where((CORE < 0) | (u == CORE), VIEWS - 1, 1).to(tl.float64)
+    count = tl.where((core_view < 0) | (u == core_view), VIEWS - 1, 1).to(tl.float64)
     log_count = tl.log(count)
     p = tl.where(positive, p, 0.0)  # elsewhere it is not used, and must not be NaN
 
-    if NEGATIVES == OWN_AND_OTHER or NEGATIVES == OTHER:
+    if rules.columns != ALL:
         # Each positive view has its own denominator. All of them share the queue and, if used, the anchor's own view.
         shared = is_queue
-        if NEGATIVES == OWN_AND_OTHER:
+        if rules.columns == OWN_AND_OTHER:
             shared = shared | is_own
         common = log_sum_exp(n, shared[None, :])
         rest = log_add(n, common[:, None])
@@ -56,7 +44,7 @@ def anchor_tables(
 
     used = (is_view & meets) | is_queue
     rest = log_sum_exp(n, used[None, :])
-    if POSITIVES == ITSELF:
+    if rules.inside == ITSELF:
         wide = rest[:, None]
         loss = tl.sum(tl.where(positive, log_ratio(wide, p), 0.0), 1) / count
         positives = tl.where(positive, -sigmoid(wide - p) / count, 0.0)
@@ -64,14 +52,14 @@ def anchor_tables(
     else:
         inside = log_sum_exp(p, positive)
         mean = tl.sum(p, 1) / count
-        if POSITIVES == NONE_INSIDE:
+        if rules.inside == NONE_INSIDE:
             den = rest
             loss = den - mean
             positives = tl.where(positive, -1.0 / count, 0.0)
         else:
             den = log_add(rest, inside)
             one = -sigmoid(rest - inside)
-            if NUMERATOR == LOG_SUM:
+            if rules.numerator == LOG_SUM:
                 loss = log_ratio(rest, inside) + log_count
                 positives = tl.where(positive, tl.exp(p - inside[:, None]) * one[:, None], 0.0)
             else:

@@ -10,103 +10,68 @@ from selfsup_kernels.tiles.tile import LOG2E, relative_exponential
 
 
 @triton.jit
-def masked_blocks(
-    classes,
-    ends,
-    x_local,
-    BATCH,
-    SPAN_X: tl.constexpr,
-    SPAN_Y: tl.constexpr,
-    BLOCK_Y: tl.constexpr,
-    LABELS: tl.constexpr,
-):
+def masked_blocks(classes, x_local, sizes, LABELLED: tl.constexpr, tile: tl.constexpr):
     """Return [low, high): the blocks of a view with columns that are no negatives of the rows around x_local.
 
     Rows and columns are rounded to spans, the blocks of the launch without masks, since both launches must divide the
     work along the same lines; a block of either launch is a span or a piece of one.
     """
-    x_local = x_local // SPAN_X * SPAN_X
-    if LABELS:
-        low = tl.load(classes + x_local)
-        high = tl.load(ends + tl.minimum(x_local + SPAN_X, BATCH) - 1)
+    PIECES: tl.constexpr = tile.SPAN_N // tile.BLOCK_N
+    x_local = x_local // tile.SPAN_M * tile.SPAN_M
+    if LABELLED:
+        low = tl.load(classes.first + x_local)
+        high = tl.load(classes.end + tl.minimum(x_local + tile.SPAN_M, sizes.batch) - 1)
     else:
         low = x_local
-        high = x_local + SPAN_X
-    return low // SPAN_Y * (SPAN_Y // BLOCK_Y), tl.cdiv(high, SPAN_Y) * (SPAN_Y // BLOCK_Y)
+        high = x_local + tile.SPAN_M
+    return low // tile.SPAN_N * PIECES, tl.cdiv(high, tile.SPAN_N) * PIECES
 
 
 @triton.jit
 def pair_gradient(
-    s,
-    x_local,
-    y_local,
-    x_row,
-    y_row,
-    u,
-    v,
-    weights,
-    log_weights,
-    upstream,
-    classes,
-    positives,
-    scale,
-    reference,
-    rows,
-    BATCH,
-    limit,
-    VIEWS,
-    MASKED: tl.constexpr,
-    LABELS: tl.constexpr,
-    POSITIVES: tl.constexpr,
-    NUMERATOR: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    BLOCK_X: tl.constexpr,
-    BLOCK_Y: tl.constexpr,
-    FACTOR: tl.constexpr,
+    s, x, y, limit, saved, upstream, scale, sizes, MASKED: tl.constexpr, rules: tl.constexpr, tile: tl.constexpr
 ):
-    """Return G (BLOCK_X, BLOCK_Y) of rows of view u (x) and of view v (y; v == VIEWS: the queue), from inner products
-    ``s``.
+    """Return G (BLOCK_M, BLOCK_N) of the blocks of rows x and y, from inner products ``s``; ``limit``: the rows of y's
+    view, or of the queue.
 
     With MASKED, pairs of one sample (with labels: of one class) are excluded, and weights of any size are right; it
     takes two exponentials per pair. Without, columns past the end need no mask: their rows are zeros, and G is finite.
     """
-    xs = x_local + tl.arange(0, BLOCK_X)
-    ys = y_local + tl.arange(0, BLOCK_Y)
-    x_at, y_at = x_row + tl.arange(0, BLOCK_X), y_row + tl.arange(0, BLOCK_Y)
-    x_in, y_in = xs < BATCH, (ys < limit) & (v != VIEWS)
+    i, j = tl.arange(0, tile.BLOCK_M), tl.arange(0, tile.BLOCK_N)
+    xs, ys = x.local + i, y.local + j
+    x_at, y_at = x.row + i, y.row + j
+    x_in, y_in = xs < sizes.batch, (ys < limit) & (y.view != sizes.views)
     if MASKED:
-        score = s * scale
-        x_slow = tl.load(log_weights + v * rows + x_at, mask=x_in, other=float("-inf"))
-        y_slow = tl.load(log_weights + u * rows + y_at, mask=y_in, other=float("-inf"))
+        score = s * scale.factor
+        x_slow = tl.load(saved.log_weights + y.view * sizes.rows + x_at, mask=x_in, other=float("-inf"))
+        y_slow = tl.load(saved.log_weights + x.view * sizes.rows + y_at, mask=y_in, other=float("-inf"))
         # These are probabilities, so at most 1 even where the score of a long row was rounded differently in its sum.
         # tl.minimum may drop NaN.
         gx, gy = score + x_slow[:, None], score + y_slow[None, :]
         gx = tl.exp2(tl.where(gx > 0, 0.0, gx) * LOG2E)
         gy = tl.exp2(tl.where(gy > 0, 0.0, gy) * LOG2E)
         if upstream is None:
-            g = (gx + gy) * FACTOR
+            g = (gx + gy) * tile.FACTOR
         else:
-            x_scale = FACTOR * tl.load(upstream + x_at, mask=x_in, other=0.0)
-            y_scale = FACTOR * tl.load(upstream + y_at, mask=y_in, other=0.0)
+            x_scale = tile.FACTOR * tl.load(upstream + x_at, mask=x_in, other=0.0)
+            y_scale = tile.FACTOR * tl.load(upstream + y_at, mask=y_in, other=0.0)
             g = gx * x_scale[:, None] + gy * y_scale[None, :]
-        if LABELS:
-            if v != VIEWS:
-                g = class_gradient(
-                    g, score, xs, ys, upstream, classes, positives, rows, BATCH, POSITIVES, NUMERATOR, FACTOR
-                )
+        if rules.labelled:
+            if y.view != sizes.views:
+                g = class_gradient(g, score, xs, ys, saved, upstream, sizes, rules, tile)
         else:
-            g = tl.where((xs[:, None] == ys[None, :]) & (v != VIEWS), 0.0, g)
+            g = tl.where((xs[:, None] == ys[None, :]) & (y.view != sizes.views), 0.0, g)
         # A row of zeros past the end has score 0, which may lie far above all real scores of a row.
         g = tl.where((ys < limit)[None, :], g, 0.0)
     else:
-        wx = FACTOR * tl.load(weights + v * rows + x_at, mask=x_in, other=0.0)
-        wy = FACTOR * tl.load(weights + u * rows + y_at, mask=y_in, other=0.0)
+        wx = tile.FACTOR * tl.load(saved.weights + y.view * sizes.rows + x_at, mask=x_in, other=0.0)
+        wy = tile.FACTOR * tl.load(saved.weights + x.view * sizes.rows + y_at, mask=y_in, other=0.0)
         if upstream is not None:
             wx *= tl.load(upstream + x_at, mask=x_in, other=0.0)
             wy *= tl.load(upstream + y_at, mask=y_in, other=0.0)
-        g = relative_exponential(s, scale, reference, NORMALIZE) * (wx[:, None] + wy[None, :])
-        if FACTOR != 1.0:
-            if y_local + BLOCK_Y > limit:  # only in float16, where it may be infinite
+        g = relative_exponential(s, scale, rules.normalize) * (wx[:, None] + wy[None, :])
+        if tile.FACTOR != 1.0:
+            if y.local + tile.BLOCK_N > limit:  # only in float16, where it may be infinite
                 g = tl.where((ys < limit)[None, :], g, 0.0)
     return g
 

@@ -1,68 +1,64 @@
 """The first and the last pass over the rows: normalise them; turn the gradient of unit rows into that of the input."""
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
+from selfsup_kernels.info_nce.call import Saved
 from selfsup_kernels.tiles import launcher
+from selfsup_kernels.tiles.arguments import RowTile, only
 from selfsup_kernels.tiles.tile import LONGEST, SCALE, SLOW
 
 
 @triton.jit
-def _source_rows(sources, strides, order, row, BATCH_PADDED, BATCH, VIEWS: tl.constexpr, LABELS: tl.constexpr):
+def _source_rows(sources, strides, order, row, padded, samples, NUM_VIEWS: tl.constexpr):
     """Return pointers to the user's rows that the stored rows ``row`` hold, and a mask of those that hold one."""
-    if LABELS:  # row = place in the order of the classes * views + view
-        view = row % VIEWS
-        valid = row < BATCH * VIEWS
-        sample = tl.load(order + row // VIEWS, mask=valid, other=0)
+    if order is not None:  # row = place in the order of the classes * views + view
+        view = row % NUM_VIEWS
+        valid = row < samples * NUM_VIEWS
+        sample = tl.load(order + row // NUM_VIEWS, mask=valid, other=0)
     else:
-        view = row // BATCH_PADDED
-        sample = row % BATCH_PADDED
-        valid = (sample < BATCH) & (view < VIEWS)
+        view = row // padded
+        sample = row % padded
+        valid = (sample < samples) & (view < NUM_VIEWS)
     sample = sample.to(tl.int64)
     pointers = sources[0] + sample * strides[0]
-    for v in tl.static_range(1, VIEWS):
+    for v in tl.static_range(1, NUM_VIEWS):
         pointers = tl.where(view == v, sources[v] + sample * strides[v], pointers)
     return pointers, valid
 
 
-# temperature_tensor and grad_scale may point into a larger tensor. Their alignment must not compile another variant.
-@triton.jit(
-    do_not_specialize=["BATCH_PADDED", "BATCH", "rows", "first_row"],
-    do_not_specialize_on_alignment=["temperature_tensor"],
-)
-def load_rows_kernel(
-    sources,
-    strides,
-    order,
-    stored,
-    inverse_norms,
-    sums,
-    scalars,
-    temperature_tensor,
-    temperature: tl.float64,
-    eps: tl.float64,
-    BATCH_PADDED,
-    BATCH,
-    rows,
-    first_row,
-    VIEWS: tl.constexpr,
-    LABELS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    DIM: tl.constexpr,
-    STRIDE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """stored <- unit rows, zeros in the padding; inverse_norms <- 1 / norm, negative at the floor; sums <- 0.
+class Source(NamedTuple):
+    """The user's rows that a launch loads: those of the views, or of the queue."""
 
-    ``sources``: V matrices (B, D) of row strides ``strides``. The first program writes the scale. COLUMNS: C, or 0 for
-    the rows of the queue."""
+    padded: int
+    """Stored rows of one view, or of the queue."""
+    samples: int
+    """B, or K."""
+    rows: int
+    """Stored rows, padding included."""
+    first_row: int
+    """The first of them."""
+
+
+# temperature_tensor and grad_scale may point into a larger tensor. Their alignment must not compile another variant.
+@triton.jit(do_not_specialize=Source._fields, do_not_specialize_on_alignment=["temperature_tensor"])
+def load_rows_kernel(
+    sources, strides, order, saved, sums, temperature_tensor, temperature: tl.float64, eps: tl.float64,
+    padded, samples, rows, first_row,
+    NUM_VIEWS: tl.constexpr, COLUMNS: tl.constexpr, NORMALIZE: tl.constexpr, tile: tl.constexpr,
+):  # fmt: skip
+    """saved.rows <- unit rows, zeros in the padding; saved.inverse_norms <- 1 / norm, negative at the floor; sums <- 0.
+
+    ``sources``: V matrices (B, D) of row strides ``strides``; ``order``: ``Saved.order``, or None. The first program
+    writes the scale. COLUMNS: C, or 0 for the rows of the queue."""
+    BLOCK: tl.constexpr = tile.BLOCK
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    d = tl.arange(0, BLOCK_D)
-    pointers, valid = _source_rows(sources, strides, order, row, BATCH_PADDED, BATCH, VIEWS, LABELS)
-    mask = valid[:, None] & (d < DIM)[None, :]
+    d = tl.arange(0, tile.BLOCK_K)
+    pointers, valid = _source_rows(sources, strides, order, row, padded, samples, NUM_VIEWS)
+    mask = valid[:, None] & (d < tile.DIM)[None, :]
     h = tl.load(pointers[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float64)
     square = tl.sum(h * h, 1)
     if NORMALIZE:
@@ -72,14 +68,13 @@ def load_rows_kernel(
     else:
         reciprocal = square * 0.0 + 1.0
         longest = tl.where(square < float("inf"), tl.where(square < 3.4e38, square, 3.4e38), 0.0).to(tl.float32)
-        tl.atomic_max(scalars + LONGEST, tl.max(longest), sem="relaxed")
+        tl.atomic_max(saved.scalars + LONGEST, tl.max(longest), sem="relaxed")
     h = tl.where(valid[:, None], h, 0.0)  # padding is zeros whatever 1 / eps is
-    at = stored + (first_row + row).to(tl.int64)[:, None] * STRIDE + d[None, :]
-    tl.store(at, h.to(stored.dtype.element_ty), mask=(row < rows)[:, None] & (d < STRIDE)[None, :])
+    at = saved.rows + (first_row + row).to(tl.int64)[:, None] * tile.STRIDE + d[None, :]
+    tl.store(at, h.to(saved.rows.dtype.element_ty), mask=(row < rows)[:, None] & (d < tile.STRIDE)[None, :])
     # The queue's part of inverse_norms has no padding: the backward derives K from its length.
-    tl.store(
-        inverse_norms + first_row + row, reciprocal.to(tl.float32), mask=(row < rows) if COLUMNS > 0 else (row < BATCH)
-    )
+    kept = row < (rows if COLUMNS > 0 else samples)
+    tl.store(saved.inverse_norms + first_row + row, reciprocal.to(tl.float32), mask=kept)
     if COLUMNS > 0:
         for c in tl.static_range(COLUMNS):
             tl.store(sums + c * rows + row, tl.zeros((BLOCK,), tl.float32), mask=row < rows)
@@ -89,98 +84,88 @@ def load_rows_kernel(
             else:
                 t = tl.load(temperature_tensor).to(tl.float64)
             good = (t > 0) & (t < float("inf"))
-            tl.store(scalars + SCALE, tl.where(good, 1.0 / t, float("nan")).to(tl.float32))
-            tl.store(scalars + SLOW, 0.0)
+            tl.store(saved.scalars + SCALE, tl.where(good, 1.0 / t, float("nan")).to(tl.float32))
+            tl.store(saved.scalars + SLOW, 0.0)
 
 
-@triton.jit(
-    do_not_specialize=["BATCH_PADDED", "BATCH", "rows", "SPLITS", "first", "count", "part_first", "part_rows"],
-    do_not_specialize_on_alignment=["grad_scale"],
-)
+class Finish(NamedTuple):
+    """The rows whose gradient a launch finishes, and where their sums lie."""
+
+    padded: int
+    """Stored rows of one view."""
+    samples: int
+    """B."""
+    rows: int
+    """M."""
+    splits: int
+    """Slots of ``partial`` that hold pairs of the batch."""
+    first: int
+    """The first sample of this process."""
+    own: int
+    part_first: int
+    """The first row of each view that ``partial`` has."""
+    part_rows: int
+
+
+@triton.jit(do_not_specialize=Finish._fields, do_not_specialize_on_alignment=["grad_scale"])
 def finish_rows_kernel(
-    partial,
-    stored,
-    inverse_norms,
-    positives,
-    upstream,
-    grad_scale,
-    scalars,
-    order,
-    out,
-    scale_gradient,
-    constant: tl.float64,
-    BATCH_PADDED,
-    BATCH,
-    rows,
-    SPLITS,
-    first,
-    count,
-    part_first,
-    part_rows,
-    VIEWS: tl.constexpr,
-    LABELS: tl.constexpr,
-    QUEUES: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    NEED_SCALE: tl.constexpr,
-    DIM: tl.constexpr,
-    STRIDE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    FACTOR: tl.constexpr,
-    LIMIT: tl.constexpr,
-):
-    """out (V, count, D) <- the gradient of samples first .. first + count, in the order of the user's rows.
+    partial, saved, upstream, grad_scale, out, scale_gradient, constant: tl.float64,
+    padded, samples, rows, splits, first, own, part_first, part_rows,
+    NUM_VIEWS: tl.constexpr, LABELLED: tl.constexpr, QUEUES: tl.constexpr, NORMALIZE: tl.constexpr,
+    FACTOR: tl.constexpr, LIMIT: tl.constexpr, tile: tl.constexpr,
+):  # fmt: skip
+    """out (V, own, D) <- the gradient of samples first .. first + own, in the order of the user's rows.
 
     Adds the partial sums over pairs of different samples in a fixed order; recomputes the part of the positives from
-    the rows, in float32. ``partial`` is (SPLITS + QUEUES, rows from part_first on of each view, STRIDE), multiplied by
-    FACTOR. ``scale_gradient`` (M,) float64 <- each row's part of the temperature's gradient.
+    the rows, in float32. ``partial`` is (splits + QUEUES, rows from part_first on of each view, S), multiplied by
+    FACTOR. ``scale_gradient`` (M,) float64 <- each row's part of the temperature's gradient, if it is not None.
     """
+    BLOCK: tl.constexpr = tile.BLOCK
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    d = tl.arange(0, BLOCK_D)
-    if LABELS:
-        view = row % VIEWS
-        valid = row < BATCH * VIEWS
-        sample = tl.load(order + row // VIEWS, mask=valid, other=0).to(tl.int32)
+    d = tl.arange(0, tile.BLOCK_K)
+    if LABELLED:
+        view = row % NUM_VIEWS
+        valid = row < samples * NUM_VIEWS
+        sample = tl.load(saved.order + row // NUM_VIEWS, mask=valid, other=0).to(tl.int32)
         place = row
-        size = part_rows.to(tl.int64) * STRIDE
+        size = part_rows.to(tl.int64) * tile.STRIDE
     else:
-        view = row // BATCH_PADDED
-        sample = row % BATCH_PADDED
-        valid = (sample < BATCH) & (view < VIEWS)
+        view = row // padded
+        sample = row % padded
+        valid = (sample < samples) & (view < NUM_VIEWS)
         place = view * part_rows + sample - part_first
-        size = VIEWS * part_rows.to(tl.int64) * STRIDE
-    valid = valid & (sample >= first) & (sample < first + count)
-    mask = valid[:, None] & (d < DIM)[None, :]
-    at = row.to(tl.int64)[:, None] * STRIDE + d[None, :]
-    sums = partial + place.to(tl.int64)[:, None] * STRIDE + d[None, :]
-    z = tl.load(stored + at, mask=mask, other=0.0).to(tl.float32)
+        size = NUM_VIEWS * part_rows.to(tl.int64) * tile.STRIDE
+    valid = valid & (sample >= first) & (sample < first + own)
+    mask = valid[:, None] & (d < tile.DIM)[None, :]
+    at = row.to(tl.int64)[:, None] * tile.STRIDE + d[None, :]
+    sums = partial + place.to(tl.int64)[:, None] * tile.STRIDE + d[None, :]
+    z = tl.load(saved.rows + at, mask=mask, other=0.0).to(tl.float32)
 
     in_batch = tl.load(sums, mask=mask, other=0.0)
-    for k in range(1, SPLITS):
+    for k in range(1, splits):
         in_batch += tl.load(sums + k * size, mask=mask, other=0.0)
     in_batch *= 1.0 / FACTOR
-    if not LABELS:
-        own = 1.0
+    if not LABELLED:
+        here = 1.0
         if upstream is not None:
-            own = tl.load(upstream + row, mask=valid, other=0.0)
-        for v in range(VIEWS):
-            other = v * BATCH_PADDED + sample
+            here = tl.load(upstream + row, mask=valid, other=0.0)
+        for v in range(NUM_VIEWS):
+            other = v * padded + sample
             there = valid & (view != v)
-            c = own * tl.load(positives + v * rows + row, mask=there, other=0.0)
-            back = tl.load(positives + view * rows + other, mask=there, other=0.0)
+            c = here * tl.load(saved.positives + v * rows + row, mask=there, other=0.0)
+            back = tl.load(saved.positives + view * rows + other, mask=there, other=0.0)
             if upstream is not None:
                 back *= tl.load(upstream + other, mask=there, other=0.0)
-            zv = tl.load(
-                stored + other.to(tl.int64)[:, None] * STRIDE + d[None, :], mask=mask & there[:, None], other=0.0
-            )
+            at_v = other.to(tl.int64)[:, None] * tile.STRIDE + d[None, :]
+            zv = tl.load(saved.rows + at_v, mask=mask & there[:, None], other=0.0)
             in_batch += (c + back)[:, None] * zv.to(tl.float32)
     total = in_batch
-    for k in range(SPLITS, SPLITS + QUEUES):
+    for k in range(splits, splits + QUEUES):
         total += tl.load(sums + k * size, mask=mask, other=0.0) * (1.0 / FACTOR)
 
-    scale = tl.load(scalars + SCALE)
+    scale = tl.load(saved.scalars + SCALE)
     weight = (constant * tl.load(grad_scale).to(tl.float64)).to(tl.float32)
-    if NEED_SCALE:
+    if scale_gradient is not None:
         # A score of the batch has both its rows here, and each of them all of its gradient; one with the queue has one.
         inside = tl.sum(z.to(tl.float64) * in_batch.to(tl.float64), 1)
         outside = tl.sum(z.to(tl.float64) * (total - in_batch).to(tl.float64), 1) if QUEUES > 0 else inside * 0.0
@@ -190,122 +175,104 @@ def finish_rows_kernel(
 
     dz = total * (scale * weight)
     if NORMALIZE:
-        r = tl.load(inverse_norms + row, mask=valid, other=1.0)
+        r = tl.load(saved.inverse_norms + row, mask=valid, other=1.0)
         along = tl.where(r > 0, tl.sum(z * dz, 1), 0.0)  # below the floor the norm is a constant: no projection
         dz = (dz - z * along[:, None]) * tl.abs(r)[:, None]
         if LIMIT > 0:  # dz / eps of a zero row is finite in float32 only
             clamped = tl.where(dz > LIMIT, LIMIT, tl.where(dz < -LIMIT, -LIMIT, dz))
             dz = tl.where((r < 0)[:, None], clamped, dz)
-    to = (view.to(tl.int64) * count + sample - first) * DIM
+    to = (view.to(tl.int64) * own + sample - first) * tile.DIM
     tl.store(out + to[:, None] + d[None, :], dz.to(out.dtype.element_ty), mask=mask)
 
 
-def _blocks(dim):
-    """Return (rows of a program, padded width, warps): about 4096 numbers in registers, whole rows."""
-    width = max(16, launcher.next_power_of_2(dim))
+def _tile(layout):
+    """Return (blocks of rows, warps): about 4096 numbers in registers, whole rows."""
+    width = max(16, launcher.next_power_of_2(layout.stride))
     rows = max(1, min(64, 4096 // width))
-    return rows, width, 4 if width <= 4096 else 16
+    return RowTile(rows, width, layout.call.dim, layout.stride), 4 if width <= 4096 else 16
 
 
-def load_rows(layout, views, queue, order, temperature_tensor):
-    """Return (stored rows, inverse_norms, sums, scalars) of a call."""
+def load_rows(layout, views, queue, order, classes, temperature_tensor):
+    """Return what a call's ``Saved`` has by then, its tables not yet written, and the sums (C, M), zeros."""
     call, temperature = layout.call, layout.call.temperature
     device = views[0].device
+
+    def new(*shape, dtype=torch.float32):
+        return launcher.empty(shape, dtype, device)
+
     views = [v if v.stride(1) == 1 or v.shape[1] == 1 else v.contiguous() for v in views]
-    stored = launcher.empty((layout.stored_rows, layout.stride), views[0].dtype, device)
-    inverse_norms = launcher.empty(layout.rows + layout.call.queue_rows, torch.float32, device)
-    sums = launcher.empty((layout.call.columns_of_tables, layout.rows), torch.float32, device)
-    scalars = launcher.empty(4, torch.float32, device)
+    columns = call.columns_of_tables
+    saved = Saved(
+        rows=new(layout.stored_rows, layout.stride, dtype=views[0].dtype),
+        inverse_norms=new(layout.rows + call.queue_rows),
+        log_weights=new(columns, layout.rows),
+        weights=new(columns, layout.rows),
+        positives=new(call.positives_of_tables, layout.rows),
+        scalars=new(4),
+        order=order,
+        classes=classes,
+    )
+    sums = new(columns, layout.rows)
     if not call.normalize:
-        scalars.zero_()  # a maximum is taken in it
+        saved.scalars.zero_()  # a maximum is taken in it
     if temperature_tensor is not None and temperature_tensor.device != device:
         temperature, temperature_tensor = float(temperature_tensor), None  # on the CPU: no synchronisation
-    block, width, warps = _blocks(layout.stride)
+    tile, warps = _tile(layout)
+    to = only(saved, "rows", "inverse_norms", "scalars")
 
-    def fill(sources, rows, first, columns, count, batch, padded, labels):
+    def fill(sources, order, source, columns):
         launcher.launch(
             load_rows_kernel,
-            (launcher.cdiv(rows, block),),
+            (launcher.cdiv(source.rows, tile.BLOCK),),
             tuple(sources),
             tuple(s.stride(0) for s in sources),
-            order if labels else None,
-            stored,
-            inverse_norms,
+            order,
+            to,
             sums,
-            scalars,
             temperature_tensor,
             float(temperature),
             call.eps,
-            padded,
-            batch,
-            rows,
-            first,
-            VIEWS=count,
-            LABELS=labels,
+            *source,
+            NUM_VIEWS=len(sources),
             COLUMNS=columns,
             NORMALIZE=call.normalize,
-            DIM=layout.call.dim,
-            STRIDE=layout.stride,
-            BLOCK=block,
-            BLOCK_D=width,
+            tile=tile,
             num_warps=warps,
         )
 
-    if queue is not None and layout.call.queue_rows:
+    if queue is not None and call.queue_rows:
         queue = queue if queue.stride(1) == 1 or queue.shape[1] == 1 else queue.contiguous()
-        fill([queue], layout.queue_padded, layout.rows, 0, 1, layout.call.queue_rows, layout.queue_padded, False)
-    fill(
-        views,
-        layout.rows,
-        0,
-        layout.call.columns_of_tables,
-        len(views),
-        layout.call.batch,
-        layout.padded,
-        layout.call.labelled,
-    )
-    return stored, inverse_norms, sums, scalars
+        fill([queue], None, Source(layout.queue_padded, call.queue_rows, layout.queue_padded, layout.rows), 0)
+    by_class = order if call.labelled else None
+    fill(views, by_class, Source(layout.padded, call.batch, layout.rows, 0), columns)
+    return saved, sums
 
 
 def finish_rows(layout, partial, splits, saved, upstream, grad_scale, constant, need_temperature, factor, dtype):
     """Return the gradient of the views (V, own samples, D), and (M,) float64 parts of the temperature's or None."""
-    call, stored = layout.call, saved.rows
-    device = stored.device
-    out = launcher.empty((layout.call.num_views, layout.call.own, layout.call.dim), dtype, device)
+    call, device = layout.call, saved.rows.device
+    out = launcher.empty((call.num_views, call.own, call.dim), dtype, device)
     parts = launcher.empty(layout.rows, torch.float64, device) if need_temperature else None
-    block, width, warps = _blocks(layout.stride)
+    tile, warps = _tile(layout)
+    order = ("order",) if call.labelled else ()
     launcher.launch(
         finish_rows_kernel,
-        (launcher.cdiv(layout.rows, block),),
+        (launcher.cdiv(layout.rows, tile.BLOCK),),
         partial,
-        stored,
-        saved.inverse_norms,
-        saved.positives,
+        only(saved, "rows", "inverse_norms", "positives", "scalars", *order),
         upstream,
         grad_scale,
-        saved.scalars,
-        saved.order if call.labelled else None,
         out,
         parts,
         constant,
-        layout.padded,
-        layout.call.batch,
-        layout.rows,
-        splits,
-        layout.call.first,
-        layout.call.own,
-        *layout.part,
-        VIEWS=layout.call.num_views,
-        LABELS=layout.call.labelled,
+        *Finish(layout.padded, call.batch, layout.rows, splits, call.first, call.own, *layout.part),
+        NUM_VIEWS=call.num_views,
+        LABELLED=call.labelled,
         QUEUES=partial.shape[0] - splits,
         NORMALIZE=call.normalize,
-        NEED_SCALE=need_temperature,
-        DIM=layout.call.dim,
-        STRIDE=layout.stride,
-        BLOCK=block,
-        BLOCK_D=width,
         FACTOR=factor,
         LIMIT=65504.0 if dtype == torch.float16 else 0.0,
+        tile=tile,
         num_warps=warps,
     )
     return out, parts

@@ -9,35 +9,70 @@ twice the work, and adds each sum once, so that the result does not depend on th
 processes, a program computes a part of the columns of its process's rows.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
 from selfsup_kernels.info_nce.objectives import Columns
 from selfsup_kernels.tiles import configs, launcher
-from selfsup_kernels.tiles.tile import load_tile, negatives_meet, relative_exponential, score_reference, tile_scores
+from selfsup_kernels.tiles.arguments import Sizes
+from selfsup_kernels.tiles.tile import (
+    OTHER,
+    load_tile,
+    negatives_meet,
+    relative_exponential,
+    score_reference,
+    tile_scores,
+)
+
+
+class Work(NamedTuple):
+    """How one launch divides the tiles among its programs."""
+
+    items: int
+    chunk: int
+    """Blocks that stream past one block that stays, in one item."""
+    first_block: int
+    """Of this process, in each view."""
+    own_blocks: int
+
+
+class Item(NamedTuple):
+    """Made in a kernel: a work item, the blocks of view v that stream past a block of view u."""
+
+    u: int
+    v: int
+    """V: the queue."""
+    block: int
+    """The block that stays."""
+    local: int
+    """Its first row, counted within the view."""
+    row: int
+    """Its first row, counted among the stored rows."""
+    start: int
+    """The first offset on the circle."""
+    steps: int
+    """How many offsets follow, without those that are skipped."""
+    skip: int
+    """The first offset that is skipped, and how many are."""
+    skipped: int
+    blocks: int
+    """The length of the circle of view v."""
+    limit: int
+    """Rows of view v."""
 
 
 @triton.jit
-def _decode(
-    item,
-    blocks,
-    first_block,
-    own_blocks,
-    VIEWS,
-    CORE,
-    QUEUE_BLOCKS,
-    CHUNK,
-    SYMMETRIC: tl.constexpr,
-    CROSS: tl.constexpr,
-):
-    """Return, for a work item: the view u of the rows that stay, the view v of those that stream (VIEWS: the queue),
+def _decode(item, blocks, queue_blocks, sizes, work, SYMMETRIC: tl.constexpr, columns: tl.constexpr):
+    """Return, for a work item: the view u of the rows that stay, the view v of those that stream (V: the queue),
     the block of u, and the first offset on the circle and the one past the last."""
     if SYMMETRIC:
         own_length = blocks // 2 + 1
-        own_chunks = tl.cdiv(own_length, CHUNK)
-        own = 0 if CROSS else VIEWS * blocks * own_chunks
-        pairs = tl.where(CORE < 0, VIEWS * (VIEWS - 1) // 2, VIEWS - 1)
-        cross_chunks = tl.cdiv(blocks, CHUNK)
+        own_chunks = tl.cdiv(own_length, work.chunk)
+        own = 0 if columns == OTHER else sizes.views * blocks * own_chunks
+        pairs = tl.where(sizes.core_view < 0, sizes.views * (sizes.views - 1) // 2, sizes.views - 1)
+        cross_chunks = tl.cdiv(blocks, work.chunk)
         cross = pairs * blocks * cross_chunks
         if item < own:
             per = blocks * own_chunks
@@ -49,114 +84,70 @@ def _decode(
         elif item < own + cross:
             per = blocks * cross_chunks
             pair = (item - own) // per
-            u = tl.where(CORE < 0, pair % VIEWS, CORE)
-            v = (u + tl.where(CORE < 0, pair // VIEWS, pair) + 1) % VIEWS
+            u = tl.where(sizes.core_view < 0, pair % sizes.views, sizes.core_view)
+            v = (u + tl.where(sizes.core_view < 0, pair // sizes.views, pair) + 1) % sizes.views
             chunk = (item - own) % per // blocks
             length = blocks
         else:
-            per = blocks * tl.cdiv(QUEUE_BLOCKS, CHUNK)
+            per = blocks * tl.cdiv(queue_blocks, work.chunk)
             u = (item - own - cross) // per
-            v = VIEWS
+            v = sizes.views
             chunk = (item - own - cross) % per // blocks
-            length = QUEUE_BLOCKS
+            length = queue_blocks
         y_block = item % blocks
     else:
-        chunks = tl.cdiv(tl.maximum(blocks, QUEUE_BLOCKS), CHUNK)
-        u = item // own_blocks % VIEWS
-        chunk = item // own_blocks // VIEWS % chunks
-        v = item // own_blocks // VIEWS // chunks
-        length = tl.where(v == VIEWS, QUEUE_BLOCKS, blocks)
-        length = tl.where(negatives_meet(u, v, v == VIEWS, CORE, CROSS), length, 0)
-        y_block = first_block + item % own_blocks
-    return u, v, y_block, chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, length)
+        chunks = tl.cdiv(tl.maximum(blocks, queue_blocks), work.chunk)
+        u = item // work.own_blocks % sizes.views
+        chunk = item // work.own_blocks // sizes.views % chunks
+        v = item // work.own_blocks // sizes.views // chunks
+        length = tl.where(v == sizes.views, queue_blocks, blocks)
+        length = tl.where(negatives_meet(u, v, v == sizes.views, sizes.core_view, columns), length, 0)
+        y_block = work.first_block + item % work.own_blocks
+    return u, v, y_block, chunk * work.chunk, tl.minimum(chunk * work.chunk + work.chunk, length)
 
 
 @triton.jit
 def _stream(
-    source_x,
-    source_y,
-    y,
-    sums,
-    classes,
-    scale,
-    reference,
-    u,
-    v,
-    y_block,
-    y_local,
-    y_row,
-    start,
-    skip,
-    skipped,
-    steps,
-    limit,
-    count,
-    rows,
-    BATCH,
-    PADDED,
-    VIEWS,
-    MASKED: tl.constexpr,
-    LABELS: tl.constexpr,
-    PAIRED: tl.constexpr,
-    SYMMETRIC: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    STRIDE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SPAN: tl.constexpr,
-    RESIDENT: tl.constexpr,
-    DESCRIPTOR: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Stream blocks of view v past the rows of y, at offsets start, start + 1, ... on the circle, without ``skipped``
-    of them from ``skip`` on. Add the row sums to memory; return the column sums.
+    source_x, source_y, y, item, sums, classes, scale, sizes,
+    MASKED: tl.constexpr, PAIRED: tl.constexpr, SYMMETRIC: tl.constexpr, rules: tl.constexpr, tile: tl.constexpr,
+):  # fmt: skip
+    """Stream blocks of view v past the rows of y. Add the row sums to memory; return the column sums.
 
     Without MASKED every pair of a tile counts, except rows past the end. Nearly all tiles are of that kind, and their
     loop has no registers to spare for masks.
     """
-    STEPS: tl.constexpr = SPAN // BLOCK_M
+    BLOCK_M: tl.constexpr = tile.BLOCK_M
+    BLOCK_N: tl.constexpr = tile.BLOCK_N
+    STEPS: tl.constexpr = tile.SPAN_N // BLOCK_M
     if PAIRED:
         column_sums = tl.zeros((BLOCK_M // 16, 8, BLOCK_N), tl.float32)
     else:
         column_sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for t in range(0, steps * STEPS):
-        offset = start + t // STEPS
+    for t in range(0, item.steps * STEPS):
+        offset = item.start + t // STEPS
         if MASKED:
-            offset = tl.where(offset < skip, offset, offset + skipped)
-        x_block = y_block + offset
-        x_block = tl.where(v == VIEWS, offset, tl.where(x_block >= count, x_block - count, x_block))
-        x_local = x_block * SPAN + t % STEPS * BLOCK_M
-        x_row = v * PADDED + x_local
-        x = load_tile(source_x, x_row, 0, STRIDE, BLOCK_M, BLOCK_K, DESCRIPTOR) if RESIDENT else None
-        s = tile_scores(
-            source_x,
-            source_y,
-            x,
-            y,
-            x_row,
-            y_row,
-            STRIDE,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_K,
-            RESIDENT,
-            DESCRIPTOR,
-            PRECISION,
+            offset = tl.where(offset < item.skip, offset, offset + item.skipped)
+        x_block = item.block + offset
+        x_block = tl.where(
+            item.v == sizes.views, offset, tl.where(x_block >= item.blocks, x_block - item.blocks, x_block)
         )
-        e = relative_exponential(s, scale, reference, NORMALIZE)
+        x_local = x_block * tile.SPAN_N + t % STEPS * BLOCK_M
+        x_row = item.v * sizes.padded + x_local
+        x = load_tile(source_x, x_row, 0, BLOCK_M, tile.BLOCK_K, tile) if tile.RESIDENT else None
+        s = tile_scores(source_x, source_y, x, y, x_row, item.row, tile)
+        e = relative_exponential(s, scale, rules.normalize)
         xs = x_local + tl.arange(0, BLOCK_M)
-        if x_local + BLOCK_M > limit:
-            e = tl.where((xs < limit)[:, None], e, 0.0)
+        if x_local + BLOCK_M > item.limit:
+            e = tl.where((xs < item.limit)[:, None], e, 0.0)
         if MASKED:
-            ys = y_local + tl.arange(0, BLOCK_N)
-            if LABELS:
-                x_class = tl.load(classes + xs, mask=xs < BATCH, other=-1)
-                y_class = tl.load(classes + ys, mask=ys < BATCH, other=-2)
+            ys = item.local + tl.arange(0, BLOCK_N)
+            if rules.labelled:
+                x_class = tl.load(classes.first + xs, mask=xs < sizes.batch, other=-1)
+                y_class = tl.load(classes.first + ys, mask=ys < sizes.batch, other=-2)
                 keep = x_class[:, None] != y_class[None, :]
             else:
                 keep = xs[:, None] != ys[None, :]
-            e = tl.where(keep | (v == VIEWS), e, 0.0)
+            e = tl.where(keep | (item.v == sizes.views), e, 0.0)
         # Add what one thread holds; across threads only once per work item.
         if PAIRED:
             column_sums += tl.sum(tl.reshape(e, (BLOCK_M // 16, 2, 8, BLOCK_N)), 1)
@@ -164,94 +155,58 @@ def _stream(
             column_sums += e
         if SYMMETRIC:
             # A tile on the diagonal holds each pair twice: its column sums are complete.
-            if (v != VIEWS) & ((v != u) | (x_block != y_block)):
+            if (item.v != sizes.views) & ((item.v != item.u) | (x_block != item.block)):
                 if MASKED:
-                    e = tl.where((ys < BATCH)[None, :], e, 0.0)
+                    e = tl.where((ys < sizes.batch)[None, :], e, 0.0)
                 # No thread of this launch reads a sum. Triton's default memory order would add a fence of the whole
                 # device, which also empties the L1 cache, to every tile.
-                at = sums + u * rows + x_row + tl.arange(0, BLOCK_M)
-                tl.atomic_add(at, tl.sum(e, 1), mask=xs < BATCH, sem="relaxed")
+                at = sums + item.u * sizes.rows + x_row + tl.arange(0, BLOCK_M)
+                tl.atomic_add(at, tl.sum(e, 1), mask=xs < sizes.batch, sem="relaxed")
     if PAIRED:
         column_sums = tl.sum(column_sums, 1)
     return tl.sum(column_sums, 0)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "rows",
-        "BATCH",
-        "PADDED",
-        "QUEUE",
-        "VIEWS",
-        "CORE",
-        "CHUNK",
-        "items",
-        "first_block",
-        "own_blocks",
-    ]
-)
+@triton.jit(do_not_specialize=[*Sizes._fields, *Work._fields])
 def sums_kernel(
-    source_x,
-    source_y,
-    sums,
-    scalars,
-    classes,
-    ends,
-    rows,
-    BATCH,
-    PADDED,
-    QUEUE,
-    VIEWS,
-    CORE,
-    CHUNK,
-    items,
-    first_block,
-    own_blocks,
-    PART: tl.constexpr,
-    LABELS: tl.constexpr,
-    PAIRED: tl.constexpr,
-    SYMMETRIC: tl.constexpr,
-    CROSS: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    STRIDE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SPAN: tl.constexpr,
-    RESIDENT: tl.constexpr,
-    DESCRIPTOR: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    source_x, source_y, sums, scalars, classes,
+    rows, batch, padded, queue, views, core_view,
+    items, chunk, first_block, own_blocks,
+    PART: tl.constexpr, PAIRED: tl.constexpr, SYMMETRIC: tl.constexpr, rules: tl.constexpr, tile: tl.constexpr,
+):  # fmt: skip
     """sums[c, i] += sum of exp(S_ij - reference) over the negatives j of row i in column c (the queue is the last one).
 
     PART: "clean" computes the tiles in which every pair counts, "masked" the others, "all" all of them with masks. The
     circle consists of spans, the blocks of the clean launch; a program's own block is a span or a piece of one. The
-    views follow each other at a distance of PADDED rows, then the queue. PAIRED: a thread holds rows r and r + 8 of a
-    tile's product (mma and wgmma; with tcgen05 it holds one row).
+    views follow each other at a distance of sizes.padded rows, then the queue. PAIRED: a thread holds rows r and r + 8
+    of a tile's product (mma and wgmma; with tcgen05 it holds one row).
     """
-    PIECES: tl.constexpr = SPAN // BLOCK_N
-    blocks = tl.cdiv(BATCH, SPAN)
-    queue_blocks = tl.cdiv(QUEUE, SPAN)
-    scale, reference = score_reference(scalars, NORMALIZE)
-    for item in range(tl.program_id(0), items, tl.num_programs(0)):
+    sizes, work = Sizes(rows, batch, padded, queue, views, core_view), Work(items, chunk, first_block, own_blocks)
+    SPAN: tl.constexpr = tile.SPAN_N
+    PIECES: tl.constexpr = SPAN // tile.BLOCK_N
+    MASKED: tl.constexpr = PART != "clean"
+    blocks = tl.cdiv(sizes.batch, SPAN)
+    queue_blocks = tl.cdiv(sizes.queue, SPAN)
+    scale = score_reference(scalars, rules.normalize)
+    for number in range(tl.program_id(0), work.items, tl.num_programs(0)):
         u, v, y_block, first, last = _decode(
-            item // PIECES, blocks, first_block, own_blocks, VIEWS, CORE, queue_blocks, CHUNK, SYMMETRIC, CROSS
+            number // PIECES, blocks, queue_blocks, sizes, work, SYMMETRIC, rules.columns
         )
         span = y_block * SPAN
-        y_local = span + item % PIECES * BLOCK_N
-        y_row = u * PADDED + y_local
-        limit = tl.where(v == VIEWS, QUEUE, BATCH)
-        count = tl.where(v == VIEWS, queue_blocks, blocks)
+        y_local = span + number % PIECES * tile.BLOCK_N
+        y_row = u * sizes.padded + y_local
+        limit = tl.where(v == sizes.views, sizes.queue, sizes.batch)
+        count = tl.where(v == sizes.views, queue_blocks, blocks)
         # At offsets [clean, dirty) of the circle every pair counts.
-        if v == VIEWS:
+        if v == sizes.views:
             clean, dirty = first, last
         else:
-            if LABELS:
-                clean = tl.cdiv(tl.load(ends + tl.minimum(span + SPAN, BATCH) - 1), SPAN) - y_block
-                dirty = blocks + tl.load(classes + span) // SPAN - y_block
+            if rules.labelled:
+                clean = tl.cdiv(tl.load(classes.end + tl.minimum(span + SPAN, batch) - 1), SPAN) - y_block
+                dirty = blocks + tl.load(classes.first + span) // SPAN - y_block
             else:
                 clean, dirty = 1, blocks
-            if SYMMETRIC & (span + SPAN > BATCH):
+            if SYMMETRIC & (span + SPAN > sizes.batch):
                 clean = last  # row sums must not have columns past the end
         clean = tl.minimum(tl.maximum(clean, first), last)
         dirty = tl.minimum(tl.maximum(dirty, clean), last)
@@ -263,53 +218,20 @@ def sums_kernel(
         else:
             start, steps, skipped = first, last - first, 0
         if steps > 0:
-            y = load_tile(source_y, y_row, 0, STRIDE, BLOCK_N, BLOCK_K, DESCRIPTOR) if RESIDENT else None
+            y = load_tile(source_y, y_row, 0, tile.BLOCK_N, tile.BLOCK_K, tile) if tile.RESIDENT else None
+            item = Item(u, v, y_block, y_local, y_row, start, steps, clean, skipped, count, limit)
             column_sums = _stream(
-                source_x,
-                source_y,
-                y,
-                sums,
-                classes,
-                scale,
-                reference,
-                u,
-                v,
-                y_block,
-                y_local,
-                y_row,
-                start,
-                clean,
-                skipped,
-                steps,
-                limit,
-                count,
-                rows,
-                BATCH,
-                PADDED,
-                VIEWS,
-                PART != "clean",
-                LABELS,
-                PAIRED,
-                SYMMETRIC,
-                NORMALIZE,
-                STRIDE,
-                BLOCK_M,
-                BLOCK_N,
-                BLOCK_K,
-                SPAN,
-                RESIDENT,
-                DESCRIPTOR,
-                PRECISION,
+                source_x, source_y, y, item, sums, classes, scale, sizes, MASKED, PAIRED, SYMMETRIC, rules, tile
             )
-            ys = y_local + tl.arange(0, BLOCK_N)
-            at = sums + v * rows + y_row + tl.arange(0, BLOCK_N)
-            tl.atomic_add(at, column_sums, mask=ys < BATCH, sem="relaxed")
+            ys = y_local + tl.arange(0, tile.BLOCK_N)
+            at = sums + v * sizes.rows + y_row + tl.arange(0, tile.BLOCK_N)
+            tl.atomic_add(at, column_sums, mask=ys < sizes.batch, sem="relaxed")
 
 
-def pair_sums(layout, stored, sums, scalars, classes, precision):
-    """Launch :func:`sums_kernel` over all tiles. ``classes``: ``Saved.classes``."""
-    call, cross = layout.call, layout.call.columns == Columns.OTHER
-    begins, ends = classes if call.labelled else (None, None)
+def pair_sums(layout, saved, sums, precision):
+    """Launch :func:`sums_kernel` over all tiles."""
+    call, stored = layout.call, saved.rows
+    rules = layout.rules._replace(inside=None, numerator=None)  # sums do not depend on them: no kernel of their own
     clean, masked = (
         configs.lookup(k, launcher.arch_of(stored), stored.dtype, layout.stride) for k in ("sums", "masked_sums")
     )
@@ -317,7 +239,7 @@ def pair_sums(layout, stored, sums, scalars, classes, precision):
     deterministic = launcher.deterministic()
     symmetric = not (deterministic or layout.partial)
     pairs = layout.views * (layout.views - 1) // 2 if call.core_view < 0 else layout.views - 1
-    own = 0 if cross else layout.views
+    own = 0 if call.columns == Columns.OTHER else layout.views
 
     def blocks(config):
         return launcher.cdiv(layout.batch, config.block_n), launcher.cdiv(layout.call.queue_rows, config.block_n)
@@ -347,39 +269,19 @@ def pair_sums(layout, stored, sums, scalars, classes, precision):
             chunk = max(n, q) if deterministic else chunk
             items = own_blocks * layout.views * (layout.views + (q > 0)) * launcher.cdiv(max(n, q), chunk)
         items *= circle.block_n // config.block_n
-        x, y = launcher.tile_sources(stored, config)
         launcher.launch(
             sums_kernel,
             (min(items, programs),),
-            x,
-            y,
+            *launcher.tile_sources(stored, config),
             sums,
-            scalars,
-            begins,
-            ends,
-            layout.rows,
-            layout.batch,
-            layout.padded,
-            layout.call.queue_rows,
-            layout.views,
-            call.core_view,
-            chunk,
-            items,
-            first_block,
-            own_blocks,
+            saved.scalars,
+            saved.classes,
+            *layout.sizes,
+            *Work(items, chunk, first_block, own_blocks),
             PART=part,
-            LABELS=layout.call.labelled,
             PAIRED=launcher.arch_of(stored) // 10 != 10,
             SYMMETRIC=symmetric,
-            CROSS=cross,
-            NORMALIZE=call.normalize,
-            STRIDE=layout.stride,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_K=config.block_k,
-            SPAN=circle.block_n,
-            RESIDENT=config.block_k >= layout.stride,
-            DESCRIPTOR=config.descriptor,
-            PRECISION=precision,
+            rules=rules,
+            tile=configs.tile(config, layout.stride, precision, circle),
             **config.options,
         )

@@ -4,6 +4,11 @@ import triton
 import triton.language as tl
 
 from selfsup_kernels.info_nce import call
+from selfsup_kernels.info_nce.objectives import Columns
+from selfsup_kernels.tiles.arguments import Scale
+
+OTHER = tl.constexpr(int(Columns.OTHER))
+"""Of ``Rules.columns``."""
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -15,81 +20,67 @@ SCALE, LONGEST, SLOW = map(tl.constexpr, (call.SCALE, call.LONGEST, call.SLOW))
 
 
 @triton.jit
-def load_tile(
-    source, row, column, STRIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DESCRIPTOR: tl.constexpr
-):
-    """(ROWS, COLUMNS) of the stored rows from (row, column) on; columns past STRIDE are zero.
+def load_tile(source, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr, tile: tl.constexpr):
+    """(ROWS, COLUMNS) of the stored rows from (row, column) on; columns past tile.STRIDE are zero.
 
     ``source`` is a tensor descriptor (TMA) or a pointer. Rows need no mask: storage is padded with rows of zeros.
     """
-    if DESCRIPTOR:
-        tile = source.load([row, column])
+    if tile.DESCRIPTOR:
+        loaded = source.load([row, column])
     else:
         rows = (row + tl.arange(0, ROWS)).to(tl.int64)
         columns = column + tl.arange(0, COLUMNS)
-        at = source + rows[:, None] * STRIDE + columns[None, :]
-        if STRIDE % COLUMNS == 0:
-            tile = tl.load(at)
+        at = source + rows[:, None] * tile.STRIDE + columns[None, :]
+        if tile.STRIDE % COLUMNS == 0:
+            loaded = tl.load(at)
         else:
-            tile = tl.load(at, mask=(columns < STRIDE)[None, :], other=0.0)
-    return tile
+            loaded = tl.load(at, mask=(columns < tile.STRIDE)[None, :], other=0.0)
+    return loaded
 
 
 @triton.jit
-def tile_scores(
-    source_x,
-    source_y,
-    x,
-    y,
-    x_row,
-    y_row,
-    STRIDE: tl.constexpr,
-    BLOCK_X: tl.constexpr,
-    BLOCK_Y: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    RESIDENT: tl.constexpr,
-    DESCRIPTOR: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Inner products (BLOCK_X, BLOCK_Y) of two blocks of rows, in float32: of x and y where they are resident, that is
+def tile_scores(source_x, source_y, x, y, x_row, y_row, tile: tl.constexpr):
+    """Inner products (BLOCK_M, BLOCK_N) of two blocks of rows, in float32: of x and y where they are resident, that is
     as wide as the rows, else streamed in pieces of BLOCK_K."""
-    if RESIDENT:
-        products = tl.dot(x, tl.trans(y), input_precision=PRECISION)
+    if tile.RESIDENT:
+        products = tl.dot(x, tl.trans(y), input_precision=tile.PRECISION)
     else:
-        products = tl.zeros((BLOCK_X, BLOCK_Y), tl.float32)
-        for k in range(0, STRIDE, BLOCK_K):
-            xk = load_tile(source_x, x_row, k, STRIDE, BLOCK_X, BLOCK_K, DESCRIPTOR)
-            yk = load_tile(source_y, y_row, k, STRIDE, BLOCK_Y, BLOCK_K, DESCRIPTOR)
-            products = tl.dot(xk, tl.trans(yk), products, input_precision=PRECISION)
+        BLOCK_M: tl.constexpr = tile.BLOCK_M  # a field is a constant, but not as an element of a shape
+        BLOCK_N: tl.constexpr = tile.BLOCK_N
+        products = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in range(0, tile.STRIDE, tile.BLOCK_K):
+            xk = load_tile(source_x, x_row, k, BLOCK_M, tile.BLOCK_K, tile)
+            yk = load_tile(source_y, y_row, k, BLOCK_N, tile.BLOCK_K, tile)
+            products = tl.dot(xk, tl.trans(yk), products, input_precision=tile.PRECISION)
     return products
 
 
 @triton.jit
 def score_reference(scalars, NORMALIZE: tl.constexpr):
-    """(scale, r): every score is at most r + HEADROOM, whatever the rows are.
+    """1 / temperature and r: every score is at most r + HEADROOM, whatever the rows are.
 
-    The bound is ``scale`` for unit rows (1 % more, since rows of few bits are not exactly of unit length), else
-    ``scale`` times the largest squared norm. With ``r = 0`` for all but small temperatures nothing underflows either.
+    The bound is 1 / temperature for unit rows (1 % more, since rows of few bits are not exactly of unit length), else
+    that times the largest squared norm. With ``r = 0`` for all but small temperatures nothing underflows either.
     """
     scale = tl.load(scalars + SCALE)
     if NORMALIZE:
         bound = scale * 1.01
     else:
         bound = scale * tl.load(scalars + LONGEST)
-    return scale, tl.where(bound > HEADROOM, bound - HEADROOM, 0.0)
+    return Scale(scale, tl.where(bound > HEADROOM, bound - HEADROOM, 0.0))
 
 
 @triton.jit
-def relative_exponential(s, scale, reference, NORMALIZE: tl.constexpr):
-    """exp(s * scale - reference) of a tile of inner products.
+def relative_exponential(s, scale, NORMALIZE: tl.constexpr):
+    """exp(s / temperature - reference) of a tile of inner products.
 
-    One rounding of ``scale * log2(e)`` moves all scores by 6e-8 of themselves: nothing for unit rows, whose scores are
-    at most a few hundred, but much for rows of any length.
+    One rounding of ``log2(e) / temperature`` moves all scores by 6e-8 of themselves: nothing for unit rows, whose
+    scores are at most a few hundred, but much for rows of any length.
     """
     if NORMALIZE:
-        exponent = s * (scale * LOG2E) - reference * LOG2E
+        exponent = s * (scale.factor * LOG2E) - scale.reference * LOG2E
     else:
-        exponent = (s * scale - reference) * LOG2E
+        exponent = (s * scale.factor - scale.reference) * LOG2E
     return tl.exp2(exponent)
 
 
@@ -140,10 +131,10 @@ def sigmoid(x):
 
 
 @triton.jit
-def negatives_meet(u, v, is_queue, CORE, CROSS: tl.constexpr):
+def negatives_meet(u, v, is_queue, core_view, columns: tl.constexpr):
     """Whether rows of view ``u`` have negatives in view ``v``, or in the queue: ``objectives.negative_views``, for
-    kernels. CROSS: none in their own view."""
-    meets = (CORE < 0) | (u == v) | (u == CORE) | (v == CORE) | is_queue
-    if CROSS:
+    kernels."""
+    meets = (core_view < 0) | (u == v) | (u == core_view) | (v == core_view) | is_queue
+    if columns == OTHER:
         meets = meets & (u != v)
     return meets

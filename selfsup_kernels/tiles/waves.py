@@ -6,173 +6,65 @@ import triton.language as tl
 
 from selfsup_kernels.info_nce.objectives import negative_views
 from selfsup_kernels.tiles import configs, launcher
+from selfsup_kernels.tiles.arguments import Block, Sizes
 from selfsup_kernels.tiles.pairs import masked_blocks, pair_gradient, partial_sums
 from selfsup_kernels.tiles.tile import SLOW, load_tile, score_reference, tile_scores
 
 
-# WIDTH, a multiple of 256, is no constant: it follows the size of the batch, and each would be a kernel of its own.
-@triton.jit(
-    do_not_specialize=["rows", "BATCH", "PADDED", "QUEUE", "VIEWS", "x_first", "y_first", "u", "v"],
-    do_not_specialize_on_alignment=["ends"],  # as in ``gradient_kernel``
-)
+# ``width``, a multiple of 256, is no constant: it follows the size of the batch, and each would be a kernel of its own.
+@triton.jit(do_not_specialize=[*Sizes._fields, "u", "v", "x_first", "y_first"])
 def wave_kernel(
-    source_x,
-    source_y,
-    weights,
-    log_weights,
-    upstream,
-    scalars,
-    classes,
-    ends,
-    positives,
-    workspace,
-    rows,
-    BATCH,
-    PADDED,
-    QUEUE,
-    VIEWS,
-    u,
-    v,
-    x_first,
-    y_first,
-    WIDTH,
-    LABELS: tl.constexpr,
-    POSITIVES: tl.constexpr,
-    NUMERATOR: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    STRIDE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    DESCRIPTOR: tl.constexpr,
-    FACTOR: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    source_x, source_y, saved, upstream, workspace,
+    rows, batch, padded, queue, views, core_view,
+    u, v, x_first, y_first, width, rules: tl.constexpr, tile: tl.constexpr,
+):  # fmt: skip
     """workspace[i, j] <- G of rows of view u from x_first on and rows of view v from y_first on.
 
-    ``workspace``: (rows, WIDTH) in the dtype of the views.
+    ``workspace``: (rows, width) in the dtype of the views.
     """
-    x_local = x_first + tl.program_id(1) * BLOCK_M
-    y_local = y_first + tl.program_id(0) * BLOCK_N
-    x_row, y_row = u * PADDED + x_local, v * PADDED + y_local
-    scale, reference = score_reference(scalars, NORMALIZE)
-    s = tile_scores(
-        source_x,
-        source_y,
-        None,
-        None,
-        x_row,
-        y_row,
-        STRIDE,
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_K,
-        False,
-        DESCRIPTOR,
-        PRECISION,
-    )
-    limit = tl.where(v == VIEWS, QUEUE, BATCH)
-    low, high = masked_blocks(classes, ends, x_local, BATCH, BLOCK_M, BLOCK_N, BLOCK_N, LABELS)
-    block = y_local // BLOCK_N
-    mixed = (v != VIEWS) & (block >= low) & (block < high)
-    if mixed | (tl.load(scalars + SLOW) > 0):
-        g = pair_gradient(
-            s,
-            x_local,
-            y_local,
-            x_row,
-            y_row,
-            u,
-            v,
-            weights,
-            log_weights,
-            upstream,
-            classes,
-            positives,
-            scale,
-            reference,
-            rows,
-            BATCH,
-            limit,
-            VIEWS,
-            True,
-            LABELS,
-            POSITIVES,
-            NUMERATOR,
-            NORMALIZE,
-            BLOCK_M,
-            BLOCK_N,
-            FACTOR,
-        )
+    sizes = Sizes(rows, batch, padded, queue, views, core_view)
+    x_local = x_first + tl.program_id(1) * tile.BLOCK_M
+    y_local = y_first + tl.program_id(0) * tile.BLOCK_N
+    x, y = Block(u, x_local, u * padded + x_local), Block(v, y_local, v * padded + y_local)
+    scale = score_reference(saved.scalars, rules.normalize)
+    s = tile_scores(source_x, source_y, None, None, x.row, y.row, tile)
+    limit = tl.where(v == views, queue, batch)
+    low, high = masked_blocks(saved.classes, x_local, sizes, rules.labelled, tile)
+    block = y_local // tile.BLOCK_N
+    mixed = (v != views) & (block >= low) & (block < high)
+    if mixed | (tl.load(saved.scalars + SLOW) > 0):
+        g = pair_gradient(s, x, y, limit, saved, upstream, scale, sizes, True, rules, tile)
     else:
-        g = pair_gradient(
-            s,
-            x_local,
-            y_local,
-            x_row,
-            y_row,
-            u,
-            v,
-            weights,
-            log_weights,
-            upstream,
-            classes,
-            positives,
-            scale,
-            reference,
-            rows,
-            BATCH,
-            limit,
-            VIEWS,
-            False,
-            LABELS,
-            POSITIVES,
-            NUMERATOR,
-            NORMALIZE,
-            BLOCK_M,
-            BLOCK_N,
-            FACTOR,
-        )
-    i = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    j = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    tl.store(workspace + i[:, None] * WIDTH + j[None, :], g.to(workspace.dtype.element_ty))
+        g = pair_gradient(s, x, y, limit, saved, upstream, scale, sizes, False, rules, tile)
+    i = tl.program_id(1) * tile.BLOCK_M + tl.arange(0, tile.BLOCK_M)
+    j = tl.program_id(0) * tile.BLOCK_N + tl.arange(0, tile.BLOCK_N)
+    tl.store(workspace + i[:, None] * width + j[None, :], g.to(workspace.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["x_row", "y_row", "x_count", "columns"])
 def product_kernel(
-    source_g,
-    source_y,
-    partial,
-    x_row,
-    y_row,
-    x_count,
-    columns,
-    WIDTH,
-    FIRST: tl.constexpr,
-    STRIDE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    DESCRIPTOR: tl.constexpr,
-    PRECISION: tl.constexpr,
+    source_g, source_y, partial, x_row, y_row, x_count, columns, width, FIRST: tl.constexpr, tile: tl.constexpr
 ):
     """partial[x_row + i, d] (+)= sum over the columns j of the workspace of workspace[i, j] z[y_row + j, d].
 
-    ``source_g``: the workspace (rows, WIDTH), as a pointer or a TMA descriptor. FIRST: overwrite ``partial``.
+    ``source_g``: the workspace (rows, width), as a pointer or a TMA descriptor. FIRST: overwrite ``partial``.
     """
+    BLOCK_M: tl.constexpr = tile.BLOCK_M
+    BLOCK_N: tl.constexpr = tile.BLOCK_N
+    BLOCK_K: tl.constexpr = tile.BLOCK_K
     i = tl.program_id(1) * BLOCK_M
     d = tl.program_id(0) * BLOCK_N
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for j in range(0, columns, BLOCK_K):
-        if DESCRIPTOR:
+        if tile.DESCRIPTOR:
             g = source_g.load([i, j])
         else:
-            g = tl.load(source_g + (i + tl.arange(0, BLOCK_M))[:, None] * WIDTH + (j + tl.arange(0, BLOCK_K))[None, :])
-        y = load_tile(source_y, y_row + j, d, STRIDE, BLOCK_K, BLOCK_N, DESCRIPTOR)
-        total = tl.dot(g, y, total, input_precision=PRECISION)
+            g = tl.load(source_g + (i + tl.arange(0, BLOCK_M))[:, None] * width + (j + tl.arange(0, BLOCK_K))[None, :])
+        y = load_tile(source_y, y_row + j, d, BLOCK_K, BLOCK_N, tile)
+        total = tl.dot(g, y, total, input_precision=tile.PRECISION)
     at, k = i + tl.arange(0, BLOCK_M), d + tl.arange(0, BLOCK_N)
-    to = partial + (x_row + at).to(tl.int64)[:, None] * STRIDE + k[None, :]
-    mask = (at < x_count)[:, None] & (k < STRIDE)[None, :]
+    to = partial + (x_row + at).to(tl.int64)[:, None] * tile.STRIDE + k[None, :]
+    mask = (at < x_count)[:, None] & (k < tile.STRIDE)[None, :]
     if not FIRST:
         total += tl.load(to, mask=mask, other=0.0)
     tl.store(to, total, mask=mask)
@@ -184,9 +76,10 @@ launch of a smaller one. On an H100 16, 64, 128 and 256 MB take 48, 28, 27 and 2
 numbers, forward and backward, and 142, 135, 113 and 106 ms for rows of 256 float32 numbers."""
 
 
-def in_waves(layout, stored, tables, constants):
+def in_waves(layout, stored, tables, upstream, factor, precision):
+    call = layout.call
     arch = launcher.arch_of(stored)
-    pairs = configs.lookup("masked_wave" if layout.call.labelled else "wave", arch, stored.dtype, layout.stride)
+    pairs = configs.lookup("masked_wave" if call.labelled else "wave", arch, stored.dtype, layout.stride)
     product = configs.lookup("product", arch, stored.dtype, layout.stride)
     if pairs.block_n % product.block_k:
         raise ValueError(
@@ -200,6 +93,9 @@ def in_waves(layout, stored, tables, constants):
     partial = partial_sums(layout, 1, int(layout.call.queue_rows > 0), stored)
     workspace = launcher.empty((height, width), stored.dtype, stored.device)
     x, y = launcher.tile_sources(stored, pairs)
+    # Rows are too wide to stay loaded.
+    wave_tile = configs.tile(pairs, layout.stride, precision, factor=factor)._replace(RESIDENT=False)
+    product_tile = configs.tile(product, layout.stride, precision)
     _, x_end = layout.own_rows()
     product_sources = launcher.product_sources(workspace, stored, product)
     for u, v in visits(layout):
@@ -214,23 +110,17 @@ def in_waves(layout, stored, tables, constants):
                     (launcher.cdiv(y_count, pairs.block_n), launcher.cdiv(x_count, pairs.block_m)),
                     x,
                     y,
-                    *tables,
+                    tables,
+                    upstream,
                     workspace,
-                    layout.rows,
-                    layout.batch,
-                    layout.padded,
-                    layout.call.queue_rows,
-                    layout.views,
+                    *layout.sizes,
                     u,
                     v,
                     x_first,
                     y_first,
-                    BLOCK_M=pairs.block_m,
-                    BLOCK_N=pairs.block_n,
-                    BLOCK_K=pairs.block_k,
-                    WIDTH=width,
-                    DESCRIPTOR=pairs.descriptor,
-                    **constants,
+                    width,
+                    rules=layout.rules,
+                    tile=wave_tile,
                     **pairs.options,
                 )
                 first = y_first == 0 and (slot or v == next(w for t, w in visits(layout) if t == u))
@@ -243,14 +133,9 @@ def in_waves(layout, stored, tables, constants):
                     v * layout.padded + y_first,
                     x_count,
                     y_count,
+                    width,
                     FIRST=bool(first),
-                    STRIDE=layout.stride,
-                    WIDTH=width,
-                    BLOCK_M=product.block_m,
-                    BLOCK_N=product.block_n,
-                    BLOCK_K=product.block_k,
-                    DESCRIPTOR=product.descriptor,
-                    PRECISION=constants["PRECISION"],
+                    tile=product_tile,
                     **product.options,
                 )
     return partial

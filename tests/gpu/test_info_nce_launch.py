@@ -1,6 +1,7 @@
 """Test which kernels the InfoNCE launchers launch, over which grid and with which work. Only the last test runs
 kernels."""
 
+import inspect
 import math
 from collections import Counter
 
@@ -9,10 +10,18 @@ import torch
 from helpers import info_nce_call, random_labels
 
 from selfsup_kernels.core import ops
+from selfsup_kernels.info_nce.objectives import Columns
 from selfsup_kernels.info_nce.ops import forward_fake_triton
 from selfsup_kernels.tiles import configs, launcher, waves
-from selfsup_kernels.tiles.gradient import MOST_COLUMNS
+from selfsup_kernels.tiles.arguments import Sizes
+from selfsup_kernels.tiles.classes import class_tables_kernel
+from selfsup_kernels.tiles.gradient import MOST_COLUMNS, gradient_kernel
+from selfsup_kernels.tiles.gradient import Work as GradientWork
 from selfsup_kernels.tiles.layout import PADDING, Layout
+from selfsup_kernels.tiles.rows import Finish, Source, finish_rows_kernel, load_rows_kernel
+from selfsup_kernels.tiles.sums import Work as SumsWork
+from selfsup_kernels.tiles.sums import sums_kernel
+from selfsup_kernels.tiles.tables import view_tables_kernel
 
 H200 = 132
 IMPL = "triton"
@@ -24,10 +33,22 @@ class Launch:
     def __init__(self, kernel, grid, args, options):
         names = [p.name for p in kernel.params] if hasattr(kernel, "params") else kernel.arg_names
         self.name = kernel.__name__.removesuffix("_kernel")
-        self.grid, self.given, self.options = grid, dict(zip(names, args, strict=False)) | options, options
+        self.grid, self.options = grid, options
+        self.given = named(dict(zip(names, args, strict=False)) | options)
 
     def __getitem__(self, name):
         return self.given[name]
+
+
+def named(given):
+    """Arguments by name; the fields of a named tuple by theirs, after the name of what is no size and no constant."""
+    flat = {}
+    for name, value in given.items():
+        if hasattr(value, "_asdict"):
+            flat |= {k if name in ("tile", "rules") else f"{name}.{k}": v for k, v in named(value._asdict()).items()}
+        else:
+            flat[name] = value
+    return flat
 
 
 @pytest.fixture
@@ -53,6 +74,26 @@ def call(record, size, dtype=torch.bfloat16, labels=None, queue=0, part=(0, -1),
     return forward, record.copy()
 
 
+@pytest.mark.parametrize(
+    ("kernel", "numbers"),
+    [
+        (sums_kernel, (Sizes, SumsWork)),
+        (gradient_kernel, (Sizes, GradientWork)),
+        (waves.wave_kernel, (Sizes,)),
+        (view_tables_kernel, (Sizes,)),
+        (class_tables_kernel, (Sizes,)),
+        (load_rows_kernel, (Source,)),
+        (finish_rows_kernel, (Finish,)),
+    ],
+    ids=lambda x: getattr(x, "__name__", None),
+)
+def test_kernels_take_the_numbers_in_the_order_of_their_tuples(kernel, numbers):
+    names = list(inspect.signature(kernel.fn).parameters)
+    for record in numbers:
+        begin = names.index(record._fields[0])
+        assert names[begin : begin + len(record._fields)] == list(record._fields)
+
+
 def names(launches):
     return [launch.name for launch in launches]
 
@@ -73,7 +114,7 @@ def test_many_rows_leave_the_masks_to_kernels_of_their_own(record):
     clean, masked, finish = backward
     assert clean.grid == (2 * 8192 // clean["BLOCK_M"], 1)
     assert masked.grid == (2 * 8192 // masked["BLOCK_M"], 1)
-    assert (clean["SLOT"], masked["SLOT"], finish["SPLITS"], finish["QUEUES"]) == (0, 1, 2, 0)
+    assert (clean["slot"], masked["slot"], finish["splits"], finish["QUEUES"]) == (0, 1, 2, 0)
     assert finish["partial"].shape == (2, 2 * 8192, 128)
     # Only the clean part limits the registers, and so sets the number of programs per SM.
     config = configs.lookup("sums", 90, torch.bfloat16, 128)
@@ -101,7 +142,7 @@ def test_deterministic_mode_gives_a_program_all_columns_of_its_rows(record, monk
     (sums,) = [k for k in forward if k.name == "sums"]
     blocks = 8192 // sums["BLOCK_N"]
     assert not sums["SYMMETRIC"]
-    assert sums["CHUNK"] >= blocks
+    assert sums["chunk"] >= blocks
     assert sums["items"] == blocks * 2 * 3
 
 
@@ -137,11 +178,11 @@ UNIT = 32
 def visits(item, batch, queue, num_views, core, sums):
     """Yield ((view, unit of rows), (view, unit of columns)) of each pair that a work item adds to the rows' sums, as
     ``sums_kernel`` does."""
-    span, chunk = sums["SPAN"], sums["CHUNK"]
+    span, chunk = sums["SPAN_N"], sums["chunk"]
     n, q = -(-batch // span), -(-queue // span)
     item, piece = divmod(item, span // sums["BLOCK_N"])
     own_length = n // 2 + 1
-    own = 0 if sums["CROSS"] else num_views * n * -(-own_length // chunk)
+    own = 0 if sums["columns"] == Columns.OTHER else num_views * n * -(-own_length // chunk)
     pairs = num_views * (num_views - 1) // 2 if core < 0 else num_views - 1
     cross = pairs * n * -(-n // chunk)
     block = item % n
@@ -181,7 +222,7 @@ def test_items_of_a_part_cover_its_pairs_once(record, monkeypatch, many, core):
     assert [k["PART"] for k in launches] == (["all"] if many else ["clean", "masked"])
     seen = Counter()
     for sums in launches:
-        span, chunk, own = sums["SPAN"], sums["CHUNK"], sums["own_blocks"]
+        span, chunk, own = sums["SPAN_N"], sums["chunk"], sums["own_blocks"]
         n, q = -(-batch // span), -(-queue // span)
         chunks = -(-max(n, q) // chunk)
         for item in range(sums["items"]):
@@ -227,8 +268,8 @@ def test_waves_visit_every_pair_of_rows(record, monkeypatch, batch, queue, label
     columns = dict.fromkeys(range(views), rows) | ({views: queue} if queue else {})
     visited, started = {}, set()
     for wave, product in zip(waves, products, strict=True):
-        assert product["x_row"] == wave["u"] * wave["PADDED"] + wave["x_first"]
-        assert product["y_row"] == wave["v"] * wave["PADDED"] + wave["y_first"]
+        assert product["x_row"] == wave["u"] * wave["padded"] + wave["x_first"]
+        assert product["y_row"] == wave["v"] * wave["padded"] + wave["y_first"]
         assert wave.grid[1] * wave["BLOCK_M"] >= product["x_count"]
         assert wave.grid[0] * wave["BLOCK_N"] >= product["columns"]
         assert max(wave["workspace"].shape) <= PADDING * 32
@@ -259,9 +300,9 @@ def test_labels_make_one_view_of_all(record):
     forward, backward = call(record, (2, 100, 32), labels=random_labels(100, 7))
     assert names(forward) == ["load_rows", "sums", "class_tables"]
     assert names(backward) == ["gradient", "finish_rows"]
-    assert forward[1]["VIEWS"] == 1
-    assert forward[1]["BATCH"] == 200
-    assert backward[1]["VIEWS"] == 2
+    assert forward[1]["views"] == 1
+    assert forward[1]["batch"] == 200
+    assert backward[1]["NUM_VIEWS"] == 2
 
 
 def test_the_queue_is_stored_behind_the_views(record):
@@ -270,8 +311,8 @@ def test_the_queue_is_stored_behind_the_views(record):
     queue, views = forward[:2]
     assert (queue["first_row"], queue["rows"], queue["COLUMNS"]) == (1024, 256, 0)
     assert (views["first_row"], views["rows"], views["COLUMNS"]) == (0, 1024, 3)
-    assert views["stored"].shape == (1280, 32)
-    assert backward[0]["QUEUE"] == 70  # without padding
+    assert views["saved.rows"].shape == (1280, 32)
+    assert backward[0]["queue"] == 70  # without padding
     assert backward[1]["QUEUES"] == 1
 
 

@@ -54,11 +54,11 @@ found, fresh = {}, {}  # observed values; numbers of additionally compiled kerne
 # Numbers: float64 by annotation, negative integers, None.
 some = launched(lambda: info_nce(100, temperature=1 / 3, eps=1e-300))
 found["load"] = {name: some["load_rows_kernel"].values.get(name) for name in ("temperature", "eps", "order")}
-found["core"] = some["sums_kernel"].values["CORE"]
+found["core"] = some["sums_kernel"].values["core_view"]
 found["map"] = some["sums_kernel"].values["source_x"]
 queue = torch.randn(70, 64, dtype=torch.bfloat16)
 some = launched(lambda: info_nce(100, core_view=1, queue=queue))
-found["other core"] = some["sums_kernel"].values["CORE"]
+found["other core"] = some["sums_kernel"].values["core_view"]
 # A training step does not recompile because a size or the alignment of a pointer changes.
 gradient = [gradient.gradient_kernel]
 waves = [waves.wave_kernel, waves.product_kernel]

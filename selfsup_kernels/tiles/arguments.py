@@ -1,0 +1,122 @@
+"""The named tuples that kernels take and pass on.
+
+Pointers come in a tuple (:class:`selfsup_kernels.info_nce.call.Saved`), and so do the constants that a kernel is
+compiled for. Numbers come one by one (``*layout.sizes``), and the kernel makes a tuple of them: Triton specializes the
+numbers of a tuple argument on 1 and on multiples of 16 whatever ``do_not_specialize`` says, so that batches of 1, 64
+and 65 samples would compile three kernels.
+
+The fields of a constant are plain numbers in a kernel. An element of a shape and a bound of ``tl.static_range`` have to
+be constants with a name: ``BLOCK_M: tl.constexpr = tile.BLOCK_M``.
+"""
+
+from typing import Any, NamedTuple
+
+from selfsup_kernels.info_nce.call import Saved
+
+Pointer = Any
+"""A tensor for the launcher, a pointer to its first element for the kernel."""
+
+
+class Sizes(NamedTuple):
+    """The rows of a call: those of each view are stored one view after the other, then the queue's."""
+
+    rows: int
+    """M, the stored rows of the views, padding included: the length of a column of every table."""
+    batch: int
+    """Rows of one view, without padding (with labels of all views)."""
+    padded: int
+    """Stored rows of one view."""
+    queue: int
+    """K, without padding."""
+    views: int
+    """V; 1 with labels. The queue is view V."""
+    core_view: int
+    """Negative: none."""
+
+
+class Classes(NamedTuple):
+    """The two rows of ``Saved.classes``, each (M,) int32."""
+
+    first: Pointer
+    """The first row of each row's class."""
+    end: Pointer
+    """The row after its last."""
+
+
+class Rules(NamedTuple):
+    """Which pairs count, and for what; the fields are those of :class:`selfsup_kernels.info_nce.call.Call`."""
+
+    columns: int
+    inside: int
+    numerator: int
+    labelled: bool
+    normalize: bool
+
+
+class Tile(NamedTuple):
+    """A kernel's tiles of pairs, and how they are computed."""
+
+    BLOCK_M: int
+    """Rows."""
+    BLOCK_N: int
+    """Columns."""
+    BLOCK_K: int
+    """Numbers of a row that are loaded at a time."""
+    SPAN_M: int
+    """Rows and columns of a tile of the launch without masks, multiples of this tile's: both launches divide the work
+    along the same lines."""
+    SPAN_N: int
+    STRIDE: int
+    """S, the numbers from one stored row to the next."""
+    RESIDENT: bool
+    """Rows are as wide as BLOCK_K, so that blocks of them stay loaded."""
+    DESCRIPTOR: bool
+    """Rows are loaded through tensor descriptors (TMA), not pointers."""
+    PRECISION: str
+    """``input_precision`` of ``tl.dot``."""
+    FACTOR: float
+    """What tiles of the gradient are multiplied by (:func:`selfsup_kernels.tiles.layout.half_factor`)."""
+
+
+class RowTile(NamedTuple):
+    """The blocks of rows of the kernels that have no table of configurations."""
+
+    BLOCK: int
+    """Rows of a program."""
+    BLOCK_K: int
+    """Numbers of a row that are loaded at a time."""
+    DIM: int
+    """D."""
+    STRIDE: int
+    """S, the numbers from one stored row to the next."""
+    PRECISION: str | None = None
+    """``input_precision`` of ``tl.dot``."""
+
+
+class Scale(NamedTuple):
+    """Made in a kernel: what turns inner products into scores, and these into exponentials."""
+
+    factor: float
+    """1 / temperature."""
+    reference: float
+    """What is subtracted from a score before the exponential."""
+
+
+class Block(NamedTuple):
+    """Made in a kernel: a block of rows."""
+
+    view: int
+    """V: the queue."""
+    local: int
+    """Its first row, counted within the view."""
+    row: int
+    """Its first row, counted among the stored rows."""
+
+
+NOTHING = Saved(*[None] * len(Saved._fields))
+
+
+def only(saved: Saved, *names: str) -> Saved:
+    """``saved`` as a kernel takes it that needs these fields. The others are None: each pointer costs a launch a
+    microsecond."""
+    return NOTHING._replace(**{name: getattr(saved, name) for name in names})
