@@ -1,4 +1,4 @@
-"""Triton's interpreter, made right for bfloat16: installed by conftest.py where the kernels are interpreted.
+"""Triton's interpreter, made right for bfloat16 and faster: installed by conftest.py where the kernels are interpreted.
 
 The interpreter keeps a bfloat16 as a uint16 of its bits, and its arithmetic takes them for integers: it multiplies the
 bits (triton#11584), adds them, and converts float64 and integers to an integer. A conversion from float32 cuts where a
@@ -10,14 +10,21 @@ more than twice the bits. A dot adds up in its accumulator's dtype, as a GPU doe
 
 Loads, stores, selections and bitcasts move the bits, and need no help. Reductions and atomic operations in 16 bits are
 refused: no kernel has any, and one that had would add up in 16 bits on a GPU, and in more here.
+
+The interpreter replaces the functions of triton.language again for every function that a kernel calls, for which it
+looks through all of them; it makes a table of dtypes for every number; and it looks for integers that overflow by ten
+operations of its own. That is half of its time. Here a kernel replaces the functions once for each module that it calls
+into, a dtype is looked up once, and numpy looks for overflow.
 """
 
 import contextlib
+import operator
 
 import numpy as np
 import triton.language as tl
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
-from triton.runtime.interpreter import InterpreterBuilder, ReduceScanOpInterface, TensorHandle
+from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, ReduceScanOpInterface, TensorHandle
 
 
 def widen(bits: np.ndarray) -> np.ndarray:
@@ -106,6 +113,50 @@ def _get_bf16(self, value):
     return TensorHandle(narrow(np.array([value], np.float64)), tl.bfloat16)
 
 
+_replaced: set[str] = set()
+"""The modules for whose functions the running kernel has replaced those of triton.language."""
+
+
+def _run_kernel(original):
+    def call(self, *arguments, **options):
+        _replaced.clear()
+        return original(self, *arguments, **options)
+
+    return call
+
+
+def _replace_once(original):
+    def patch_lang(function):
+        if function.__module__ not in _replaced:
+            _replaced.add(function.__module__)
+            return original(function)  # the interpreter undoes what the kernel itself asked for, the first one
+
+    return patch_lang
+
+
+def _by_name(original):
+    known = {}
+
+    def get_np_dtype(dtype):
+        name = dtype.scalar.name  # a block's is that of its numbers
+        if name not in known:
+            known[name] = original(dtype)
+        return known[name]
+
+    return get_np_dtype
+
+
+def _overflow_by_numpy(original):
+    def check(self, left, right, operation):
+        scalar = left.type.scalar
+        if scalar.int_bitwidth < 64:
+            exact = getattr(operator, operation.__name__)(*(x.handle.data.astype(np.int64) for x in (left, right)))
+            fits = scalar.get_int_min_value() <= exact.min() and exact.max() <= scalar.get_int_max_value()
+            assert fits, f"{scalar} overflows in {operation.__name__}"
+
+    return check
+
+
 _MENDED = [(InterpreterBuilder, name, _in_float32) for name in ("binary_op", "unary_op", "ternary_op", "create_fma")]
 _MENDED += [(InterpreterBuilder, name, _in_float32) for name in ("create_rsqrt", "create_dot")]
 _MENDED += [
@@ -114,6 +165,10 @@ _MENDED += [
     (InterpreterBuilder, "create_atomic_rmw", _refused_atomic),
     (InterpreterBuilder, "get_bf16", lambda original: _get_bf16),  # there is none
     (ReduceScanOpInterface, "check_tensor", _refused_reduction),
+    (TritonSemantic, "binary_op_sanitize_overflow_impl", _overflow_by_numpy),
+    (GridExecutor, "__call__", _run_kernel),
+    (interpreter, "_patch_lang", _replace_once),
+    (interpreter, "_get_np_dtype", _by_name),
 ]
 _originals: list = []
 
