@@ -3,11 +3,13 @@ one, Triton's run in its interpreter (TRITON_INTERPRET=1) and CUDA's in the emul
 (SELFSUP_KERNELS_CUDA_EMULATOR=LIBRARY), on CPU tensors.
 
 Both are slow: such runs are small. Triton's interpreter, which interpreter16.py makes right for bfloat16, has a part of
-InfoNCE's cases in 16 bits, so chosen that a test meets each dtype and most of its ways (the fixture `path`). With
-SELFSUP_KERNELS_EVERY_CASE=1 it has all that a GPU has, the long tests too. What needs a real GPU is marked `cuda`.
+InfoNCE's cases, so chosen that any two values of a test's parameters meet, the way among them (the fixture `path`), and
+in 16 bits each dtype and most ways. With SELFSUP_KERNELS_EVERY_CASE=1 it has all that a GPU has, the long tests too.
+What needs a real GPU is marked `cuda`.
 """
 
 import collections
+import itertools
 import os
 import sys
 import tempfile
@@ -66,21 +68,45 @@ def pytest_collection_modifyitems(items):
 
 
 def in_turn(items):
-    """Of a test's cases in 16 bits, each dtype by each way, leave one: of the next case the next. Of a test with few
-    cases two, one for each dtype."""
-    tests = collections.defaultdict(lambda: collections.defaultdict(list))
+    """Leave a part of the cases of each test of the interpreted kernels.
+
+    In 16 bits, of each dtype by each way, one: of the next case the next. Of a test with few cases two, one for each
+    dtype. In float32, enough that any two values of the test's parameters, the way among them, are in one case.
+    """
+    low = collections.defaultdict(lambda: collections.defaultdict(list))
+    exact = collections.defaultdict(list)
     for item in items:
         given = dict(item.callspec.params) if hasattr(item, "callspec") else {}
-        if given.get("dtype") in LOW_PRECISION and "path" in given:
+        if not given or getattr(item.module, "IMPL", None) != "triton":
+            continue
+        if given.get("dtype") in LOW_PRECISION:
+            if "path" not in given:
+                continue
             form = tiles.WAYS.index(given.pop("path")), LOW_PRECISION.index(given.pop("dtype"))
-            tests[item.path, item.originalname][str(given)].append((form, item))
-    for cases in tests.values():
+            low[item.path, item.originalname][str(given)].append((form, item))
+        else:
+            exact[item.path, item.originalname].append(item)
+    kept = {item for cases in exact.values() for item in covering(cases)}
+    for cases in low.values():
         for number, case in enumerate(cases.values()):
             forms = [item for _, item in sorted(case, key=lambda pair: pair[0])]
-            kept = [number] if len(cases) >= len(forms) else [number, number + 3]
-            for item in forms:
-                if item not in [forms[k % len(forms)] for k in kept]:
-                    item.add_marker(pytest.mark.skip(reason="left to SELFSUP_KERNELS_EVERY_CASE=1"))
+            turns = [number] if len(cases) >= len(forms) else [number, number + 3]
+            kept |= {forms[k % len(forms)] for k in turns}
+    thinned = [*itertools.chain(*exact.values()), *(i for cases in low.values() for c in cases.values() for _, i in c)]
+    for item in thinned:
+        if item not in kept:
+            item.add_marker(pytest.mark.skip(reason="left to SELFSUP_KERNELS_EVERY_CASE=1"))
+
+
+def covering(items):
+    """Choose cases until each two values that are in some case together are in a chosen one; always the case that adds
+    most of them."""
+    pairs = {item: set(itertools.combinations(sorted(map(str, item.callspec.params.items())), 2)) for item in items}
+    missing, chosen = set().union(*pairs.values()), []
+    while missing:
+        chosen.append(max(items, key=lambda item: len(pairs[item] & missing)))
+        missing -= pairs[chosen[-1]]
+    return chosen or items
 
 
 @pytest.fixture
