@@ -31,7 +31,7 @@ SOURCES += $(CUDA_SOURCES)
 endif
 NVCC := $(firstword $(wildcard $(addsuffix /bin/nvcc,$(CUDA_HOME) $(CUDA_PATH))) $(shell command -v nvcc) \
   $(wildcard /usr/local/cuda/bin/nvcc))
-# The tests of the ops, which depend on the library and on torch. Without those of the build, the demo and the commands.
+# The tests that depend on the library and on torch; not those of the build, the demo and the commands.
 OP_TESTS := tests/test_ops.py tests/test_info_nce.py tests/test_info_nce_parts.py tests/test_distributed.py tests/test_info_nce_precision.py tests/test_byol.py \
   tests/test_ema.py tests/test_optim.py tests/test_ema_memory.py tests/test_ema_rounding.py tests/test_memory_layout.py tests/test_properties.py tests/test_compile.py tests/test_bad_input.py
 

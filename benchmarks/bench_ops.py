@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from selfsup_kernels.lab.bench import rivals
+from selfsup_kernels.lab.bench import baselines
 from selfsup_kernels.lab.bench.workloads import PARTS, case
 
 LOSSES = [case("info_nce", batch=b, dim=d) for b, d in ((256, 128), (1024, 128), (4096, 128), (2048, 512))]
@@ -17,7 +17,7 @@ def measure(benchmark, made, part, name, rounds):
     """Measure one column of a workload, after a warm-up."""
     benchmark.group = f"{made.label} {part}"
     inputs = made.inputs()
-    function, reason = rivals.load(made, name, inputs)
+    function, reason = baselines.load(made, name, inputs)
     if reason:
         pytest.skip(reason)
     made.run(part, function, inputs)
@@ -25,14 +25,14 @@ def measure(benchmark, made, part, name, rounds):
     benchmark.pedantic(work, setup=lambda: ((made.prepare(part, function, inputs),), {}), rounds=rounds)
 
 
-@pytest.mark.parametrize("name", ["eager", "compile", rivals.OURS])
+@pytest.mark.parametrize("name", ["eager", "compile", baselines.OURS])
 @pytest.mark.parametrize("made", LOSSES, ids=lambda made: f"{made.op}-B{made.batch}-D{made.dim}")
 @pytest.mark.parametrize("part", PARTS)
 def test_loss(benchmark, part, made, name):
     measure(benchmark, made, part, name, rounds=3 if made.op == "info_nce" and made.batch >= 2048 else 15)
 
 
-@pytest.mark.parametrize("name", [*rivals.EAGER_EMA, rivals.OURS])
+@pytest.mark.parametrize("name", [*baselines.EAGER_EMA, baselines.OURS])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_ema(benchmark, dtype, name):
     """Measure the moving average over ResNet-50's parameters."""

@@ -12,6 +12,7 @@ import argparse
 import importlib.metadata
 import importlib.util
 import os
+import runpy
 import sys
 import warnings
 from functools import partial
@@ -32,15 +33,6 @@ from selfsup_kernels.lab.bench import results, timing
 
 BATCH, DIM = 2048, 128
 FORMULA = "formula"
-
-
-class Case(NamedTuple):
-    """``make()`` gives (inputs, ours, original); the inputs that require a gradient get one."""
-
-    name: str
-    package: str
-    make: callable
-    batch: int = BATCH
 
 
 def embeddings(count=2, batch=BATCH, normalize=False):
@@ -84,19 +76,16 @@ def metric_learning(name, batch, classes):
 
 
 def open_clip():
-    scale = torch.tensor(1 / 0.07, requires_grad=True)
     modules = compat.open_clip, import_module("open_clip.loss")
+    scale = torch.tensor(1 / 0.07, requires_grad=True)
     return [*embeddings(normalize=True), scale], *(module.ClipLoss() for module in modules)
 
 
 def solo(name, inputs):
     """Load one file of the package, whose own __init__ imports pl_bolts, which new versions of Lightning break."""
-    folder = Path(importlib.util.find_spec("solo").origin).parent
-    spec = importlib.util.spec_from_file_location(f"solo_{name}", folder / "losses" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    path = Path(importlib.util.find_spec("solo").origin).parent / "losses" / f"{name}.py"
     function = f"{name}_loss_func"
-    return inputs(), getattr(compat.solo, function), getattr(module, function)
+    return inputs(), getattr(compat.solo, function), runpy.run_path(str(path))[function]
 
 
 def solo_mocov3():
@@ -110,21 +99,15 @@ def solo_mocov3():
 def sentence_transformers(count):
     from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss as Original
 
-    class Embedding(nn.Module):
-        """In the place of a sentence encoder: hands on what it is given."""
-
-        def forward(self, features):
-            return features
-
-    def call(criterion):
+    def call(kind):
+        criterion = kind(nn.Identity())  # in the place of a sentence encoder
         # compute_loss_from_embeddings is what the original's forward calls once the encoder has run
         direct = getattr(criterion, "compute_loss_from_embeddings", None)
         if direct is not None:
             return lambda *columns: direct(list(columns), None)
         return lambda *columns: criterion([{"sentence_embedding": x} for x in columns], None)
 
-    classes = compat.sentence_transformers.MultipleNegativesRankingLoss, Original
-    return embeddings(count), *(call(kind(Embedding())) for kind in classes)
+    return embeddings(count), call(compat.sentence_transformers.MultipleNegativesRankingLoss), call(Original)
 
 
 def simcse():
@@ -151,21 +134,25 @@ def supcontrast(classes=None):
     return [features, *([labels(BATCH, classes)] if classes else [])], compat.supcontrast.SupConLoss(), formula
 
 
-NEGATIVE_COSINE = "NegativeCosineSimilarity"
+class Case(NamedTuple):
+    """``make()`` gives (inputs, ours, original); the inputs that require a gradient get one."""
+
+    name: str
+    package: str
+    make: callable
+    batch: int = BATCH
+
+
+COSINE, LARGE = "NegativeCosineSimilarity", 16 * BATCH
 PML, SBERT = "pytorch-metric-learning", "sentence-transformers"
 BANK = {"inputs": one_sided, "memory_bank_size": (16384, DIM)}
-LARGE = 16 * BATCH
 CASES = [
     Case("lightly NTXentLoss", "lightly", partial(lightly, "NTXentLoss", 0.1)),
     Case("lightly NTXentLoss, bank of 16384", "lightly", partial(lightly, "NTXentLoss", 0.1, **BANK)),
     Case("lightly DCLLoss", "lightly", partial(lightly, "DCLLoss", 0.1)),
     Case("lightly DCLWLoss", "lightly", partial(lightly, "DCLWLoss", 0.1)),
-    *(
-        Case(
-            f"lightly {NEGATIVE_COSINE}", "lightly", partial(lightly, NEGATIVE_COSINE, inputs=partial(one_sided, n)), n
-        )
-        for n in (BATCH, LARGE)
-    ),
+    Case(f"lightly {COSINE}", "lightly", partial(lightly, COSINE, inputs=one_sided)),
+    Case(f"lightly {COSINE}", "lightly", partial(lightly, COSINE, inputs=partial(one_sided, LARGE)), LARGE),
     Case("lightly update_momentum, ResNet-50", "lightly", lightly_update_momentum, 0),
     Case(f"{PML} NTXentLoss, pairs", PML, partial(metric_learning, "NTXentLoss", 512, 256), 512),
     Case(f"{PML} SupConLoss, 100 classes", PML, partial(metric_learning, "SupConLoss", BATCH, 100)),

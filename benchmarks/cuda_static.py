@@ -33,7 +33,7 @@ REGISTERS = 65536
 
 
 class Kernel(NamedTuple):
-    """What the machine code of one kernel for one architecture says about it."""
+    """Describe the machine code of one kernel for one architecture."""
 
     name: str
     symbol: str

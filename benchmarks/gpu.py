@@ -3,7 +3,7 @@
     python benchmarks/gpu.py --out FOLDER [--quick] [--minutes N] [--skip NAME ...]
 
 A list of cases for the engine of ``python -m selfsup_kernels bench``, the rows that matter most first, within a limit
-of time. Writes ``FOLDER/{info_nce,byol,ema}.json`` after every case, and a table at the end. A rival that is not
+of time. Writes ``FOLDER/{info_nce,byol,ema}.json`` after every case, and a table at the end. A baseline that is not
 installed, runs out of memory or fails is listed under ``unavailable`` with the reason, and hides nothing.
 
 ``--device cpu`` runs the same code on a CPU, to see that all of it works; its times mean nothing.
@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the package o
 
 import torch
 
-from selfsup_kernels.lab import sass
-from selfsup_kernels.lab.bench import results, rivals, tables
+from selfsup_kernels.lab import pages
+from selfsup_kernels.lab.bench import baselines, results, tables
 from selfsup_kernels.lab.bench.suite import Suite
 from selfsup_kernels.lab.bench.workloads import case
 
@@ -56,28 +56,20 @@ def cases(quick, tiny):
 
 
 def columns(made, compiled):
-    """Return ours and every rival; torch.compile where it is wanted."""
+    """Return ours and every baseline; torch.compile where it is wanted."""
     # pytorch-metric-learning's loss over all triplets takes minutes and most of the memory.
     left_out = {"pytorch-metric-learning NTXentLoss", *([] if compiled else ["compile"])}
-    return [rivals.OURS, *(name for name in rivals.RIVALS[made.op] if name not in left_out)]
+    return [baselines.OURS, *(name for name in baselines.BASELINES[made.op] if name not in left_out)]
 
 
-def show(rows):
-    for op in rivals.RIVALS:
-        made = tables.make(op, rows)
-        print(f"\n{made.title}")
-        sass.print_table(made.head, [cells for cells, _ in made.lines])
-        print(*made.notes, sep="\n")
-
-
-def main():
+def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--quick", action="store_true", help="the most important rows alone; tiny ones on a CPU")
     parser.add_argument("--minutes", type=float, default=6.0, help="start no new measurement after this time")
-    parser.add_argument("--skip", nargs="*", default=[], metavar="NAME", help="rivals to leave out, such as compile")
+    parser.add_argument("--skip", nargs="*", default=[], metavar="NAME", help="baselines to leave out, such as compile")
     parser.add_argument("--device", default="cuda", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.device != "cpu" and not torch.cuda.is_available():
         print("benchmarks/gpu.py needs a CUDA device, and this PyTorch sees none.", file=sys.stderr)
         return 2
@@ -89,11 +81,8 @@ def main():
         target_ms=20 if args.quick else 200,
         minutes=args.minutes,
         skip=args.skip,
-        graphs=True,
         rates={"size": 256, "copied": 2**22} if tiny else None,
     )
-    print({k: v for k, v in suite.header.items() if not isinstance(v, dict)}, flush=True)
-    print(tables.rates_line(suite.header), flush=True)
     for made, compiled in cases(args.quick, tiny):
         start = time.monotonic()
         suite.measure(made, columns(made, compiled))
@@ -101,7 +90,7 @@ def main():
         rows = [row for row in suite.rows if row["op"] == made.op]
         results.write_json(args.out / f"{made.op}.json", suite.header, rows)
         print(f"{made.label}: {time.monotonic() - start:.1f} s", flush=True)
-    show(suite.rows)
+    tables.show(pages.console(150), suite.header, suite.rows)
     return 0
 
 

@@ -3,8 +3,7 @@
     python benchmarks/gpu_check.py [--out DIR] [--minutes 8.7] [--only TEXT ...] [--skip TEXT ...]
 
 Build, tests, benchmarks, compute-sanitizer and machine code, the most important first. Each step has a limit of its
-own and is killed at it; one that fails does not hide the later ones. What the steps print goes to
-``DIR/gpu_check.log``; a table of the steps is printed last, after the end of what the benchmarks print.
+own and is killed at it; one that fails does not hide the later ones. A table of the steps is printed last.
 
 ``--skip build`` takes the libraries that are there: a CUDA library serves any Python, and can come from a machine
 without a GPU. ``--smoke`` calls every op once, forward and backward, and no more: compute-sanitizer runs that. The
@@ -12,15 +11,11 @@ shapes are the smallest that reach every kernel and every edge of it, and the re
 """
 
 import argparse
-import contextlib
 import importlib.util
-import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import tempfile
 import time
 from functools import partial
 from itertools import product
@@ -52,92 +47,34 @@ class Step(NamedTuple):
     fine: tuple[int, ...] = (0,)
     """Exit statuses of success."""
     environment: dict[str, str] = {}  # noqa: RUF012
-    show: int = 0
-    """Lines of the end of its output that are shown also where it succeeds."""
-    reserve: float = 0
-    """Seconds to leave for the later steps."""
 
 
-class Outcome(NamedTuple):
-    name: str
-    state: str
-    seconds: float
-    note: str
-    tail: list[str]
-
-
-def run_step(step: Step, log, limit: float) -> Outcome:
-    """Run one step, append what it prints to the file ``log``, and kill it at ``limit`` seconds."""
+def run_step(step: Step, limit: float) -> str:
+    """Run one step, kill it and its children at ``limit`` seconds, and return what became of it."""
     if step.skip:
-        return Outcome(step.name, "skipped", 0.0, step.skip, [])
+        return f"skipped: {step.skip}"
     if limit < 1:
-        return Outcome(step.name, "FAILED", 0.0, "no time was left", [])
-    log.write(f"===== {step.name}: {' '.join(map(str, step.command))} (at most {limit:.0f} s)\n")
-    began = time.perf_counter()
-    with tempfile.TemporaryFile("w+", errors="replace") as output:
-        try:
-            process = subprocess.Popen(
-                step.command,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                cwd=ROOT,
-                env=os.environ | step.environment,
-                start_new_session=True,
-                # A script's background commands ignore SIGINT, and what they start inherits that.
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-            )
-        except OSError as error:
-            return Outcome(step.name, "FAILED", 0.0, str(error), [])
-        try:
-            status = process.wait(limit)
-        except subprocess.TimeoutExpired:
-            status = None
-            process.send_signal(signal.SIGINT)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(GRACE)
-            with contextlib.suppress(ProcessLookupError):  # its children too
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        seconds = time.perf_counter() - began
-        output.seek(0)
-        text = output.read()
-    log.write(text)
-    log.flush()
-    lines = [line for line in text.splitlines() if line.strip()]
-    tail = lines[-(step.show or 40) :]
+        return "FAILED: no time was left"
+    print(f"\n===== {step.name}: {' '.join(map(str, step.command))} (at most {limit:.0f} s)", flush=True)
+    # A script's background commands ignore SIGINT, and what they start would too.
+    killer = ["timeout", "--signal=INT", f"--kill-after={GRACE}", f"{limit}", "env", "--default-signal=INT"]
+    environment = os.environ | step.environment
+    status = subprocess.run([*killer, *step.command], stdin=subprocess.DEVNULL, cwd=ROOT, env=environment).returncode
     if status in step.fine:
-        return Outcome(step.name, "ok", seconds, lines[-1].strip()[:100] if lines else "", tail)
-    note = f"killed after {limit:.0f} s" if status is None else f"exit status {status}"
-    return Outcome(step.name, "FAILED", seconds, note, tail)
+        return "ok"
+    return f"FAILED: killed after {limit:.0f} s" if status in (124, 137, -9) else f"FAILED: exit status {status}"
 
 
-def run_steps(steps: list[Step], folder: Path, total: float) -> list[Outcome]:
-    """Run all steps, in ``total`` seconds together."""
-    folder.mkdir(parents=True, exist_ok=True)
-    end = time.perf_counter() + total
-    outcomes = []
-    with open(folder / "gpu_check.log", "w") as log:
-        for step in steps:
-            outcome = run_step(step, log, min(step.limit, end - time.perf_counter() - step.reserve))
-            outcomes.append(outcome)
-            print(f"{outcome.state:8}{outcome.seconds:6.0f} s  {outcome.name}", flush=True)
-    return outcomes
-
-
-def report(outcomes: list[Outcome], steps: list[Step], folder: Path) -> int:
-    """Print the ends of what failed and of what is to be shown, then the table. Returns the exit status."""
-    for outcome, step in zip(outcomes, steps, strict=True):
-        if outcome.state == "FAILED" or step.show:
-            print(f"\n----- {outcome.name}", *outcome.tail, sep="\n")
-    facts = [o._asdict() | {"tail": None} for o in outcomes]
-    (folder / "gpu_check.json").write_text(json.dumps(facts, indent=1) + "\n")
+def run_steps(steps: list[Step], total: float) -> int:
+    """Run all steps, in ``total`` seconds together, and print a table of them; return the exit status."""
+    end, lines = time.perf_counter() + total, []
+    for step in steps:
+        began = time.perf_counter()
+        state = run_step(step, min(step.limit, end - began))
+        lines.append([step.name, f"{time.perf_counter() - began:.0f}", state])
     print()
-    sass.print_table(
-        ("step", "state", "seconds", "note"), [[o.name, o.state, f"{o.seconds:.0f}", o.note] for o in outcomes]
-    )
-    print(f"{sum(o.seconds for o in outcomes):.0f} s; everything printed is in {folder / 'gpu_check.log'}")
-    return 1 if any(o.state == "FAILED" for o in outcomes) else 0
+    sass.print_table(("step", "seconds", "state"), lines)
+    return 1 if any(state.startswith("FAILED") for _, _, state in lines) else 0
 
 
 def all_steps(folder: Path, architecture: int, processes: int = 1) -> list[Step]:
@@ -169,10 +106,10 @@ def all_steps(folder: Path, architecture: int, processes: int = 1) -> list[Step]
     # It begins nothing new in the last 45 s of its limit.
     measure = [python, "benchmarks/gpu.py", "--out", str(folder), "--minutes", "3.2"]
     return [
-        Step("build", [python, "setup.py", "build_ext", "--inplace"], 180, environment=compiling, reserve=200),
-        Step("every op once", smoke, 90, reserve=150),
-        Step("tests of the kernels", tests, 210, environment=sharing, reserve=100),
-        Step("benchmarks", measure, 240, show=45),
+        Step("build", [python, "setup.py", "build_ext", "--inplace"], 180, environment=compiling),
+        Step("every op once", smoke, 90),
+        Step("tests of the kernels", tests, 210, environment=sharing),
+        Step("benchmarks", measure, 240),
         sanitized("memcheck", 60),
         sanitized("initcheck", 45, "initcheck"),
         sanitized("racecheck", 60, environment={}),
@@ -304,8 +241,7 @@ def main(arguments=None) -> int:
     # Most of the tests' time is compiling; each process has a context and tensors of its own on the GPU.
     processes = min(16, os.cpu_count() or 1, 1 + torch.cuda.get_device_properties(0).total_memory // (2 << 30))
     steps = choose(all_steps(folder, architecture, processes), options.only, options.skip)
-    outcomes = run_steps(steps, folder, 60 * options.minutes - (time.perf_counter() - began))
-    return report(outcomes, steps, folder)
+    return run_steps(steps, 60 * options.minutes - (time.perf_counter() - began))
 
 
 if __name__ == "__main__":

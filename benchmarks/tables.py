@@ -21,9 +21,9 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the package of this checkout
 
-from selfsup_kernels.lab.bench import rivals
+from selfsup_kernels.lab.bench import baselines
+from selfsup_kernels.lab.bench.baselines import OURS
 from selfsup_kernels.lab.bench.results import ratio
-from selfsup_kernels.lab.bench.rivals import OURS
 from selfsup_kernels.lab.bench.tables import status
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,7 +36,7 @@ FEWEST = 3
 
 
 class Case(NamedTuple):
-    """What the rows of one table, and of one picture, have in common."""
+    """Name what the rows of one table, and of one picture, have in common."""
 
     views: int
     dim: int
@@ -63,13 +63,13 @@ def cases(rows):
 
 
 def names(rows):
-    """Return the columns: ours, our explicit implementations, the rivals; without those that no case here can have."""
+    """Return the columns: ours, our explicit implementations, the baselines, without those that no case can have."""
     found = dict.fromkeys(name for row in rows for name in row["times"])
     for row in rows:
         found |= dict.fromkeys(
             n for n, why in row["unavailable"].items() if status(why) in ("out of memory", "skipped")
         )
-    return sorted(found, key=lambda name: (name != OURS, not rivals.impl_of(name)))
+    return sorted(found, key=lambda name: (name != OURS, not baselines.impl_of(name)))
 
 
 # ---------------------------------------------------------------- cells
@@ -113,7 +113,7 @@ def why_not(row, name):
 def time_cell(row, name):
     if name not in row["times"]:
         return why_not(row, name)
-    over = "" if rivals.impl_of(name) or ratio(row, name) is None else f" ({times(ratio(row, name))})"
+    over = "" if baselines.impl_of(name) or ratio(row, name) is None else f" ({times(ratio(row, name))})"
     return milliseconds(row["times"][name]["p50_ms"]) + over
 
 
@@ -130,7 +130,7 @@ def graph_cell(row):
     found = row.get("graph_ms") or {}
     if row["part"] not in ("both", "update") or OURS not in found:
         return "-"
-    others = [f"{name} {times(value / found[OURS])}" for name, value in found.items() if not rivals.impl_of(name)]
+    others = [f"{name} {times(value / found[OURS])}" for name, value in found.items() if not baselines.impl_of(name)]
     return milliseconds(found[OURS]) + (f" ({', '.join(others)})" if others else "")
 
 
@@ -156,14 +156,14 @@ def short_loss(rows):
 
 
 def short_ema(rows):
-    """Make README's table: ours and the fastest rival of each row."""
+    """Make README's table: ours and the fastest baseline of each row."""
     lines = []
     for row in rows:
-        others = {n: found["p50_ms"] for n, found in row["times"].items() if not rivals.impl_of(n)}
+        others = {n: found["p50_ms"] for n, found in row["times"].items() if not baselines.impl_of(n)}
         best = min(others, key=others.get, default=None)
         fastest = f"`{best}` {time_cell(row, best)}" if best else "-"
         lines.append([f"{row['model']}, {row['source']}", time_cell(row, OURS), fastest, rate_cell(row)])
-    return table(["model, source", "ours", "fastest rival", "of the bandwidth"], lines)
+    return table(["model, source", "ours", "fastest baseline", "of the bandwidth"], lines)
 
 
 def compat(rows):
@@ -294,7 +294,7 @@ def memory_table(case, rows):
 
 
 def absences(rows):
-    """Write why a time is missing, and what has to be known of a rival: each reason once, with where it applies."""
+    """Write why a time is missing, and what has to be known of a baseline: each reason once, with where it applies."""
     found = {}
     for row in rows:
         for pair in row["unavailable"].items():
@@ -311,7 +311,7 @@ def absences(rows):
 
 
 def errors(rows):
-    """Make the table of the largest error of each rival against float64; JSON has None for what is not finite."""
+    """Make the table of the largest error of each baseline against float64; JSON has None for what is not finite."""
     worst = {}
     for row in rows:
         for name, values in row["errors"].items():
@@ -330,14 +330,14 @@ def errors(rows):
 
 
 def slower(found):
-    """Make the table of every case in which a rival takes less time than ours, by case and rival, the worst first."""
+    """Make the table of the cases in which a baseline is faster than ours, by case and baseline, the worst first."""
     groups = {}
     for op, data in found.items():
         for row in data["rows"]:
             case = f"{row['model']}, {row['source']} to {row['target']}" if op == "ema" else ""
             case = case or Case(row["views"], row["dim"], row["dtype"]).title()
             for name in row["times"]:
-                if not rivals.impl_of(name) and (ratio(row, name) or 1) < 1:
+                if not baselines.impl_of(name) and (ratio(row, name) or 1) < 1:
                     groups.setdefault((f"{LABELS[op]}, {case}", name), []).append(row)
     if not groups:
         return ["In none of the cases below."]
@@ -347,7 +347,7 @@ def slower(found):
         worst = min(range(len(rows)), key=lambda i: ratio(rows[i], name))
         pair = f"{time_cell(rows[worst], OURS)}, {name} {time_cell(rows[worst], name)}"
         lines.append([case, name, "; ".join(spots), f"{spots[worst]}: {pair}" if len(rows) > 1 else pair])
-    return table(["case", "rival", "where", "the worst"], lines)
+    return table(["case", "baseline", "where", "the worst"], lines)
 
 
 # ---------------------------------------------------------------- pictures
@@ -380,12 +380,12 @@ def is_current(path, rows):
 
 
 def draw(path, rows, title):
-    from selfsup_kernels.lab.bench import plots
+    from selfsup_kernels.lab.bench import report
 
     path.parent.mkdir(parents=True, exist_ok=True)
     # Software would hold matplotlib's version.
     metadata = {"Software": None, "Digest": digest(rows)}
-    plots.rivals_of(rows, "time", title).savefig(path, format="png", dpi=144, metadata=metadata)
+    report.picture(rows, "time", title).savefig(path, format="png", dpi=144, metadata=metadata)
 
 
 # ---------------------------------------------------------------- pages

@@ -1,4 +1,4 @@
-"""The documentation site: ``make docs``, or ``sphinx-build docs build/docs``. No network is used."""
+"""Sphinx's configuration of the site: ``make docs``, or ``sphinx-build docs build/docs``. No network is used."""
 
 import sys
 from pathlib import Path
@@ -30,7 +30,7 @@ autodoc_typehints = "none"
 autodoc_preserve_defaults = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
-napoleon_use_param = False  # arguments that share a line of the docstring share one here
+napoleon_use_param = False  # keeps arguments that share a line of the docstring on one line
 
 myst_enable_extensions = ["dollarmath", "html_image"]
 myst_fence_as_directive = ["math"]

@@ -1,4 +1,4 @@
-"""What this machine can run, and the one place that chooses an implementation."""
+"""The implementations that this machine can run, and the function that chooses one."""
 
 from selfsup_kernels.core.backends import CHOICES, Unavailable, require, select, unavailable
 

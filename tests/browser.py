@@ -4,7 +4,10 @@
 playwright; with ``SELFSUP_KERNELS_REQUIRE_BROWSER=1`` that is an error.
 """
 
+import atexit
+import base64
 import contextlib
+import functools
 import importlib.util
 import io
 import os
@@ -19,26 +22,21 @@ ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-backg
 ARGUMENTS += ["--disable-component-update", "--disable-sync", "--disable-dev-shm-usage"]
 LOCAL = ("localhost", "127.0.0.1", "[::1]", "::1")
 
-# What sticks out of the screen or out of a box that hides the rest. A box that scrolls may hold anything, if it is
-# itself on the screen. A box of one pixel is how text for screen readers is hidden.
+# What sticks out of the screen, or of a box that hides the rest. A box that scrolls may hold anything; a box of one
+# pixel is how text for screen readers is hidden.
 CUT_OFF = """(ignored) => {
-  const hides = (o) => o === "hidden" || o === "clip";
-  const scrolls = (e) => ["auto", "scroll"].includes(getComputedStyle(e).overflowX) ||
-                         (hides(getComputedStyle(e).overflowX) && e.clientWidth <= 1);
   const width = document.documentElement.clientWidth, found = [];
-  if (document.documentElement.scrollWidth > width + 1)
-    found.push("the page is " + document.documentElement.scrollWidth + " pixels wide on a screen of " + width);
+  const overflow = (e) => getComputedStyle(e).overflowX, named = (e) => e.outerHTML.slice(0, 80);
+  const free = (e) => e && e !== document.body && (overflow(e) === "auto" || overflow(e) === "scroll" ||
+                                                  e.clientWidth === 1 || free(e.parentElement));
   for (const e of document.body.querySelectorAll("*")) {
-    const box = e.getBoundingClientRect(), style = getComputedStyle(e), named = e.outerHTML.slice(0, 80);
-    if (style.visibility === "hidden" || box.width <= 1 || box.height <= 1 || (ignored && e.closest(ignored))) continue;
-    let parent = e.parentElement, free = false;
-    for (; parent && parent !== document.body && !free; parent = parent.parentElement) free = scrolls(parent);
-    if (!free && (box.right > width + 1 || box.left < -1))
+    const box = e.getBoundingClientRect();
+    if (getComputedStyle(e).visibility === "hidden" || box.width <= 1 || (ignored && e.closest(ignored))) continue;
+    if (!free(e.parentElement) && (box.right > width + 1 || box.left < -1))
       found.push("from " + Math.round(box.left) + " to " + Math.round(box.right) + " on a screen of " + width + ": " +
-                 named);
-    if (e instanceof SVGElement || e.clientWidth <= 1 || e.clientHeight <= 1) continue;
-    if (hides(style.overflowX) && e.scrollWidth > e.clientWidth + 1) found.push("cut off at the side: " + named);
-    if (hides(style.overflowY) && e.scrollHeight > e.clientHeight + 1) found.push("cut off below: " + named);
+                 named(e));
+    if (["hidden", "clip"].includes(overflow(e)) && e.clientWidth > 1 &&
+        (e.scrollWidth > e.clientWidth + 1 || e.scrollHeight > e.clientHeight + 1)) found.push("cut off: " + named(e));
   }
   return found;
 }"""
@@ -58,35 +56,41 @@ def _is_local(url):
     return parts.scheme in ("file", "data", "blob", "about") or parts.hostname in LOCAL
 
 
+@functools.cache
+def browser():
+    """Start the browser that all tests of this process share; return its playwright object."""
+    executable = chromium()
+    from playwright.sync_api import sync_playwright
+
+    playwright = sync_playwright().start()
+    atexit.register(playwright.stop)
+    return playwright.chromium.launch(executable_path=executable, args=ARGUMENTS)
+
+
 @contextlib.contextmanager
 def open_page(target, width=1280, height=900):
-    """A playwright page that shows ``target``, a path or a URL, on a screen of ``width`` pixels.
+    """Yield a playwright page that shows ``target``, a path or a URL, on a screen of ``width`` pixels.
 
     ``page.complaints`` collects errors of the console and of scripts, requests that failed, and requests to other
     hosts, which are not let through. ``check_layout`` reads it.
     """
-    executable = chromium()
-    from playwright.sync_api import sync_playwright
-
     url = str(target) if "://" in str(target) else Path(target).resolve().as_uri()
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=executable, args=ARGUMENTS)
-        try:
-            page = browser.new_page(viewport={"width": width, "height": height})
-            page.complaints = []
+    page = browser().new_page(viewport={"width": width, "height": height})
+    page.complaints = []
 
-            def refuse(route):
-                page.complaints.append(f"request to another host: {route.request.url}")
-                route.abort()
+    def refuse(route):
+        page.complaints.append(f"request to another host: {route.request.url}")
+        route.abort()
 
-            page.route(lambda address: not _is_local(address), refuse)
-            page.on("requestfailed", lambda request: page.complaints.append(f"not loaded: {request.url}"))
-            page.on("console", lambda m: page.complaints.append(f"console: {m.text}") if m.type == "error" else None)
-            page.on("pageerror", lambda error: page.complaints.append(f"script: {error}"))
-            page.goto(url)
-            yield page
-        finally:
-            browser.close()
+    try:
+        page.route(lambda address: not _is_local(address), refuse)
+        page.on("requestfailed", lambda request: page.complaints.append(f"not loaded: {request.url}"))
+        page.on("console", lambda m: page.complaints.append(f"console: {m.text}") if m.type == "error" else None)
+        page.on("pageerror", lambda error: page.complaints.append(f"script: {error}"))
+        page.goto(url)
+        yield page
+    finally:
+        page.close()
 
 
 def check_layout(page, ignore=""):
@@ -103,14 +107,16 @@ def check_layout(page, ignore=""):
     from matplotlib.image import imread
 
     for picture in page.query_selector_all("img"):
-        source = (picture.get_attribute("src") or "no src")[:100]
+        source = picture.get_attribute("src") or "no src"
         if not picture.is_visible():
-            assert picture.bounding_box() is None, f"empty picture: {source}"  # None: not displayed at all
+            assert picture.bounding_box() is None, f"empty picture: {source[:100]}"  # None: not displayed at all
             continue
-        picture.scroll_into_view_if_needed()  # so that pictures that are loaded late are there
-        assert picture.evaluate("e => e.complete && e.naturalWidth > 0"), f"not loaded: {source}"
-        pixels = imread(io.BytesIO(picture.screenshot()), format="png")
-        assert pixels.reshape(-1, pixels.shape[-1]).std(axis=0).max() > 0, f"one colour: {source}"
+        loaded = "e => { e.loading = 'eager'; return e.decode().then(() => true, () => false); }"
+        assert picture.evaluate(loaded), f"not loaded: {source[:100]}"
+        inline = source.startswith("data:image/png;base64,")
+        content = base64.b64decode(source.partition(",")[2]) if inline else picture.screenshot()
+        pixels = imread(io.BytesIO(content), format="png")
+        assert pixels.reshape(-1, pixels.shape[-1]).std(axis=0).max() > 0, f"one colour: {source[:100]}"
     cut = page.evaluate(CUT_OFF, ignore)
     assert not cut, "\n".join(cut[:10])
     assert not page.complaints, "\n".join(page.complaints)

@@ -1,4 +1,4 @@
-"""Averages of numbers whose difference is not finite, on the CPU and on a GPU: every pair, and what is right."""
+"""Check averages of every pair of special numbers, whose difference may not be finite, on the CPU and on a GPU."""
 
 import math
 
@@ -10,14 +10,14 @@ MOMENTA = [0.0, 0.25, 0.5, 0.75, 0.996, 1.0]
 
 
 def numbers(dtype):
-    """NaN, infinities, zeros of both signs, and the smallest and largest finite numbers."""
+    """Return NaN, infinities, zeros of both signs, and the smallest normal and largest finite numbers."""
     info = torch.finfo(dtype)
     positive = torch.tensor([math.inf, 0.0, 1.5, info.smallest_normal, info.max], dtype=dtype)
     return torch.cat([positive, -positive, torch.tensor([math.nan], dtype=dtype)])
 
 
 def pairs(target_dtype, source_dtype, repeats=7):
-    """(target, source): every two of the numbers, among ordinary ones: at the ends of vectors and inside of them."""
+    """Return (target, source): every pair of special numbers among ordinary ones, at the ends of vectors and inside."""
     t, s = numbers(target_dtype), numbers(source_dtype)
     t, s = t.repeat_interleave(len(s)).repeat(repeats), s.repeat(len(t)).repeat(repeats)
     ordinary = (torch.arange(t.numel()) // 11) % 3 == 0  # stretches without a special number
@@ -26,7 +26,7 @@ def pairs(target_dtype, source_dtype, repeats=7):
 
 
 def mean(t, s, momentum):
-    """``m t + (1 - m) s`` of two numbers; an infinity of weight 0 does not count, and NaN stays NaN."""
+    """Return ``m t + (1 - m) s`` of two numbers; an infinity of weight 0 is ignored, and NaN stays NaN."""
     if math.isnan(t) or math.isnan(s):
         return math.nan
     if momentum in (0, 1):
@@ -37,7 +37,7 @@ def mean(t, s, momentum):
 def check(impl, target_dtype, source_dtype, momentum, device="cpu", **arguments):
     t, s = pairs(target_dtype, source_dtype)
     wide = torch.float64 if target_dtype == torch.float64 else torch.float32
-    seen = s.to(wide)  # a float64 source is a number of the target's arithmetic first
+    seen = s.to(wide)  # the kernel first rounds a float64 source to the dtype of the arithmetic
     want = torch.tensor([mean(*x, momentum) for x in zip(t.tolist(), seen.tolist(), strict=True)], dtype=torch.float64)
     got = t.to(device, copy=True)
     sk.ema_update_([got], [s.to(device)], momentum, impl=impl, **arguments)
@@ -45,7 +45,7 @@ def check(impl, target_dtype, source_dtype, momentum, device="cpu", **arguments)
     info = torch.finfo(target_dtype)
     kind = f"{target_dtype} {source_dtype} {momentum}"
     assert torch.equal(got.isnan(), want.isnan()), kind
-    # What is beyond the largest number once it is rounded is infinite too; so is a float32 source beyond float16's.
+    # A result beyond the largest number after rounding is infinite; so is a float32 source beyond float16's range.
     infinite = want.to(target_dtype).isinf()
     assert torch.equal(got[infinite], want.to(target_dtype).double()[infinite]), kind
     finite = want.isfinite() & ~infinite
@@ -53,7 +53,7 @@ def check(impl, target_dtype, source_dtype, momentum, device="cpu", **arguments)
     allowed = info.eps * (2 if arguments else 1) * want[finite].abs() + info.smallest_normal * info.eps
     allowed += 4 * torch.finfo(wide).eps * (momentum * sizes[0] + (1 - momentum) * sizes[1])
     assert ((got[finite] - want[finite]).abs() <= allowed).all(), kind
-    if momentum in (0, 1) and not arguments:  # exactly an end, whatever infinity is at the other one
+    if momentum in (0, 1) and not arguments:  # exactly one of the two numbers, even if the other is infinite
         own, other = (t, s) if momentum else (s, t)
         exact = other.isinf() & ~own.isnan() & finite
         assert torch.equal(got[exact], own[exact].to(target_dtype).double()), kind

@@ -1,4 +1,4 @@
-"""What the tests of the fused optimizers share, on the CPU and on a GPU: models, runs beside torch.optim, bounds."""
+"""Shared code of the fused optimizers' tests, on the CPU and on a GPU: models, comparison with torch.optim, bounds."""
 
 import copy
 
@@ -29,7 +29,7 @@ CASE_IDS = [*(f"SGD {name}" for name in SGD_CASES), *(f"AdamW {name}" for name i
 
 
 class Weights(nn.Module):
-    """Parameters of many shapes, one of them channels_last, and buffers."""
+    """A model with parameters of many shapes, one of them channels_last, and buffers."""
 
     def __init__(self, dtype=torch.float32, shapes=SHAPES):
         super().__init__()
@@ -42,13 +42,13 @@ class Weights(nn.Module):
 
 
 def set_grads(model, step):
-    """The same for every dtype and device, up to rounding."""
+    """Set gradients that are the same for every dtype and device, up to rounding."""
     for i, p in enumerate(model.parameters()):
         p.grad = randn(*p.shape, dtype=p.dtype, seed=1000 * step + i).to(p.device)
 
 
 def average_of(model, **arguments):
-    """An EMA whose target has moved away from the model; without a warning for low precision."""
+    """Return an EMA whose target differs from the model; it gives no warning for low precision."""
     arguments = {"momentum": 0.7, "dtype": torch.float32} | arguments
     ema = sk.EMA(model, **arguments)
     for i, p in enumerate(ema.module.parameters()):
@@ -61,10 +61,11 @@ def distance(got, want):
 
 
 def compare(impl, device, ours, theirs, arguments, dtype, target_dtype, steps=4, **ema_arguments):
-    """Parameters and state like torch's, as near to float64's as torch's own; the target as ``ema_update_`` has it."""
+    """Check that parameters and state are as close to float64 as torch's own, and that the target equals
+    ``ema_update_``'s."""
     model = Weights(dtype).to(device)
     eager, wide = copy.deepcopy(model), copy.deepcopy(model).double()
-    # Eager arithmetic in float64 from what was the same numbers.
+    # The truth is torch's optimizer in float64, from the same numbers.
     truth = theirs(wide.parameters(), **arguments)
     yardstick = theirs(eager.parameters(), foreach=False, **arguments)
     ema = average_of(model, dtype=target_dtype, impl=impl, **ema_arguments)

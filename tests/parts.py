@@ -1,4 +1,4 @@
-"""What the processes of a group do for one loss, one after the other in this process."""
+"""Run what the processes of a group do for one loss, one after the other in this process."""
 
 import torch
 from helpers import assert_within, info_nce_call, randn, run, temperature_rounding
@@ -10,7 +10,7 @@ from selfsup_kernels.info_nce.call import Saved
 
 
 def in_parts(impl, views, sizes, temperature, upstream, objective, labels=None, queue=None, core=-1, normalize=True):
-    """(losses (V, B), gradient of the views, of the temperature) of a batch of which process r has ``sizes[r]``."""
+    """Return (losses (V, B), gradients of the views and the temperature); process r has ``sizes[r]`` samples."""
     call = info_nce_call(views, labels, queue, objective, core, normalize, temperature=temperature)
     calls = [call._replace(first=sum(sizes[:r]), count=size) for r, size in enumerate(sizes)]
     forward, backward = (ops.get(f"info_nce_{way}", impl) for way in ("forward", "backward"))
@@ -30,11 +30,11 @@ def in_parts(impl, views, sizes, temperature, upstream, objective, labels=None, 
 
 
 def compare_parts(impl, views, sizes, objective, temperature=0.1, labels=None, queue=None, core=-1, normalize=True):
-    """Values and gradients of ``in_parts`` against the dense loss of the whole batch."""
+    """Compare values and gradients of ``in_parts`` with the dense loss of the whole batch."""
     assert sum(sizes) == views.shape[1]
     dtype = views.dtype
     upstream = randn(*views.shape[:2], dtype=ops.accumulation_dtype(dtype), seed=99).to(views.device)
-    # The temperature as the kernels have it, a number; as a tensor for autograd.
+    # The kernels take the temperature as a number, rounded to the dtype of the views.
     number = torch.tensor(temperature, dtype=dtype).item()
     known = {"objective": objective, "labels": labels, "core_view": core if core >= 0 else None, "normalize": normalize}
     ours = in_parts(impl, views, sizes, number, upstream, objective, labels, queue, core, normalize)

@@ -127,7 +127,7 @@ def loop(method, count, around=lambda loader: loader):
 
 
 def tiny():
-    """An encoder that takes next to no memory beside its images."""
+    """Make an encoder that takes hardly more memory than its images."""
     return nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, 16))
 
 

@@ -1,5 +1,5 @@
-"""Processes that form groups (gloo, on the CPU). They are started once and run many functions, since starting one takes
-longer than nearly all of what they are asked to do."""
+"""Processes that form groups (gloo, on the CPU). They are started once and run many functions, since starting a process
+takes longer than nearly all of these functions."""
 
 import contextlib
 import datetime
@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 TIMEOUT = 600.0
-"""Seconds that a process waits for the others: none of them dies but on purpose, and that is seen at once."""
+"""Seconds that a process waits for its peers. A process only dies if a test wants it to, and peers notice at once."""
 
 
 def _work(rank, size, store, pipe):
@@ -50,7 +50,7 @@ class Ranks:
             self._processes.append(process)
 
     def run(self, world, function, *arguments):
-        """The results by rank. ``function`` is a module's own; an error in any process is an AssertionError here."""
+        """Return the results by rank. ``function`` is a module's; an error in a process is an AssertionError here."""
         self.start(world, function, *arguments)
         answers = [self.answer(rank) for rank in range(world)]
         for rank, (_, error) in enumerate(answers):
@@ -62,13 +62,13 @@ class Ranks:
             pipe.send((function, world, arguments))
 
     def answer(self, rank):
-        """(result, error) of what was started."""
+        """Return (result, error) of the started function."""
         assert self._pipes[rank].poll(2 * TIMEOUT), f"rank {rank} does not answer"
         return self._pipes[rank].recv()
 
     def close(self):
         for pipe in self._pipes:
-            with contextlib.suppress(BrokenPipeError):  # of a process that has ended, or is about to
+            with contextlib.suppress(BrokenPipeError):  # the process has ended, or is about to
                 pipe.send(None)
         for process in self._processes:
             process.join(10)

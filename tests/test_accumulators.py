@@ -1,7 +1,7 @@
-"""What tensor cores lose where they add up, simulated: why the Triton gradient's sums are over so many columns at most.
+"""Simulate the truncation error of tensor-core sums, which limits the columns per sum in the Triton gradient.
 
-The model is what was found of Hopper's: the products of one instruction and the accumulator are aligned to the largest
-of them, cut off 25 bits below its first, and the sum is cut to 24 bits. Nobody has compared it with a GPU here.
+The model is the published one of Hopper: the products of one instruction and the accumulator are aligned to the largest
+of them and truncated 25 bits below its leading bit; the sum is truncated to 24 bits. It was not compared with a GPU.
 """
 
 import numpy as np
@@ -11,11 +11,11 @@ import torch
 pytest.importorskip("triton")
 from selfsup_kernels.tiles.gradient import MOST_COLUMNS
 
-DEPTH, BITS, DIM = 16, 25, 32  # products of 16 bits an instruction adds up; bits kept; features, each a sum of its own
+DEPTH, BITS, DIM = 16, 25, 32  # 16-bit products per instruction; bits kept; features (independent sums)
 
 
 def add_up(products):
-    """(columns, DIM) float64 products to sums, as a tensor core adds them."""
+    """Sum float64 products (columns, DIM) over the columns as a tensor core does."""
     total = np.zeros(products.shape[1])
     for part in products.reshape(-1, DEPTH, products.shape[1]):
         terms = np.vstack([total, part])
@@ -26,7 +26,7 @@ def add_up(products):
 
 
 def loss_of(columns, shared):
-    """The relative error of sums of weighted unit rows; ``shared`` rows have a direction in common."""
+    """Return the relative error of sums of weighted unit rows; ``shared`` rows have a common direction."""
     generator = np.random.default_rng(0)
     rows = generator.standard_normal((columns, DIM)) + (0.7 * generator.standard_normal(DIM) if shared else 0)
     rows = torch.from_numpy(rows / np.linalg.norm(rows, axis=1, keepdims=True)).bfloat16().double().numpy()
@@ -35,8 +35,8 @@ def loss_of(columns, shared):
     return np.linalg.norm(add_up(weights * rows) - exact) / np.linalg.norm(exact)
 
 
-def test_the_limit_keeps_the_loss_below_what_rounding_the_result_may_lose():
+def test_the_column_limit_keeps_the_error_below_the_rounding_of_the_result():
     half = torch.finfo(torch.float16).eps / 2
     assert loss_of(MOST_COLUMNS, shared=False) < half
     assert loss_of(MOST_COLUMNS, shared=True) < half
-    assert loss_of(4 * MOST_COLUMNS, shared=True) > 2 * half  # in proportion to the columns: without a limit it is seen
+    assert loss_of(4 * MOST_COLUMNS, shared=True) > 2 * half  # the error is proportional to the number of columns

@@ -1,4 +1,4 @@
-"""What bad input to the losses gets: an exception that names the argument, and says what was expected and what came."""
+"""Bad input to the losses raises an exception that names the argument, the expected value and the given one."""
 
 import math
 import re
@@ -177,7 +177,7 @@ def test_impl_cpu_refuses_tensors_elsewhere():
         ("triton", "ema_update_", lambda impl: ema_update_([VIEWS.clone()], [VIEWS], 0.5, impl=impl)),
     ],
 )
-def test_impl_that_the_op_lacks(impl, op, call):
+def test_an_impl_that_the_op_does_not_have(impl, op, call):
     other = "triton" if impl == "cuda" else "cuda"
     message = f"impl='{impl}' has no {op}, which reference, cpu, {other} have; use impl='auto'"
     with pytest.raises(RuntimeError, match=re.escape(message)):
@@ -244,7 +244,7 @@ def test_second_derivative_is_refused(impl, loss):
 
 
 def test_second_derivative_in_the_upstream_gradient_is_refused(impl):
-    """The gradient is linear in it: not zero either."""
+    """The gradient is linear in the upstream gradient, so this second derivative is not zero either."""
     weight, x = torch.tensor(2.0, requires_grad=True), VIEWS.clone().requires_grad_()
     for loss in (info_nce_loss(x, impl=impl), byol_loss(x, VIEWS.flip(0), impl=impl)):
         (grad,) = torch.autograd.grad(weight * loss, x, create_graph=True)
@@ -253,14 +253,14 @@ def test_second_derivative_in_the_upstream_gradient_is_refused(impl):
 
 
 def test_gradient_of_something_else_in_a_graph_of_gradients(impl):
-    """``create_graph=True`` for another term does not trip over ours while ours is not differentiated again."""
+    """``create_graph=True`` for another term works as long as our gradient is not differentiated again."""
     x = VIEWS.clone().requires_grad_()
     torch.autograd.grad(info_nce_loss(x, impl=impl), x, create_graph=True)
     (penalty,) = torch.autograd.grad((x**3).sum(), x, create_graph=True)
     assert torch.equal(torch.autograd.grad(penalty.sum(), x)[0], 6 * VIEWS)
 
 
-def test_arguments_are_left_as_they_were(impl):
+def test_arguments_are_not_modified(impl):
     x, queue, labels = VIEWS.clone(), randn(3, 8), LABELS.clone()
     info_nce_loss(x.requires_grad_(), queue=queue, labels=labels, impl=impl).backward()
     byol_loss(x, VIEWS, impl=impl).backward()

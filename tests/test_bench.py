@@ -16,7 +16,7 @@ import torch
 
 from selfsup_kernels.core import info
 from selfsup_kernels.lab import fresh
-from selfsup_kernels.lab.bench import cli, results, rivals, timing
+from selfsup_kernels.lab.bench import baselines, cli, results, timing
 from selfsup_kernels.lab.bench import suite as engine
 from selfsup_kernels.lab.bench.workloads import case
 
@@ -120,7 +120,7 @@ def test_numbers_follow_from_each_other(run):
         assert row["fraction"] == pytest.approx(row["gb_per_s"] / bandwidth)
 
 
-def test_one_line_of_csv_for_each_case_part_and_rival(run):
+def test_one_line_of_csv_for_each_case_part_and_baseline(run):
     out, data, _ = run
     with (out / "all.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
@@ -162,16 +162,13 @@ def test_the_tables_say_what_the_files_say(run):
 # ---------------------------------------------------------------- what does not fit, or fails
 
 OWN = """
-import os, signal, time, torch
+import time, torch
 
 def mean(views):
     return views.square().mean()
 
 def petabyte(views):
     return torch.empty(2**48, dtype=torch.float64).sum() + mean(views)
-
-def killed(views):
-    os.kill(os.getpid(), signal.SIGKILL)
 
 def hangs(views):
     time.sleep(600 if views.shape[1] > 16 else 0)
@@ -199,16 +196,14 @@ def measured(names, **options):
     return rows
 
 
-def test_a_rival_that_fails_hides_nothing(own, monkeypatch):
+def test_a_baseline_that_fails_hides_nothing(own, monkeypatch):
     monkeypatch.setattr(engine.host_memory, "available", lambda: 2 * 10**9)
-    names = [OURS, *(f"own_losses:{name}" for name in ("petabyte", "killed", "wrong", "mean"))]
-    for row in measured(names, rounds=3):
-        assert set(row["times"]) == {OURS, "own_losses:mean"}
-        for name in ("petabyte", "killed"):
-            assert row["unavailable"][f"own_losses:{name}"].startswith("out of memory: 2.0 GB were available")
+    for row in measured([f"own_losses:{name}" for name in ("petabyte", "wrong", "mean")], rounds=3):
+        assert set(row["times"]) == {"own_losses:mean"}
+        assert row["unavailable"]["own_losses:petabyte"].startswith("out of memory: 2.0 GB were available")
         assert row["unavailable"]["own_losses:wrong"] == "ValueError: not today"
         assert row["errors"]["own_losses:mean"]["loss"] > 0.1
-        assert row["peak_bytes"][OURS] < 10**8
+        assert row["peak_bytes"]["own_losses:mean"] < 10**8
 
 
 def test_what_takes_too_long_is_skipped(own, monkeypatch):
@@ -253,13 +248,13 @@ def test_what_is_fast_is_called_more_often_and_preparing_is_not_timed(monkeypatc
         ("--impl", "gpu", "auto, reference"),
         ("--vs", "lightning", "lightly"),
         *(("--vs", v, "MODULE:CALLABLE") for v in ("os:no_such", "no_such_module:loss", "os:name", "unfinished:mean")),
-        ("--batch", "1", "at least 2"),
-        ("--views", "2,x", "at least 2"),
-        ("--dim", "0", "at least 1"),
+        ("--batch", "1", ">= 2"),
+        ("--views", "x", ">= 2"),
+        ("--dim", "0", ">= 1"),
         ("--model", "AlexNet", "ResNet-50"),
         ("--dtype", ",", "bfloat16"),
         ("--device", "tpu", "cpu"),
-        ("--seconds", "0", "at least"),
+        ("--seconds", "0", ">= 0.01"),
         ("--rounds", "2.5", "whole number"),
         ("--json", "/proc/none/out.json", "can be written"),
         ("--html", "/", "can be written"),
@@ -290,12 +285,12 @@ PML = "pytorch-metric-learning"
         ((), "info_nce", [OURS, "eager", "compile"]),
         ((), "ema", [OURS, "foreach_lerp", "loop"]),
         (("--vs", "none", "--impl", "cpu"), "byol", ["impl='cpu'"]),
-        (("--vs", "all"), "info_nce", [OURS, *rivals.RIVALS["info_nce"]]),
+        (("--vs", "all"), "info_nce", [OURS, *baselines.BASELINES["info_nce"]]),
         (("--vs", PML.upper(), "--op", "info_nce"), "info_nce", [OURS, PML, f"{PML} NTXentLoss"]),
         (("--vs", "swa_utils,lightly"), "ema", [OURS, "swa_utils", "lightly"]),
     ],
 )
-def test_names_of_rivals(arguments, op, names):
+def test_names_of_baselines(arguments, op, names):
     assert {made.op: columns for made, columns in cli.Plan(options(*arguments)).cases}[op] == names
 
 

@@ -68,27 +68,31 @@ def repository(tmp_path, monkeypatch):
     return make
 
 
-def measure(tmp_path, batch=8, **options):
+def measure(tmp_path, batches=(8,), **options):
     out = tmp_path / "out" / "compared.json"
-    cases = [workloads.case("info_nce", batch=batch, dim=4)]
+    cases = [workloads.case("info_nce", batch=batch, dim=4) for batch in batches]
     status = base.main(cases, "cpu", seconds=0.0, json_path=out, **options)
     return status, json.loads(out.read_text()) if out.exists() else None
 
 
-def test_a_slower_commit_is_flagged(repository, tmp_path, capsys):
+def test_a_slower_commit_is_flagged_and_what_a_version_refuses_is_no_ratio(repository, tmp_path, capsys):
     root = repository(0.002, 0.05)
-    status, result = measure(tmp_path)
+    status, result = measure(tmp_path, (8, 13))
     assert status == 1
-    assert [row["part"] for row in result["rows"]] == ["forward", "both"]
-    for row in result["rows"]:
+    slower, refused = result["rows"][:2], result["rows"][2:]
+    assert [row["part"] for row in slower] == [row["part"] for row in refused] == ["forward", "both"]
+    for row in slower:
         assert row["verdict"] == "slower"
         assert row["ratio"] > 3
         assert {"base", "head"} == set(row["times"])
+    for row in refused:
+        assert (row["verdict"], row["reason"]) == ("not measured", "base: ValueError: thirteen")
+        assert "ratio" not in row
     assert "takes 0.002 s" in result["header"]["names"]["base"]
     assert "takes 0.05 s" in result["header"]["names"]["head"]
     assert {side["impl"] for side in result["header"]["sides"].values()} == {"made up"}
     printed = capsys.readouterr().out
-    assert "2 of 2 slower" in printed
+    assert "2 of 4 slower" in printed
     assert "building" in printed
     # A change that is not committed is compared with the commit that is checked out.
     (root / "selfsup_kernels" / "__init__.py").write_text(PACKAGE.format(seconds=0.002))
@@ -96,15 +100,6 @@ def test_a_slower_commit_is_flagged(repository, tmp_path, capsys):
     assert status == 0
     assert {row["verdict"] for row in result["rows"]} == {"faster"}
     assert result["header"]["names"]["head"].endswith("with changes")
-
-
-def test_what_a_version_refuses_is_no_ratio(repository, tmp_path):
-    repository(0.001, 0.0011)
-    status, result = measure(tmp_path, batch=13)
-    assert status == 0
-    for row in result["rows"]:
-        assert (row["verdict"], row["reason"]) == ("not measured", "base: ValueError: thirteen")
-        assert "ratio" not in row
 
 
 def test_what_cannot_be_compared_is_one_line(repository, tmp_path, capsys, monkeypatch):

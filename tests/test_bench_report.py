@@ -35,29 +35,33 @@ ROWS = [made_up("info_nce", "both", {"selfsup_kernels": 1.0, "eager": 2.0}), LAR
 NOTHING = [made_up("info_nce", "both", {}, unavailable={"selfsup_kernels": "out of memory"})]
 
 
-@pytest.mark.parametrize("width", [390, 1280])
-@pytest.mark.parametrize(("rows", "pictures"), [(None, 20), (ROWS, 3), (NOTHING, 1)], ids=["all", "few", "none"])
-@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
-def test_page_in_a_browser(folder, rows, pictures, width, tmp_path):
+@pytest.mark.parametrize(
+    ("folder", "rows", "pictures"),
+    [*((folder, None, 20) for folder in FOLDERS), (FOLDERS[0], ROWS, 3), (FOLDERS[0], NOTHING, 1)],
+    ids=[*(folder.name for folder in FOLDERS), "few", "none"],
+)
+def test_page_in_a_browser(folder, rows, pictures, tmp_path):
     from selfsup_kernels.lab.bench import report
 
     found = [json.loads((folder / f"{op}.json").read_text()) for op in tables.TITLES]
     rows = rows or [row for data in found for row in data["rows"]]
     report.write(tmp_path / "page.html", found[0]["header"], rows)
     assert not re.search(r"(src|href)=.https?:", (tmp_path / "page.html").read_text())
-    with open_page(tmp_path / "page.html", width=width) as page:
+    with open_page(tmp_path / "page.html", width=390) as page:
+        check_layout(page)
+        page.set_viewport_size({"width": 1280, "height": 900})
         check_layout(page)
         sentence, numbers = tables.answer(rows)
         assert page.inner_text("h1") == sentence
-        assert page.locator(".numbers b").all_inner_texts() == [number for number, _ in numbers]
+        assert page.locator(".numbers dd").all_inner_texts() == [number for number, _ in numbers]
         assert page.locator("img").count() >= pictures
 
 
 def test_answer():
-    """The largest case that a rival has a time for, and three numbers."""
+    """The largest case that a baseline has a time for, and three numbers."""
     sentence, numbers = tables.answer(ROWS)
     assert sentence == (
-        "InfoNCE (views 2, B 4096, D 128, dtype float32) takes 100 ms; eager, the fastest rival, takes 1000 ms."
+        "InfoNCE (views 2, B 4096, D 128, dtype float32) takes 100 ms; eager, the fastest baseline, takes 1000 ms."
     )
     assert [number for number, _ in numbers] == ["10x", "200x", "50 %"]
     assert [number for number, _ in tables.answer([EMA])[1]] == ["0.857x", "50 %"]
@@ -72,7 +76,7 @@ def test_answer():
 def test_errors_beyond_rounding_are_flagged(dtype, error, style):
     errors = {"selfsup_kernels": {"loss": 1e-8}, "eager": {"loss": error, "rows": 64}}
     row = made_up("info_nce", "both", {"selfsup_kernels": 1.0, "eager": 2.0}, dtype=dtype, errors=errors)
-    assert [style for _, style in tables.make("info_nce", [row]).lines] == ["ours", style]
+    assert tables.make("info_nce", [row]).styles == ["ours", style]
     assert tables.worst(row, "eager") == (math.inf if error is None else error)
 
 

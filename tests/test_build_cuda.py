@@ -1,4 +1,4 @@
-"""The build of the CUDA library: when it is tried, for which GPUs, what it says where it cannot be, what was built."""
+"""Test the build of the CUDA library: when it runs, for which GPUs, its messages if it cannot, and its result."""
 
 import shutil
 import subprocess
@@ -29,13 +29,13 @@ case "$*" in
      {action} ;;
 esac
 """
-# Where -o says, something that is no library: what is asked here is what is done, not whether it is good.
+# Writes a file that is not a library to the path of -o: these tests check the commands, not the result.
 WRITES = 'while [ $# -gt 1 ]; do if [ "$1" = -o ]; then echo built > "$2"; fi; shift; done'
 
 
 @pytest.fixture
 def toolkit(tmp_path, monkeypatch):
-    """A folder that looks like a toolkit. A function of its release, and of what its compiler does."""
+    """Return a function that makes a fake toolkit of a release, whose compiler runs a given shell command."""
 
     def make(release="13.0", action="exit 1", more="sm_100\nsm_120\n"):
         home = tmp_path / f"cuda-{release}"
@@ -56,7 +56,7 @@ def build_library(tree, **environment):  # noqa: F811
 
 
 def one_line(built):
-    """The error that a build ended with."""
+    """Return the last line of a failed build, its error."""
     assert built.returncode != 0
     line = built.stderr.strip().splitlines()[-1]
     assert line.startswith("selfsup_kernels: no CUDA library: ")
@@ -100,7 +100,7 @@ def test_architectures_and_jobs_reach_the_compiler(tree, toolkit):  # noqa: F811
 
 
 def test_another_build_takes_an_old_library_away(tree, toolkit):  # noqa: F811
-    """It would be taken for the new one's, which has a record that says otherwise."""
+    """A failed build removes the old library, which the new record would not describe."""
     toolkit(action=WRITES)
     assert build_library(tree).returncode == 0
     toolkit()
@@ -108,16 +108,16 @@ def test_another_build_takes_an_old_library_away(tree, toolkit):  # noqa: F811
     assert not list(tree.rglob("selfsup_kernels/_CUDA*.so"))
 
 
-# ---------------------------------------------------------------- when it is tried
+# ---------------------------------------------------------------- when the library is built
 
 
 def prepare(cuda, force=False):
     return build_cuda.prepare("2.13.0", cuda, force)
 
 
-def test_when_it_is_tried(toolkit):
+def test_when_the_library_is_built(toolkit):
     toolkit("13.1")
-    assert prepare("13.0").version == (13, 1)  # the major version counts
+    assert prepare("13.0").version == (13, 1)  # only the major version has to match
     assert prepare(None, force=True).version == prepare("12.8", force=True).version == (13, 1)
     with pytest.raises(build_cuda.Unavailable, match=r"built without CUDA.*FORCE_CUDA=1"):
         prepare(None)
@@ -126,7 +126,7 @@ def test_when_it_is_tried(toolkit):
 
 
 def setup_cuda(monkeypatch, tmp_path, cuda, **environment):
-    """What setup.py's step for the CUDA library returns beside a torch of that version of CUDA."""
+    """Run setup.py's step for the CUDA library with a torch of the given CUDA version; return its result."""
     import setuptools
 
     for name, value in environment.items():
@@ -138,7 +138,7 @@ def setup_cuda(monkeypatch, tmp_path, cuda, **environment):
     return space["_cuda"](tmp_path / "out")
 
 
-def test_a_failure_is_recorded_and_fails_only_what_asks(toolkit, monkeypatch, tmp_path):
+def test_a_failure_is_recorded_and_is_an_error_only_if_the_library_was_requested(toolkit, monkeypatch, tmp_path):
     (tmp_path / "out").mkdir()
     arguments = (monkeypatch, tmp_path)
     monkeypatch.setattr(build_cuda, "ROOT", tmp_path)
@@ -149,7 +149,7 @@ def test_a_failure_is_recorded_and_fails_only_what_asks(toolkit, monkeypatch, tm
     assert skipped == {"cuda_failure": "SELFSUP_KERNELS_SKIP_CUDA_BUILD was set."}
     monkeypatch.delenv("SELFSUP_KERNELS_SKIP_CUDA_BUILD")
     monkeypatch.delenv("FORCE_CUDA")
-    # No toolkit that fits is no failure of a build; one that fits and fails is.
+    # The build succeeds without a suitable toolkit, and fails if a suitable one fails.
     assert "too old" in setup_cuda(*arguments, "12.5")["cuda_failure"]
     toolkit("12.8")
     with pytest.raises(SystemExit, match=r"nvcc failed.*\nType: SELFSUP_KERNELS_SKIP_CUDA_BUILD=1 pip install"):
@@ -175,7 +175,7 @@ def test_architectures(toolkit):
 # ---------------------------------------------------------------- what was built
 
 
-def test_what_the_record_says_is_what_is_there():
+def test_the_record_matches_the_library():
     facts = build.record()
     if not LIBRARY.exists():
         assert "cuda_architectures" not in facts
@@ -185,10 +185,10 @@ def test_what_the_record_says_is_what_is_there():
 
 
 def test_the_library_registers_every_op():
-    """In the torch that runs this, which may be older than the one it was built against, and without a GPU."""
+    """The ops are registered in the torch that runs the tests, which may be older than the build's, without a GPU."""
     if not LIBRARY.exists():
         pytest.skip("the CUDA library is not built")
-    if torch.version.cuda is None:  # lazily, in a process of its own: this torch cannot run it
+    if torch.version.cuda is None:  # this torch cannot load it normally; a separate process does so lazily
         command = [sys.executable, str(ROOT / "benchmarks" / "cuda_static.py"), "--contents"]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
@@ -203,8 +203,8 @@ def test_an_op_that_is_not_registered_is_found():
     assert {"byol_forward", "ema_update_"} <= set(cuda_static.without_kernel())
 
 
-def test_the_runtime_is_inside():
-    """So that one library serves several versions of CUDA; and its symbols do not get in the way of torch's."""
+def test_the_cuda_runtime_is_linked_statically():
+    """One library serves several versions of CUDA, and its symbols do not clash with torch's."""
     if not LIBRARY.exists() or shutil.which("nm") is None:
         pytest.skip("the CUDA library is not built, or there is no nm")
 
@@ -215,7 +215,7 @@ def test_the_runtime_is_inside():
     assert not [line for line in symbols("--defined-only").splitlines() if "cuda" in line.lower() and " T " in line]
 
 
-# ---------------------------------------------------------------- the gates on its machine code
+# ---------------------------------------------------------------- the checks of its machine code
 
 SYMBOL = "_ZN15selfsup_kernels4cuda39_GLOBAL__N__b8c9e04e_7_byol_cu_68e8a845{}IfLi{}ELi8ELb1EEEvNS1_10ParametersIT_EE"
 USAGE = """
@@ -251,12 +251,12 @@ def findings(name="byol_forward_kernel", numbers=4, stack=0, load="LDG.E.128.CON
     return cuda_static.problems(found), found
 
 
-def test_the_gates_can_fail():
+def test_the_machine_code_checks_report_each_problem():
     assert findings()[0] == []
     assert findings(stack=16)[0] == ["stack frame of 16 bytes"]
     assert findings(store="STL")[0] == ["1 accesses to local memory"]
     assert findings(load="LDG.E.64")[0] == ["no 128-bit loads"]
-    assert findings(load="LDG.E", numbers=1)[0] == []  # for rows that are not aligned
+    assert findings(load="LDG.E", numbers=1)[0] == []  # the kernel for unaligned rows
     _, fine = findings()
     assert cuda_static.problems(fine._replace(registers=72)) == ["72 registers, with 4 blocks of 256 threads"]
 
@@ -273,8 +273,8 @@ __global__ void __launch_bounds__(256) spills_kernel(float* x, int n) {
 """
 
 
-def test_the_gates_fail_a_real_library(tmp_path):
-    """A kernel with an array that no register can hold."""
+def test_the_machine_code_checks_fail_for_a_real_library(tmp_path):
+    """The library has a kernel with an array that does not fit in registers."""
     if NVCC is None:
         pytest.skip("there is no nvcc")
     source = tmp_path / "spills.cu"

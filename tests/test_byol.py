@@ -1,4 +1,4 @@
-"""The BYOL loss: values and gradients against the dense loss in float64, and the conventions of its edges."""
+"""Test the BYOL loss: values and gradients against the dense loss in float64, and its conventions in edge cases."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def compare(impl, predictions, targets, upstream=None, floor=0.0, **arguments):
 def test_values_and_gradients(impl, reduction, size, dtype):
     predictions, targets = randn(*size, dtype=dtype), randn(*size, dtype=dtype, seed=1)
     upstream = randn(*size[:2], seed=2) if reduction == "none" else torch.tensor(-0.75)
-    # Of one feature the cosine is +-1 and the gradient zero: what remains is rounding of 2 - 2 and of 1 / |p|.
+    # With one feature the cosine is +-1, so the gradient is only the rounding of 2 - 2 and 1 / |p|.
     floor = 0.0
     if size[-1] == 1:
         floor = 8 * torch.finfo(dtype).eps * upstream.abs().max().item() / predictions.abs().min().item()
@@ -56,7 +56,7 @@ def test_pairs(impl, size, dtype):
 
 @pytest.mark.parametrize("num_views", [2, 3, 5])
 def test_against_loops(impl, num_views):
-    """The definition, term by term; at two views the mean of the two terms of the paper's symmetrised loss."""
+    """The loss equals its definition term by term; at two views, the mean of the paper's two symmetrised terms."""
     p, t = randn(num_views, 4, 6, dtype=torch.float64), randn(num_views, 4, 6, dtype=torch.float64, seed=1)
     want = torch.empty(num_views, 4, dtype=torch.float64)
     for u in range(num_views):
@@ -81,8 +81,8 @@ def test_two_views_are_the_mean_of_two_pairs(impl):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("eps", [1e-12, 1e-8, 1e-6, 0.5])
-def test_the_floor_of_the_norm_is_a_parameter(impl, eps, dtype):
-    """Also where it bites: below it the norm is a constant, and the gradient has no projection."""
+def test_eps_is_the_floor_of_the_norm(impl, eps, dtype):
+    """Below eps the norm is a constant, and the gradient has no projection."""
     predictions, targets = randn(3, 9, 6, dtype=dtype), randn(3, 9, 6, dtype=dtype, seed=1)
     predictions[0, 0] = 0
     predictions[1, 1] *= eps / 100
@@ -112,15 +112,15 @@ def test_length_of_the_rows_does_not_matter(impl, size, dtype):
 def test_near_zero_loss(impl, dtype):
     predictions = randn(2, 17, 64, dtype=dtype)[:1].expand(2, -1, -1)
     targets = predictions + 1e-3 * randn(2, 17, 64, dtype=dtype, seed=1)
-    # 2 - 2 cos holds eps whatever it comes to; the gradient is the difference of two unit rows, over the length.
+    # 2 - 2 cos has an absolute error of eps; the gradient is the difference of two unit rows over the length.
     compare(impl, predictions, targets, floor=4 * torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=["nan", "inf", "-inf"])
 @pytest.mark.parametrize("where", ["predictions", "targets"])
-def test_nan_and_inf_reach_what_they_reach_in_the_dense_loss(impl, where, value):
-    """A row of the predictions reaches itself, a row of the targets the other views of its sample; ours, by way of the
-    sum over the targets, its own view of that sample as well. Nothing else, and nothing comes out finite."""
+def test_nan_and_inf_spread_as_in_the_dense_loss(impl, where, value):
+    """A prediction row spoils itself; a target row spoils the other views of its sample and, since ours sums over the
+    targets, its own view. All other rows are right, and every row that the dense loss spoils is not finite."""
     p, t = randn(3, 20, 40), randn(3, 20, 40, seed=1)
     (p if where == "predictions" else t)[1, 4, 37] = value
     got = run(byol_loss, p, t, reduction="none", impl=impl)
@@ -161,7 +161,7 @@ def test_one_sample_is_enough(impl):
         ((1e19, 1e19), torch.float32),
         ((1e30, 1e30), torch.bfloat16),
         ((1e-22, 1e-22), torch.float32),
-        # At the ends of the range in which the CPU multiplies rows as they are, and on both sides of one.
+        # Around both ends of the range in which the CPU multiplies rows without scaling them first.
         ((1e18, 1e18), torch.float32),
         ((1e-14, 1e-14), torch.float32),
         ((1e18, 1e-14), torch.float32),
@@ -170,7 +170,7 @@ def test_one_sample_is_enough(impl):
     ],
 )
 def test_long_and_short_rows(impl, num_views, sizes, dtype):
-    """The product of two norms leaves the range of float32; the cosine does not."""
+    """Losses are right although the product of two norms leaves the range of float32."""
     p, t = (randn(num_views, 6, 40, seed=seed).mul(sizes[seed]).to(dtype) for seed in (0, 1))
     if num_views == 1:
         p, t = p[0], t[0]

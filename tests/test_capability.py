@@ -1,4 +1,4 @@
-"""Every instruction set that this processor has, not only the widest, which the other tests run on."""
+"""Run selected tests on the narrower instruction sets of this processor; all other tests use the widest."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ FILES = ["test_info_nce.py", "test_info_nce_precision.py", "test_byol.py", "test
 
 @pytest.mark.parametrize("capability", ["avx2", "default"] if "cpu" in IMPLS else [])
 def test_narrower_instruction_sets(capability):
-    # One thread: the cores are busy with the tests around this one as well.
+    # One thread, since other tests keep the cores busy.
     unset = {k: v for k, v in os.environ.items() if k != VARIABLE} | {"OMP_NUM_THREADS": "1"}
 
     def run(*arguments, environment=unset | {VARIABLE: capability}):

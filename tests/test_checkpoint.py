@@ -1,4 +1,4 @@
-"""Files that an earlier version wrote load as they did then.
+"""Files that an earlier version wrote still load.
 
 ``data/checkpoint_3dd545e.pt`` was written at commit 3dd545e: ``state_dict`` and pickle of an ``EMA`` of
 ``Sequential(Linear(4, 3), BatchNorm1d(3))`` after three updates, and of a ``BYOLContrast``.
@@ -20,7 +20,7 @@ def saved():
 
 def assert_same(ours, theirs):
     assert list(ours) == list(theirs)
-    for name, value in theirs.items():  # a learnable temperature was () then, and is (1,)
+    for name, value in theirs.items():  # the shape of a learnable temperature was () then, and is (1,) now
         assert torch.equal(ours[name], value.view_as(ours[name]))
 
 

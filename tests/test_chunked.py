@@ -437,7 +437,7 @@ def test_without_gradients():
         sk.chunked_backward(mlp(), batch(), contrast, 4)
 
 
-def test_a_loss_that_raises_has_changed_nothing():
+def test_a_loss_that_raises_changes_nothing():
     encoder = mlp(norm=True)
     before = copy.deepcopy(encoder.state_dict())
 

@@ -159,7 +159,7 @@ def chunked(group, name, clear, options):
 @pytest.mark.parametrize("clear", CLEAR)
 @pytest.mark.parametrize("unused", [False, True])
 @pytest.mark.parametrize("name", MODELS)
-def test_what_any_chunk_trained(ranks, name, unused, clear):
+def test_every_parameter_that_any_chunk_trained_has_the_gradient_of_one_process(ranks, name, unused, clear):
     """Includes cases where DDP alone raises: two forwards with find_unused_parameters, unused parameters without it."""
     want = one_process(name, 3, CLEAR[clear])
     for got in ranks.run(2, chunked, name, clear, {"find_unused_parameters": unused}):
@@ -358,7 +358,7 @@ def refused(group, how):
         ("frozen later", "Expected to have finished reduction"),
     ],
 )
-def test_what_is_refused(ranks, how, message):
+def test_unsupported_wrappers_raise(ranks, how, message):
     for error, grads in ranks.run(2, refused, how):
         assert error.startswith(message)
         assert how == "frozen later" or all(g is None for g in grads)

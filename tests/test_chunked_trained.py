@@ -76,8 +76,8 @@ def test_the_loss_alone_may_be_trained(make):
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
-def test_a_part_that_is_checkpointed_away():
-    """As in one pass, the head is trained, and the body keeps a gradient of None."""
+def test_a_part_without_gradients_due_to_checkpointing():
+    """The head is trained and the body keeps a gradient of None, as in one pass."""
     encoder = Reentrant(head=True)
     twin = copy.deepcopy(encoder)
     one_pass(contrast, twin, batch())

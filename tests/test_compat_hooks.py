@@ -53,7 +53,7 @@ def test_other_subclasses_are_fine(cls):
 
 @pytest.mark.parametrize("bias", [None, -0.5])
 def test_clip_logits_and_labels_for_a_subclass_that_calls_them(bias):
-    """A loss with a margin, like those of open_clip subclasses."""
+    """A subclass may call them, for example to add a margin."""
 
     class WithMargin(open_clip.ClipLoss):
         def forward(self, image_features, text_features, logit_scale):
@@ -90,7 +90,7 @@ def test_an_override_of_clips_logits_counts():
 
 
 def test_default_distance_and_reducer_of_a_subclass():
-    """A subclass with another default, as in pytorch-metric-learning's documentation."""
+    """A subclass may have other defaults, as in pytorch-metric-learning's documentation."""
 
     def library_class(name, **attributes):
         return type(name, (), {"__module__": "pytorch_metric_learning", **attributes})
@@ -117,7 +117,7 @@ def test_default_distance_and_reducer_of_a_subclass():
         Far()
 
 
-def test_settings_that_change_later_are_looked_at():
+def test_settings_that_change_after_construction_are_checked():
     x, labels = randn(8, 5), torch.arange(8) // 2
     for cls in (pml.NTXentLoss, pml.SupConLoss):
         for name, value in (("distance", nn.Identity()), ("reducer", nn.Identity()), ("collect_stats", True)):
@@ -139,7 +139,7 @@ def test_settings_that_change_later_are_looked_at():
         loss(x, x)
 
 
-def test_parts_that_somebody_has_changed_are_refused():
+def test_changed_components_are_refused():
     """The drop-ins do not call a bank's forward or the cross entropy, so replacements there would be ignored."""
     x = randn(8, 5)
     for change in (
@@ -155,7 +155,7 @@ def test_parts_that_somebody_has_changed_are_refused():
                 loss(x, x)
 
 
-def test_a_bank_of_a_subclass_starts_as_it_says():
+def test_a_subclass_initialises_its_own_bank():
     class Ones(lightly.MemoryBankModule):
         def _init_memory_bank(self, size):
             self.bank = torch.ones(size)
@@ -163,7 +163,7 @@ def test_a_bank_of_a_subclass_starts_as_it_says():
     assert torch.equal(Ones((3, 2)).bank, torch.ones(3, 2))
 
 
-def test_a_similarity_of_another_origin_is_refused_whatever_its_name():
+def test_another_similarity_with_the_same_name_is_refused():
     def cos_sim(a, b):
         return -a @ b.T
 

@@ -109,7 +109,7 @@ def test_memory_bank_loss(temperature, batch, length):
     compare(ours, lambda a, b: bank_loss(a, b, bank.to(a.dtype), temperature), two_views(batch))
 
 
-def test_memory_bank_is_a_ring_cut_off_at_its_end():
+def test_memory_bank_truncates_a_batch_at_its_end():
     criterion = lightly.NTXentLoss(memory_bank_size=(8, 3))
     expected, pointer = criterion.memory_bank.bank.clone(), 0
     torch.testing.assert_close(expected.norm(dim=1), torch.ones(8))
@@ -171,7 +171,7 @@ def test_update_momentum():
 
 
 def test_one_sample():
-    """Without negatives the loss is zero, as in the original; DCL raises."""
+    """With one sample the loss is zero, as in the original; DCL raises."""
     value, *grads = gradients(lightly.NTXentLoss(), two_views(1))
     assert value == 0
     assert not any(g.any() for g in grads)

@@ -75,7 +75,7 @@ def test_the_loss_has_no_state():
         ({"local_loss": True, "world_size": 2}, "local_loss.*wrong direction.*gather_with_grad=True"),
     ],
 )
-def test_what_is_not_supported(arguments, message):
+def test_unsupported_arguments_raise(arguments, message):
     with pytest.raises(RuntimeError, match=message):
         ClipLoss(**arguments)
 

@@ -167,7 +167,7 @@ def test_gradients(library):
     torch.testing.assert_close(got, torch.autograd.grad(loss(*inputs), inputs))
 
 
-def test_what_ours_refuses_is_the_originals(library):
+def test_calls_that_ours_refuses_go_to_the_original(library):
     """A refused setting, refused arguments, and arguments that both refuse: the original's error is raised."""
     with sk.compat.patch("lightly"):
         negative = DCLLoss(-0.5)
@@ -189,7 +189,7 @@ def test_what_ours_refuses_is_the_originals(library):
     assert "    2: a temperature below zero" in str(report)
 
 
-def test_a_lack_of_memory_is_no_refusal(library, monkeypatch):
+def test_out_of_memory_errors_do_not_go_to_the_original(library, monkeypatch):
     def no_memory(*_, **__):
         raise torch.OutOfMemoryError("no memory")
 
@@ -259,7 +259,7 @@ def test_a_class_that_was_changed_before_stays_changed(library, monkeypatch):
             assert DCLLoss()(*views()) == 7
 
 
-def test_what_others_have_replaced_since_stays(library, monkeypatch):
+def test_undo_keeps_later_replacements_by_other_code(library, monkeypatch):
     with monkeypatch.context() as changed:
         handle = sk.compat.patch("lightly")
         inside = DCLLoss.forward
@@ -355,7 +355,7 @@ def test_table():
             assert all(callable(getattr(ours, method)) for method in swap.methods)
 
 
-def test_importing_the_drop_ins_imports_no_library_of_others():
+def test_importing_the_drop_ins_imports_none_of_the_originals():
     names = [name for name in sk.compat.__all__ if name not in ("patch", "report")]
     others = [*names, "torchvision", "timm", "transformers"]
     code = f"""

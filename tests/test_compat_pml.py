@@ -125,7 +125,7 @@ def test_defaults():
 
 
 @pytest.mark.parametrize("name", TERMS)
-def test_large_scores_do_not_end(name):
+def test_losses_of_large_scores_are_not_capped(name):
     """The original's NTXentLoss is capped at 87.3 in float32, where its gradient is zero."""
     x = F.normalize(rows(torch.float32), dim=1)
     x[1::2] = -x[::2]

@@ -126,8 +126,8 @@ def _rank_of_clip(group, local_loss, gather_with_grad):
 
 
 @pytest.mark.parametrize("mode", [(False, True), (False, False)])
-def test_clips_scale_and_what_its_defaults_lack(ranks, mode):
-    """Without gather_with_grad the features' gradient covers one rank's loss instead of both: half the right value."""
+def test_clips_gradients_with_and_without_gather_with_grad(ranks, mode):
+    """The features' gradient without gather_with_grad covers one rank's loss instead of both: half the right value."""
     image, text = (x.requires_grad_() for x in inputs(UNEVEN, 2))
     scale = torch.tensor(9.0, dtype=torch.float64, requires_grad=True)
     scores = scale * image @ text.T

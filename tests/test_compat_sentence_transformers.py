@@ -81,7 +81,7 @@ def test_value_and_gradients(directions, negatives, mode):
 @pytest.mark.parametrize("negatives", [0, 2])
 @pytest.mark.parametrize("directions", [DIRECTIONS[0], DIRECTIONS[-1], ("query_to_doc", "query_to_query")])
 @pytest.mark.parametrize("mode", [None, "all_negatives"])
-def test_one_sample_has_its_own_documents_alone(mode, directions, negatives):
+def test_one_sample_is_compared_only_with_its_own_documents(mode, directions, negatives):
     strength = 5.0 if mode else 0.0
     compare(
         columns(negatives, batch=1),

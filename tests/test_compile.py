@@ -73,7 +73,7 @@ def test_low_precision_compiles(op_impl, dtype):
     os.environ.get("ATEN_CPU_CAPABILITY") == "default", reason="what PyTorch's inductor writes does not compile there"
 )
 def test_inductor(impl):
-    """A network around the losses, compiled by the default backend."""
+    """The default backend compiles a network with the losses inside."""
     weight, target = randn(8, 8, seed=1), randn(2, 12, 8, seed=2)
 
     def loss(x, w, t):

@@ -20,8 +20,8 @@ from selfsup_kernels import spec
 from selfsup_kernels.__main__ import main
 from selfsup_kernels.core import info
 from selfsup_kernels.lab import fresh
-from selfsup_kernels.lab.bench import eager
-from selfsup_kernels.lab.demo import agreement, data, evaluate, plots, report, sweep, train
+from selfsup_kernels.lab.bench import eager, suite
+from selfsup_kernels.lab.demo import data, evaluate, report, run, train
 from selfsup_kernels.lab.pages import progress
 
 
@@ -33,7 +33,8 @@ def quick(tmp_path_factory):
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with contextlib.redirect_stdout(printed):
+        with contextlib.redirect_stdout(printed), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(fresh, "call", lambda target, *arguments, **_: suite.probe(*arguments))
             arguments = ["demo", "--quick", "--out", str(folder / "out"), "--figure", str(folder / "figure.png")]
             assert main(arguments) == 0
     finally:
@@ -62,13 +63,13 @@ def test_summary_has_every_number(quick):
     for name, times in summary["step_seconds"].items():
         assert set(times) == {"encoder", "loss", "optimizer"} | ({"ema"} if "BYOL" in name else set())
         assert all(value > 0 for value in times.values())
-    assert [case["batch"] for case in summary["sweep"]["cases"]] == list(sweep.QUICK_SIZES)
+    assert [case["batch"] for case in summary["sweep"]["cases"]] == list(run.QUICK_SIZES)
     assert all(set(case["seconds"]) == {"eager", "ours"} for case in summary["sweep"]["cases"])
 
 
 def test_page_picture_and_printed_tables(quick):
     page = quick["page"]
-    assert page.count('src="data:image/png;base64,') == page.count("<img") == 2
+    assert page.count('src="data:image/png;base64,') == page.count("<img") == 1
     assert not re.search(r"https?://|<script|<link|@import|url\(", page)
     assert page.count("<dd>") == 3
     assert page.index("agrees with eager to rounding") < page.index("<h2>")
@@ -97,27 +98,27 @@ def test_a_wrong_kernel_is_noticed(part, monkeypatch):
 
     name = "contrastive" if part in ("value", "gradient") else "byol"
     if name == "contrastive":
-        monkeypatch.setattr(agreement.sk, "info_nce_loss", wrong_loss)
+        monkeypatch.setattr(train.sk, "info_nce_loss", wrong_loss)
     elif part == "byol":
-        monkeypatch.setattr(agreement.sk, "byol_loss", lambda p, t: right_byol(p, t) * 1.001)
+        monkeypatch.setattr(train.sk, "byol_loss", lambda p, t: right_byol(p, t) * 1.001)
     else:
         update = sk.methods.BYOL.update_target
         monkeypatch.setattr(sk.methods.BYOL, "update_target", lambda self, momentum: update(self, momentum * 0.99))
     recipe = train.Recipe(views=2, steps=3, learning_rate=1e-3, batch=16)
     images = torch.rand(32, 1, 8, 8)
     done = train.train(name, "ours", images, recipe, 0, check_every=1)
-    assert not agreement.holds(done.checks)
+    assert not train.agrees(done.checks)
     monkeypatch.undo()
     done = train.train(name, "ours", images, recipe, 0, check_every=1)
-    assert agreement.holds(done.checks)
+    assert train.agrees(done.checks)
 
 
 def test_nan_is_no_agreement():
     checks = {}
     for value in (1e-8, float("nan"), 1e-8):
-        agreement.worst(checks, "loss_ours_eager", torch.tensor(1 + value), torch.tensor(1.0))
-    assert not agreement.holds(checks)
-    assert not agreement.holds({})
+        train.worst(checks, "loss_ours_eager", torch.tensor(1 + value), torch.tensor(1.0))
+    assert not train.agrees(checks)
+    assert not train.agrees({})
 
 
 def test_batches_follow_the_seed_and_the_split_keeps_the_test_digits_apart():
@@ -139,17 +140,18 @@ def test_batches_follow_the_seed_and_the_split_keeps_the_test_digits_apart():
     ("error", "reason"), [(fresh.OutOfMemory("x"), "memory"), (subprocess.TimeoutExpired("x", 1), "time")]
 )
 def test_sweep_leaves_out_what_does_not_fit(monkeypatch, error, reason):
-    def call(target, name, batch, **options):
+    def call(target, parameters, name, **options):
         if name == "eager":
             raise error
-        return [1000, 0.5]
+        return {"peak_bytes": 1000, "seconds": 0.5}
 
     monkeypatch.setattr(fresh, "call", call)
-    (row,) = sweep.run([16])
+    (row,) = run.sweep([16])
     assert row["left_out"] == {"eager": reason}
     assert (row["seconds"], row["peak_bytes"]) == ({"ours": 0.5}, {"ours": 1000})
     assert list(report.sweep_rows({"sweep": {"cases": [row]}})) == [["16", f"left out ({reason})", "500", "-", "1 kB"]]
-    assert plots.sweep([row]).axes
+    runs = {"ours": [1.0, 0.5], "eager": [1.0, 0.5]}
+    assert report.picture({"contrastive": runs, "byol": runs}, [row], "a CPU").axes
 
 
 def test_the_answer_and_the_notes_speak_against_us_too(quick):

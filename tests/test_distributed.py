@@ -312,7 +312,7 @@ def infinite(group, views, labels):
 
 
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
-def test_what_is_not_finite_is_so_on_every_rank(ranks, value):
+def test_nan_and_inf_give_the_same_losses_as_one_process(ranks, value):
     views, labels = randn(2, sum(SIZES[3]), 7, dtype=torch.float64), random_labels(sum(SIZES[3]), 4)
     views[1, 5, 3] = value
     want = sk.info_nce_loss(views, reduction="none", normalize=False, labels=labels, impl="reference")
@@ -354,7 +354,7 @@ def sent(group, views, labels):
 
 
 @pytest.mark.parametrize("labelled", [False, True])
-def test_what_is_sent_is_what_the_documents_say(ranks, labelled):
+def test_the_bytes_received_match_the_documents(ranks, labelled):
     """Shares of different sizes are padded to the longest one."""
     labels = random_labels(sum(SIZES[3]), 4) if labelled else None
     # log_weights, positives and the upstream gradient of each row, in float64.
@@ -392,7 +392,7 @@ def leaves(group, views, dead):
     return "nothing"
 
 
-def test_a_rank_that_dies_is_an_error_on_the_others():
+def test_the_remaining_ranks_raise_if_one_dies():
     processes = Ranks(3)
     views = randn(2, sum(SIZES[3]), 7)
     processes.start(3, leaves, views, 1)

@@ -1,4 +1,4 @@
-"""The documents say what the committed results say, their links lead somewhere, and their examples run."""
+"""Test that the documents match the committed results, that their links work, and that their examples run."""
 
 import json
 import re
@@ -25,7 +25,7 @@ def timed(milliseconds):
 
 
 def info_nce_row(batch, part, ours, eager, **more):
-    """Of ``ours`` and ``eager`` milliseconds; ``eager=None`` ran out of memory. lightly is never there."""
+    """Return a result row with the times of ours and eager in ms; ``eager=None``: out of memory. lightly is absent."""
     unavailable = {"lightly": "absent: lightly is not installed", "Liger": "takes one view"}
     times = {"selfsup_kernels": timed(ours)}
     if eager is None:
@@ -41,7 +41,7 @@ def info_nce_row(batch, part, ours, eager, **more):
 
 @pytest.fixture
 def documents(tmp_path):
-    """Pages of a checkout with one made-up GPU, whose pages have been written."""
+    """Return the updated documents of a checkout with results of one made-up GPU."""
     folder = tmp_path / "benchmarks" / "results" / "imagined-gpu"
     folder.mkdir(parents=True)
     rows = [info_nce_row(256, "both", 2.0, 1.5), info_nce_row(1024, "forward", 1.0, 8.0)]
@@ -62,7 +62,7 @@ def documents(tmp_path):
     return made
 
 
-def test_committed_pages_and_pictures_are_those_of_the_results():
+def test_committed_pages_and_pictures_match_the_results():
     documents = tables.Documents()
     assert not documents.update(write=False), "run: make docs"
     shown = "".join(page.read_text(encoding="utf-8") for page in documents.pages)
@@ -100,7 +100,7 @@ def test_a_gpu_renders(documents, page, lines):
         assert text.endswith("<!-- end -->\n\nAfter it.\n")
 
 
-def test_what_a_gpu_needs_has_a_column_where_it_was_measured():
+def test_cuda_graph_times_have_a_column_if_they_were_measured():
     rows = [info_nce_row(256, "forward", 2.0, 1.5), info_nce_row(256, "both", 2.0, 1.5)]
     assert "CUDA graph" not in tables.times_table(rows)[0]
     for row in rows:
@@ -111,13 +111,13 @@ def test_what_a_gpu_needs_has_a_column_where_it_was_measured():
     assert both.split(" | ")[-2] == "0.25 ms (eager 4.0x)"
 
 
-def test_what_is_not_finite_is_the_largest_error():
+def test_a_non_finite_error_is_shown_as_the_largest():
     rows = [info_nce_row(256, "both", 2.0, 1.5), info_nce_row(512, "both", 2.0, 1.5)]
     rows[0]["errors"] = {"selfsup_kernels": {"loss": 1e-7, "gradient": None, "rows": 16}}
     assert "| float32 | selfsup_kernels | 2e-07 | inf |" in tables.errors(rows)
 
 
-def test_one_number_changes_page_and_picture(documents, monkeypatch, capsys):
+def test_a_changed_result_changes_page_and_picture(documents, monkeypatch, capsys):
     images = documents.images
     before = {path.name: path.read_bytes() for path in images.iterdir()}
     assert len(before) == 1
@@ -136,8 +136,8 @@ def test_one_number_changes_page_and_picture(documents, monkeypatch, capsys):
     assert {path.name: path.read_bytes() for path in images.iterdir()} == before  # the same bytes for the same data
 
 
-def test_links_lead_somewhere():
-    """Links of README.md and between the pages, relative as on GitHub; Sphinx tests those inside the site again."""
+def test_links_are_not_broken():
+    """Every link of README.md and between pages, relative as on GitHub, is a file; Sphinx checks the site's links."""
     missing = []
     for page in tables.Documents().pages:
         for target in re.findall(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"", page.read_text(encoding="utf-8")):
@@ -145,6 +145,17 @@ def test_links_lead_somewhere():
             if path and "://" not in path and not (page.parent / path).exists():
                 missing.append(f"{page.name}: {path}")
     assert not missing
+
+
+def test_the_functions_of_where_to_look_are_defined():
+    """The README names files and functions; each function is defined in its file."""
+    cell = re.compile(r"\[`[^`]+`\]\(([^)]+)\): ((?:`\w+`(?:, )?)+)")
+    table = (ROOT / "README.md").read_text(encoding="utf-8").partition("### Where to look")[2]
+    named = [(path, name) for path, names in cell.findall(table) for name in re.findall(r"\w+", names)]
+    assert len(named) > 15
+    for path, name in named:
+        defined = rf"(?m)^(def |struct |(?:[\w:<>&*]+ )*){name}\b *[({{]"
+        assert re.search(defined, (ROOT / path).read_text(encoding="utf-8")), f"{name} is not defined in {path}"
 
 
 def test_quick_start_runs():

@@ -1,4 +1,4 @@
-"""The documentation site: it builds without a warning, holds every public name, and its pages are whole."""
+"""Test the documentation site: it builds without warnings, has every public name, and its layout is intact."""
 
 import importlib
 import io
@@ -28,10 +28,10 @@ DRAWERS = ".sidebar-drawer, .toc-drawer, .skip-to-content"
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """The folder of the site, built as ``make docs`` builds it."""
+    """Build the site as ``make docs`` does and return its folder."""
     out = tmp_path_factory.mktemp("site")
     said = io.StringIO()
-    with warnings.catch_warnings():  # the extensions' own, of Sphinx's names
+    with warnings.catch_warnings():  # deprecation warnings of the extensions
         warnings.simplefilter("ignore", DeprecationWarning)
         warnings.simplefilter("ignore", PendingDeprecationWarning)
         app = Sphinx(DOCS, DOCS, out / "html", out / "doctrees", "html", status=None, warning=said, freshenv=True)
@@ -57,11 +57,11 @@ def test_every_public_name_has_an_entry(site):
 
 @pytest.mark.parametrize("width", [390, 1280])
 @pytest.mark.parametrize("name", PAGES)
-def test_pages_are_whole(site, name, width):
+def test_pages_have_an_intact_layout(site, name, width):
     with open_page(site / name, width=width) as page:
         check_layout(page, ignore=DRAWERS)
         if name == "objectives.html":
-            # Drawn, and not a line of letters: numerators are above their denominators.
+            # Formulas are drawn, not shown as a line of letters: numerators are above their denominators.
             gaps = page.eval_on_selector_all(
                 "math mfrac",
                 "all => all.map(e => e.lastElementChild.getBoundingClientRect().top -"
@@ -69,7 +69,7 @@ def test_pages_are_whole(site, name, width):
             )
             assert len(gaps) > 6
             assert min(gaps) > -2
-        if name == "performance.html" and width == 390:  # wide tables scroll in a box of their own
+        if name == "performance.html" and width == 390:  # wide tables scroll in their own box
             assert page.eval_on_selector_all(".table-wrapper", "all => all.some(e => e.scrollWidth > e.clientWidth)")
 
 
@@ -80,6 +80,6 @@ def test_formulas_that_cannot_be_drawn_are_refused():
     assert "unheardof" not in mathml.converted(r"\operatorname{softmax}(x)", "inline")
 
 
-def test_a_function_stands_apart_from_its_argument():
+def test_a_space_separates_a_function_from_its_argument():
     for formula, apart in ((r"\log x", True), (r"\sum_b \exp S_{ab}", True), (r"\log(x)", False), ("a b", False)):
         assert ("<mspace" in mathml.converted(formula, "inline")) == apart

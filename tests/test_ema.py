@@ -99,7 +99,7 @@ def test_strides(impl, kind, which):
     assert_rounded(target, expected, before, source)
 
 
-def test_what_lies_between_the_elements_of_a_target_stays(impl):
+def test_memory_between_the_elements_of_a_target_is_unchanged(impl):
     base = torch.zeros(10, 6)
     sk.ema_update_([base[:, 2:4], base[1::2, 5]], [torch.ones(10, 2), torch.ones(5)], 0.0, impl=impl)
     expected = torch.zeros(10, 6)

@@ -62,8 +62,8 @@ def test_buffers_that_are_not_saved_are_left_alone_where_they_differ(first, grow
         assert cache is None or torch.equal(cache, before)
 
 
-def test_buffers_that_are_not_saved_are_followed_where_they_fit():
-    for k, expected in enumerate([3.0, 2.5, 1.0, 1.0, 3.0, 2.5]):  # timm's takes the state_dict, or all buffers
+def test_unsaved_buffers_follow_the_policy_if_they_fit():
+    for k, expected in enumerate([3.0, 2.5, 1.0, 1.0, 3.0, 2.5]):  # timm's average takes the state_dict, or all buffers
         model = Cached()
         model(torch.ones(2))
         model.cache.fill_(1)
@@ -74,7 +74,7 @@ def test_buffers_that_are_not_saved_are_followed_where_they_fit():
         assert torch.equal(module.cache, torch.full((2,), expected)), k
 
 
-def test_a_buffer_of_another_kind_is_none_that_fits():
+def test_an_unsaved_buffer_of_integers_is_left_alone():
     model = Cached()
     model(torch.ones(2))
     ema = sk.EMA(model, 0.5)
@@ -166,7 +166,7 @@ def train(model, step):
 
 @pytest.mark.parametrize("decay", [0.9, 0.25, torch.tensor(0.75)], ids=str)
 @pytest.mark.parametrize("use_buffers", [True, False])
-def test_whatever_torchs_average_takes_the_drop_in_takes(decay, use_buffers):
+def test_the_drop_in_averages_everything_that_torchs_average_accepts(decay, use_buffers):
     model = Everything()
     ours, theirs = (
         AveragedModel(model, multi_avg_fn=function(decay), use_buffers=use_buffers)
@@ -181,7 +181,7 @@ def test_whatever_torchs_average_takes_the_drop_in_takes(decay, use_buffers):
 
 
 @pytest.mark.parametrize("exclude_buffers", [False, True])
-def test_whatever_timms_average_takes_the_drop_in_takes(exclude_buffers):
+def test_the_drop_in_averages_everything_that_timms_average_accepts(exclude_buffers):
     """Average like timm 1.0.31, tensor by tensor in the order of the names."""
     model = Everything()
     ours, theirs = ModelEmaV3(model, 0.9, exclude_buffers=exclude_buffers), copy.deepcopy(model)
@@ -201,7 +201,7 @@ def test_whatever_timms_average_takes_the_drop_in_takes(exclude_buffers):
             assert torch.equal(ours.module.state_dict()[name], want), f"{name} at step {step}"
 
 
-def test_what_copy_and_lerp_accept_the_drop_ins_accept():
+def test_timms_drop_in_broadcasts_and_converts_like_copy_and_lerp():
     model, other = nn.BatchNorm1d(4), nn.BatchNorm1d(4)
     ema = ModelEmaV3(model, 0.75)
     ema.module.num_batches_tracked = torch.zeros(3, dtype=torch.int32)
@@ -253,7 +253,7 @@ def test_the_average_of_every_kind_of_number(impl):
 
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor", "ignore:TypedStorage is deprecated")
 def test_sparse_and_quantised_buffers_are_copied(impl):
-    """A graph's adjacency matrix; quantised weights of torch.ao."""
+    """Sparse buffers include a graph's adjacency matrix, quantised ones the weights of torch.ao."""
     model = nn.Linear(2, 2)
     model.register_buffer("graph", torch.eye(3).to_sparse())
     model.register_buffer("table", torch.quantize_per_tensor(randn(4), 0.1, 0, torch.qint8))

@@ -122,8 +122,8 @@ IDS = ["SGD", "Nesterov", "AdamW", "LARS"]
 @pytest.mark.parametrize("kind", ["frozen", "trained", "buffer"])
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
 @pytest.mark.parametrize(("ours", "theirs", "arguments"), OPTIMIZERS, ids=IDS)
-def test_a_mask_beside_an_optimizer(impl, ours, theirs, arguments, dtype, kind):
-    """Trained: with a gradient of 0, and without weight decay."""
+def test_a_mask_in_an_optimizer(impl, ours, theirs, arguments, dtype, kind):
+    """The mask is trained with a gradient of 0 and without weight decay."""
     models = [Masked(kind).to(dtype) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
     want = models[0].mask.detach().clone()

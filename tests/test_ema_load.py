@@ -91,7 +91,7 @@ class Noted(nn.Module):
 
 @pytest.fixture(params=[False, True], ids=["copies", "swaps"])
 def _swap(request):
-    """With a ``torch.__future__`` option, loading swaps the contents of parameters."""
+    """Set the ``torch.__future__`` option with which loading swaps the contents of parameters."""
     before = torch.__future__.get_swap_module_params_on_conversion()
     torch.__future__.set_swap_module_params_on_conversion(request.param)
     yield
@@ -101,7 +101,7 @@ def _swap(request):
 @pytest.mark.usefixtures("_swap")
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("strict", [False, True])
-def test_a_refused_load_has_changed_nothing(assign, strict):
+def test_a_refused_load_changes_nothing(assign, strict):
     ema = sk.EMA(nn.Sequential(Noted(), network()))
     state = {name: x + 1 if isinstance(x, torch.Tensor) else ["loaded"] for name, x in ema.state_dict().items()}
     state["module.0.bank"] = torch.ones(5)
@@ -188,8 +188,8 @@ def test_a_fused_step_with_a_target_in_the_models_memory(impl, make):
     assert_halfway(ema, before, model)
 
 
-def test_a_part_that_both_have_stays_one(impl):
-    """The same Parameter, shared on purpose by the caller, not another one in its memory."""
+def test_a_module_that_model_and_copy_share_stays_shared(impl):
+    """The caller shares a module on purpose: both hold the same Parameter, not two with the same memory."""
     model = network()
     ema = sk.EMA(model, 0.5, impl=impl)
     ema.module[1] = model[1]

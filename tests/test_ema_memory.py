@@ -18,7 +18,7 @@ def _first_then(impl, first, second, error):
         assert torch.equal(t, old)
 
 
-def test_what_was_accepted_once_is_looked_at_again(impl):
+def test_a_changed_list_at_the_same_addresses_is_checked_again(impl):
     b, s = torch.zeros(6), torch.arange(6.0)
     _first_then(
         impl,

@@ -319,7 +319,7 @@ def test_timms_average_rounds_bfloat16_alone_at_random():
     torch.testing.assert_close(moved.b, reference, rtol=2e-3, atol=0)
 
 
-def test_timms_average_of_wrapped_models_and_of_others():
+def test_timms_average_of_wrapped_and_mismatched_models():
     model = Network()
     for wrapped in (torch.compile(model, backend="eager"), nn.DataParallel(model)):
         ema = ModelEmaV3(model, 0.0)

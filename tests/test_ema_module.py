@@ -78,7 +78,7 @@ def test_mode_follows_the_owner():
 
 
 @pytest.mark.parametrize("buffers", ["copy", "average", "ignore"])
-def test_updates_are_the_equation_and_buffers_follow_the_policy(impl, buffers):
+def test_updates_match_the_equation_and_buffers_follow_the_policy(impl, buffers):
     model = Model()
     ema = sk.EMA(model, 0.9, buffers=buffers, impl=impl)
     expected = values(ema.module)
@@ -139,7 +139,7 @@ def test_tied_weights_move_once(impl):
 
 
 @pytest.mark.parametrize("wrap", ["compiled", "data_parallel", "both"])
-def test_a_wrapped_model_stands_for_the_module_inside(impl, wrap):
+def test_a_wrapper_is_treated_as_the_module_inside(impl, wrap):
     model = Model()
     wrapped = nn.DataParallel(model) if wrap != "compiled" else model
     wrapped = torch.compile(wrapped, backend="eager") if wrap != "data_parallel" else wrapped
@@ -304,7 +304,7 @@ def test_a_refused_state_names_everything_and_changes_nothing():
         ema.load_state_dict([])
 
 
-def test_the_state_of_a_model_is_one_for_the_module_inside():
+def test_a_models_state_is_refused_and_loads_into_the_module_inside():
     model = Model(seed=1)
     ema = sk.EMA(Model())
     before = values(ema.module)
@@ -315,7 +315,7 @@ def test_the_state_of_a_model_is_one_for_the_module_inside():
     ema.module.load_state_dict(model.state_dict())
 
 
-def test_not_strict_loads_what_is_there_but_not_other_shapes():
+def test_non_strict_loading_skips_missing_names_but_not_other_shapes():
     ema, state = sk.EMA(Model()), saved(sk.EMA(Model(seed=1)))
     del state["module.tied.bias"]
     state["module.other"] = torch.zeros(1)

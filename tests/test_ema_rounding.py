@@ -37,7 +37,7 @@ BF16_SUBNORMALS = [1.1e-39, -(2.0**-133) * 0.75, 2.0**-126 * (1 - 2**-9)]
     [(torch.float16, v) for v in VALUES + FP16_SUBNORMALS] + [(torch.bfloat16, v) for v in VALUES + BF16_SUBNORMALS],
 )
 def test_stochastic_rounding_is_unbiased(impl, dtype, value):
-    value = torch.tensor(value).item()  # as float32 has it
+    value = torch.tensor(value).item()  # rounded to float32
     got = round_many(impl, value, dtype).double()
     low, high = neighbours(value, dtype)
     assert low < value < high
@@ -48,7 +48,7 @@ def test_stochastic_rounding_is_unbiased(impl, dtype, value):
 
 
 @pytest.mark.parametrize("dtype", LOW)
-def test_stochastic_rounding_keeps_what_needs_none(impl, dtype):
+def test_stochastic_rounding_keeps_representable_values(impl, dtype):
     info = torch.finfo(dtype)
     for value in (0.0, -0.0, 1.0, -1.5, info.max, -info.max, info.tiny, info.tiny * info.eps):
         got = round_many(impl, value, dtype, count=256)
@@ -80,7 +80,7 @@ def test_seeds_repeat_and_differ(impl, dtype):
     assert not torch.equal(first[: half // 2], first[half // 2 : half])
 
 
-def test_the_default_generator_draws_anew(impl):
+def test_the_default_generator_advances_with_every_call(impl):
     torch.manual_seed(0)
     states = []
     for _ in range(2):

@@ -89,7 +89,7 @@ def test_weights_of_a_wrapper_subclass_are_averaged(make):
     assert torch.equal(average[2].weight.detach(), torch.full((3,), 2.0))
 
 
-def test_plain_tensors_beside_them_go_in_one_call():
+def test_plain_tensors_among_subclasses_go_in_one_call():
     class Labelled(nn.Parameter):
         """A subclass that overrides no operators, so it is plain memory."""
 
@@ -126,7 +126,7 @@ def test_pairs_that_are_not_plain_are_checked_too(impl):
     assert torch.equal(twice.a, torch.zeros(2))
 
 
-def test_the_fused_optimizers_move_what_they_do_not_step(impl):
+def test_the_fused_optimizers_average_parameters_that_they_do_not_step(impl):
     """Frozen weights of a subclass, as with LoRA, and a plain part that trains."""
     model = network()
     for layer in model[:2]:
@@ -184,7 +184,7 @@ def test_the_meta_device():
         sk.ema_update_([torch.zeros(2, device="meta")], [torch.zeros(3, device="meta")], 0.5)
 
 
-def test_memory_that_was_freed_is_an_error_and_no_crash(impl):
+def test_freed_memory_raises_instead_of_crashing(impl):
     """A parameter that is temporarily stored elsewhere."""
     freed, whole = torch.zeros(8)[3:], torch.ones(5)
     sk.ema_update_([whole], [freed], 0.5, impl=impl)
@@ -238,7 +238,7 @@ def test_complex_destinations_that_share_memory_are_refused(impl):
 
 
 @pytest.mark.parametrize("averaged", [True, False])
-def test_conjugates_and_negatives_of_what_is_in_memory(impl, averaged):
+def test_conjugate_and_negative_views(impl, averaged):
     """The views differ from the tensor only in a bit; a later update of the same memory must see it too."""
 
     def update(target, source):

@@ -122,7 +122,7 @@ def test_activation_checkpointing_that_is_applied_later(way):
     assert_filled(target, 2, 5)
 
 
-def test_parts_of_ones_own_that_are_called_as_a_wrappers():
+def test_a_models_own_parts_with_the_names_of_wrappers():
     """The wrappers stay in the names: without them, two parameters would share a name."""
     model = nn.Module()
     for owner, child in itertools.product(("a", "b"), ("module", "_orig_mod")):
@@ -154,7 +154,7 @@ def test_a_wrapper_that_forwards_attributes_is_a_model_of_its_own():
         assert ema(torch.ones(1, 3)).shape == (1, 2)
 
 
-def test_exports_and_profiles_look_at_types_too():
+def test_exports_and_profiles_recognise_wrappers_by_type():
     from selfsup_kernels.lab.profile import hooks
 
     model = Forwarding(compiled(nn.Linear(3, 3)))
@@ -208,7 +208,7 @@ class Keeps(nn.Module):
 
 
 @pytest.mark.parametrize("make", [sk.EMA, ModelEmaV3])
-def test_what_is_left_of_a_computation_is_copied_without_its_history(make):
+def test_stored_outputs_are_copied_without_their_graph(make):
     model = Keeps()
     model(torch.ones(1, 3))
     module = make(model).module
@@ -251,7 +251,7 @@ class Unlike(nn.Linear):
         self.lock = threading.Lock()
 
 
-def test_a_model_that_cannot_be_copied_and_a_copy_of_ones_own(impl):
+def test_a_model_that_cannot_be_copied_needs_a_copy_from_the_caller(impl):
     model = Unlike()
     with pytest.raises(RuntimeError, match=r"model: .*Unlike.*lock.*module="):
         sk.EMA(model)
@@ -271,7 +271,7 @@ def test_a_model_that_cannot_be_copied_and_a_copy_of_ones_own(impl):
     assert_filled(wide.module, 3, 2)
 
 
-def test_a_copy_of_ones_own_that_does_not_fit():
+def test_a_copy_from_the_caller_that_does_not_match_raises():
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     shared, overlapping, same_statistics = copy.deepcopy(model), copy.deepcopy(model), copy.deepcopy(model)
     shared[0].weight = model[0].weight

@@ -1,5 +1,5 @@
-"""The random calls of ``make fuzz``: wrong numbers are seen, each case comes again from its number, a failure is a line
-that says how, and a process that dies hides nothing."""
+"""Test ``make fuzz``: it finds wrong results, each case is repeatable by its number, a failure prints the command that
+repeats it, and a crash does not hide other cases."""
 
 import json
 import os
@@ -57,8 +57,8 @@ FAULTS = {
 }
 
 
-def test_every_fault_is_seen():
-    """In one process: to start it takes longer than the cases of a fault."""
+def test_planted_faults_are_found():
+    """One process for all faults, since starting it takes longer than the cases of one."""
     command = [sys.executable, "-c", PLANTED, json.dumps(FAULTS), str(ROOT), str(FUZZ)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -72,7 +72,7 @@ def fuzz(*arguments, folder=FUZZ):
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
 
 
-def test_cases_come_again_from_their_numbers():
+def test_cases_are_repeatable_by_their_numbers():
     both = [fuzz("--seed", 5, "--verbose", *which).stdout for which in (["--first", 30, "--cases", 6], ["--case", 33])]
     (many, one) = (re.findall(r"^\d+ .* by .*", text, re.M) for text in both)
     assert len(many) == 6
@@ -98,8 +98,8 @@ def run(seed, number, impl, device):
 """
 
 
-def test_a_failure_is_a_line_that_repeats_it(tmp_path):
-    """A wrong result, and a process that dies. The others run all the same."""
+def test_a_failure_prints_the_command_that_repeats_it(tmp_path):
+    """A wrong result and a crash are each reported in one line, and all other cases run."""
     shutil.copytree(FUZZ, tmp_path / "fuzz")
     with (tmp_path / "fuzz" / "cases.py").open("a") as file:
         file.write("\n\nimport os\n" + FAILS)
@@ -111,7 +111,7 @@ def test_a_failure_is_a_line_that_repeats_it(tmp_path):
     assert "1 CRASH, 1 WRONG, 6 right" in done.stdout
 
 
-def test_a_process_that_cannot_start_is_no_endless_run(tmp_path):
+def test_a_process_that_cannot_start_ends_the_run(tmp_path):
     shutil.copytree(FUZZ, tmp_path / "fuzz")
     (tmp_path / "fuzz" / "cases.py").write_text("raise ImportError('not today')\n")
     done = fuzz("--seed", 7, "--cases", 8, folder=tmp_path / "fuzz")

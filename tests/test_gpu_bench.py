@@ -2,67 +2,64 @@
 
 import json
 import re
-import subprocess
 import sys
 import types
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import benchmarks_script
 
-from selfsup_kernels.lab.bench import accuracy, results, rivals
+from selfsup_kernels.lab import fresh
+from selfsup_kernels.lab.bench import accuracy, baselines, results, suite
 from selfsup_kernels.lab.bench.workloads import MODELS, TEMPERATURE, case
 
 jsonschema = pytest.importorskip("jsonschema")
-SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "gpu.py"
+gpu = benchmarks_script("gpu")
 
 # Workloads of a few hundred numbers; what is compared is exact up to rounding.
 pytestmark = pytest.mark.unpoisoned
 
 
-def suite(tmp_path, *extra):
-    """Run the suite on a CPU, and read its results by operation."""
-    arguments = ["--out", str(tmp_path), "--device", "cpu", "--quick", *extra]
-    run = subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    return {op: json.loads((tmp_path / f"{op}.json").read_text()) for op in rivals.RIVALS}, run.stdout
+def run(folder, *arguments):
+    """Run the suite on a CPU, without fresh processes, and read its results by operation."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fresh, "call", lambda target, *arguments, **_: suite.probe(*arguments))
+        assert gpu.main(["--out", str(folder), "--device", "cpu", "--quick", *arguments]) == 0
+    return {op: json.loads((folder / f"{op}.json").read_text()) for op in baselines.BASELINES}
 
 
-def test_results_are_well_formed(tmp_path):
-    found, printed = suite(tmp_path, "--skip", "compile", "lightly")
-    assert "EMA update, model tiny" in printed
+def test_results_are_well_formed(tmp_path, capsys):
+    found = run(tmp_path, "--skip", "compile", "lightly")
+    assert "EMA update, model tiny" in capsys.readouterr().out
     for data in found.values():
         jsonschema.validate(data, json.loads(results.SCHEMA.read_text()))
         for row in data["rows"]:
-            assert "selfsup_kernels" in row["times"]
             assert row["fraction"] > 0
-            for times in row["times"].values():
-                assert times["p20_ms"] <= times["p50_ms"] <= times["p80_ms"]
             for errors in row["errors"].values():
                 assert all(0 <= error < (0.1 if "bfloat16" in row.values() else 1e-4) for error in errors.values())
     for row in found["info_nce"]["rows"]:
         left_out = {"pytorch-metric-learning NTXentLoss"}
-        assert set(row["times"]) | set(row["unavailable"]) == {rivals.OURS, *rivals.RIVALS["info_nce"]} - left_out
+        assert (
+            set(row["times"]) | set(row["unavailable"]) == {baselines.OURS, *baselines.BASELINES["info_nce"]} - left_out
+        )
         assert row["unavailable"]["lightly"] == row["unavailable"]["compile"] == "skipped: by --skip"
     mixed = [row for row in found["ema"]["rows"] if row["source"] == "bfloat16"]
     assert mixed[0]["unavailable"]["foreach_lerp"] == "refuses mixed dtypes"
 
 
-def test_out_of_time(tmp_path):
-    found, printed = suite(tmp_path, "--minutes", "0")
-    for data in found.values():
+def test_out_of_time(tmp_path, capsys):
+    for data in run(tmp_path, "--minutes", "0").values():
         for row in data["rows"]:
             assert row["times"] == {}
             assert set(row["unavailable"].values()) == {"skipped: out of time"}
-    assert "skipped: out of time" in printed
+    assert "skipped: out of time" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_so(tmp_path):
-    run = subprocess.run([sys.executable, str(SCRIPT), "--out", str(tmp_path)], capture_output=True, text=True)
-    assert run.returncode == 2
-    assert "needs a CUDA device" in run.stderr
+def test_without_a_gpu_it_says_so(tmp_path, capsys):
+    assert gpu.main(["--out", str(tmp_path)]) == 2
+    assert "needs a CUDA device" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- workloads and errors
@@ -84,9 +81,10 @@ def test_operations_and_bytes():
 
 @pytest.mark.parametrize("views", [2, 4])
 def test_eager_and_chunked_losses_are_the_reference(views):
-    (z,) = case("info_nce", views=views, batch=20, dim=8, dtype="float64").inputs()
-    want = accuracy.info_nce_truth(z)
-    for function in (rivals.eager_info_nce, lambda v: rivals.chunked_info_nce(v, chunk=7)):
+    made = case("info_nce", views=views, batch=20, dim=8, dtype="float64")
+    (z,) = made.inputs()
+    want = accuracy.truth(made, (z,))
+    for function in (baselines.eager_info_nce, lambda v: baselines.chunked_info_nce(v, chunk=7)):
         for ours, theirs in zip(accuracy.with_gradient(function, (z,)), want, strict=True):
             torch.testing.assert_close(ours, theirs)
 
@@ -94,9 +92,9 @@ def test_eager_and_chunked_losses_are_the_reference(views):
 def test_errors_are_small_where_nothing_is_wrong_and_large_where_something_is():
     made = case("info_nce", views=2, batch=40, dim=8)
     judge = accuracy.judge(made, made.inputs())
-    for name, function in ((rivals.OURS, made.ours()), ("eager", rivals.eager_info_nce)):
+    for name, function in ((baselines.OURS, made.ours()), ("eager", baselines.eager_info_nce)):
         assert max(judge(name, function).values()) < 1e-5
-    wrong = judge("mine:loss", lambda v: rivals.eager_info_nce(v) + 0.1 * v.square().mean())
+    wrong = judge("mine:loss", lambda v: baselines.eager_info_nce(v) + 0.1 * v.square().mean())
     assert min(wrong["loss"], wrong["gradient"]) > 1e-3
 
 
@@ -107,55 +105,47 @@ def linear_cross_entropy(rows, weight, target):
     return F.cross_entropy(rows @ weight.T, target)
 
 
-FAKES = {
-    "inf_cl": {"cal_inf_loss": lambda q, k, labels=None, scale=None, head_dim=256: linear_cross_entropy(q, k, labels)},
-    "cut_cross_entropy": {"linear_cross_entropy": lambda e, c, targets: linear_cross_entropy(e, c, targets)},
-    "liger_kernel.transformers": {
-        "LigerFusedLinearCrossEntropyLoss": lambda: (
-            lambda lin_weight, _input, target: linear_cross_entropy(_input, lin_weight, target)
-        )
-    },
-}
-
-
 @pytest.fixture
 def fake_peers(monkeypatch):
     """Modules of the peers' names whose functions take what theirs take."""
-    for name, members in FAKES.items():
-        parts = name.split(".")
-        for end in range(1, len(parts) + 1):
-            module = ".".join(parts[:end])
-            if module not in sys.modules or not hasattr(sys.modules[module], "faked"):
-                monkeypatch.setitem(sys.modules, module, types.ModuleType(module))
-                sys.modules[module].faked = True
-                if end > 1:
-                    setattr(sys.modules[".".join(parts[: end - 1])], parts[end - 1], sys.modules[module])
-        for member, value in members.items():
-            setattr(sys.modules[name], member, value)
+
+    def inf_cl(q, k, labels=None, scale=None, head_dim=256):
+        return linear_cross_entropy(q, k, labels)
+
+    def liger():
+        return lambda lin_weight, _input, target: linear_cross_entropy(_input, lin_weight, target)
+
+    for name, members in {
+        "inf_cl": {"cal_inf_loss": inf_cl},
+        "cut_cross_entropy": {"linear_cross_entropy": linear_cross_entropy},
+        "liger_kernel": {},
+        "liger_kernel.transformers": {"LigerFusedLinearCrossEntropyLoss": liger},
+    }.items():
+        monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(**members))
 
 
-@pytest.mark.parametrize("name", [n for n, r in rivals.RIVALS["info_nce"].items() if r.other])
+@pytest.mark.parametrize("name", [n for n, r in baselines.BASELINES["info_nce"].items() if r.other])
 def test_adaptors_of_the_losses(name, fake_peers):
     """They pass the right rows and targets, with a row's similarity with itself."""
     made = case("info_nce", batch=12, dim=16, dtype="float64")
     inputs = made.inputs()
-    function, reason = rivals.load(made, name, inputs)
+    function, reason = baselines.load(made, name, inputs)
     assert reason is None
     z = F.normalize(inputs[0].reshape(24, 16), dim=-1)
     want = F.cross_entropy(z @ z.T / TEMPERATURE, torch.arange(24).roll(12))
     torch.testing.assert_close(function(*inputs), want)
     three = case("info_nce", views=3, batch=12, dim=16)
-    assert rivals.load(three, name, three.inputs())[1] == "takes two views, not 3"
+    assert baselines.load(three, name, three.inputs())[1] == "takes two views, not 3"
 
 
 @pytest.mark.parametrize("name", ["foreach_lerp", "loop", "swa_utils"])
 def test_updates_are_the_average(name):
-    """Also of copies that a rival holds: they begin where the targets are, so that doing nothing shows."""
+    """Also of copies that a peer holds: they begin where the targets are, so that doing nothing shows."""
     made = case("ema", model="tiny")
     inputs = made.inputs()
-    function, _ = rivals.load(made, name, inputs)
+    function, _ = baselines.load(made, name, inputs)
     assert accuracy.average_error(function, *inputs) < 1e-6
-    still = rivals.Average(lambda: None, [t.clone() for t in inputs[0]])
+    still = baselines.Average(lambda: None, [t.clone() for t in inputs[0]])
     assert accuracy.average_error(still, *inputs) > 1e-3
 
 
@@ -171,6 +161,6 @@ class Broken(types.ModuleType):
 def test_peers_that_cannot_be_imported_are_listed(module, reason, monkeypatch):
     monkeypatch.setitem(sys.modules, "inf_cl", module)
     made = case("info_nce", batch=8, dim=4)
-    function, given = rivals.load(made, "Inf-CL", made.inputs())
+    function, given = baselines.load(made, "Inf-CL", made.inputs())
     assert function is None
     assert re.fullmatch(reason, given)  # one line

@@ -115,7 +115,7 @@ def warned(group, module):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_no_group_warns_once_and_local_does_not(ranks, method):
+def test_a_loss_without_a_group_warns_once_and_local_does_not(ranks, method):
     for found in ranks.run(2, warned, METHODS[method](None)):
         assert len(found) == 1
         assert found[0].startswith("selfsup_kernels: 2 processes run, and this loss has no group")
@@ -126,12 +126,12 @@ def test_no_group_warns_once_and_local_does_not(ranks, method):
 
 
 def local_values(group):
-    """Without a group, and with "local", the loss uses only the process's own samples."""
+    """Return losses without a group and with "local"; both use only the process's own samples."""
     module = sk.InfoNCELoss(group="local")
     return sk.info_nce_loss(own(VIEWS)).item(), module(own(VIEWS)).item()
 
 
-def test_local_is_of_the_own_samples(ranks):
+def test_local_uses_only_the_own_samples(ranks):
     for values, part in zip(ranks.run(2, local_values), VIEWS.split(SIZES, 1), strict=True):
         assert values == pytest.approx([spec.info_nce_loss(part, temperature=0.1).item()] * 2, rel=1e-12)
 

@@ -1,4 +1,4 @@
-"""What is said to users of other packages' names and layouts: in the error, or in one warning a process."""
+"""Users of other packages' names and layouts get a hint in the error, or one warning per process."""
 
 import warnings
 
@@ -50,7 +50,7 @@ def test_message_says_what_to_pass(call, error, message):
         call()
 
 
-def test_no_hint_where_it_would_be_wrong():
+def test_no_misleading_hint():
     for views, hint in ((Z0[:5], "chunk"), ([Z0, Z1[0]], "labels")):
         with pytest.raises(ValueError, match=r"^views.*shape \(5") as raised:
             sk.info_nce_loss(views)
@@ -82,21 +82,21 @@ def test_objective_by_another_name(name, ours):
 
 
 @pytest.mark.parametrize("name", ["triplet", "", None, 3])
-def test_objective_that_is_none(name):
+def test_unknown_objective(name):
     with pytest.raises(ValueError, match=r"^objective: expected one of .*, got (?!.*its name here)"):
         sk.info_nce_loss([Z0, Z1], objective=name)
 
 
 @pytest.fixture
 def said(monkeypatch):
-    """The warnings of the test, in a process that has not warned yet."""
+    """Record the warnings of a test, as in a process that has not warned yet."""
     monkeypatch.setattr(validate, "_warned", set())
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         yield found
 
 
-def test_a_scale_for_a_temperature(said):
+def test_a_logit_scale_passed_as_temperature_warns_once(said):
     for _ in range(2):
         sk.info_nce_loss([Z0, Z1], temperature=14.3)
         sk.info_nce_loss([Z0, Z1], temperature=torch.tensor([20.0]))
@@ -107,12 +107,12 @@ def test_a_scale_for_a_temperature(said):
 
 
 @pytest.mark.parametrize("value", [torch.tensor(14.3), torch.tensor([14.3]), 15])
-def test_a_scale_of_any_kind(said, value):
+def test_a_logit_scale_of_any_type_warns(said, value):
     sk.info_nce_loss([Z0, Z1], temperature=value)
     assert len(said) == 1
 
 
-def test_views_and_samples_in_the_wrong_order(said):
+def test_views_and_samples_in_the_wrong_order_warn_once(said):
     views = torch.stack([Z0, Z1], 1)
     for _ in range(2):
         sk.info_nce_loss(views)
@@ -122,12 +122,12 @@ def test_views_and_samples_in_the_wrong_order(said):
     assert said[0].filename == __file__
 
 
-def test_no_warning_where_it_would_be_wrong(said):
+def test_no_misleading_warning(said):
     sk.info_nce_loss([Z0, Z1], temperature=2.0)
     sk.info_nce_loss([Z0, Z1], temperature=8.0, normalize=False)  # inner products over sqrt(D)
     sk.info_nce_loss(torch.stack([Z0, Z1]))
     sk.info_nce_loss(list(torch.stack([Z0, Z1], 1)))  # a list cannot be transposed by mistake
-    sk.info_nce_loss(torch.stack([Z0, Z1]).transpose(0, 1))  # and this was transposed on purpose
+    sk.info_nce_loss(torch.stack([Z0, Z1]).transpose(0, 1))  # transposed on purpose
     sk.compat.supcontrast.SupConLoss()(torch.stack([Z0, Z1]))
     sk.InfoNCELoss(0.07, learnable_temperature=True)(Z0, Z1)
     sk.methods.CMC(nn.Linear(5, 4), nn.Identity())(Z0, Z1)

@@ -1,4 +1,4 @@
-"""Who imports whom, and what ``import selfsup_kernels`` loads."""
+"""Test which modules import which, and what ``import selfsup_kernels`` loads."""
 
 import ast
 import graphlib
@@ -11,11 +11,11 @@ import selfsup_kernels
 LAB = "selfsup_kernels.lab."
 PACKAGE = Path(selfsup_kernels.__file__).parent
 ENTRANCES = ("__main__.py", "profile.py")
-"""Files that hand a user over to the lab."""
+"""Files outside the lab that may import it."""
 
 
 def imported(path, anywhere=True):
-    """The modules that a file names in an import: anywhere in it, or at its top level, when it is imported itself."""
+    """Yield the modules that a file imports: anywhere, or only at its top level, that is when it is imported."""
     tree = ast.parse(path.read_text())
     for node in ast.walk(tree) if anywhere else tree.body:
         if isinstance(node, ast.Import):
@@ -42,7 +42,7 @@ LAYERS = (
     "compat",
     "lab",
 )
-"""What a part imports stands in its own layer or in one before it."""
+"""A part imports only parts of its own layer or an earlier one."""
 
 
 def layer(part):
@@ -65,13 +65,13 @@ def test_imports_run_downwards():
                 upwards.add((name, other))
     assert not upwards
     modules = {name: top & set(between) for name, top in between.items()}
-    for top in modules.values():  # `from package import module` needs the module, of the package only its name
+    for top in modules.values():  # `from package import module` depends on the module, not on the package
         top -= {name for name in top if any(other.startswith(f"{name}.") for other in top)}
     graphlib.TopologicalSorter(modules).prepare()  # raises where modules import each other in a circle
 
 
 def modules_of(code):
-    """The modules that ``code`` loads beyond those of ``import torch``, in a process of its own."""
+    """Return the modules that ``code`` loads in addition to ``import torch``, in a separate process."""
     script = f"import sys, torch\nbefore = set(sys.modules)\n{code}\nprint(*(set(sys.modules) - before))"
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=PACKAGE.parent
@@ -80,7 +80,7 @@ def modules_of(code):
 
 
 def test_import_loads_little_more_than_torch():
-    """``torch._dynamo`` alone doubles the time."""
+    """The import loads few modules; ``torch._dynamo`` alone would double its time."""
     loaded = modules_of("import selfsup_kernels")
     assert not [name for name in loaded if name.startswith(("torch._dynamo", "torch._inductor", "sympy", "triton"))]
     assert not [name for name in loaded if name.startswith(LAB)]

@@ -1,4 +1,4 @@
-"""``python -m selfsup_kernels info``."""
+"""Test ``python -m selfsup_kernels info``."""
 
 import json
 import subprocess
@@ -22,7 +22,7 @@ def _forget():
 
 @pytest.fixture
 def hidden(monkeypatch):
-    """A pure-Python install, in a folder of its own."""
+    """Simulate a pure-Python install outside of a source folder."""
     monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(build, "record", lambda: {"failure": "it was not asked for."})
     monkeypatch.setattr(build, "SOURCE", None)
@@ -82,7 +82,7 @@ def test_without_the_extension(hidden, capsys, monkeypatch, tmp_path):
         "command": command,
     }
     backends._reasons.clear()
-    monkeypatch.setenv("SELFSUP_KERNELS_SKIP_BUILD", "1")  # which the build would heed again
+    monkeypatch.setenv("SELFSUP_KERNELS_SKIP_BUILD", "1")  # the command has to override it
     assert cpu_state()["command"] == f"SELFSUP_KERNELS_SKIP_BUILD=0 {command}"
 
 
@@ -98,14 +98,14 @@ def test_the_folder_that_pip_installed_from(monkeypatch, tmp_path):
     assert build._installed_from() == "."
     source = tmp_path / "a folder"
     Installed.text = json.dumps({"url": source.as_uri(), "dir_info": {}})
-    assert build._installed_from() == "."  # it is gone
+    assert build._installed_from() == "."  # the folder does not exist
     source.mkdir()
     (source / "setup.py").touch()
     assert build._installed_from() == str(source)
 
 
 def test_a_source_folder_that_is_not_built(hidden, monkeypatch, tmp_path):
-    """`python -m selfsup_kernels` in a checkout imports the checkout, whatever is installed."""
+    """`python -m selfsup_kernels` in a checkout imports the checkout, even if another copy is installed."""
     monkeypatch.setattr(build, "SOURCE", tmp_path)
     monkeypatch.setattr(build, "record", dict)
     monkeypatch.setattr(sys, "path", ["", str(tmp_path / "site")])
@@ -122,7 +122,7 @@ def test_a_source_folder_that_is_not_built(hidden, monkeypatch, tmp_path):
     assert state["command"].endswith(f"pip install -e {tmp_path}")
 
 
-def test_without_a_compiler_the_command_gets_one_first(hidden, monkeypatch):
+def test_without_a_compiler_the_command_installs_one_first(hidden, monkeypatch):
     monkeypatch.setattr(build, "cannot_compile", lambda: ("no C++ compiler: g++ is not on PATH.", "apk add g++ && "))
     state = cpu_state()
     assert state["command"].startswith("apk add g++ && pip install ")
@@ -137,7 +137,7 @@ def test_packages_that_a_command_needs(monkeypatch, capsys):
     assert "demo no needs sklearn, rich run: pip install scikit-learn rich" in text
 
 
-def test_how_it_was_built_is_for_those_who_ask(capsys):
+def test_build_details_are_shown_only_with_verbose(capsys):
     assert main(["info"]) == 0
     assert "torch_target" not in capsys.readouterr().out
     assert main(["info", "--verbose"]) == 0
@@ -145,14 +145,14 @@ def test_how_it_was_built_is_for_those_who_ask(capsys):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_nothing_is_to_be_installed_for_one(monkeypatch):
+def test_without_a_gpu_no_install_command_is_shown_for_triton(monkeypatch):
     monkeypatch.setattr(backends, "emulated", lambda impl: False)
     monkeypatch.setitem(backends._reasons, "triton", backends.Unavailable("Triton is not installed.", "pip"))
     state = info.collect()["implementations"]["triton"]
     assert state == {"available": False, "reason": "no NVIDIA GPU was found.", "command": None}
 
 
-def test_what_runs_on_a_gpu_without_the_cuda_library():
+def test_a_missing_cuda_library_is_explained_on_a_gpu():
     facts = info.collect()
     facts["cuda"] = [{"name": "NVIDIA H100", "capability": "9.0", "memory_gib": 79.6}]
     facts["implementations"]["triton"] = {"available": True, "reason": None, "command": None}

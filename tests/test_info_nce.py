@@ -1,4 +1,4 @@
-"""InfoNCE: values and gradients of the six objectives against the dense loss and the brute force, in float64."""
+"""Compare InfoNCE's values and gradients for six objectives with the dense loss and a brute force, in float64."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def test_temperatures(impl, objective, temperature, num_views, dtype):
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_sizes(impl, objective, size, dtype):
     views = randn(*size, dtype=dtype, seed=1)
-    # Rows of one feature are +-1 after normalisation: their gradient is exactly zero, and what remains is rounding of
+    # Rows of one feature are +-1 after normalisation, and their exact gradient is zero: the result is the rounding of
     # terms of the size of the scale.
     floor = 16 * torch.finfo(dtype).eps / 0.1 if size[-1] == 1 else 0.0
     floor *= (1 / views.abs().min()).item() if size[-1] == 1 else 0.0
@@ -72,7 +72,7 @@ def test_unnormalised_against_loops(impl, objective):
 
 
 def check_against_loops(impl, views, temperature, **arguments):
-    """Per-anchor values, gradients under an upstream gradient per anchor, and the dense loss as well as ours."""
+    """Compare per-anchor values and gradients with loops, for ours and for the dense loss."""
     upstream = randn(*views.shape[:2], dtype=torch.float64, seed=9)
     truth = run(brute_force, views, temperature, upstream, **arguments)
     for function in (spec.info_nce_loss, info_nce_loss):
@@ -88,16 +88,16 @@ def check_against_loops(impl, views, temperature, **arguments):
 @pytest.mark.parametrize("num_views", [1, 3])
 @pytest.mark.parametrize("objective", LABEL_OBJECTIVES)
 def test_labels(impl, objective, num_views, classes, dtype):
-    """One class of everyone (no negatives but the queue's), few, many, and every sample alone in its class."""
+    """Labels are right with one class (only the queue has negatives), few, many, and one class per sample."""
     views = randn(num_views, 65, 16, dtype=dtype)
     labels = random_labels(65, classes)
     queue = randn(10, 16, dtype=dtype, seed=1) if classes == 1 else None
-    # Every sample alone with a single view: no positives, a loss and gradient of exactly zero.
+    # With one view and one class per sample there are no positives: loss and gradient are exactly zero.
     compare_info_nce(impl, views, objective=objective, labels=labels, queue=queue)
 
 
 @pytest.mark.parametrize("objective", ["supcon_out", "supcon_in", "per_positive"])
-def test_one_class_and_no_negatives(impl, objective):
+def test_one_class_without_negatives(impl, objective):
     views = randn(2, 9, 8, dtype=torch.float64)
     compare_info_nce(impl, views, objective=objective, labels=torch.zeros(9, dtype=torch.int64), floor=1e-12)
 
@@ -109,7 +109,7 @@ def test_label_dtypes(impl, dtype):
     assert torch.equal(got, info_nce_loss(views, labels=labels, impl=impl))
 
 
-def test_labels_all_different_are_no_labels(impl):
+def test_one_class_per_sample_equals_no_labels(impl):
     views = randn(3, 20, 8, dtype=torch.float64)
     for objective in LABEL_OBJECTIVES:
         got = run(info_nce_loss, views, 0.1, labels=torch.randperm(20), objective=objective, impl=impl)
@@ -127,7 +127,7 @@ def test_queue(impl, objective, length, core_view, dtype):
     compare_info_nce(impl, views, objective=objective, queue=queue, core_view=core_view)
 
 
-def test_queue_takes_no_gradient_and_lets_one_sample_through(impl):
+def test_queue_gets_no_gradient_and_allows_a_batch_of_one(impl):
     views = randn(2, 1, 8, dtype=torch.float64)
     queue = randn(5, 8, dtype=torch.float64, seed=1).requires_grad_()
     compare_info_nce(impl, views, queue=queue.detach())
@@ -144,7 +144,7 @@ def test_core_view(impl, objective, core_view):
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_core_view_of_two_views_is_none(impl, objective):
+def test_core_view_has_no_effect_with_two_views(impl, objective):
     views = randn(2, 9, 8)
     for core_view in (0, 1):
         got = info_nce_loss(views, objective=objective, core_view=core_view, impl=impl)
@@ -173,7 +173,7 @@ def test_reductions(impl, objective, reduction, dtype):
 
 
 def test_upstream_gradient_may_be_expanded_zero_or_partial(impl):
-    """What autograd hands over after ``loss.mean()``, a mask, or an unused anchor."""
+    """Upstream gradients of ``loss.mean()``, a mask and an unused anchor are handled."""
     views = randn(2, 10, 6, dtype=torch.float64)
     mask = torch.zeros(2, 10, dtype=torch.float64)
     mask[1, 3] = 1
@@ -190,7 +190,7 @@ def test_upstream_gradient_may_be_expanded_zero_or_partial(impl):
 
 
 def test_two_views_have_the_textbook_values(impl):
-    """NT-Xent and CLIP as everyone writes them: cross entropy over a matrix of similarities."""
+    """NT-Xent and CLIP equal a cross entropy over the similarity matrix."""
     views = randn(2, 12, 8, dtype=torch.float64)
     z = torch.nn.functional.normalize(views, dim=-1)
     rows = z.reshape(24, 8)

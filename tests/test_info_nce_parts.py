@@ -1,4 +1,4 @@
-"""A batch of which each process computes its own samples, without the processes: the ops and the tables they send."""
+"""Test the ops of a group and the tables that it exchanges, in one process: each call computes its own samples."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from selfsup_kernels.info_nce.objectives import LABEL_OBJECTIVES, OBJECTIVES
 
 pytestmark = pytest.mark.sanitize
 
-SIZES = [(23, 1, 40), (140, 113), (310,)]  # small tiles, blocks of several views, one process with everything
+SIZES = [(23, 1, 40), (140, 113), (310,)]  # small tiles, blocks of several views, one process
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
@@ -29,7 +29,7 @@ def test_core_view(impl, core):
 @pytest.mark.parametrize("objective", LABEL_OBJECTIVES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_labels(impl, objective, classes, dtype):
-    """One class of everyone, few that are spread over the processes, and every sample alone."""
+    """Labels are right with one class, with a few classes across processes, and with one class per sample."""
     sizes = (140, 3, 90)
     labels = random_labels(sum(sizes), classes)
     queue = randn(9, 16, dtype=dtype, seed=1) if classes == 1 else None
@@ -43,7 +43,7 @@ def test_classes_of_one_process_each(impl):
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_sums_that_underflow(impl, objective):
-    """Rows done again with a running maximum push those of other processes too."""
+    """Rows that are recomputed with a running maximum also contribute to the rows of other processes."""
     views = torch.nn.functional.normalize(randn(2, 60, 32), dim=-1)
     views[:, 30:] *= -1
     compare_parts(impl, views, (17, 43), objective, temperature=0.004)

@@ -1,4 +1,4 @@
-"""InfoNCE where arithmetic is hard: low precision, near-zero loss, scores at the far end, zero rows, NaN and Inf."""
+"""Test InfoNCE in numerically hard cases: low precision, near-zero loss, extreme scores, zero rows, NaN and Inf."""
 
 from itertools import product
 
@@ -38,14 +38,14 @@ def test_low_precision_unnormalised(impl, dtype):
 
 @pytest.mark.parametrize("dtype", LOW_PRECISION)
 def test_low_precision_gradient_of_a_large_batch(impl, dtype):
-    """The mean over many anchors makes every weight tiny: smaller than fp16's smallest number, were it rounded."""
+    """With a mean over many anchors every weight is below fp16's smallest number, so weights must not be rounded."""
     compare_info_nce(impl, randn(2, 1500, 16, dtype=dtype), 0.5)
 
 
 @pytest.mark.parametrize("objective", LABEL_OBJECTIVES)
 def test_large_losses_with_labels(impl, objective):
-    """Losses of hundreds, whose exponentials float32 does not hold: one class, so that all negatives are the queue's,
-    and positives that point away from each other."""
+    """Losses of hundreds are right, although their exponentials overflow float32. With one class all negatives are in
+    the queue, and the positives are far from each other."""
     views, queue, temperature = randn(2, 6, 4), randn(5, 4, seed=1), 0.002
     labels = torch.zeros(6, dtype=torch.int64)
     loss, grad, _ = run(info_nce_loss, views, temperature, objective=objective, labels=labels, queue=queue, impl=impl)
@@ -60,9 +60,9 @@ def test_large_losses_with_labels(impl, objective):
 @pytest.mark.parametrize("temperature", [0.4, 0.2, 0.1])
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_near_zero_loss(op_impl, objective, temperature):
-    """Positives all but identical, negatives opposite: losses down to 1e-8, where ``softmax - 1`` has no digits left.
+    """Losses down to 1e-8 are right: positives are nearly identical, negatives opposite, and ``softmax - 1`` cancels.
 
-    Stricter than elsewhere: the eager float32 loss, which loses its digits here, is not the yardstick.
+    The bound does not refer to the eager float32 loss, which loses its digits here.
     """
     direction = randn(32, seed=3)
     views = torch.stack([direction, -direction]).expand(2, 2, 32) + 0.05 * randn(2, 2, 32, seed=4)
@@ -83,7 +83,7 @@ def test_near_zero_loss(op_impl, objective, temperature):
 @pytest.mark.parametrize("temperature", [0.1, 0.0128, 0.01, 0.005, 0.002])
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_negatives_opposite_to_the_anchor(op_impl, objective, temperature, positive, dtype):
-    """Every negative at the lowest score there is: a sum of exponentials with a fixed reference comes out as zero."""
+    """With every negative at the lowest score, a sum of exponentials with a fixed reference underflows to zero."""
     direction = torch.zeros(24, dtype=torch.float64)
     direction[0] = 1
     views = -direction + 0.01 * randn(3, 19, 24, dtype=torch.float64)
@@ -112,7 +112,7 @@ def test_negatives_opposite_with_labels_and_queue(op_impl, objective, temperatur
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *LOW_PRECISION])
 @pytest.mark.parametrize("temperature", [0.1, 0.005])
 def test_identical_rows(impl, temperature, dtype):
-    """All rows equal: the loss is the logarithm of the number of columns at any temperature."""
+    """The loss of equal rows is the logarithm of the number of columns at any temperature."""
     views = randn(1, 1, 16, dtype=dtype).expand(3, 10, 16)
     loss = info_nce_loss(views, temperature=temperature, impl=impl)
     assert_within("loss", loss, torch.tensor(29.0).double().log())
@@ -149,7 +149,7 @@ def test_zero_rows_are_finite_in_every_dtype(impl, objective, zero, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, *LOW_PRECISION])
 @pytest.mark.parametrize("size", [1e-3, 1e3])
 def test_length_of_the_rows_does_not_matter(impl, size, dtype):
-    """Also where the squares of the elements leave fp16's range."""
+    """Rows are right even if the squares of their elements leave fp16's range."""
     views = randn(2, 9, 8, dtype=torch.float32).to(dtype)
     scaled = (views.double() * size).to(dtype)
     compare_info_nce(impl, scaled)
@@ -157,7 +157,7 @@ def test_length_of_the_rows_does_not_matter(impl, size, dtype):
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_gradient_of_long_rows_that_are_not_normalised(op_impl, objective):
-    """Scores of millions, whose last bit is more than 1: what the backward computes again has to be the same number."""
+    """Scores of millions are right: they are so coarse that the backward must recompute exactly the same numbers."""
     views = 100 * randn(2, 64, 64)
     grad = run(info_nce_loss, views, 0.1, normalize=False, objective=objective, impl=op_impl)[1]
     want = run(spec.info_nce_loss, views.double(), 0.1, normalize=False, objective=objective)[1]
@@ -165,7 +165,7 @@ def test_gradient_of_long_rows_that_are_not_normalised(op_impl, objective):
 
 
 def nonfinite(x):
-    """0 finite, 1 NaN, 2 +Inf, 3 -Inf."""
+    """Return for each element 0 (finite), 1 (NaN), 2 (+Inf) or 3 (-Inf)."""
     return x.isnan().int() + 2 * x.isposinf().int() + 3 * x.isneginf().int()
 
 
@@ -179,7 +179,7 @@ def nonfinite(x):
         *product(LABEL_OBJECTIVES, ["labels", "unnormalised labels"]),
     ],
 )
-def test_nan_and_inf_reach_what_they_reach_in_the_dense_loss(op_impl, objective, form, where, value):
+def test_nan_and_inf_spread_as_in_the_dense_loss(op_impl, objective, form, where, value):
     views, queue = randn(3, 70, 8), randn(5, 8, seed=1)
     (views[1] if where == "views" else queue)[2, 3] = value
     arguments = {
@@ -197,10 +197,10 @@ def test_nan_and_inf_reach_what_they_reach_in_the_dense_loss(op_impl, objective,
     assert not want[0].isfinite().all()
     assert torch.equal(nonfinite(got[0]), nonfinite(want[0]))
     if "unnormalised" in form:
-        # Autograd spreads 0 * Inf further than the equations do; a row without a loss still gets no plausible gradient.
+        # Autograd spreads 0 * Inf further than the equations do. A row with a non-finite loss has no finite gradient.
         assert not got[1][~want[0].isfinite()].isfinite().all(-1).any()
     else:
-        # View 2 never meets view 1 around core view 0: what it gets of it is 0 * NaN, if it is multiplied at all.
+        # With core view 0, view 2 never meets view 1: at most it gets 0 * NaN, if that product is computed at all.
         met = slice(0, 2) if form == "core" and where == "views" else slice(None)
         assert torch.equal(got[1][met].isfinite(), want[1][met].isfinite())
     assert not got[2].isfinite()
@@ -210,7 +210,7 @@ def test_nan_and_inf_reach_what_they_reach_in_the_dense_loss(op_impl, objective,
 
 @pytest.mark.parametrize("upstream", [1.0, 1e-4, 1e-10, 1e6])
 def test_similar_rows_under_a_small_upstream_gradient(impl, upstream):
-    """Near collapse at a low temperature the negatives' weights are tiny; a loss weight must not push them to zero."""
+    """Near collapse at a low temperature the negatives' weights are tiny; a loss weight must not make them zero."""
     views = randn(1, 1, 32) + 0.02 * randn(2, 300, 32, seed=1)
     _, grad, _ = run(info_nce_loss, views, 0.01, torch.tensor(upstream), impl=impl)
     _, want, _ = run(spec.info_nce_loss, views.double(), 0.01, torch.tensor(upstream))

@@ -1,4 +1,4 @@
-"""Strides, offsets and containers do not matter; neither do threads; memory is linear in the rows."""
+"""Results do not depend on strides, offsets, containers or threads, and memory is linear in the rows."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
 def layouts(x):
-    """The numbers of ``x`` (V, B, D) in other memory."""
+    """Yield (name, tensor) with the numbers of ``x`` (V, B, D) in several memory layouts."""
     num_views, batch, dim = x.shape
     yield "contiguous", x.contiguous()
     yield "transposed", x.transpose(1, 2).contiguous().transpose(1, 2)
@@ -30,7 +30,7 @@ def layouts(x):
 
 
 def gradients(loss_function, x):
-    """Loss and gradient, for a (V, B, D) tensor and for the list of its views."""
+    """Return loss and gradient; assert that a (V, B, D) tensor and the list of its views give the same."""
     stacked = x.detach().requires_grad_()
     as_list = [v.detach().requires_grad_() for v in x.detach()]
     loss = loss_function(stacked)
@@ -95,7 +95,7 @@ def test_views_of_different_strides_and_one_tensor_twice(impl):
 
 
 def test_expanded_views(impl):
-    """One row for all: stride zero, as ``expand`` leaves it."""
+    """Views that ``expand`` makes of one row, with stride zero, give the same as copies."""
     row = randn(1, 1, 8)
     got = gradients(lambda v: info_nce_loss(v, reduction="none", impl=impl), row.expand(2, 6, 8))
     want = gradients(lambda v: info_nce_loss(v, reduction="none", impl=impl), row.expand(2, 6, 8).contiguous())
@@ -103,7 +103,7 @@ def test_expanded_views(impl):
     assert torch.equal(got[1], want[1])
 
 
-def test_gradient_only_where_it_is_asked_for(impl):
+def test_only_views_that_require_a_gradient_get_one(impl):
     x, y = randn(2, 9, 6).unbind(0)
     x = x.clone().requires_grad_()
     info_nce_loss([x, y], impl=impl).backward()
@@ -125,7 +125,7 @@ def test_same_bits_with_any_number_of_threads(impl, size, form):
         "core": {"core_view": 1, "objective": "pairwise"},
     }[form]
     results = []
-    # The reference leaves its sums to PyTorch, which may split them by threads: it only has to repeat itself.
+    # PyTorch may split the reference's sums by threads: the reference only has to be repeatable.
     for threads in (1, 2, 2, 3) if impl != "reference" else (2, 2):
         torch.set_num_threads(threads)
         x, t = views.clone().requires_grad_(), torch.tensor(0.07, requires_grad=True)
@@ -151,7 +151,7 @@ def test_byol_same_bits_with_any_number_of_threads(impl, size):
 
 
 def peak_bytes(function):
-    """The most memory that ``function`` held at once, from the allocator's own events."""
+    """Return the peak memory of ``function`` from the allocator's events."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as trace:
         function()
     held = peak = 0
@@ -164,9 +164,9 @@ def peak_bytes(function):
 
 @pytest.mark.parametrize("form", ["plain", "pairwise", "labels"])
 def test_memory_is_linear_in_the_rows(op_impl, form, monkeypatch):
-    """At M = 16384 the matrix of similarities would be 1 GB in float32; the kernels hold tables and tiles."""
+    """The peak is far below the similarity matrix, which has 1 GB at M = 16384 in float32."""
     rows, dim = (2048 if op_impl == "reference" else 16384), 32
-    # The reference holds chunks of scores, whose size is a constant: made small, its memory shows at few rows.
+    # The reference holds chunks of scores of constant size; with small chunks few rows suffice to measure its memory.
     monkeypatch.setattr(reference, "_BLOCK_BYTES", 2**18)
     views = randn(2, rows // 2, dim).requires_grad_()
     labels = random_labels(rows // 2, 50) if form == "labels" else None
@@ -175,8 +175,8 @@ def test_memory_is_linear_in_the_rows(op_impl, form, monkeypatch):
     def step():
         info_nce_loss(views, labels=labels, objective=objective, impl=op_impl).backward()
 
-    # Unit rows, gradient and scratch: 8 times the rows. The float64 tables and their scratch: 64 doubles a row. Beside
-    # them what does not grow: tiles of all threads, or some float64 temporaries of a chunk.
+    # Unit rows, gradient and scratch take 8 times the rows; the float64 tables and their scratch 64 doubles per row.
+    # The constant covers tiles of all threads, or some float64 temporaries of a chunk.
     allowed = rows * (8 * 4 * dim + 64 * 8) + 2**23
     assert 4 * rows * dim < peak_bytes(step) < allowed < 4 * rows * rows
 
@@ -196,7 +196,7 @@ def test_autograd_keeps_at_most_ten_times_the_scores(objective, labelled):
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("form", ["plain", "queue", "core view", "labels"])
 def test_the_reference_in_one_block_and_in_many(objective, form, monkeypatch):
-    """All scores in one block, and blocks of 3, 3 and 1 samples, or of 1, give the same."""
+    """One block of all scores gives the same as blocks of 3, 3 and 1 samples, or of 1 sample each."""
     if form == "labels" and objective not in LABEL_OBJECTIVES:
         return
     arguments = {
@@ -235,9 +235,9 @@ def test_the_reference_in_one_block_and_in_many(objective, form, monkeypatch):
 
 
 def test_same_bits_with_any_number_of_threads_on_one_wide_block(impl):
-    """A single tile must not be shared out by the matrix library either."""
+    """The matrix library must not split a single tile across threads either."""
     if impl == "reference":
-        return  # whole rows go through torch's own product, whose order of summation is torch's affair
+        return  # torch's own product determines the order of summation
     results = []
     before = torch.get_num_threads()
     try:

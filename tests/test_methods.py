@@ -121,7 +121,7 @@ def test_byol_target_moves_exactly_by_ema(impl):
 
 def test_byol_gradient_stops_at_the_target(impl):
     method = byol(impl)
-    method.target.module.requires_grad_(True)  # even if a user enables it
+    method.target.module.requires_grad_(True)  # has no effect on the loss
     outputs = []
     method.target.register_forward_hook(lambda module, args, output: outputs.append(output))
     x1, x2 = (x.requires_grad_() for x in batches(0))

@@ -186,7 +186,7 @@ def test_enqueueing_before_backward_changes_no_gradient(impl):
     torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-10)
 
 
-def test_the_queue_stays_where_it_is(op_impl):
+def test_the_queue_is_not_reallocated(op_impl):
     """No new queue is allocated, and only the loss' own copy of that size is saved for backward."""
     method = moco(op_impl, 5000)
     address, kept = method.queue.data_ptr(), []

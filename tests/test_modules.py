@@ -1,4 +1,4 @@
-"""InfoNCELoss and BYOLLoss hold arguments: every one reaches the functional, bad ones fail at construction."""
+"""Test that InfoNCELoss and BYOLLoss pass every argument to the function, and that bad ones fail at construction."""
 
 import math
 
@@ -59,7 +59,7 @@ def test_learnable_temperature(impl):
 
 
 def test_learnable_temperature_stays_positive(impl):
-    """A step that would take the temperature itself below zero."""
+    """The temperature stays positive after a step that would make a plain parameter negative."""
     views, rate = randn(2, 8, 4), 20.0
     raw = torch.tensor(0.5, requires_grad=True)
     (-sk.info_nce_loss(views, temperature=raw, impl=impl)).backward()
@@ -77,13 +77,13 @@ def test_max_scale_holds_the_parameter_and_lets_it_come_back(impl):
         module.logit_scale.fill_(7.0)
     assert module.temperature.item() == pytest.approx(1 / 20)
     module.eval()(views)
-    assert module.logit_scale.item() == 7.0  # evaluation changes nothing
+    assert module.logit_scale.item() == 7.0  # evaluation mode does not clamp
     loss = module.train()(views)
     assert module.logit_scale.item() == pytest.approx(math.log(20))
     assert loss.item() == pytest.approx(sk.info_nce_loss(views, temperature=1 / 20, impl=impl).item(), rel=1e-5)
     loss.backward()
     assert module.logit_scale.grad.item() != 0
-    first, second = module(views), module(views)  # the clamp of the second must not break the first's backward
+    first, second = module(views), module(views)  # the second call's clamp must not break the first's backward
     (first + second).backward()
 
 
@@ -132,7 +132,7 @@ def test_bad_arguments_fail_at_construction(make, arguments, error, message):
         make(**arguments)
 
 
-def test_repr_tells_what_is_not_default():
+def test_repr_shows_arguments_that_are_not_defaults():
     text = repr(sk.InfoNCELoss(0.07, learnable_temperature=True, max_scale=100, objective="cross_view"))
     for part in ("temperature=0.07", "learnable_temperature=True", "max_scale=100", "objective='cross_view'"):
         assert part in text

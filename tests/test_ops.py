@@ -1,4 +1,4 @@
-"""Every overload of every op under opcheck, the losses under gradcheck."""
+"""Check every overload of every op with opcheck, and the losses with gradcheck."""
 
 import pytest
 import torch
@@ -13,11 +13,11 @@ pytestmark = pytest.mark.sanitize
 
 @pytest.fixture(autouse=True)
 def one_thread(threads):
-    """Thousands of calls of a microsecond each."""
+    """Use one thread, since the tests make thousands of calls of a microsecond each."""
     torch.set_num_threads(1)
 
 
-# The ops carry no autograd of their own: what is above them does, and gradcheck tests that.
+# The ops have no autograd formula: the autograd Functions above them do, and gradcheck tests those.
 UTILS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
 DTYPES = [torch.float64, torch.float32, *LOW_PRECISION]
 

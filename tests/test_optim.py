@@ -1,4 +1,4 @@
-"""The fused optimizers: torch.optim's values, state and conventions, together with an EMA's target network."""
+"""Test the fused optimizers with an EMA's target network: values, state and conventions equal torch.optim's."""
 
 import copy
 import math
@@ -31,7 +31,7 @@ def test_the_step_is_torchs(impl, ours, theirs, arguments, dtype):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_every_pair_of_dtypes(impl, dtype, target_dtype):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a target of low precision
+        warnings.simplefilter("ignore")  # the warning for a target of low precision
         for ours, theirs, arguments in PAIRS:
             compare(impl, torch.device("cpu"), ours, theirs, arguments, dtype, target_dtype, steps=2)
 
@@ -39,7 +39,7 @@ def test_every_pair_of_dtypes(impl, dtype, target_dtype):
 @pytest.mark.parametrize("buffers", ["copy", "average", "ignore"])
 @pytest.mark.parametrize(("ours", "theirs", "arguments"), PAIRS, ids=PAIRS_IDS)
 def test_one_step_is_a_step_and_an_update(impl, ours, theirs, arguments, buffers):
-    """Parameters that are frozen, without a gradient or in no optimizer, and buffers: all that ``ema.update`` moves."""
+    """A fused step also averages frozen parameters, ones without a gradient or an optimizer, and buffers."""
     model = Weights()
     twin = copy.deepcopy(model)
     averages = [average_of(m, buffers=buffers, impl=impl) for m in (model, twin)]

@@ -76,7 +76,7 @@ def test_options_in_a_loaded_state(impl, ours):
 
 @pytest.mark.parametrize("kind", ["float64", "float32", "float16"])
 def test_numbers_of_numpy(impl, kind):
-    """Every kind of number; the values are exact in float16."""
+    """Options may be any kind of NumPy number; the values are exact in float16."""
     kind = getattr(pytest.importorskip("numpy"), kind)
     sgd = {"lr": 0.125, "momentum": 0.5, "weight_decay": 0.25}
     for more in ({"dampening": 0.25}, {"nesterov": True}):
@@ -105,7 +105,7 @@ def test_whole_numbers(impl, ours, theirs):
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
 def test_a_rate_in_a_tensor_of_one_element(impl, ours, theirs, shape, dtype):
-    """Parameters with and without dimensions."""
+    """The rate may be a tensor of one element, for parameters with and without dimensions."""
     lr = torch.full(shape, 0.125, dtype=dtype, requires_grad=dtype == torch.float64)
     for n in ((), 5):
         p, q = (nn.Parameter(randn(*([n] if n else []), dtype=torch.float64)) for _ in range(2))
@@ -119,7 +119,7 @@ def test_a_rate_in_a_tensor_of_one_element(impl, ours, theirs, shape, dtype):
 
 
 @pytest.mark.parametrize("ours", OURS)
-def test_a_rate_that_is_no_number(impl, ours):
+def test_a_rate_that_is_not_a_number(impl, ours):
     p = nn.Parameter(torch.ones(3))
     p.grad = torch.ones(3)
     optimizer = ours([p], lr=0.1, impl=impl)
@@ -138,7 +138,7 @@ class Named(torch.Tensor):
 
 
 @pytest.mark.parametrize("ours", OURS)
-def test_tensors_that_bring_their_own_operators(impl, ours):
+def test_tensors_that_override_operators(impl, ours):
     """The kernels would read memory that a wrapper tensor lacks; a plain subclass works like any tensor."""
     plain, wrapper = nn.Parameter(torch.ones(3)), nn.Parameter(TwoTensor(torch.ones(3), torch.ones(3)))
     for p in (plain, wrapper):
@@ -158,7 +158,7 @@ def test_tensors_that_bring_their_own_operators(impl, ours):
 
 @pytest.mark.parametrize("ours", OURS)
 def test_parameters_without_memory(ours):
-    """Tensors with shapes only: on the meta device, and as the fake tensors of tools that estimate memory."""
+    """Tensors may have only a shape: on the meta device, or as fake tensors of tools that estimate memory."""
     p = nn.Parameter(torch.ones(3, device="meta"))
     p.grad = torch.ones(3, device="meta")
     ours([p], lr=0.1).step()

@@ -81,8 +81,8 @@ def sharded_and_updated(group, name):
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_the_way_out_is_right(ranks, name):
-    """The alternative that the message names equals one process with the fused average."""
+def test_the_alternative_that_the_error_suggests_is_right(ranks, name):
+    """It gives the same as one process with the fused average."""
     model = network()
     ema = sk.EMA(model, 0.9)
     optimizer = OURS[name](model.parameters(), lr=0.1, ema=ema)
@@ -111,7 +111,7 @@ def test_two_optimizers_over_one_model(impl, ours):
         ours(model[0].parameters(), lr=0.1, ema=ema, impl=impl).step()
 
 
-def test_many_others_are_counted(impl):
+def test_the_error_counts_the_other_parameters(impl):
     model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(5)))
     optimizer = sk.optim.SGD(model[0].parameters(), ema=sk.EMA(model, impl=impl), impl=impl)
     model(torch.ones(1, 2)).sum().backward()
@@ -132,7 +132,7 @@ class EverySecondStep:
 
 
 def test_a_wrapper_that_steps_a_part(impl):
-    """It raises if all parameters have gradients. If only the stepped part has, the others are final and averaged."""
+    """It raises if all parameters have gradients. If only the stepped part has, all other parameters are averaged."""
     model = network()
     ema = sk.EMA(model, 0.9, impl=impl)
     wrapper = EverySecondStep([list(part.parameters()) for part in model], ema=ema, impl=impl)
@@ -149,8 +149,8 @@ def test_a_wrapper_that_steps_a_part(impl):
             torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_what_is_final_moves(impl):
-    """Frozen parameters, unused parameters, and groups that are added later."""
+def test_parameters_that_no_step_will_change_are_averaged(impl):
+    """These are frozen parameters, unused parameters, and groups that are added later."""
     model = nn.ModuleDict({"a": nn.Linear(2, 2), "frozen": nn.Linear(2, 2), "unused": nn.Linear(2, 2)})
     model["frozen"].requires_grad_(False)
     ema = sk.EMA(model, 0.5, impl=impl)
@@ -169,7 +169,7 @@ def test_what_is_final_moves(impl):
 
 
 def test_gradients_from_before_a_part_was_frozen(impl):
-    """Gradients are left over from before, and frozen parameters are final."""
+    """Leftover gradients of frozen parameters do not prevent their average."""
     model = network()
     ema = sk.EMA(model, 0.5, impl=impl)
     backward(model)

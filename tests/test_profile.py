@@ -7,24 +7,12 @@ import time
 
 import pytest
 import torch
-from profile_cases import (
-    COSTS,
-    TICK,
-    Encoder,
-    SquareLoss,
-    batches,
-    close,
-    loop,
-    method_of,
-    seconds,
-    setup,
-)
+from profile_cases import COSTS, TICK, Encoder, SquareLoss, batches, close, loop, method_of, seconds, setup
 from torch import nn
 from torch.optim import optimizer as optimizers
 
 import selfsup_kernels as sk
 from selfsup_kernels.lab.profile import PARTS, memory, parts
-from selfsup_kernels.lab.profile.recorder import CPUClock
 from selfsup_kernels.lab.profile.summary import faster, size, summarize
 from selfsup_kernels.lab.profile.workload import METHODS
 
@@ -344,72 +332,27 @@ def test_a_users_own_profiler_shows_the_ranges():
     assert run.summary["peak_bytes"] is None
 
 
-# The CUDA paths, as far as a CPU allows: a backward in another thread, events, peaks
+# CUDA: a backward in a thread of its own, events, the allocator's peaks
 
 
-class Event:
-    """A CUDA event whose stream is this process."""
-
-    def __init__(self, enable_timing):
-        assert enable_timing
-
-    def record(self, stream):
-        assert stream == "stream of cuda"
-        self.when = CPUClock.read()
-
-    def query(self):
-        return True
-
-    def elapsed_time(self, end):
-        return 1e3 * (end.when - self.when)
-
-
-@pytest.fixture
-def cuda(monkeypatch):
-    """torch.cuda as the profile uses it; the ranges, (name, thread), that begin and end."""
-    begun, ended = [], []
-
-    class Range:
-        def __init__(self, name):
-            self.name = name.removeprefix(parts.PREFIX)
-
-        def __enter__(self):
-            begun.append((self.name, threading.get_ident()))
-
-        def __exit__(self, *exception):
-            ended.append((self.name, threading.get_ident()))
-
-    backward = torch.autograd.backward
-
-    def in_a_thread(*args, **kwargs):
-        thread = threading.Thread(target=backward, args=args, kwargs=kwargs)
-        thread.start()
-        thread.join()
-
-    for owner, name, value in (
-        (torch.cuda, "Event", Event),
-        (torch.cuda, "current_stream", lambda device: f"stream of {device}"),
-        (torch.cuda, "synchronize", lambda device=None: None),
-        (torch.profiler, "record_function", Range),
-        (torch.autograd, "backward", in_a_thread),
-    ):
-        monkeypatch.setattr(owner, name, value)
-    return begun, ended
-
-
-def test_parts_where_the_backward_has_its_own_thread(cuda, counted_time):
-    costs = {"encoder forward": 0.005, "loss forward": 0.008, "loss backward": 0.016, "encoder backward": 0.012}
-    model, criterion = Encoder(0.005, 0.012), SquareLoss(0.008, 0.016)
-    with sk.profile.steps(model, loss=criterion, device="cuda", **QUIET) as run:
-        for x in run(batches(8)):
-            criterion(model(x)).backward()
-    close(seconds(run), costs)
-    begun, ended = cuda
-    assert begun == ended
-    assert {thread for _, thread in begun} == {threading.get_ident()}
-    names = [name for name, _ in begun if name != "other"]
-    assert names[:4] == ["data", "encoder forward", "loss forward", "backward"]
-    assert run.summary["device"] == "cuda"
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu(tmp_path):
+    model = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 64)).cuda()
+    criterion, optimizer = sk.InfoNCELoss(impl="reference"), torch.optim.SGD(model.parameters(), 0.01)
+    with sk.profile.steps(model, loss=criterion) as run:
+        for x in run([torch.randn(2, 256, 512) for _ in range(12)]):
+            criterion([model(view) for view in x.cuda()]).backward()
+            optimizer.step()
+    told, s = run.save_trace(tmp_path), run.summary
+    assert told["device"].startswith("cuda")
+    assert all(row["seconds"] > 0 for row in s["parts"] if row["part"] != "EMA")
+    assert sum(seconds(run).values()) == pytest.approx(s["marked_step_seconds"])
+    peaks = {row["part"]: row["peak_bytes"] for row in s["parts"]}
+    assert peaks["loss backward"] == peaks["encoder backward"] == s["peak_bytes"] > 4 * 512**2
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    names = {e["name"] for e in events if e.get("cat") == "user_annotation"}
+    assert {f"selfsup_kernels: {name}" for name in ("data", "encoder forward", "loss forward", "backward")} <= names
 
 
 def test_peaks_of_a_gpu(tmp_path):

@@ -1,4 +1,4 @@
-"""Random shapes, strides, offsets, dtypes and options for each op: 200 cases against the dense equations."""
+"""Compare each op with the dense equations in 200 random cases of shapes, strides, offsets, dtypes and options."""
 
 import math
 
@@ -19,7 +19,7 @@ SEEDS = st.integers(0, 10**6)
 
 @st.composite
 def tensors(draw, shape, dtype):
-    """Normal numbers of that shape somewhere in a bigger tensor of NaN, its dimensions in any order in memory."""
+    """Draw a normal tensor inside a larger tensor of NaN, with its dimensions in any order in memory."""
     order = draw(st.permutations(range(len(shape))))
     step = [draw(st.integers(1, 3)) for _ in shape]
     start = [draw(st.integers(0, 3)) for _ in shape]
@@ -43,7 +43,7 @@ def losses(draw):
     if objective in LABEL_OBJECTIVES and draw(st.booleans()):
         classes = draw(st.integers(2, 12))
         labels = torch.randint(-classes, classes, (batch,), generator=torch.Generator().manual_seed(draw(SEEDS)))
-        # The dense loss of an anchor without a negative is infinite for the decoupled objective.
+        # With the decoupled objective, the dense loss of an anchor without negatives is infinite.
         labels[0] = classes
         arguments["labels"] = labels
     elif draw(st.booleans()):
@@ -73,7 +73,7 @@ def test_info_nce(chosen, case):
     weight = torch.ones_like(loss) if upstream is None else upstream.to(loss)
     *grads, grad_temperature = torch.autograd.grad(loss, [*leaves, t], weight)
     want, eager = dense_in(torch.float64), dense_in(dtype)
-    # Rows of one feature, and sums whose terms cancel: rounding of terms of the size of the scale.
+    # The floor covers rows of one feature, and sums whose terms cancel: the rounding of terms of the scale's size.
     scale = (1 / temperature.double()).item() * (1 if upstream is None else upstream.abs().max().item())
     scale *= 1 if arguments["reduction"] == "mean" else stacked.shape[0] * stacked.shape[1]
     largest = max(1.0, stacked.double().norm(dim=-1).max().item() ** 2)
@@ -120,7 +120,7 @@ def test_byol(chosen, data):
 @pytest.mark.parametrize("chosen", IMPLS)
 @given(data=st.data())
 def test_ema(chosen, data):
-    """Any list of dtypes, shapes (empty ones too) and strides."""
+    """Lists of any dtypes, shapes (also empty ones) and strides are averaged."""
     shapes = data.draw(st.lists(st.lists(st.integers(0, 30), max_size=3), max_size=6))
     targets = [data.draw(tensors(tuple(shape), data.draw(DTYPES))) for shape in shapes]
     sources = [data.draw(tensors(tuple(shape), data.draw(DTYPES))) for shape in shapes]
@@ -146,7 +146,7 @@ def test_ema(chosen, data):
 @settings(max_examples=50)
 @given(seed=SEEDS, num_views=st.integers(2, 4), batch=st.integers(2, 20), objective=st.sampled_from(OBJECTIVES))
 def test_symmetries(chosen, seed, num_views, batch, objective):
-    """What holds for every input: samples in any order, views in any order, rotated features, rows of any length."""
+    """Losses do not depend on the order of samples and views, a rotation of the features, or the length of rows."""
     x = randn(num_views, batch, 6, dtype=torch.float64, seed=seed)
 
     def loss(views):

@@ -1,4 +1,4 @@
-"""``impl="reference"`` on few samples: PyTorch's own operators, differentiated by autograd."""
+"""Test ``impl="reference"`` on few samples, where it uses PyTorch's operators and autograd."""
 
 import pytest
 import torch
@@ -13,8 +13,8 @@ X = randn(3, 5, 4, dtype=torch.float64)
 
 
 def cases(objective):
-    """Views and arguments of every branch: two views and more, a core view, labels, a queue, rows without positives or
-    without negatives."""
+    """Yield views and arguments of every branch: two and more views, a core view, labels, a queue, rows without
+    positives or negatives."""
     queue = randn(4, 4, dtype=torch.float64, seed=2)
     yield X[:2], {}
     yield X, {"queue": queue}
@@ -31,7 +31,7 @@ def test_every_branch_without_an_anomaly(objective):
     for x, arguments in cases(objective):
         arguments |= {"objective": objective, "reduction": "none"}
         upstream = randn(*x.shape[:2], seed=3)
-        with torch.autograd.set_detect_anomaly(True):  # an error where a step of the backward makes NaN
+        with torch.autograd.set_detect_anomaly(True):  # raises if a step of the backward makes NaN
             got = run(info_nce_loss, x, 0.3, upstream, impl="reference", **arguments)
         want = run(spec.info_nce_loss, x, 0.3, upstream, **arguments)
         for name, ours, truth in zip(("loss", "grad", "temperature"), got, want, strict=True):
@@ -46,7 +46,7 @@ def test_every_branch_without_an_anomaly(objective):
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("num_views", [2, 3])
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_nothing_finite_where_the_dense_loss_is_not(objective, num_views, normalize, value):
+def test_results_are_not_finite_where_the_dense_loss_is_not(objective, num_views, normalize, value):
     views = randn(num_views, 20, 8)
     views[1, 2, 3] = value
     upstream = torch.ones(num_views, 20)
@@ -108,7 +108,7 @@ def test_queue_that_is_filled_before_the_backward(objective, normalize):
         ("cross_view", 3, False, (8 * 8 + 16 * 3) / 64),
     ],
 )
-def test_the_op_takes_what_is_one_sample_too_large(objective, queue, labelled, scores, dtype, monkeypatch):
+def test_the_op_takes_over_at_the_size_limit(objective, queue, labelled, scores, dtype, monkeypatch):
     monkeypatch.setattr(reference, "_MB", scores * max(dtype.itemsize, 4))
     names, op = [], backends.op
     monkeypatch.setattr(backends, "op", lambda name, impl: names.append(name) or op(name, impl))
@@ -123,8 +123,9 @@ def test_the_op_takes_what_is_one_sample_too_large(objective, queue, labelled, s
 
 
 @pytest.mark.parametrize("how", ["trace", "export", "autocast", "vmap"])
-def test_the_op_takes_what_autograd_would_get_wrong(how, monkeypatch):
-    """Other sizes than a graph was made with, products in 16 bits, and more memory than one call may use."""
+def test_the_op_takes_calls_that_autograd_would_get_wrong(how, monkeypatch):
+    """With autograd a graph would fail for other sizes, autocast would multiply in 16 bits, and vmap need too much
+    memory."""
     names, op = [], backends.op
     monkeypatch.setattr(backends, "op", lambda name, impl: names.append(name) or op(name, impl))
     views, more = randn(2, 6, 4), randn(2, 9, 4, seed=1)

@@ -1,4 +1,4 @@
-"""Numbers that are tensors of one element, DTensors, parameters of a sharded module, or NumPy's."""
+"""Test scalar arguments that are tensors of one element, DTensors, sharded parameters, or NumPy numbers."""
 
 import copy
 import math
@@ -53,7 +53,7 @@ def test_drop_in_takes_a_scale_of_one_element():
 
 
 def test_old_and_new_state_dicts():
-    """The parameter had no dimensions once; both ways, also as part of a model and where it was pickled whole."""
+    """States load in both directions between the parameter's old shape () and its new shape (1,)."""
     old = nn.Sequential(sk.InfoNCELoss(0.2, learnable_temperature=True))
     old[0].logit_scale = nn.Parameter(torch.tensor(math.log(7.0)))
     new = nn.Sequential(sk.InfoNCELoss(0.5, learnable_temperature=True, max_scale=50.0))
@@ -77,7 +77,7 @@ def test_old_and_new_state_dicts():
 
 
 class Model(nn.Module):
-    """A network with its loss; without a group, whose mean over the processes is the whole loss."""
+    """A network with its loss."""
 
     def __init__(self, group):
         super().__init__()
@@ -90,13 +90,13 @@ class Model(nn.Module):
 
 
 def sharded(group, views, own_shard):
-    """Losses and parameters of three steps of FSDP2, and what the module says of itself."""
+    """Train three steps with FSDP2; return the losses, the full parameters, and the repr of the loss."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh("cpu", (2,))
     model = Model("world").double()
-    if own_shard:  # whose dtype may be another one then: FSDP2 wants one in each of its groups
+    if own_shard:  # FSDP2 requires one dtype per group, so a separately sharded loss may have another dtype
         model.loss.float()
         fully_shard(model.loss, mesh=mesh)
     fully_shard(model, mesh=mesh)
@@ -126,13 +126,13 @@ def test_fully_shard_trains_as_one_process(ranks, own_shard):
     assert alone.loss.temperature.item() != pytest.approx(0.2, abs=1e-3)
     for losses, parameters, text in ranks.run(2, sharded, VIEWS, own_shard):
         assert losses == pytest.approx(expected, rel=1e-5)
-        assert "learnable_temperature=True" in text  # and no process waits for another one in repr
+        assert "learnable_temperature=True" in text  # repr does not communicate
         for got, want in zip(parameters, alone.parameters(), strict=True):
             torch.testing.assert_close(got.double(), want.detach(), rtol=1e-5, atol=1e-7)
 
 
 def spread(group, views, replicated):
-    """The gradient of a temperature that is a DTensor: the mean of the processes' own, as FSDP2's."""
+    """Return the loss and the gradient of a DTensor temperature: the mean over the processes, as in FSDP2."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
@@ -157,7 +157,7 @@ def test_temperature_that_is_a_dtensor(ranks, replicated):
 
 
 def refused(group):
-    """What is said of views, labels and a queue that are DTensors."""
+    """Assert that views, labels and a queue that are DTensors raise, and that the message names them."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
@@ -209,7 +209,7 @@ def test_integers_of_numpy(impl, number):
 
 
 @pytest.mark.parametrize("value", [True, np.True_, "0.1", np.str_("0.1"), np.array([0.1, 0.2]), 1j, None])
-def test_what_is_no_number(value):
+def test_values_that_are_not_numbers_raise(value):
     for name, call in (
         ("temperature", lambda: sk.info_nce_loss(VIEWS, temperature=value)),
         ("eps", lambda: sk.byol_loss(VIEWS, VIEWS, eps=value)),
@@ -220,7 +220,7 @@ def test_what_is_no_number(value):
 
 
 @pytest.mark.parametrize("value", [True, np.True_, np.float32(1), "1"])
-def test_what_is_no_integer(value):
+def test_values_that_are_not_integers_raise(value):
     for name, call in (
         ("core_view", lambda: sk.info_nce_loss(VIEWS, core_view=value)),
         ("core_view", lambda: sk.InfoNCELoss(core_view=value)),

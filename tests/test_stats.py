@@ -1,4 +1,4 @@
-"""contrastive_stats against loops over the rows, written from its docstring."""
+"""Compare contrastive_stats with loops over the rows, written from its docstring."""
 
 import math
 
@@ -12,7 +12,7 @@ from selfsup_kernels.info_nce import stats as stats_module
 
 
 def by_loops(views, labels=None, normalize=True):
-    """The five numbers of the docstring, in float64, pair by pair. Ties count against the anchor."""
+    """Return the five numbers of the docstring, in float64, pair by pair. Ties count against the anchor."""
     num_views, batch, dim = views.shape
     z = views.double().reshape(-1, dim)
     z = F.normalize(z, dim=-1) if normalize else z
@@ -51,7 +51,7 @@ def assert_close(got, want, rtol=2e-6):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_equals_loops_over_pairs(dtype, num_views, normalize):
     views = randn(num_views, 9, 5, seed=1)
-    views = (views[:1] + 0.6 * views).to(dtype)  # positives that are sometimes the nearest row, sometimes not
+    views = (views[:1] + 0.6 * views).to(dtype)  # a positive is the nearest row for some anchors only
     got = sk.contrastive_stats(views, normalize=normalize)
     want = by_loops(views, normalize=normalize)
     assert 0 < want[0] < 1
@@ -68,10 +68,10 @@ def test_equals_loops_over_pairs_with_labels(num_views):
     assert_close(sk.contrastive_stats(list(views), labels=labels), want)
 
 
-def test_many_chunks_give_what_one_gives(monkeypatch):
+def test_many_chunks_equal_one_chunk(monkeypatch):
     views = randn(2, 33, 7, seed=4)
     whole = sk.contrastive_stats(views)
-    monkeypatch.setattr(stats_module, "_CHUNK_ELEMENTS", 200)  # three rows at a time, the last chunk a short one
+    monkeypatch.setattr(stats_module, "_CHUNK_ELEMENTS", 200)  # three rows at a time; the last chunk is shorter
     assert_close(sk.contrastive_stats(views), [x.item() for x in whole], rtol=1e-6)
     assert_close(sk.contrastive_stats(views), by_loops(views))
 
@@ -79,14 +79,14 @@ def test_many_chunks_give_what_one_gives(monkeypatch):
 def test_separated_and_collapsed_embeddings():
     eye = torch.eye(6).expand(2, 6, 6)
     assert_close(sk.contrastive_stats(eye), [1, 1, 0, 0, math.log((6 + 60 * math.exp(-4)) / 66)])
-    # Every similarity is the same up to the rounding of the product: no anchor has found its positive.
+    # Every similarity is the same up to the rounding of the product, so no anchor counts as a retrieval.
     for dim in (3, 17, 130):
         collapsed = randn(dim, seed=5).expand(2, 19, dim)
         assert_close(sk.contrastive_stats(collapsed), [0, 1, 1, 0, 0])
 
 
 def test_nearly_aligned_views_keep_their_alignment():
-    """|z_i - z_j|^2 of 1e-8 is below float32's resolution of a similarity."""
+    """Alignment is accurate at 1e-8, which is below float32's resolution of a similarity."""
     views = randn(1, 8, 16, seed=6, dtype=torch.float64).repeat(2, 1, 1)
     views[1] += 1e-4 * randn(8, 16, seed=7, dtype=torch.float64)
     want = by_loops(views.float())[3]
@@ -116,8 +116,8 @@ def test_zero_rows_are_finite():
     assert all(x.isfinite() for x in sk.contrastive_stats(views))
 
 
-def test_rows_too_short_to_be_told_apart():
-    """Similarities below the smallest normal number are rounding: none counts as a retrieval."""
+def test_rows_whose_similarities_underflow_are_not_retrieved():
+    """Similarities below the smallest normal number are only rounding, so none counts as a retrieval."""
     h = 1e-34 * randn(3, 20, 58)
     assert sk.contrastive_stats(h)[0] == 0
     assert sk.contrastive_stats(1e30 * h)[0] > 0

@@ -1,4 +1,4 @@
-"""The losses under ``torch.func``: the values of the dense losses, one derivative, and errors for every other."""
+"""Test the losses under ``torch.func``: values and first derivatives of the dense losses, errors for all others."""
 
 import pytest
 import torch
@@ -87,7 +87,7 @@ def test_byol(impl, transform, stacked):
 
 
 def test_parameters_of_a_module(impl):
-    """A network with its loss, as a function of its parameters; an ensemble of three of them."""
+    """A network with its loss works as a function of its parameters, and as an ensemble of three."""
     torch.manual_seed(0)
     network = torch.nn.Linear(5, 4).double()
     criterion = InfoNCELoss(0.3, learnable_temperature=True, max_scale=50.0, impl=impl).double()
@@ -142,7 +142,7 @@ def test_second_derivative_is_refused(impl, loss, transform):
 
 
 def test_second_derivative_in_another_argument_is_refused(impl):
-    """The inner gradient is in one argument, the outer in the other, which the inner level knows nothing of."""
+    """A second derivative raises even if the inner and the outer gradient are in different arguments."""
 
     def loss(x, t):
         return info_nce_loss(x, temperature=t, impl=impl)
@@ -185,7 +185,7 @@ def test_batch_of_nothing(impl):
 
 
 def test_temperature_that_cannot_be_read_is_not_a_number(impl):
-    """Values are not there to be checked under a transform; NaN is what comes of a bad one."""
+    """Under a transform values cannot be checked; a bad temperature gives NaN."""
     got = vmap(lambda t: info_nce_loss(X, temperature=t, impl=impl))(torch.tensor([-1.0, 0.0, torch.inf, 0.1]))
     assert got.isnan().tolist() == [True, True, True, False]
 
@@ -193,7 +193,7 @@ def test_temperature_that_cannot_be_read_is_not_a_number(impl):
 @pytest.mark.unpoisoned
 @pytest.mark.parametrize("loss", LOSSES)
 def test_torch_compile_of_a_transform(impl, loss):
-    """Dynamo differentiates the forward of an autograd.Function there (torch 2.11 to 2.13): zeros, for ours."""
+    """Compiling a transform raises: Dynamo (torch 2.11 to 2.13) would differentiate our forward, which gives zeros."""
 
     def call(x):
         return LOSSES[loss](x, impl=impl)

@@ -1,4 +1,4 @@
-"""Formulas as MathML, which browsers draw by themselves: no script, no font and no network.
+"""Convert formulas to MathML, which browsers draw without scripts, fonts or a network.
 
 A formula that cannot be converted as a whole is a warning, and ``make docs`` turns warnings into errors.
 """
@@ -13,7 +13,7 @@ from sphinx.util import logging
 
 LOGGER = logging.getLogger(__name__)
 MATHML = "http://www.w3.org/1998/Math/MathML"
-# latex2mathml leaves what it does not know as a name that begins with a backslash, and says nothing.
+# latex2mathml keeps unknown commands as names that begin with a backslash, without a warning.
 UNKNOWN = re.compile(r"\\[A-Za-z]+")
 FUNCTION = re.compile(r"[A-Za-z]{2,}")
 NO_SPACE_BEFORE = set("()[]|,⟩")
@@ -22,19 +22,19 @@ ElementTree.register_namespace("", MATHML)
 
 
 def converted(formula: str, display: str) -> str:
-    """The MathML of a formula.
+    """Return the MathML of a formula.
 
     Raises:
-        ValueError: a command that latex2mathml does not know, or what it raised itself.
+        ValueError: latex2mathml does not know a command, or raised an exception.
     """
     try:
         root = ElementTree.fromstring(convert(formula, display=display))
-    except Exception as error:  # latex2mathml has a dozen classes of them, without a common one
+    except Exception as error:  # latex2mathml has a dozen exception classes without a common base
         raise ValueError(f"{type(error).__name__} {error}".strip()) from error
     for row in root.iter(f"{{{MATHML}}}mrow"):
         _space_functions(row)
     for operator in root.iter(f"{{{MATHML}}}mo"):
-        if operator.text == "|":  # a norm's bars, to which browsers give the space of a relation
+        if operator.text == "|":  # bars of a norm, which browsers would space like a relation
             operator.set("lspace", "0.1em")
             operator.set("rspace", "0.1em")
     made = ElementTree.tostring(root, encoding="unicode")
@@ -45,7 +45,7 @@ def converted(formula: str, display: str) -> str:
 
 
 def _space_functions(row):
-    """A thin space between the name of a function and an argument without brackets, as TeX sets it."""
+    """Insert a thin space between a function's name and an argument without brackets, as TeX does."""
     children = list(row)
     for at in reversed(range(len(children) - 1)):
         first = children[at]

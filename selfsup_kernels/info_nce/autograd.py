@@ -11,7 +11,7 @@ SAVED = len(Saved._fields)
 
 
 class InfoNCE(torch.autograd.Function):
-    """Differentiable, once, in the views and in a temperature that is a tensor. Called by ``core.transforms.apply``."""
+    """The loss, differentiable once in the views and in a tensor temperature. ``core.transforms.apply`` calls it."""
 
     @staticmethod
     def run(
@@ -25,8 +25,8 @@ class InfoNCE(torch.autograd.Function):
     ):
         """Return the loss, then the fields of ``Saved``.
 
-        The losses of the anchors are (V B,): of (V, B), Dynamo would take B from a stride of the incoming gradient,
-        which is 0 in an expanded one.
+        Per-anchor losses have the shape (V B,): with (V, B), Dynamo would derive B from a stride of the upstream
+        gradient, which is 0 if the gradient is expanded.
         """
         sizes = sizes_of(views, stacked, 0 if queue is None else queue.shape[0])
         views = list(views[0].unbind(0)) if stacked else list(views)

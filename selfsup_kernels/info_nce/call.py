@@ -1,7 +1,7 @@
-"""The record of one InfoNCE call, which every implementation takes whole, and what a forward leaves for its backward.
+"""The record of one InfoNCE call, which every implementation takes, and the tensors that the forward saves.
 
-The schema of the ops and the struct of the C++ sources are printed from :class:`Call`. Nothing is imported here but the
-standard library, since the build reads it.
+The schema of the ops and the C++ struct are generated from :class:`Call`. This module imports only the standard
+library, since the build reads it.
 """
 
 from typing import TYPE_CHECKING, NamedTuple, NewType
@@ -10,27 +10,27 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Size = NewType("Size", int)
-"""A number that follows the tensors' shapes: symbolic where ``torch.compile`` traces."""
+"""A number that follows from the tensors' shapes; symbolic while ``torch.compile`` traces."""
 
 
 class Call(NamedTuple):
-    """Everything about a call but its tensors."""
+    """Everything about a call except its tensors."""
 
     num_views: Size
     """V."""
     batch: Size
-    """B, the samples of a view, of all processes together."""
+    """B, the number of samples per view, over all processes."""
     dim: Size
-    """D, the features of a row."""
+    """D, the number of features per row."""
     queue_rows: Size
-    """K; 0: no queue."""
+    """K; 0 without a queue."""
     first: Size
-    """This process has the samples ``first .. first + count``; the loss and the gradient are theirs."""
+    """This process has the samples ``first .. first + count``, and computes their loss and gradient."""
     count: Size
-    """Negative: all of them."""
+    """Negative for all samples."""
     labelled: bool
     core_view: int
-    """Negative: none."""
+    """Negative for none."""
     columns: int
     """:class:`selfsup_kernels.info_nce.objectives.Columns`."""
     inside: int
@@ -41,38 +41,38 @@ class Call(NamedTuple):
     """A position in ``core.ops.REDUCTIONS``."""
     eps: float
     temperature: float
-    """Not read where there is a tensor of it."""
+    """Ignored if the temperature is passed as a tensor."""
 
     @property
     def own(self):
-        """How many samples this process has."""
+        """The number of samples of this process."""
         return self.batch if self.count < 0 else self.count
 
     @property
     def columns_of_tables(self):
-        """C: a column of negatives for each view (with labels one for all), and one for the queue."""
+        """C: one column of negatives per view (with labels one for all views), and one for the queue."""
         return (1 if self.labelled else self.num_views) + (self.queue_rows > 0)
 
     @property
     def positives_of_tables(self):
-        """P: with labels three numbers say the coefficients of all positives, else there is one for each view."""
+        """P: one coefficient per view; with labels three numbers that determine the coefficients of all positives."""
         return 3 if self.labelled else self.num_views
 
 
 SIZES = 4
-"""The first fields of :class:`Call`, which follow from the shapes of the tensors."""
+"""The number of leading fields of :class:`Call` that follow from the tensors' shapes."""
 
 
 def sizes_of(views, stacked, queue_rows):
-    """Return these fields, read from the tensors: a graph that torch.compile or torch.jit.trace made runs with other
-    sizes than it was traced with."""
+    """Return these fields, read from the tensors: a graph of torch.compile or torch.jit.trace may run with other sizes
+    than those it was traced with."""
     return (*views[0].shape, queue_rows) if stacked else (len(views), *views[0].shape, queue_rows)
 
 
 class Saved(NamedTuple):
-    """What the forward leaves for the backward, in this format on every device.
+    """The tensors that the forward saves for the backward, in the same format on every device.
 
-    M rows: by view, ``view * B + sample``; with labels by class, ``place in order * V + view``, but by view in the
+    M rows: ordered by view, ``view * B + sample``; with labels by class, ``place in order * V + view``, except in the
     reference. On GPUs each view's rows are padded (:mod:`selfsup_kernels.tiles.layout`). CPU and reference: float32 or
     float64 rows and float64 tables; GPUs: rows in the dtype of the views and float32 tables.
     """
@@ -80,11 +80,11 @@ class Saved(NamedTuple):
     rows: "Tensor"
     """(M + K, D): the rows of the views, then of the queue; unit rows if ``normalize``."""
     inverse_norms: "Tensor"
-    """(M + K,): ``1 / max(|h|, eps)``, negative where the floor ``eps`` was taken; 1 without ``normalize``."""
+    """(M + K,): ``1 / max(|h|, eps)``, negative if ``|h| < eps``; 1 without ``normalize``."""
     log_weights: "Tensor"
     """(C, M): ``d loss_i / d S_ij = exp(log_weights[c, i] + S_ij)`` for every negative j of column c."""
     weights: "Tensor"
-    """(C, M), on GPUs alone: the exponential of log_weights plus the score reference."""
+    """(C, M), only on GPUs: the exponential of log_weights plus the score reference."""
     positives: "Tensor"
     """(P, M). By view: ``d loss_i / d S_ip`` of the positive p in view v. With labels (pivot, share, factor): the
     derivative by a positive's score x is ``factor exp(x - pivot) - share`` (positives ALL, numerator MEAN),
@@ -93,24 +93,24 @@ class Saved(NamedTuple):
     """(4,): 1 / temperature; on GPUs also the largest squared norm of a row without ``normalize``, and whether a weight
     is out of the fast path's range."""
     order: "Tensor"
-    """(B,) int64 where rows are sorted by class, else (0,): the samples in that order (CPU: this process's first)."""
+    """(B,) int64 if rows are sorted by class, else (0,): the samples in that order (CPU: this process's first)."""
     classes: "Tensor"
-    """(2, M) int32, on GPUs with labels alone: the first row of each row's class, and the one past its last."""
+    """(2, M) int32, only on GPUs with labels: the first row of each row's class, and the one past its last."""
 
 
 SCALE, LONGEST, SLOW = 0, 1, 2
-"""Places in ``Saved.scalars``."""
+"""Indices into ``Saved.scalars``."""
 
 SCHEMA_TYPES = {Size: "SymInt", bool: "bool", int: "int", float: "float"}
 
 
 def schema(record) -> str:
-    """The fields of a record as arguments of an op."""
+    """Return the fields of a record as arguments of an op's schema."""
     return ", ".join(f"{SCHEMA_TYPES[kind]} {name}" for name, kind in record.__annotations__.items())
 
 
 def unpack_backward(arguments):
-    """(saved, labels, call, (need_temperature, dtype)) of a backward op's arguments after the gradient."""
+    """Return (saved, labels, call, (need_temperature, dtype)) from a backward op's arguments after the gradient."""
     count, end = len(Saved._fields), len(arguments) - 2
     saved, labels, call = Saved(*arguments[:count]), arguments[count], Call(*arguments[count + 1 : end])
     return saved, labels, call, arguments[end:]

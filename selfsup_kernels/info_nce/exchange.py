@@ -197,7 +197,7 @@ _TABLES = ("log_weights", "weights", "positives")
 
 
 def own_rows(saved: Saved, call: Call) -> torch.Tensor:
-    """Return the part of this process's tables that the others need, ``(V, own samples, C)``."""
+    """Return the part of this process's tables that the other processes need, ``(V, own samples, C)``."""
     tables = torch.cat([getattr(saved, name) for name in _TABLES])
     mine = slice(call.first, call.first + call.own)
     if len(saved.order):
@@ -238,7 +238,7 @@ def with_all_rows(saved: Saved, call: Call, rows: torch.Tensor) -> Saved:
 
 
 def _whole(saved, call):
-    """Return (1 if a weight is out of the fast path's range, the longest row if the score reference depends on it, the
-    scale)."""
+    """Return (1 if a weight is out of the fast path's range, the largest squared norm if the score reference depends on
+    it, the scale)."""
     longest = torch.zeros_like(saved.scalars[LONGEST]) if call.normalize else saved.scalars[LONGEST]
     return torch.stack([saved.scalars[SLOW], longest, saved.scalars[SCALE]])

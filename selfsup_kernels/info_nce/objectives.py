@@ -1,8 +1,8 @@
-"""The six N-view contrastive objectives as data, and which views meet.
+"""The six N-view contrastive objectives as data, and which views are compared.
 
-Of an anchor with negatives n and positives p the loss is ``log(denominator) - numerator``, and three columns say the
-six of :mod:`selfsup_kernels.spec`. Only these two modules know names: kernels take the numbers. Nothing is imported
-here but the standard library, since the build reads the numbers for C++.
+The loss of an anchor is ``log(denominator) - numerator``, and three columns distinguish the six objectives of
+:mod:`selfsup_kernels.spec`. Only these two modules use the names; kernels take the numbers. This module imports only
+the standard library, since the build reads the numbers for C++.
 """
 
 from enum import IntEnum
@@ -10,27 +10,27 @@ from typing import NamedTuple
 
 
 class Columns(IntEnum):
-    """Whose negatives are in the denominator."""
+    """The views whose negatives are in the denominator."""
 
     ALL = 0
-    """All views'."""
+    """All views."""
     OWN_AND_OTHER = 1
-    """The anchor's own view's and the positive's."""
+    """The anchor's view and the positive's view."""
     OTHER = 2
-    """The positive's view's alone."""
+    """Only the positive's view."""
 
 
 class Positives(IntEnum):
-    """Which positives are in the denominator."""
+    """The positives that are in the denominator."""
 
     ALL = 0
     ITSELF = 1
-    """One denominator for each positive, with that one in it; the loss is their mean."""
+    """Each positive has its own denominator, which includes only this positive; the loss is their mean."""
     NONE = 2
 
 
 class Numerator(IntEnum):
-    """What is made of the positives' scores."""
+    """The function of the positives' scores."""
 
     MEAN = 0
     LOG_SUM = 1
@@ -70,19 +70,20 @@ SYNONYMS = {
     "dcl": ["'decoupled'"],
     "dclloss": ["'decoupled'"],
 }
-"""What the field calls objectives, in small letters without punctuation, and their names here: for the message."""
+"""Common names of objectives, in lower case without punctuation, and their names here, for the error message."""
 
 
 def positive_views(u: int, num_views: int, core_view: int) -> list[int]:
-    """The views in which an anchor of view ``u`` has its positives.
+    """Return the views in which an anchor of view ``u`` has its positives.
 
-    Without a core view (``core_view < 0``) all others. With one, two different views meet only if one of them is the
-    core (CMC's core-view graph, arXiv:1906.05849, section 3.4).
+    Without a core view (``core_view < 0``) these are all other views. With one, two different views are compared only
+    if one of them is the core (CMC's core-view graph, arXiv:1906.05849, section 3.4).
     """
     return [v for v in range(num_views) if v != u and (core_view < 0 or core_view in (u, v))]
 
 
 def negative_views(u: int, num_views: int, core_view: int, columns: Columns) -> list[int]:
-    """The views in which an anchor of view ``u`` has negatives: those of its positives, and mostly its own."""
+    """Return the views in which an anchor of view ``u`` has negatives: those of its positives, and its own unless
+    ``columns`` is OTHER."""
     own = [] if columns == Columns.OTHER else [u]
     return sorted(own + positive_views(u, num_views, core_view))

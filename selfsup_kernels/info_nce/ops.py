@@ -69,7 +69,7 @@ def backward_fake(grad, *arguments):
 
 
 def _triton(way):
-    """The launcher of one way, which the first call imports, and Triton with it."""
+    """Return the launcher of the forward or the backward, which imports Triton in its first call."""
 
     def call(*arguments):
         return getattr(importlib.import_module("selfsup_kernels.tiles.info_nce"), way)(*arguments)

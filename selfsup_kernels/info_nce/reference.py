@@ -5,10 +5,10 @@ Scores exist for a few samples at a time (``_BLOCK_BYTES``), so that memory is l
 computes them again. Two small tables carry the objective from the forward to the backward, ``log_weights`` and
 ``positives`` of :class:`selfsup_kernels.info_nce.call.Saved`. So the backward does not know the objective: with
 ``G_ij = g_i exp(log_weights[v_j, i] + S_ij) + g_j exp(log_weights[v_i, j] + S_ij)`` the gradient is
-``dz_i = scale * sum_j G_ij z_j`` plus the positives' part, and ``d/d scale`` falls out of its products with the rows.
+``dz_i = scale * sum_j G_ij z_j`` plus the positives' part, and ``d/d scale`` follows from its products with the rows.
 
-Over many processes each computes the tables and the gradient of its own samples, ``first .. first + count``, against
-the rows of all; the rows of the others' tables arrive between forward and backward (``exchange.py``).
+With several processes each computes the tables and the gradient of its own samples, ``first .. first + count``,
+against the rows of all; ``exchange.py`` gathers the tables of all samples between forward and backward.
 
 Shapes: V views, W of them compared with an anchor, B samples, n of them in a block, D features, K rows of the queue, C
 columns of negatives, P of positives; rows are ordered view by view.
@@ -117,7 +117,7 @@ def backward(grad, *arguments):
 
 
 def _rows(h, call):
-    """Return unit rows and 1 / max(|h|, eps), the latter negative where the floor was taken."""
+    """Return unit rows and 1 / max(|h|, eps), the latter negative if |h| < eps."""
     h = h.detach()
     if not call.normalize:
         return h.clone(), torch.ones_like(h[:, 0])
@@ -127,7 +127,7 @@ def _rows(h, call):
 
 
 def _met(call, device):
-    """Return (V, W), the views that an anchor of each view is compared with, or None where these are all views."""
+    """Return (V, W), the views that an anchor of each view is compared with, or None if these are all views."""
     if call.columns != Columns.OTHER:
         return None
     every = range(call.num_views)
@@ -153,8 +153,8 @@ def _blocks(rows, scale, call, samples):
     batch = call.batch
     z, zq = rows.split([call.num_views * batch, call.queue_rows])
     columns = _columns(z, _met(call, z.device), call.num_views)
-    # Both factors take the square root of the scale, so that S_ij and S_ji are one number: exp() of long rows' scores
-    # turns a rounding of one of them into a wrong weight.
+    # Both factors are multiplied by the square root of the scale, so that S_ij and S_ji are equal bit for bit: for long
+    # rows, exp() would turn a rounding difference into a wrong weight.
     root = scale.sqrt().to(z.dtype)
     scaled, columns, zq = (z * root).view(call.num_views, batch, -1), columns * root, zq * root
     step = max(1, _BLOCK_BYTES // (z.element_size() * call.num_views * (columns.shape[-2] + len(zq))))
@@ -171,12 +171,12 @@ def _product(rows, matrix):
 
 
 def _same_sample(pairs, block):
-    """The part of (V, n, W, B) that pairs rows of one sample, as a view (V, W, n)."""
+    """Return the entries of (V, n, W, B) that pair rows of one sample, as a view (V, W, n)."""
     return pairs[..., block].diagonal(0, 1, 3)
 
 
 def _self(pairs, block):
-    """The part of (V, n, W, B) that pairs each row with itself, as a view (n, V)."""
+    """Return the entries of (V, n, W, B) that pair each row with itself, as a view (n, V)."""
     return _same_sample(pairs, block).diagonal(0, 0, 1)
 
 
@@ -244,7 +244,7 @@ def _coefficients(call, n, p):
     rest = torch.where(negative, n, -torch.inf).logsumexp(-1, keepdim=True)
     if call.inside == Positives.ITSELF:
         if call.columns != Columns.ALL:
-            own = n.diagonal(0, 0, 2).T.unsqueeze(-1)  # of the anchor's view
+            own = n.diagonal(0, 0, 2).T.unsqueeze(-1)  # the column of the anchor's view
             rest = n[..., :num_views]
             for shared in [own] * (call.columns == Columns.OWN_AND_OTHER) + [n[..., extra.start :]] * len(extra):
                 rest = torch.logaddexp(rest, shared)
@@ -272,7 +272,7 @@ def _coefficients(call, n, p):
 
 
 def _log_ratio(rest, pos):
-    """Return ``logaddexp(rest, pos) - pos`` without cancellation, and NaN where the positive's score is infinite."""
+    """Return ``logaddexp(rest, pos) - pos`` without cancellation, and NaN if the positive's score is infinite."""
     return torch.nn.functional.softplus(torch.where(pos < torch.inf, rest - pos, torch.nan), threshold=80)
 
 
@@ -311,7 +311,7 @@ def _label_tables(blocks, call, labels):
             pivot, factor = inside, -torch.expm1(inside - den)
         else:
             loss = den - of_positives(flat, 0).sum(-1).double() / safe
-        # An anchor without positives counts as zero loss, and pushes nothing away.
+        # An anchor without positives has zero loss and contributes no gradient.
         loss = torch.where(count > 0, loss, 0)
         log_weights = torch.where((count > 0) & (den > -torch.inf), log_weights, -torch.inf)
         log_weights = log_weights.unsqueeze(-1).expand(-1, -1, call.columns_of_tables)
@@ -370,23 +370,23 @@ def _split(x, dtype):
     Rounding -100 to float32 alone changes all probabilities of an anchor by up to 4e-6 of their value, and the gradient
     of the temperature is a difference of scores.
     """
-    x = x.clamp(min=-(2.0**100))  # in place of -inf, whose difference with itself is NaN
+    x = x.clamp(min=-(2.0**100))  # instead of -inf, since -inf - (-inf) is NaN
     high = x.to(dtype)
     return high, x - high
 
 
-# ---- The loss as one writes it by hand, differentiated by autograd: ordinary calls with few scores. The op takes the
-# others, and calls under autocast, over many processes, and in torch.compile, torch.export, torch.jit.trace and
-# torch.func, whose graphs have to be right for other sizes too.
+# ---- The plain loss, differentiated by autograd, for ordinary calls with few scores. The op takes larger calls, calls
+# under autocast and over several processes, and calls in torch.compile, torch.export, torch.jit.trace and torch.func,
+# whose graphs have to be right for other sizes too.
 
 _MB = 1 << 20
 
 
 def takes(view, call):
-    """Whether ``by_autograd`` computes a call with views like ``view`` (B, D): up to the size from which the op is as
-    fast as a loss written by hand. Autograd keeps up to ten times the scores."""
+    """Return True if ``by_autograd`` should compute a call with views like ``view`` (B, D), that is if the call is so
+    small that the op would be slower. Autograd keeps up to ten times the memory of the scores."""
     rows = call.num_views * call.batch
-    if call.columns == Columns.OTHER:  # the op computes each score twice: for its row, and for its column
+    if call.columns == Columns.OTHER:  # the op computes each score twice, once per direction
         scores, limit = rows * (rows - call.batch) // 2 + rows * call.queue_rows, 64 * _MB
     else:
         scores = rows * (rows + call.queue_rows)
@@ -395,7 +395,7 @@ def takes(view, call):
 
 
 class _Scores(torch.autograd.Function):
-    """``rows @ columns.mT``, whose backward keeps their dtype under autocast."""
+    """``rows @ columns.mT``, with a backward that keeps their dtype under autocast."""
 
     @staticmethod
     def forward(ctx, rows, columns):
@@ -422,7 +422,7 @@ def by_autograd(call, temperature_tensor, labels, queue, *views):
         loss = _by_view_pairs(scaled, z, queue, call)
     else:
         scores = _Scores.apply(scaled, z if queue is None else torch.cat([z, queue]))
-        if num_views == 2 and labels is None and call.inside != Positives.NONE:  # of one positive they are NT-Xent
+        if num_views == 2 and labels is None and call.inside != Positives.NONE:  # equals NT-Xent with one positive
             return _nt_xent(scores, reduction)
         loss = _pooled(scores, labels, call)
     return loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()
@@ -438,10 +438,9 @@ def _nt_xent(scores, reduction):
 
 
 def _by_view_pairs(scaled, z, queue, call):
-    """Return (V, B): the mean over the views of the positives, each with the negatives of its view (and of the anchor's
-    own)."""
+    """Return (V, B): the mean over the positives, each with the negatives of its view (and of the anchor's view)."""
     num_views, batch = call.num_views, call.batch
-    rest = None  # the log-sum-exp of what all terms of an anchor have in common
+    rest = None  # the log-sum-exp of the negatives that all terms of an anchor share
     if queue is not None:
         rest = _Scores.apply(scaled, queue).logsumexp(-1).view(num_views, batch)
     if call.columns == Columns.OWN_AND_OTHER and batch > 1:
@@ -471,7 +470,7 @@ def _pooled(scores, labels, call):
     same = (samples[:, None] == samples).repeat(num_views, num_views)
     itself = torch.eye(rows, dtype=torch.bool, device=device)
     positive = same & ~itself
-    left_out = itself if call.inside == Positives.ALL else same  # of the denominator
+    left_out = itself if call.inside == Positives.ALL else same  # columns that are not in the denominator
     if call.core_view >= 0:
         views = range(num_views)
         met = [negative_views(u, num_views, call.core_view, call.columns) for u in views]
@@ -492,7 +491,7 @@ def _pooled(scores, labels, call):
     if call.numerator == Numerator.LOG_SUM:
         loss = lse - _log_sum_exp(scores, ~positive, count == 0) + at_least_one.log()
     elif call.inside == Positives.ITSELF:
-        # Where a row has no negative: 0, or NaN where the score is infinite, as its log-sum-exp would give.
+        # A row without negatives has loss 0, or NaN if its score is infinite, as the log-sum-exp would give.
         loss = mean(torch.where(alone[:, None], scores, torch.logaddexp(lse[:, None], scores)) - scores)
     else:
         if call.inside == Positives.NONE:

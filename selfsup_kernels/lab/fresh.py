@@ -29,7 +29,7 @@ def call(target, *arguments, memory_limit=None, timeout=None, environment=None):
         arguments: what JSON can hold. So is the result.
         memory_limit: bytes of private memory that the process may map (``RLIMIT_DATA``); None for no limit. Linux only.
         timeout: seconds; :class:`subprocess.TimeoutExpired` after them.
-        environment: variables to set, besides this process's own.
+        environment: variables to set in addition to this process's own.
 
     Raises:
         OutOfMemory: memory was refused, or the process was killed as the system does when there is none left.

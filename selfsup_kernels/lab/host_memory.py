@@ -7,7 +7,6 @@ has freed hides what this work needs.
 import contextlib
 import ctypes
 import re
-import sys
 from pathlib import Path
 
 import torch
@@ -19,29 +18,15 @@ REFUSALS += ("MemoryError", "OutOfMemoryError", "Thread creation failed")
 
 
 def peak_growth(work) -> int | None:
-    """Return the bytes by which the resident set rises above its level at the start while ``work()`` runs."""
-    reset_peak()
-    start = _high_water()
-    work()
-    return None if start is None else _high_water() - start
+    """Return the bytes by which the resident set rises above its level at the start while ``work()`` runs.
 
-
-def _high_water():
-    if status("VmHWM") is not None:
-        return status("VmHWM")
-    with contextlib.suppress(ImportError):
-        import resource
-
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def reset_peak() -> bool:
-    """Set the high-water mark of the resident set (``VmHWM``) to the present level; return whether that was allowed."""
+    None where the system does not tell a process its high-water mark: off Linux.
+    """
     with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-        return True
-    return False
+        Path("/proc/self/clear_refs").write_text("5")  # sets the mark to the present level
+    start = status("VmHWM")
+    work()
+    return None if start is None else status("VmHWM") - start
 
 
 def status(name) -> int | None:

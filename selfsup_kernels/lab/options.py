@@ -1,5 +1,6 @@
-"""Check options that several commands have: devices and paths."""
+"""Check options that several commands have: numbers, devices and paths."""
 
+import contextlib
 import os
 
 
@@ -8,6 +9,18 @@ class Wrong(ValueError):
 
     def __init__(self, argument, expected, got):
         super().__init__(f"--{argument}: expected {expected}, got {got!r}")
+
+
+def number(argument, text, kind, least):
+    with contextlib.suppress(ValueError):
+        if least <= kind(text) < float("inf"):
+            return kind(text)
+    raise Wrong(argument, f"a{' whole' if kind is int else ''} number >= {least}", text)
+
+
+def whole_numbers(argument, text, least) -> list[int]:
+    """Return different whole numbers, which commas separate."""
+    return list(dict.fromkeys(number(argument, word, int, least) for word in text.split(",")))
 
 
 def device(argument, text) -> str:

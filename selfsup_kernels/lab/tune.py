@@ -89,11 +89,6 @@ class Measured(NamedTuple):
     times: tuple[float, ...]
     """Milliseconds, for each of ``Task.rows``."""
 
-    @property
-    def score(self):
-        """Return the geometric mean: a tenth counts as much at one size as at the other."""
-        return math.prod(self.times) ** (1 / len(self.times))
-
 
 def known(architecture: int) -> int:
     """Return the architecture whose entries a device uses."""
@@ -109,33 +104,31 @@ def tasks(table: dict, architecture: int, kernels=OPS, kinds=tuple(KINDS), dims=
 
 def candidates(task: Task, architecture: int, shipped: configs.Config) -> list[configs.Config]:
     """Return ``shipped``, so that it is measured whatever the time is, then some tens that are worth trying."""
-    half = task.kind == "half"
+    half, gradient, sums = task.kind == "half", task.base == "gradient", task.base == "sums"
     whole = max(16, 1 << (task.dim - 1).bit_length())
-    pieces = (32, 64, 128) if half else (16, 32, 64)
-    if task.base == "gradient" or (task.base == "sums" and whole < (128 if half else 64)):
+    pieces = (64, 128) if half else (32, 64)
+    if gradient or (sums and whole < pieces[1]):
         depths = (whole,)
-    elif task.base == "sums" and configs.width_of(task.dim) != "long":
-        depths = (whole, pieces[1])
     else:
-        depths = pieces[1:]
-    blocks = (32, 64, 128) if task.base == "gradient" else (64, 128, 256)
+        depths = (whole, pieces[0]) if sums and configs.width_of(task.dim) != "long" else pieces
+    blocks = (32, 64, 128) if gradient else (64, 128, 256)
     descriptors = (True, False) if architecture >= 90 else (False,)
     # Programs on a multiprocessor are chosen where the grid is persistent; four warps alone there leave it idle.
-    crowds = ((8, 1), (4, 2), (4, 3), (8, 2)) if task.base == "sums" else ((8, 1), (4, 1))
+    crowds = ((8, 1), (4, 2), (4, 3), (8, 2)) if sums else ((8, 1), (4, 1))
     limit = machine_code.RESOURCES[architecture].block_shared
     most = 2 * MOST if architecture == 100 else MOST
     found = [shipped]
     for m, n, k, (warps, programs), stages, descriptor in product(
         blocks, blocks, dict.fromkeys(depths), crowds, (2, 3, 4, 1), descriptors
     ):
-        held = m * n + (m * k if task.base == "gradient" else 0)
+        held = m * n + (m * k if gradient else 0)
         streamed = k < whole or task.base in ("wave", "product")
         loaded = stages * (m + n) * k if streamed else m * k + stages * n * k
         if (
             LEAST <= held / (32 * warps) <= most
             and loaded * (2 if half else 4) * programs <= limit
             # A block of columns is walked through in whole blocks of rows.
-            and (task.base != "sums" or n % m == 0)
+            and (not sums or n % m == 0)
             # With one stage nothing is loaded ahead.
             and (stages > 1 or (not streamed and programs > 1))
             # Whether descriptors pay at all shows at one depth of the pipeline.
@@ -234,7 +227,8 @@ def tune(task: Task, table: dict, architecture: int, timer, *, until=math.inf, p
     why = ", ".join(f"{n} {reason}" for reason, n in dropped.most_common())
     late = f", {unmeasured} left for want of time" if unmeasured else ""
     print(f"{task.name}: {len(results)} measured, {dropped.total()} dropped ({why or 'none'}){late}", flush=True)
-    return sorted(results, key=lambda m: m.score), dropped
+    # By the geometric mean: a tenth counts as much at one size as at the other.
+    return sorted(results, key=lambda m: math.prod(m.times)), dropped
 
 
 def merged(table: dict, architecture: int, chosen: dict[Task, configs.Config]) -> dict:
@@ -268,20 +262,6 @@ def write(text: str, path) -> None:
     Path(path).write_text(text)
 
 
-def cells(task: Task, measured: list[Measured], shipped: configs.Config) -> list[str]:
-    """Describe the fastest of an entry, and how it compares with what is shipped."""
-    c, times = measured[0]
-    before = next((m for m in measured if m.config == shipped), None)
-    return [
-        task.name,
-        f"{c.block_m}x{c.block_n}x{c.block_k}",
-        f"{c.num_warps}/{c.num_stages}" + (" TMA" if c.descriptor else ""),
-        str(c.programs),
-        ", ".join(f"{t:.3f} (M={rows})" for t, rows in zip(times, task.rows, strict=True)),
-        f"{before.score / measured[0].score:.2f}x" if before else "not measured",
-    ]
-
-
 def run(table: dict, architecture: int, todo: list[Task], timer, minutes: float, pool=None, keep=None):
     """Measure every task, each with an equal share of the time that is left, print, and return the choices.
 
@@ -302,10 +282,14 @@ def run(table: dict, architecture: int, todo: list[Task], timer, minutes: float,
         if keep:
             keep(entries)
         if measured:
-            chosen[task] = measured[0].config
-            lines.append(cells(task, measured, shipped))
+            best, before = measured[0], next((m for m in measured if m.config == shipped), None)
+            chosen[task] = c = best.config
+            tile = f"{c.block_m}x{c.block_n}x{c.block_k}", f"{c.num_warps}/{c.num_stages}", str(c.descriptor)
+            ms = ", ".join(f"{ms:.3f} (M={rows})" for ms, rows in zip(best.times, task.rows, strict=True))
+            gain = f"{math.sqrt(math.prod(before.times) / math.prod(best.times)):.2f}x" if before else "not measured"
+            lines.append([task.name, *tile, str(c.programs), ms, gain])
     if lines:
-        sass.print_table(("entry", "tile", "warps/stages", "programs", "ms", "shipped"), lines)
+        sass.print_table(("entry", "tile", "warps/stages", "TMA", "programs", "ms", "shipped"), lines)
     return chosen
 
 

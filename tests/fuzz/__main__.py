@@ -4,8 +4,8 @@
     make fuzz SEED=1 CASE=517                               # one of them again
     make fuzz DEVICE=cuda IMPL=triton PYTHON=python3        # on a GPU
 
-The seed and the number of a case decide everything about it, also which kernels it runs on (`SHARES`), unless --impl
-says so. A failure is one line that ends with the command that repeats it. bounds.py has what a result may be off by.
+The seed and the number of a case determine everything about it, including the kernels it runs on (`SHARES`), unless
+--impl is given. A failure is one line that ends with the command that repeats it. bounds.py has the error bounds.
 """
 
 import argparse
@@ -27,12 +27,12 @@ SHARES = [
     ("triton", {"TRITON_INTERPRET": "1"}, 3),
     ("cuda", {}, 5),
 ]
-"""(implementation, environment, how many of 1000 cases): what this processor would choose, its narrower instructions,
-the reference, Triton's kernels in its interpreter, CUDA's in the emulator that SELFSUP_KERNELS_CUDA_EMULATOR names."""
+"""(implementation, environment, cases per 1000): the processor's default instructions, narrower instructions, the
+reference, Triton's kernels in its interpreter, CUDA's in the emulator that SELFSUP_KERNELS_CUDA_EMULATOR names."""
 
 
 def share_of(number):
-    """Neighbours run on different kernels: 617 and 1000 have no common factor."""
+    """Return the index into SHARES for a case. Consecutive cases differ in it: 617 and 1000 have no common factor."""
     place = number * 617 % 1000
     ends = itertools.accumulate(count for *_, count in SHARES)
     return next(i for i, end in enumerate(ends) if place < end)
@@ -40,14 +40,14 @@ def share_of(number):
 
 def parse():
     parser = argparse.ArgumentParser(prog="tests/fuzz", description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", type=int, default=2000, help="how many (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of all of them (default %(default)s)")
+    parser.add_argument("--cases", type=int, default=2000, help="the number of cases (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="the seed of all cases (default %(default)s)")
     parser.add_argument("--first", type=int, default=0, help="the first number (default %(default)s)")
-    parser.add_argument("--case", type=int, help="this number alone")
+    parser.add_argument("--case", type=int, help="run only this case")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--impl", help="for all cases: cpu, reference, triton or cuda")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes (default %(default)s)")
-    parser.add_argument("--verbose", action="store_true", help="what every case is")
+    parser.add_argument("--verbose", action="store_true", help="print every case")
     return parser.parse_args()
 
 
@@ -60,7 +60,7 @@ class Run:
         self.began = self.told = time.monotonic()
 
     def command(self, number):
-        """What repeats a case."""
+        """Return the command that repeats a case."""
         words = [f"make fuzz SEED={self.options.seed} CASE={number}"]
         words += [f"IMPL={self.options.impl}"] if self.options.impl else []
         words += [f"DEVICE={self.options.device} PYTHON=python3"] if self.options.device != "cpu" else []
@@ -79,10 +79,10 @@ class Run:
             print(f"... {self.done} cases in {self.told - self.began:.0f} s", flush=True)
 
     def by(self, impl, environment, numbers):
-        """Runs ``numbers`` on one kind of kernels, in processes of their own."""
+        """Run ``numbers`` on one kind of kernels, in separate processes."""
         kernels = " ".join([impl, environment.get("SELFSUP_KERNELS_CPU_CAPABILITY", "")]).strip()
         jobs = min(self.options.jobs, len(numbers))
-        # On a GPU neighbours share what a kernel is compiled for, and one process has them.
+        # On a GPU consecutive cases share compiled kernels, so they run in one process.
         block = child.CLASS if self.options.device != "cpu" else 1
         waiting = [[n for n in numbers if n // block % jobs == i] for i in range(jobs)]
         waiting = [rest for rest in waiting if rest]
@@ -124,7 +124,7 @@ class Run:
                         start(rest)
 
     def summary(self):
-        """How many of each outcome: by function and dtype (of bad calls, by argument), by kernels, of all."""
+        """Print the outcome counts: by function and dtype (by argument for bad calls), by kernels, in total."""
         for title, key in (("function", lambda k: (k[0], k[2])), ("kernels", lambda k: (k[1], "")), ("all", None)):
             rows = collections.defaultdict(collections.Counter)
             for kept, count in self.counts.items():
@@ -141,9 +141,8 @@ def main():
     one = options.case is not None
     numbers = [options.case] if one else list(range(options.first, options.first + options.cases))
     run = Run(options)
-    os.environ.setdefault(
-        "OMP_NUM_THREADS", "1"
-    )  # the processes share the cores, and small cases have nothing to share
+    # The processes share the cores, and the cases are too small for several threads.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     if options.device != "cpu" and options.impl is None:
         sys.exit("--impl: expected triton or cuda with --device cuda")
     if options.impl:

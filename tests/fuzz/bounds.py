@@ -1,16 +1,16 @@
-"""How far a result may be from float64's.
+"""Error bounds relative to float64 results.
 
-A case in which the plain bound (a few roundings, relative to the norm) holds is right. Where rows are degenerate or
-temperatures low, a gradient is a small difference of large terms, and no kernel can be near it relative to its norm.
-What a kernel can be asked for is the exact result of numbers a few roundings away, added up in any order. So there
+A case within the plain bound (a few roundings, relative to the norm) is right. If rows are degenerate or temperatures
+low, a gradient is a small difference of large terms, and no kernel can be accurate relative to its norm. A kernel can
+only be expected to return the exact result for inputs a few roundings away, summed in any order. So the bound grows by
 
-- the dense loss in float64 is computed of rows, scores and temperatures that are moved at random by one rounding
-  (``info_nce_bounds.moved``): `SPREAD` times the farthest of a few draws is allowed;
-- and the rounding of sums over n columns, the square root of n times one of their terms' absolute sum
-  (``info_nce_bounds.mass``), which is small where the loss is.
+- `SPREAD` times the largest deviation of the dense float64 loss over a few draws, in which rows, scores and the
+  temperature are perturbed at random by one rounding (``info_nce_bounds.moved``);
+- the rounding of sums over n columns: the square root of n roundings of the terms' absolute sum
+  (``info_nce_bounds.mass``), which is small if the loss is.
 
-Where even that is passed, the contract of docs/numerics.md still allows twice the error of the eager loss in the same
-dtype. The run counts such cases apart.
+If the error exceeds even that, the contract of docs/numerics.md still allows twice the error of the eager loss in the
+same dtype. The run counts such cases separately.
 """
 
 import functools
@@ -28,11 +28,11 @@ class Wrong(AssertionError):
 
 
 def rounding(dtype, impl):
-    """(of unit rows, of scores and sums): the relative spacing of the numbers that ``impl`` computes with.
+    """Return the relative spacing of ``impl``'s numbers: (unit rows, scores and sums).
 
-    docs/numerics.md, "Precision": float32 on CPUs, also of 16 bits. On GPUs rows have the dtype's 16 bits, and so has
-    the matrix that the gradient is a product of; a float32 product is made of three of TF32, and tensor cores cut off
-    what they add up.
+    See docs/numerics.md, "Precision": CPUs compute in float32, also for 16-bit inputs. GPUs keep 16-bit rows in 16
+    bits, and also the coefficient matrix of the gradient's product; a float32 product is three TF32 products, and
+    tensor cores truncate when they accumulate.
     """
     if dtype == torch.float64:
         return 2.0**-50, 2.0**-50  # the dense loss itself is off by as much
@@ -42,29 +42,29 @@ def rounding(dtype, impl):
 
 
 def relative(dtype):
-    """The part of a result's norm that it may be off by without a further reason: of 16 bits twice the rounding of the
-    result; of float32 a twentieth of what the project's tests allow (tests/helpers.py: FLOAT32_BOUND)."""
+    """Return the plain bound, relative to the result's norm: for 16 bits twice the rounding of the result; for float32
+    a twentieth of what the project's tests allow (tests/helpers.py: FLOAT32_BOUND)."""
     return {torch.float64: 1e-9, torch.float32: 1e-5}.get(dtype) or torch.finfo(dtype).eps
 
 
 def spacing(dtype):
-    """Of the numbers next to zero. On GPUs numbers below the normal ones may be zero."""
+    """Return the spacing of numbers next to zero. On GPUs subnormal numbers may be flushed to zero."""
     info = torch.finfo(dtype)
     return info.tiny * info.eps
 
 
 def clipped(x, dtype):
-    """``x`` in float64, with the largest number of ``dtype`` for what is beyond it: there a result is infinite, or that
-    number (the gradient of a zero row in float16: docs/numerics.md, "Zero rows")."""
+    """Return ``x`` in float64, clamped to the range of ``dtype``: a result beyond it is infinite or the largest number
+    (the gradient of a zero row in float16: docs/numerics.md, "Zero rows")."""
     most = torch.finfo(dtype).max
     return x.detach().cpu().double().clamp(-most, most)
 
 
 def outcome(name, got, want, plain, further, eager, weight=None):
-    """What to say of a result that only eager's error explains; "" where the bound holds.
+    """Return a note if only eager's error explains the result, "" if the bound holds; raise Wrong otherwise.
 
-    ``plain`` is a number. ``further`` and ``eager`` are functions, called where it is passed: what else the result may
-    be off by, and the eager result (None in float64, where it is the right value). ``weight`` scales the elements
+    ``plain`` is a number. ``further`` and ``eager`` are functions, called if the error exceeds it: they return a
+    further allowance and the eager result (None in float64, where eager is exact). ``weight`` scales the elements
     before their norm is taken.
     """
     if got.shape != want.shape:
@@ -90,19 +90,19 @@ def outcome(name, got, want, plain, further, eager, weight=None):
 
 
 def worst(notes):
-    """(outcome, message) of a case, of the notes of its results."""
+    """Return (outcome, message) of a case from the notes on its results."""
     notes = [note for note in notes if note]
     return ("as eager", "; ".join(notes)) if notes else ("right", "")
 
 
 def rounding_of_result(dtype, weight, dim, place):
-    """Results below the smallest normal number are off by an absolute step."""
+    """Return the absolute rounding error of results below the smallest normal number."""
     step = spacing(dtype) if place.impl not in GPU_IMPLS else max(spacing(dtype), torch.finfo(torch.float32).tiny)
     return step * weight.norm().item() * math.sqrt(dim)
 
 
 class Eager:
-    """The results of the dense loss in the case's own dtype, computed where one is asked for."""
+    """The results of the dense loss in the case's own dtype, computed on demand."""
 
     def __init__(self, dtype, run):
         self.dtype, self.run = dtype, functools.cache(run)

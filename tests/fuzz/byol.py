@@ -67,7 +67,7 @@ def check_byol(place, dtype, p, q, reduction, eps, upstream, loss, grad, spoiled
             if (ours.isfinite() & ~truth.isfinite()).any():
                 raise Wrong(f"{name}: finite where the dense loss is not")
         return "right", ""
-    # Rows are not rounded: each of them is read once, and multiplied in float32.
+    # Rows are not rounded: each is read once and multiplied in float32.
     unit = rounding(torch.float64 if dtype == torch.float64 else torch.float32, "cpu")[1]
     terms = p.h.shape[0] * p.h.shape[1]
     count = terms if reduction == "sum" else 1

@@ -1,4 +1,4 @@
-"""One case: which function, where, and what came of it."""
+"""Run one case: draw its function, call it, and classify the outcome."""
 
 import traceback
 import warnings
@@ -29,11 +29,11 @@ FUNCTIONS = {
     "byol_loss, refused": (refusals.byol, 2, "byol"),
     "ema_update_, refused": (refusals.ema_update, 2, "ema_update_"),
 }
-"""name: (function of a case, how often it is drawn, op that it calls)."""
+"""name: (function of a case, its weight in the draw, the op that it calls)."""
 
 
 class Place:
-    """Where a case runs, and what it says of itself when it fails."""
+    """The device and implementation of a case, and the description that its failure prints."""
 
     def __init__(self, draw, device, impl, classes):
         self.device, self.impl, self.classes = device, impl, classes
@@ -57,7 +57,7 @@ class Place:
 
 
 def run(seed, number, impl, device):
-    """(function, dtype, outcome, message) of one case."""
+    """Run one case and return (function, dtype, outcome, message)."""
     draw = Draw(seed, number)
     classes = Draw(seed, "class", number // CLASS) if device != "cpu" else None
     place = Place(draw, device, impl, classes)
@@ -69,7 +69,7 @@ def run(seed, number, impl, device):
         of_info_nce.takes = of_byol.takes = lambda *_: False
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # our hints, and those of Triton's interpreter, whose numpy overflows
+            warnings.simplefilter("ignore")  # our hints, and overflow warnings of Triton's interpreter
             kind, outcome, note = FUNCTIONS[name][0](draw, place)
         return name, kind.removeprefix("torch."), outcome, note and f"{note} [{place.says}]"
     except bounds.Wrong as error:

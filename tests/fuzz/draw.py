@@ -1,4 +1,4 @@
-"""What a case is made of, all of it from the seed and the case's number: choices, rows of every kind, layouts."""
+"""Draw the parts of a case from the seed and its number: choices, rows of every kind, memory layouts."""
 
 import math
 import random
@@ -22,21 +22,21 @@ class Draw(random.Random):
         return self.random() < share
 
     def power(self, low, high):
-        """10 to a uniform power."""
+        """Return 10 to a power drawn uniformly."""
         return 10 ** self.uniform(low, high)
 
     def normal(self, *shape):
         return torch.randn(shape, generator=self.generator, dtype=torch.float64)
 
     def some(self, count, share=0.3):
-        """A mask of ``count`` of which at least one is chosen."""
+        """Return a random mask of ``count`` elements, at least one of them true."""
         mask = torch.rand(count, generator=self.generator) < share
         mask[self.randrange(count)] = True
         return mask
 
     def placed(self, x, device):
-        """The same numbers somewhere in memory: as they come, or in a larger tensor of NaN, its dimensions in any order
-        and its elements any steps apart. (tensor, all of that memory)"""
+        """Return (tensor, its whole memory): ``x`` contiguous, or inside a larger tensor of NaN with its dimensions in
+        any order and its elements any steps apart."""
         kind = self.choice(["plain", "plain", "swapped", "apart"]) if x.dim() else "plain"
         if kind == "plain":
             x = x.to(device, copy=True).contiguous()
@@ -55,8 +55,8 @@ class Draw(random.Random):
 
 
 def farthest(dtype):
-    """The power of ten that rows of ``dtype`` are made longer or shorter by at most. Elements stay normal numbers; in
-    float64 their squares too, since the dense loss in float64 has nothing wider to compare with."""
+    """Return the largest power of ten by which rows of ``dtype`` are scaled up or down. Elements stay normal numbers;
+    in float64 their squares do too, since the dense float64 loss has nothing wider to compare with."""
     return {torch.float16: 4, torch.float64: 100}.get(dtype, 36)
 
 
@@ -64,7 +64,7 @@ KINDS = ["normal", "equal", "collapsed", "opposite", "near", "duplicates", "zero
 
 
 def rows(draw, num_views, batch, dim, dtype, lengths=True):
-    """(V, B, D) numbers that are exact in ``dtype``, in float64, and the kinds of degenerate rows among them."""
+    """Return float64 rows (V, B, D) that are exact in ``dtype``, and the kinds of degenerate rows among them."""
     kinds = {"normal"} if draw.chance(0.35) else set(draw.choices(KINDS, k=draw.choice([1, 1, 2])))
     if not lengths:
         kinds -= {"zero", "long", "short", "lengths"}
@@ -99,7 +99,7 @@ def rows(draw, num_views, batch, dim, dtype, lengths=True):
 
 
 def size(draw, place):
-    """(V, B, D): mostly small, some past the borders of the tiles. On a GPU a few widths only, and any batch."""
+    """Return (V, B, D): mostly small, some around tile boundaries. On a GPU only a few widths, and any batch."""
     num_views = draw.choice([2, 2, 2, 3, 4, 5])
     batch = draw.choice([2, 3, draw.randint(2, 16), draw.randint(2, 32), draw.choice([15, 16, 17, 31, 32, 33])])
     dim = draw.choice([1, 2, draw.randint(2, 16), draw.randint(2, 64), draw.choice([15, 16, 17, 31, 32, 33, 63, 64])])

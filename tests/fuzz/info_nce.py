@@ -1,4 +1,4 @@
-"""Random calls of the InfoNCE loss: values, gradients of the rows and of the temperature, against the dense loss."""
+"""Compare random calls of the InfoNCE loss with the dense loss: values, gradients of the rows and the temperature."""
 
 import math
 
@@ -13,7 +13,7 @@ from selfsup_kernels.info_nce.objectives import LABEL_OBJECTIVES, OBJECTIVES
 
 
 def info_nce_case(draw, place):
-    """(arguments of the loss, rows, temperature, queue): everything but the views on the CPU."""
+    """Return (dtype, arguments, views, temperature, queue); everything except the views is on the CPU."""
     classes = place.classes
     chosen = classes or draw
     dtype = chosen.choice(place.dtypes)
@@ -27,7 +27,7 @@ def info_nce_case(draw, place):
     arguments = {"objective": objective, "reduction": draw.choice(REDUCTIONS), "normalize": normalize}
     if draw.chance(0.3):
         arguments["eps"] = draw.choice(EPS)
-    # Scores of rows that are not normalised up to thousands; longer ones are past what float32's exp can tell apart.
+    # Scores of unnormalised rows go up to thousands: larger ones are beyond the resolution of exp in float32.
     most = None if normalize else math.sqrt(draw.power(-1, 2.5 if dtype == torch.float16 else 3.5) * temperature)
     views = Rows(draw, place, num_views, batch, dim, dtype, lengths=normalize, most=most)
     queue = None
@@ -35,7 +35,7 @@ def info_nce_case(draw, place):
         queue = rows(draw, 1, draw.choice([1, draw.randint(1, 40), draw.randint(1, 150)]), dim, dtype, normalize)[0][0]
         if most is not None:
             queue = (queue * (most / queue.norm(dim=-1).max().clamp_min(1e-30))).to(dtype).double()
-        if draw.chance(0.1):  # what is in the batch already
+        if draw.chance(0.1):  # a row that is also in the batch
             queue[0] = views.h[0, 0]
     if labelled:
         count = draw.choice([1, 2, 3, batch, 2 * batch])
@@ -47,7 +47,7 @@ def info_nce_case(draw, place):
 
 
 class Temperature:
-    """A number, or a tensor that may want a gradient, and the number that it holds."""
+    """A temperature: a number, or a tensor that may require a gradient, and the tensor's value."""
 
     def __init__(self, draw, value, dtype, place):
         self.tensor = None
@@ -103,7 +103,7 @@ def info_nce(draw, place):
 
 
 def call_info_nce(draw, place, argument, t, given):
-    """By the function or by the module."""
+    """Call the loss as a function or as a module."""
     if t.tensor is None and draw.chance(0.2):
         given = dict(given)
         labels, queue = given.pop("labels", None), given.pop("queue", None)
@@ -114,16 +114,16 @@ def call_info_nce(draw, place, argument, t, given):
 
 
 def kinds_of(x):
-    """0 finite, 1 NaN, 2 +Inf, 3 -Inf."""
+    """Return for each element 0 (finite), 1 (NaN), 2 (+Inf) or 3 (-Inf)."""
     return x.isnan().int() + 2 * x.isposinf().int() + 3 * x.isneginf().int()
 
 
 def not_finite(loss, grad, last, want, t, place, arguments, spoiled):
-    """Losses are what the dense loss is; where it has no finite gradient, ours is none that looks plausible."""
+    """Check non-finite cases: losses equal the dense loss; where its gradient is not finite, ours is not either."""
     got = loss.detach().cpu()
     kinds = kinds_of if place.by_op else torch.isfinite  # F.cross_entropy is NaN where the log-sum-exp is infinite
     if not torch.equal(kinds(got), kinds(want[0])):
-        raise Wrong(f"loss: NaN and infinities are others than the dense loss has ({int(kinds_of(got).any())})")
+        raise Wrong(f"loss: NaN and infinities differ from the dense loss ({int(kinds_of(got).any())})")
     fine = want[0].isfinite()
     off = (got[fine].double() - want[0][fine]).abs()
     allowed = (

@@ -1,4 +1,4 @@
-"""What the InfoNCE loss and its gradients may be off by, and the check."""
+"""Check the InfoNCE loss and its gradients against their error bounds."""
 
 import functools
 import math
@@ -12,12 +12,12 @@ from selfsup_kernels import spec
 
 FLOAT32_BOUND = 2e-4
 OWN = 2.0**-51
-"""What the dense loss in float64 is off by itself at scores of 1, and more at larger ones: its log-sum-exp rounds at
-the size of the scores, so that a loss of 1e-15 comes out as 0 where ours keeps its digits."""
+"""The error of the dense float64 loss at scores of 1; it grows with the scores. Its log-sum-exp rounds at the size of
+the scores, so that a loss of 1e-15 becomes 0 while ours keeps its digits."""
 
 
 def dense_run(views, temperature, queue, upstream, arguments):
-    """(loss, gradient of the rows, of the temperature) of the dense loss."""
+    """Return (loss, gradient of the rows, gradient of the temperature) of the dense loss."""
     h = views.detach().requires_grad_()
     t = torch.as_tensor(temperature, dtype=h.dtype).requires_grad_()
     loss = spec.info_nce_loss(h, temperature=t, queue=queue, **arguments)
@@ -25,18 +25,18 @@ def dense_run(views, temperature, queue, upstream, arguments):
 
 
 def slopes(h, temperature, queue, arguments):
-    """The derivative of each anchor's loss in the temperature, (V, B)."""
+    """Return the derivative of each anchor's loss with respect to the temperature, (V, B)."""
     arguments = arguments | {"reduction": "none"}
     t = torch.tensor(temperature, dtype=torch.float64)
     return jvp(lambda t: spec.info_nce_loss(h, temperature=t, queue=queue, **arguments), (t,), (torch.ones_like(t),))[1]
 
 
 def mass(h, temperature, queue, arguments):
-    """Of each anchor the absolute sum of the coefficients of its negatives, which that of its positives is too, (V, B):
-    how the loss falls where the scores of all positives rise by 0.1. A feature for each class raises them.
+    """Return for each anchor the absolute sum of its negatives' coefficients, (V, B); its positives have the same sum.
 
-    Where a softmax over several positives is compared with equal shares, or with another softmax, they add up to one
-    more, which cancels."""
+    It is estimated by how far the loss falls if all positives' scores rise by 0.1; one more feature per class raises
+    them. With several positives a softmax over them is compared with equal shares or with another softmax: these terms
+    add up to one more, which cancels."""
     labels = arguments.get("labels")
     classes = torch.arange(h.shape[1]) if labels is None else torch.unique(labels, return_inverse=True)[1]
     marks = math.sqrt(0.1 * temperature) * F.one_hot(classes).double().expand(len(h), -1, -1)
@@ -56,15 +56,16 @@ def mass(h, temperature, queue, arguments):
 
 
 def tangent(z, dz, inside):
-    """The gradient of a row times the row's length, from that of its unit row; below the floor nothing is projected."""
+    """Return the gradient of a row times its length from the unit row's gradient; no projection below the floor."""
     return dz - torch.where(inside, (z * dz).sum(-1, keepdim=True), 0) * z
 
 
 def moved(draw, h, temperature, queue, upstream, arguments, of_rows, eps):
-    """(loss, gradient of the rows times their lengths, slopes in the temperature), where each number of the unit rows,
-    each score and the temperature is off by about one rounding. A score is moved by way of further features, which are
-    as good as independent for two pairs of rows: by eps of the product of the lengths, and by eps where scores are
-    small, since that is what the exponential's own rounding does."""
+    """Return (loss, gradient of the rows times their lengths, slopes in the temperature) of perturbed inputs.
+
+    Each element of the unit rows, each score and the temperature is off by about one rounding. Extra features perturb
+    the scores, nearly independently for two pairs of rows: by eps times the product of the lengths, and by eps if
+    scores are small, like the rounding of the exponential."""
     normalize, floor = arguments["normalize"], arguments.get("eps", 1e-12)
 
     def unit(x):
@@ -89,8 +90,8 @@ def moved(draw, h, temperature, queue, upstream, arguments, of_rows, eps):
 
 
 def cut_off(place, dtype, score, normalize):
-    """What float32 on GPUs may be off by besides: the bound of the project's tests, 2e-4; and of rows that are not
-    normalised the limit in docs/numerics.md, 1e-2 at scores of 40,000, since tensor cores cut off what they add up."""
+    """Return the additional relative error of float32 on GPUs: the bound of the project's tests, 2e-4; for unnormalised
+    rows the limit in docs/numerics.md, 1e-2 at scores of 40,000, since tensor cores truncate when they accumulate."""
     if place.impl not in GPU_IMPLS or dtype != torch.float32:
         return 0.0
     return FLOAT32_BOUND if normalize else max(FLOAT32_BOUND, 1e-2 * score / 40_000)
@@ -109,23 +110,23 @@ def check_info_nce(draw, place, dtype, arguments, views, t, queue, upstream, los
 
     @functools.cache
     def far():
-        """What the loss and the gradients of the rows (times their lengths) and the temperature may be off by."""
+        """Return the bounds for the loss, the gradient of the rows (times their lengths) and of the temperature."""
         exact = want[0], want[1] * weight, slopes(h, t.number, queue, arguments)
         draws = []
         for _ in range(DRAWS):
             other = moved(draw, h, t.number, queue, upstream, arguments, of_rows, eps)
             loss, dz, slope = (o - e for o, e in zip(other, exact, strict=True))
             dz = dz * (weight > 0)
-            # Equal anchors round alike: what each is off by adds up.
+            # Equal anchors have equal rounding errors, so the errors add up.
             draws.append((loss.norm().item(), dz.norm().item(), (share.abs() * slope.abs()).sum().item()))
         terms = share.abs() * mass(h, t.number, queue, arguments)
-        # A coefficient is exp(score - table), of a score that the backward computes again: it is off by a rounding of
-        # the score. That is relative, so a loss near zero keeps its digits.
+        # A coefficient is exp(score - table), and the backward recomputes the score: the coefficient's relative error
+        # is the absolute error of the score, so a loss near zero keeps its digits.
         summed = eps * (math.sqrt(columns) + score) / t.number + of_rows / t.number
         in_rows = summed * longest * (2 * terms.norm() + terms.sum() / math.sqrt(anchors)).item()
         in_slopes = summed * score * 2 * terms.sum().item()
         if not place.by_op and dtype != torch.float64:
-            # Autograd rounds the log-sum-exp to float32, and moves all of an anchor's probabilities by as much.
+            # Autograd rounds the log-sum-exp to float32, which shifts all of an anchor's probabilities.
             rounded = torch.finfo(torch.float32).eps * score * share.abs().expand(h.shape[:2]) / t.number
             in_rows, in_slopes = in_rows + longest * rounded.norm().item(), in_slopes + score * rounded.sum().item()
         return [SPREAD * max(d) + s for d, s in zip(zip(*draws, strict=True), (0, in_rows, in_slopes), strict=True)]
@@ -133,11 +134,11 @@ def check_info_nce(draw, place, dtype, arguments, views, t, queue, upstream, los
     low = None if queue is None else queue.to(dtype)
     eager = Eager(dtype, lambda: dense_run(h.to(dtype), torch.tensor(t.number, dtype=dtype), low, upstream, arguments))
 
-    # The loss by theory: a log-sum-exp and a mean of scores are each off by what the scores are.
+    # The loss is a log-sum-exp minus a mean of scores, and each has the error of the scores.
     each = 16 * eps * (2 * score + math.log(columns) + 1) * (anchors if arguments["reduction"] == "sum" else 1)
     allowed = (torch.finfo(loss.dtype).eps * want[0].abs() + each).norm().item()
     found = [outcome("loss", loss, want[0], allowed, lambda: far()[0], eager(0))]
-    # A row whose length is the floor's but for rounding may be taken for either.
+    # A row whose length equals the floor up to rounding may count as above or below it.
     weight = torch.where((length / floor - 1).abs() < 1e-5, 0, weight) if normalize else weight
     limit = rounding_of_result(grad.dtype, weight, h.shape[-1], place)
     own = OWN * (8 + score)

@@ -1,4 +1,4 @@
-"""A process that runs cases. What starts it imports no torch: variables of the environment choose the kernels."""
+"""The process that runs cases. Its parent does not import torch, since environment variables choose the kernels."""
 
 import os
 import sys

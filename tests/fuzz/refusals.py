@@ -1,4 +1,4 @@
-"""Random bad calls: each gets the error of API.md, which names the argument, and changes nothing."""
+"""Make random bad calls: each raises the expected error, which names the argument, and changes nothing."""
 
 import math
 
@@ -10,7 +10,7 @@ import selfsup_kernels as sk
 
 
 def loss_calls(draw, place):
-    """(argument, bad value, error)"""
+    """Return a list of (argument, bad value, error)."""
     v, b, d = draw.randint(2, 4), draw.randint(2, 9), draw.randint(1, 9)
     x = draw.normal(v, b, d).float().to(place.device)
     good = list(x)
@@ -88,7 +88,7 @@ def info_nce(draw, place):
     given = {} if name == "views" else {name: value}
     if name != "impl":
         given["impl"] = place.impl
-    if name in ("labels", "core_view") and draw.chance(0.2):  # what does not go together
+    if name in ("labels", "core_view") and draw.chance(0.2):  # arguments that exclude each other
         labels = torch.zeros(x.shape[1], dtype=torch.int64, device=place.device)
         given.update(
             {"labels": labels, "core_view": 0} if draw.chance(0.5) else {"labels": labels, "objective": "pairwise"}
@@ -104,7 +104,7 @@ def byol(draw, place):
     name = draw.choice(["predictions", "targets", "eps", "reduction", "impl"])
     given = {"impl": place.impl}
     if name == "predictions":
-        # Pairs, one sample and lists of one dtype are BYOL's own.
+        # BYOL accepts pairs, one sample, and lists of one dtype.
         p, error = draw.choice([c for c in views if not fine_for_byol(c[0])])
         if isinstance(p, list) and p and isinstance(p[-1], torch.Tensor) and p[-1].shape == x[0].shape and len(p) > 1:
             t = draw.normal(len(p), *x.shape[1:]).float().to(place.device)
@@ -126,7 +126,7 @@ def byol(draw, place):
 
 
 def fine_for_byol(value):
-    """Pairs and one sample are BYOL's own."""
+    """Return whether BYOL accepts the value: pairs and one sample are fine."""
     return isinstance(value, torch.Tensor) and (value.dim() == 2 or (value.dim() == 3 and value.shape[1] == 1))
 
 

@@ -1,4 +1,4 @@
-"""Random calls of `contrastive_stats` against its definitions in float64."""
+"""Compare random calls of `contrastive_stats` with its definitions in float64."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Random calls of what writes in place: `ema_update_`, `EMA.update` and the optimizers that move an average."""
+"""Check random calls of the in-place functions: `ema_update_`, `EMA.update` and the optimizers with an average."""
 
 import copy
 import math
@@ -29,7 +29,7 @@ def numbers(draw, shape, dtype):
 
 
 def momentum_of(draw, device):
-    """(the argument, its value)"""
+    """Return (argument, its value)."""
     value = draw.choice([0.0, 1.0, 0.5, 0.9, 0.996, 0.9999, draw.random()])
     if draw.chance(0.4):
         tensor = torch.tensor(
@@ -40,8 +40,8 @@ def momentum_of(draw, device):
 
 
 def averaged(target, source, momentum):
-    """In float64: m t + (1 - m) s, NaN only where one of them is or where two infinities oppose each other. An infinity
-    of weight 0 does not count."""
+    """Return m t + (1 - m) s in float64. It is NaN only if one of them is NaN or two infinities have opposite signs; an
+    infinity of weight 0 is ignored."""
 
     def share(x, weight):
         return torch.where(x.isinf() & (weight == 0), 0.0, weight * x)
@@ -50,7 +50,7 @@ def averaged(target, source, momentum):
 
 
 def check_average(name, got, old, source, momentum, at_random=False):
-    """One rounding to the target's dtype, or at random either neighbour, after a few in the arithmetic's dtype."""
+    """Check an average: a few roundings in the arithmetic's dtype, then one to the target's, nearest or at random."""
     got, old, source = got.detach().cpu(), old.detach().cpu(), source.detach().cpu()
     if not got.is_floating_point():
         if not torch.equal(got, source):
@@ -60,10 +60,10 @@ def check_average(name, got, old, source, momentum, at_random=False):
     narrow = torch.finfo(got.dtype)
     wide = torch.finfo(torch.float64 if got.dtype == torch.float64 else torch.float32)
     g = got.double()
-    # t + (1 - m)(s - t) in the arithmetic: the weight, the difference, the product and the sum are rounded.
+    # The kernel computes t + (1 - m)(s - t): it rounds the weight, the difference, the product and the sum.
     allowed = 2 * wide.eps * (old.double().abs() + source.double().abs()) + 2 * wide.tiny * wide.eps
     allowed = allowed + narrow.eps * (1 if at_random else 0.5) * 1.01 * want.abs() + narrow.tiny * narrow.eps
-    infinite = want.abs() + allowed >= narrow.max  # what the dtype does not hold, or nearly
+    infinite = want.abs() + allowed >= narrow.max  # beyond the dtype's range, or nearly
     right = torch.where(want.isnan(), g.isnan(), (g - want).abs() <= allowed)
     right |= infinite & (g.sign() == want.sign()) & (g.isinf() | (g.abs() >= 0.99 * narrow.max))
     if not right.all():
@@ -123,7 +123,7 @@ def same_bits(x, y):
 
 
 class Model(nn.Module):
-    """A few parameters of random shapes, some of them one tensor under two names, and buffers of BatchNorm's kind."""
+    """A model with parameters of random shapes, sometimes one tensor under two names, and buffers like BatchNorm's."""
 
     def __init__(self, draw, dtype):
         super().__init__()
@@ -184,7 +184,7 @@ def optimizer_case(draw):
 
 
 def optimizers(draw, place):
-    """A step is torch.optim's, to the error of torch's own arithmetic, and the average moves as `ema_update_` moves."""
+    """Check that a step equals torch.optim's within torch's own error, and that the average equals `ema_update_`'s."""
     name, options = optimizer_case(draw)
     dtype = draw.choice(FLOATING)
     model = Model(draw, dtype).to(place.device)
@@ -196,12 +196,12 @@ def optimizers(draw, place):
     optimizer = getattr(sk.optim, name)(model.parameters(), ema=ema, impl=place.impl, **options)
     yardstick, truth = theirs(eager.parameters(), foreach=False, **options), theirs(wide.parameters(), **options)
     place.say(dtype, optimizer=name, **options)
-    largest = [r.detach().norm().item() for r in wide.parameters()]  # a step may end near zero, and keeps its rounding
+    largest = [r.detach().norm().item() for r in wide.parameters()]  # a result near zero keeps the earlier rounding
     for _ in range(draw.randint(1, 3)):
         for p, q, r in zip(model.parameters(), eager.parameters(), wide.parameters(), strict=True):
             p.grad = None if draw.chance(0.1) else draw.normal(*p.shape).to(dtype).to(place.device)
             q.grad = None if p.grad is None else p.grad.clone()
-            r.grad = None if p.grad is None else p.grad.double().clone()  # torch's foreach steps change gradients
+            r.grad = None if p.grad is None else p.grad.double().clone()  # torch's foreach steps modify gradients
         before = [t.clone() for t in ema.module.parameters()]
         for o in (truth, yardstick, optimizer):
             o.step()

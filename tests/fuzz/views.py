@@ -1,4 +1,4 @@
-"""The views of a case and what comes from above, as the losses get them."""
+"""Draw the views and the upstream gradient of a case, in the form in which the losses get them."""
 
 import math
 
@@ -10,7 +10,7 @@ EPS = [1e-12, 1e-12, 1e-8, 1e-3, 0.5]
 
 
 def upstream_of(draw, shape, dtype):
-    """The gradient from above, numbers that ``dtype`` has, of any size that leaves the gradient in its range."""
+    """Return an upstream gradient that is exact in ``dtype``, scaled so that the gradient stays in range."""
     g = draw.normal(*shape) if shape else torch.ones((), dtype=torch.float64) * draw.choice([1, -1])
     if draw.chance(0.3) and shape:
         g = g * (torch.rand(shape, generator=draw.generator) < 0.5)
@@ -22,7 +22,7 @@ def upstream_of(draw, shape, dtype):
 
 
 def gradients(loss, leaves, upstream, draw):
-    """Of every leaf. The upstream gradient lies in memory as it likes."""
+    """Return the gradients of all leaves. The upstream gradient may have any strides."""
     weight = upstream.to(loss.dtype)
     if weight.dim() == 2 and not (weight == weight[0, 0]).all():
         weight = weight.t().contiguous().t() if draw.chance(0.3) else weight
@@ -40,7 +40,7 @@ class Rows:
         # Under autocast the views may have different dtypes. Numbers of 16 bits are exact in float32.
         mixed = place.autocast and dtype != torch.float64 and draw.chance(0.5)
         if self.form == "stacked":
-            if draw.chance(0.1):  # one row, or one view, that stands for all
+            if draw.chance(0.1):  # one row, or one view, expanded to all
                 few = self.h[:, :1] if draw.chance(0.5) else self.h[:1]
                 self.h = few.expand_as(self.h).contiguous()
                 self.tensors = [few.to(dtype).to(place.device).expand_as(self.h)]
@@ -51,7 +51,7 @@ class Rows:
             self.tensors = [draw.placed(x.to(d), place.device)[0] for x, d in zip(self.h, dtypes, strict=True)]
 
     def computed_in(self, *others):
-        """The dtype in which views and ``others`` meet: their own, or float32 where they differ."""
+        """Return the common dtype of the views and ``others``, or float32 if they differ."""
         kinds = {x.dtype for x in (*self.tensors, *others) if x is not None}
         return kinds.pop() if len(kinds) == 1 else torch.float32
 
@@ -66,7 +66,7 @@ class Rows:
 
 
 def spoil(draw, views, queue):
-    """NaN or an infinity somewhere in the views or in the queue."""
+    """Write NaN or an infinity somewhere into the views or the queue, and return which."""
     value = draw.choice([math.nan, math.inf, -math.inf])
     if queue is not None and draw.chance(0.3):
         queue[draw.randrange(len(queue)), draw.randrange(queue.shape[1])] = value

@@ -1,11 +1,11 @@
-"""Tests of the GPU kernels: Triton's of InfoNCE, CUDA's of the rest. On a machine with a GPU they run there. Without
-one, Triton's run in its interpreter (TRITON_INTERPRET=1) and CUDA's in the emulator
+"""Fixtures of the GPU kernels' tests: InfoNCE's kernels are in Triton, the others in CUDA. With a GPU the tests run on
+it. Without one, Triton's kernels run in its interpreter (TRITON_INTERPRET=1) and CUDA's in the emulator
 (SELFSUP_KERNELS_CUDA_EMULATOR=LIBRARY), on CPU tensors.
 
-Both are slow: such runs are small. Triton's interpreter, which interpreter16.py makes right for bfloat16, has a part of
-InfoNCE's cases, so chosen that any two values of a test's parameters meet, the way among them (the fixture `path`), and
-in 16 bits each dtype and most ways. With SELFSUP_KERNELS_EVERY_CASE=1 it has all that a GPU has, the long tests too.
-What needs a real GPU is marked `cuda`.
+Both are slow, so such runs are small. Triton's interpreter, which interpreter16.py corrects for bfloat16, runs a
+selection of InfoNCE's cases: any two values of a test's parameters meet in float32, with the paths (the fixture
+`path`) among the parameters, and in 16 bits each test meets each dtype and most paths. With
+SELFSUP_KERNELS_EVERY_CASE=1 it runs all cases and the long tests. Tests that need a real GPU are marked `cuda`.
 """
 
 import collections
@@ -31,8 +31,8 @@ if backends.triton_is_interpreted():
 
 
 class SaysFailuresAtOnce:
-    """Where processes share the tests: at the end xdist first waits for them, and a run that is stopped at a limit of
-    time would be killed before it has said what had failed."""
+    """Print failures as they happen in parallel runs: xdist reports them only at the end, and a run that is killed at a
+    time limit would report none."""
 
     def __init__(self, config):
         self.plugins = config.pluginmanager
@@ -49,7 +49,7 @@ def pytest_configure(config):
 
 
 def cannot_run(impl):
-    """None where the kernels of ``impl`` can run in this process, else why not."""
+    """Return why the kernels of ``impl`` cannot run in this process, or None if they can."""
     if SIMULATED and not backends.emulated(impl):
         return "this run simulates other kernels on the CPU"
     if not SIMULATED and not torch.cuda.is_available():
@@ -68,10 +68,11 @@ def pytest_collection_modifyitems(items):
 
 
 def in_turn(items):
-    """Leave a part of the cases of each test of the interpreted kernels.
+    """Select cases of the interpreted kernels' tests.
 
-    In 16 bits, of each dtype by each way, one: of the next case the next. Of a test with few cases two, one for each
-    dtype. In float32, enough that any two values of the test's parameters, the way among them, are in one case.
+    In 16 bits: keep one combination of path and dtype per case of a test, a different one for each case. If a test has
+    few cases, keep two combinations per case, one for each dtype. In float32: keep enough cases that any two values of
+    the test's parameters, the path among them, occur together.
     """
     low = collections.defaultdict(lambda: collections.defaultdict(list))
     exact = collections.defaultdict(list)
@@ -118,7 +119,7 @@ def device():
 
 @pytest.fixture
 def impl(request, device):
-    """The implementation whose tests a module has: its ``IMPL``."""
+    """Return the implementation that the module tests, its ``IMPL``; skip if it cannot run."""
     reason = cannot_run(request.module.IMPL)
     if reason is not None:
         pytest.skip(reason)
@@ -127,9 +128,9 @@ def impl(request, device):
 
 @pytest.fixture(autouse=True)
 def left_in_order():
-    """A kernel that fails does so in its own test. After an illegal access nothing works in that process any more:
-    under xdist it ends, and another one goes on with the other tests. What PyTorch keeps of a large test's memory goes
-    back, since many processes may share the GPU."""
+    """Make a kernel fail in its own test. After an illegal access nothing works in that process any more: under xdist
+    it ends, and another process runs the remaining tests. Free the memory that PyTorch caches after a large test, since
+    several processes may share the GPU."""
     yield
     if not torch.cuda.is_initialized():
         return
@@ -146,7 +147,7 @@ def left_in_order():
 
 @pytest.fixture
 def alone():
-    """For tests that take a good part of a GPU's memory: one at a time, in however many processes."""
+    """Run tests that need much of the GPU's memory one at a time, across all processes."""
     import fcntl
 
     with (Path(tempfile.gettempdir()) / "selfsup_kernels_gpu_tests.lock").open("w") as lock:
@@ -162,10 +163,10 @@ def dtype(request):
 
 @pytest.fixture(params=tiles.WAYS)
 def path(request, impl, monkeypatch):
-    """The ways of InfoNCE: small tiles, so that a few rows are many, and each way that the launchers choose by size.
+    """Select a path of InfoNCE's launchers, which they choose by size, and tiles so small that few rows fill many.
 
-    Tiles with masks have kernels of their own, or all have the same (with the sums of deterministic mode). No
-    configuration for the gradient's accumulator sends it through the workspace.
+    "clean+masked": tiles with masks have separate kernels. "all": one kernel runs all tiles, with deterministic mode's
+    sums. "waves": no configuration fits the gradient's accumulator, so it goes through the workspace.
     """
     monkeypatch.setattr(configs, "_lookup", tiles.small(request.param))
     monkeypatch.setattr(launcher, "processors_of", lambda tensor: 1000 if request.param == "all" else 1)

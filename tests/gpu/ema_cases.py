@@ -1,4 +1,4 @@
-"""What the tests of the moving average on a GPU share: tensors of every kind, and the bound of the error."""
+"""Shared code of the moving average's GPU tests: tensors of every kind, and the error bound."""
 
 import torch
 from helpers import randn
@@ -8,7 +8,7 @@ import selfsup_kernels as sk
 FLOATING = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 INTEGERS = [torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64]
 LOW = [torch.bfloat16, torch.float16]
-CHUNK = 4096  # elements of a block for float32 and mixed pairs
+CHUNK = 4096  # elements per block for float32 and mixed pairs
 
 
 def truth(target, source, momentum):
@@ -16,7 +16,7 @@ def truth(target, source, momentum):
 
 
 def assert_rounded(got, want, target, source):
-    """One rounding to the target's dtype, after a few in the dtype of the arithmetic."""
+    """Assert that the error is at most a few roundings in the arithmetic's dtype and one to the target's."""
     info = torch.finfo(got.dtype)
     arithmetic = torch.finfo(torch.float64 if got.dtype == torch.float64 else torch.float32)
     terms = target.double().abs() + source.double().abs()
@@ -37,7 +37,7 @@ def check(impl, targets, sources, momentum, **arguments):
 
 
 def bits(dtype, count, seed=0):
-    """Any bits at all; of bools, both values."""
+    """Return numbers with random bits; bools of both values."""
     if dtype == torch.bool:
         return randn(count, seed=seed) > 0
     generator = torch.Generator().manual_seed(seed)
@@ -45,7 +45,7 @@ def bits(dtype, count, seed=0):
 
 
 def mixed(device, shift=0):
-    """(targets, sources): every pair of floating dtypes and every integer, an empty tensor and a scalar."""
+    """Return (targets, sources) of every pair of floating dtypes and every integer dtype, an empty one and a scalar."""
     pairs = [(t, s) for t in FLOATING for s in FLOATING]
     targets = [randn(5 + i, dtype=t, seed=i + shift) for i, (t, _) in enumerate(pairs)]
     sources = [randn(5 + i, dtype=s, seed=50 + i + shift) for i, (_, s) in enumerate(pairs)]

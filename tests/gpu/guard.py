@@ -1,4 +1,4 @@
-"""CPU tensors that end where memory ends: reading or writing past them kills the process instead of passing."""
+"""CPU tensors that end at an inaccessible page: reading or writing past them kills the process instead of passing."""
 
 import ctypes
 import mmap
@@ -9,9 +9,9 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def guarded(tensor: torch.Tensor) -> torch.Tensor:
-    """A contiguous copy of a CPU tensor, its last byte at the end of a page whose successor cannot be touched.
+    """Return a contiguous copy of a CPU tensor whose last byte is followed by an inaccessible page.
 
-    Other devices have no such pages; there the copy is a plain one, and compute-sanitizer does this work.
+    Other devices have no such pages: the copy is a plain one, and compute-sanitizer finds accesses past its end.
     """
     if tensor.device.type != "cpu" or tensor.numel() == 0:
         return tensor.detach().clone(memory_format=torch.contiguous_format)

@@ -1,20 +1,21 @@
-"""Triton's interpreter, made right for bfloat16 and faster: installed by conftest.py where the kernels are interpreted.
+"""Patches that make Triton's interpreter right for bfloat16, and faster; conftest.py installs them if kernels are
+interpreted.
 
-The interpreter keeps a bfloat16 as a uint16 of its bits, and its arithmetic takes them for integers: it multiplies the
-bits (triton#11584), adds them, and converts float64 and integers to an integer. A conversion from float32 cuts where a
-GPU rounds. float16 is numpy's, whose arithmetic and conversions are right.
+The interpreter stores a bfloat16 as a uint16 of its bits, and its arithmetic treats them as integers: it multiplies the
+bits (triton#11584), adds them, and converts float64 and integers to an integer. A conversion from float32 truncates
+where a GPU rounds. float16 is numpy's, whose arithmetic and conversions are right.
 
-Here an operation that has bfloat16 operands computes in float32, which holds them exactly, and what is bfloat16 in its
-result is rounded to nearest, ties to even: one rounding of the exact result for +, -, *, / and sqrt, since float32 has
-more than twice the bits. A dot adds up in its accumulator's dtype, as a GPU does. Conversions of float64 round once.
+With the patches an operation on bfloat16 operands computes in float32, which holds them exactly, and rounds a bfloat16
+result to nearest, ties to even: one rounding of the exact result for +, -, *, / and sqrt, since float32 has more than
+twice the bits. A dot accumulates in its accumulator's dtype, as a GPU does. Conversions of float64 round once.
 
-Loads, stores, selections and bitcasts move the bits, and need no help. Reductions and atomic operations in 16 bits are
-refused: no kernel has any, and one that had would add up in 16 bits on a GPU, and in more here.
+Loads, stores, selections and bitcasts only move the bits and are not patched. Reductions and atomic operations in 16
+bits raise: no kernel uses them, and one that did would accumulate in 16 bits on a GPU, but in more here.
 
-The interpreter replaces the functions of triton.language again for every function that a kernel calls, for which it
-looks through all of them; it makes a table of dtypes for every number; and it looks for integers that overflow by ten
-operations of its own. That is half of its time. Here a kernel replaces the functions once for each module that it calls
-into, a dtype is looked up once, and numpy looks for overflow.
+Half of the interpreter's time goes into three things. It replaces the functions of triton.language again for every
+function that a kernel calls, and searches all of them for that; here a kernel replaces them once per module that it
+calls into. It makes a table of dtypes for every number; here each dtype is looked up once. It checks integers for
+overflow by ten operations of its own; here numpy does.
 """
 
 import contextlib
@@ -28,14 +29,15 @@ from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, ReduceS
 
 
 def widen(bits: np.ndarray) -> np.ndarray:
-    """bfloat16, as bits in uint16, to float32."""
+    """Convert bfloat16, as bits in uint16, to float32."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 def narrow(x: np.ndarray) -> np.ndarray:
-    """Numbers of any dtype to the nearest bfloat16, ties to even, as bits in uint16. NaN is a GPU's, all ones.
+    """Round numbers of any dtype to the nearest bfloat16, ties to even, as bits in uint16. NaN is 0x7FFF, as on a GPU.
 
-    What float32 cannot hold goes there with its last bit set (rounding to odd): to the right side of every tie.
+    Numbers that float32 cannot hold exactly are first rounded to odd (the last bit is set), so that they stay on the
+    right side of every tie.
     """
     with np.errstate(over="ignore", invalid="ignore"):
         near = np.asarray(x).astype(np.float32)
@@ -57,7 +59,7 @@ def _widened(x):
 
 
 def _in_float32(original):
-    """An operation of the builder whose result has the dtype of its last tensor (of a dot that is the accumulator)."""
+    """Wrap a builder operation whose result has the dtype of its last tensor (for a dot, the accumulator)."""
 
     def operation(self, *arguments, **options):
         result = original(self, *map(_widened, arguments), **options)
@@ -81,7 +83,7 @@ def _cast(original):
 
 
 def _to_bfloat16_or_float16(original):
-    """Only what asks for a rounding mode of its own, or for float8, comes here."""
+    """Wrap create_fp_to_fp, which is called only for an explicit rounding mode or float8."""
 
     def create_fp_to_fp(self, src, dst_type, rounding_mode):
         if tl.bfloat16 in (src.dtype.scalar, dst_type.scalar):
@@ -163,7 +165,7 @@ _MENDED += [
     (InterpreterBuilder, "cast_impl", _cast),
     (InterpreterBuilder, "create_fp_to_fp", _to_bfloat16_or_float16),
     (InterpreterBuilder, "create_atomic_rmw", _refused_atomic),
-    (InterpreterBuilder, "get_bf16", lambda original: _get_bf16),  # there is none
+    (InterpreterBuilder, "get_bf16", lambda original: _get_bf16),  # Triton's builder has none
     (ReduceScanOpInterface, "check_tensor", _refused_reduction),
     (TritonSemantic, "binary_op_sanitize_overflow_impl", _overflow_by_numpy),
     (GridExecutor, "__call__", _run_kernel),
@@ -174,7 +176,7 @@ _originals: list = []
 
 
 def install():
-    """Once for the whole process."""
+    """Install the patches, once per process."""
     for owner, name, mend in _MENDED if not _originals else ():
         original = owner.__dict__.get(name)
         _originals.append((owner, name, original))
@@ -190,7 +192,7 @@ def remove():
 
 @contextlib.contextmanager
 def without():
-    """The interpreter as Triton has it."""
+    """Remove the patches within the context."""
     remove()
     try:
         yield

@@ -1,4 +1,4 @@
-"""The GPU kernels of the BYOL loss: values and gradients, launches, memory, streams and graphs."""
+"""Test the GPU kernels of the BYOL loss: values and gradients, launches, memory, streams and graphs."""
 
 import ctypes
 import itertools
@@ -18,13 +18,13 @@ SIZES = [(1, 1), (5, 33), (10, 130), (300, 8), (3, 1000), (2, 2049)]
 
 
 def inputs(num_views, batch, dim, dtype, device):
-    """Predictions and targets as (V, B, D), or as (B, D) for one view: pairs."""
+    """Return predictions and targets as (V, B, D), or as (B, D) for one view (pairs)."""
     shape = (batch, dim) if num_views == 1 else (num_views, batch, dim)
     return (randn(*shape, dtype=dtype, seed=seed).to(device) for seed in (0, 1))
 
 
 def run(function, predictions, targets, upstream=None, **arguments):
-    """(loss, gradient), for lists of views too; the gradient stacked."""
+    """Return (loss, gradient) for a tensor or a list of views; a list's gradients are stacked."""
     leaves = predictions if isinstance(predictions, list) else [predictions]
     # detach() keeps the strides, which clone() would not.
     leaves = [x.detach().requires_grad_() for x in leaves]
@@ -47,7 +47,7 @@ def compare(predictions, targets, upstream=None, floor=0.0, *, impl, **arguments
 
 
 def one_feature_floor(predictions, upstream):
-    """Of one feature the cosine is +-1 and the gradient zero: what remains is rounding of 2 - 2 and of 1 / |p|."""
+    """Return the bound for one feature: the cosine is +-1, so the gradient is the rounding of 2 - 2 and 1 / |p|."""
     if predictions.shape[-1] > 1:
         return 0.0
     return 8 * torch.finfo(predictions.dtype).eps * upstream.abs().max().item() / predictions.abs().min().item()
@@ -67,7 +67,7 @@ def test_values_and_gradients(num_views, size, dtype, impl, device):
 
 @pytest.mark.parametrize("num_views", [2, 3])
 def test_views_as_list(num_views, dtype, impl, device):
-    """Each view an allocation of its own, with its own stride, in either argument."""
+    """Views may be separate allocations with different strides, in either argument."""
     p, t = inputs(num_views, 9, 40, dtype, device)
     wide = [torch.cat([x, x, x][: i + 1], dim=-1)[:, :40] for i, x in enumerate(p)]
     assert len({x.stride(0) for x in wide}) == num_views
@@ -76,7 +76,7 @@ def test_views_as_list(num_views, dtype, impl, device):
 
 
 def test_strides(dtype, impl, device):
-    """Views of larger tensors, expanded and transposed ones; rows that do not start at multiples of 16 bytes."""
+    """Inputs may be slices of larger tensors, expanded, transposed, or have rows at no multiple of 16 bytes."""
     base, t = inputs(3, 8, 64, dtype, device)
     narrow = randn(3, 8, 67, dtype=dtype).to(device)
     for p in (
@@ -98,7 +98,7 @@ def test_strides(dtype, impl, device):
     ids=str,
 )
 def test_many_views_and_long_rows(num_views, dim, impl, device):
-    """Beyond 48 views they are copied; above 1024 numbers a block has a row; 26000 do not fit the shared memory."""
+    """More than 48 views are copied; a row above 1024 numbers gets a block; 26000 numbers exceed shared memory."""
     p, t = inputs(num_views, 2, dim, torch.float32, device)
     compare(p, t, impl=impl)
     compare(list(p), list(t), randn(num_views, 2, seed=2).to(device), reduction="none", impl=impl)
@@ -106,7 +106,7 @@ def test_many_views_and_long_rows(num_views, dim, impl, device):
 
 @pytest.mark.parametrize("num_views", [1, 2, 3])
 def test_upstream_gradients(num_views, impl, device):
-    """Expanded ones, which have stride 0, transposed ones, and zeros."""
+    """The upstream gradient may be expanded (stride 0), transposed, or zero."""
     p, t = inputs(num_views, 9, 33, torch.float32, device)
     shape = p.shape[:-1]
     transposed = randn(*shape[::-1]).to(device).permute(*range(len(shape))[::-1])
@@ -119,7 +119,7 @@ def test_upstream_gradients(num_views, impl, device):
 @pytest.mark.parametrize("eps", [1e-30, 1e-12, 1e-6, 0.5])
 @pytest.mark.parametrize("num_views", [1, 2, 3])
 def test_floor_of_the_norm(num_views, eps, impl, device):
-    """Zero rows, short rows, and rows of the length of the floor on either side."""
+    """Zero rows, short rows, and rows just below and above the floor are right."""
     p, t = inputs(num_views, 9, 8, torch.float32, device)
     p[..., 0, :] = 0
     t[..., 1, :] = 0
@@ -130,7 +130,7 @@ def test_floor_of_the_norm(num_views, eps, impl, device):
     loss, grad = run(byol_loss, p, t, reduction="none", eps=eps, impl=impl)
     want = run(spec.byol_loss, p.double(), t.double(), reduction="none", eps=eps)
     torch.testing.assert_close(loss.double(), want[0], rtol=0, atol=2e-6)
-    for row in range(9):  # each by itself: their gradients differ by 1 / eps
+    for row in range(9):  # separately, since their gradients differ by 1 / eps
         assert_within(f"row {row}", grad[..., row, :], want[1][..., row, :])
     assert (loss[..., 0] == 2).all()
 
@@ -146,7 +146,7 @@ def test_zero_rows_are_finite(dtype, impl, device):
 @pytest.mark.parametrize("num_views", [1, 2, 3])
 @pytest.mark.parametrize("size", [1e30, 1e19, 1e-22, 1e-37])
 def test_long_and_short_rows(num_views, size, impl, device):
-    """Squares leave the range of float32; cosines do not."""
+    """Losses are right although the squared norms leave the range of float32."""
     p, t = (x * size for x in inputs(num_views, 6, 40, torch.float32, device))
     loss = byol_loss(p, t, eps=2e-38, reduction="none", impl=impl)
     want = spec.byol_loss(p.double(), t.double(), eps=2e-38, reduction="none")
@@ -166,7 +166,8 @@ def test_nan_and_inf_as_in_the_reference(num_views, where, value, dtype, impl, d
     for ours, theirs, truth, yardstick in zip(got, want, specification, eager, strict=True):
         assert not truth.isfinite().all()
         assert not (ours.isfinite() & ~truth.isfinite()).any()
-        # With two views ours has the other one's target; the reference, by way of the sum, loses its own view as well.
+        # With two views ours uses only the other view's target. The reference subtracts from the sum of all targets,
+        # so that its own view becomes NaN as well.
         assert torch.equal(ours.isfinite(), (truth if num_views == 2 else theirs).isfinite())
         finite = ours.isfinite()
         assert finite.view(num_views, 20, -1)[:, :4].all()
@@ -193,7 +194,7 @@ def test_one_launch_each_way(num_views, reduction, impl, device):
 
 @pytest.mark.parametrize("size", [(2, 5, 33), (3, 3, 1000), (2, 300, 7), (1, 17, 64)], ids=str)
 def test_no_access_past_the_end(size, impl, device):
-    """Of each view in an allocation of its own, of the upstream gradient, and of what the kernels write."""
+    """Each view, the upstream gradient and the statistics end at a guard page, and nothing past them is accessed."""
     p, t = ([guarded(x) for x in randn(*size, seed=seed)] for seed in (0, 1))
     predictions, targets = ([x.to(device) for x in views] for views in (p, t))
     forward, backward = ops.get("byol_forward", impl), ops.get("byol_backward", impl)
@@ -206,7 +207,7 @@ def test_no_access_past_the_end(size, impl, device):
 
 
 def sparse_memory(count):
-    """``count`` float32 numbers of address space, which takes memory only where it is touched."""
+    """Return a tensor of ``count`` float32 numbers whose pages use memory only once they are touched."""
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
     try:
         memory = mmap.mmap(-1, 4 * count, flags=flags)
@@ -219,7 +220,7 @@ def sparse_memory(count):
     backends.EMULATOR is None, reason="sparse memory is the host's; a GPU has test_more_than_2_31_elements"
 )
 def test_offsets_have_64_bits(impl):
-    """Rows 2^30 numbers apart: 32-bit offsets wrap at the third."""
+    """Rows may be 2^30 numbers apart; 32-bit offsets would wrap at the third."""
     p, t = randn(2, 3, 5), randn(2, 3, 5, seed=1)
     apart = sparse_memory(2**32).as_strided((2, 3, 5), (8, 2**30, 1))
     apart.copy_(p)
@@ -236,12 +237,12 @@ def test_op_registration(reduction, impl, device):
     torch.library.opcheck(backward, (torch.ones_like(loss), list(p), list(t), stats, reduction))
 
 
-# ---------------------------------------------------------------- on a GPU alone
+# ---------------------------------------------------------------- tests that need a GPU
 
 
 @pytest.mark.cuda
 def test_random_cases(impl, device):
-    """400 of them, of 25 kernels: a kernel takes longer to compile than to test."""
+    """Compare 400 random cases, in 25 groups that share a compiled kernel, since compiling takes longer than a case."""
     chosen = random.Random(0)
     for kernel in range(25):
         dtype = [torch.float32, torch.bfloat16, torch.float16][kernel % 3]
@@ -266,7 +267,7 @@ def test_same_bits_every_time(num_views, dtype, impl, device):
     p, t = inputs(num_views, 20000, 256, dtype, device)
     first = run(byol_loss, p, t, impl=impl)
     for _ in range(100):
-        torch.empty(4096, dtype=torch.int64, device=device).random_()  # what the next workspace is made of
+        torch.empty(4096, dtype=torch.int64, device=device).random_()  # the next workspace reuses this memory
         for got, want in zip(run(byol_loss, p, t, impl=impl), first, strict=True):
             assert torch.equal(got, want)
 
@@ -274,7 +275,7 @@ def test_same_bits_every_time(num_views, dtype, impl, device):
 @pytest.mark.cuda
 @pytest.mark.unpoisoned
 def test_streams(impl, device):
-    """Calls on several streams at once, each right."""
+    """Concurrent calls on several streams give the same bits as calls on one."""
     streams = [torch.cuda.Stream() for _ in range(4)]
     p, t = inputs(2, 8192, 256, torch.float32, device)
     cases = [(p * (i + 1), t.roll(i, 1)) for i in range(4)]

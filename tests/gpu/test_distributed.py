@@ -1,6 +1,6 @@
-"""The loss over a group on a GPU: NCCL, one process (several GPUs are not at hand).
+"""Test the loss over a group on a GPU, with NCCL and one process (several GPUs were not available).
 
-The exchange between processes is the same as on the CPU, where `tests/test_distributed.py` has 2, 3 and 4 of them.
+The exchange is the same as on the CPU, where `tests/test_distributed.py` runs 2, 3 and 4 processes.
 """
 
 import pytest
@@ -24,7 +24,7 @@ def group(tmp_path):
 
 
 def test_two_emulated_processes():
-    """The whole road over a group by the GPU kernels, in Triton's interpreter, which takes CPU tensors."""
+    """Two processes run the whole loss over a group in Triton's interpreter, which takes CPU tensors."""
     if not backends.emulated("triton"):
         pytest.skip("needs TRITON_INTERPRET=1; NCCL with several GPUs is not tested")
     processes = Ranks(2)
@@ -40,7 +40,7 @@ def test_two_emulated_processes():
 
 
 def of_two(group, views, labels, queue):
-    """Rank 0 has 9 samples, rank 1 has 4."""
+    """Run the loss in one of two processes: rank 0 has 9 samples, rank 1 has 4."""
     mine = slice(0, 9) if dist.get_rank(group) == 0 else slice(9, 13)
     labels = None if labels is None else labels[mine]
     return run(sk.info_nce_loss, views[:, mine], 0.2, labels=labels, queue=queue, group=group, impl="triton")

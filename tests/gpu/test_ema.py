@@ -1,6 +1,6 @@
-"""The GPU kernels of the moving average: values, layouts, rounding at random.
+"""Test the GPU kernels of the moving average: values, layouts, stochastic rounding.
 
-What needs a GPU (streams, graphs, large tensors) is in test_ema_cuda.py.
+Tests that need a GPU (streams, graphs, large tensors) are in test_ema_cuda.py.
 """
 
 import ctypes
@@ -24,7 +24,7 @@ IMPL = "cuda"
 
 @pytest.fixture
 def assert_launches(impl):
-    """A function: that so many kernels were launched since it was called last. On a GPU they are not counted."""
+    """Return a function that asserts the number of kernels launched since its last call; on a GPU it does nothing."""
     seen, count = [0], None
     if backends.emulated("cuda"):
         count = ctypes.CDLL(str(backends.EMULATOR)).sk_emulator_launches
@@ -79,7 +79,7 @@ def test_a_mixed_list_is_one_launch(impl, device, assert_launches):
     "dtypes", [(torch.float32,) * 2, (torch.float32, torch.bfloat16), (torch.bfloat16,) * 2, (torch.float64,) * 2]
 )
 def test_tensors_start_anywhere(impl, dtypes, device):
-    """And what lies before and behind a target stays."""
+    """Tensors may start at any address; memory before and after a target is unchanged."""
     n = CHUNK + 9
     for skip_target, skip_source in [(0, 1), (1, 0), (3, 3), (4, 8), (8, 2)]:
         base, source = (randn(n + 16, dtype=d, seed=i).to(device) for i, d in enumerate(dtypes))
@@ -92,7 +92,7 @@ def test_tensors_start_anywhere(impl, dtypes, device):
 
 @pytest.mark.parametrize("size", [1, 17, CHUNK - 1, CHUNK, CHUNK + 3])
 def test_nothing_is_touched_past_an_end(impl, size, device):
-    """Each target and source ends where memory does."""
+    """Each target and source ends at a guard page, and nothing past it is accessed."""
     pairs = [(t, s) for t in FLOATING for s in FLOATING]
     targets = [guarded(randn(size, dtype=t, seed=i).to(device)) for i, (t, _) in enumerate(pairs)]
     sources = [guarded(randn(size, dtype=s, seed=50 + i).to(device)) for i, (_, s) in enumerate(pairs)]
@@ -104,7 +104,7 @@ def test_nothing_is_touched_past_an_end(impl, size, device):
 
 
 def test_nan_and_infinity(impl, device):
-    """What the equation gives for them, from the end that is nearer."""
+    """NaN and infinities give the same result as the reference, also with stochastic rounding."""
     for dtype in FLOATING:
         for value in (math.nan, math.inf, -math.inf):
             for momentum in (0.25, 0.75):
@@ -116,7 +116,7 @@ def test_nan_and_infinity(impl, device):
                     assert target.isfinite().tolist() == [i not in (2, 3, 7) for i in range(9)]
                 for target in targets[1:]:
                     torch.testing.assert_close(target, targets[0], rtol=0, atol=0, equal_nan=True)
-    # A GPU's own NaN has all bits set, and adding to them would carry into the sign.
+    # A GPU's NaN has all bits set; adding random bits to it would carry into the sign.
     target, source = torch.ones(3, dtype=torch.bfloat16, device=device), torch.full((3,), 2**31 - 1, device=device)
     sk.ema_update_([target], [source.int().view(torch.float32)], 0.5, stochastic_rounding=True, impl=impl)
     assert target.isnan().all()
@@ -125,7 +125,7 @@ def test_nan_and_infinity(impl, device):
 @pytest.mark.parametrize("source_dtype", FLOATING, ids=str)
 @pytest.mark.parametrize("target_dtype", FLOATING, ids=str)
 def test_differences_that_are_not_finite(impl, target_dtype, source_dtype, device):
-    """Infinite ends, and numbers that overflow: the sum of the equation."""
+    """If an end is infinite or the difference overflows, the result is the sum m t + (1 - m) s."""
     for momentum in extremes.MOMENTA:
         extremes.check(impl, target_dtype, source_dtype, momentum, device)
     if target_dtype in LOW:
@@ -134,7 +134,7 @@ def test_differences_that_are_not_finite(impl, target_dtype, source_dtype, devic
 
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
 def test_momentum_as_a_tensor(impl, dtype, device, assert_launches):
-    """Also one that starts anywhere."""
+    """A momentum may be a tensor of any dtype, also an element of a larger one."""
     schedule = torch.tensor([0.0, 1.0, 0.8125, 0.1], dtype=dtype, device=device)
     for momentum in schedule:
         lists = [[x.to(device) for x in (randn(70, seed=s), randn(9, dtype=torch.float64, seed=s))] for s in (0, 1)]
@@ -142,14 +142,14 @@ def test_momentum_as_a_tensor(impl, dtype, device, assert_launches):
 
 
 def test_a_momentum_is_float64(impl, device):
-    """0.1 as float32 is off by 1.5e-9, and so would be an average in float64."""
+    """The momentum stays float64: as float32, 0.1 and so a float64 average would be off by 1.5e-9."""
     for momentum in (0.1, torch.tensor(0.1, dtype=torch.float64, device=device)):
         target, source = torch.zeros(3, dtype=torch.float64, device=device), torch.ones(3, device=device)
         sk.ema_update_([target], [source], momentum, impl=impl)
         assert (target - 0.9).abs().max() < 1e-15
 
 
-# ---------------------------------------------------------------- what has nothing to do, and other layouts
+# ---------------------------------------------------------------- empty work, and other layouts
 
 
 def test_nothing_to_do(impl, device, assert_launches):
@@ -204,7 +204,7 @@ def test_other_layouts(impl, kind, which, device, assert_launches):
     assert_launches(1)
     if inside.data_ptr() in range(base.data_ptr(), base.data_ptr() + base.nbytes):
         inside.copy_(strided(before))
-        assert torch.equal(base, before)  # what lies between the elements
+        assert torch.equal(base, before)  # memory between the elements is unchanged
 
 
 @pytest.mark.parametrize("form", ["plain", "tensor momentum", "random"])
@@ -218,7 +218,7 @@ def test_opcheck(impl, form, device):
 
 
 def test_random_cases(impl, device):
-    """Lists of any sizes around the chunks, addresses of any alignment, all pairs of dtypes."""
+    """Random lists are right: sizes around a chunk, any alignment, all pairs of dtypes."""
     choose = random.Random(0)
     for case in range(400 if device.type == "cuda" else 40):
         targets, sources, bases = [], [], []
@@ -237,12 +237,12 @@ def test_random_cases(impl, device):
         check(impl, targets, sources, choose.choice([momentum, as_tensor]))
         for base, before, inside in bases:
             base[inside] = before[inside]
-            assert torch.equal(base, before)  # what lies around a target
+            assert torch.equal(base, before)  # memory around a target is unchanged
 
 
 @pytest.mark.parametrize("count", [118, 119, 200, 1100])
 def test_lists_of_many_tensors(impl, count, device, assert_launches):
-    """The table lies in the arguments: a hundred tensors in 4 KB, a thousand in 32 KB, then one more launch."""
+    """The table is a kernel argument: 4 KB hold a hundred tensors, 32 KB a thousand; more take another launch."""
     targets, sources = ([randn(1 + i % 7, seed=i + s).to(device) for i in range(count)] for s in (0, 1))
     targets[-1], sources[-1] = (randn(2 * CHUNK + 1, seed=s).to(device) for s in (0, 1))
     check(impl, targets, sources, 0.75)
@@ -281,7 +281,7 @@ def test_what_is_refused(impl, target, source, error, message, device, assert_la
     ids=["length", "shape"],
 )
 def test_the_op_refuses(lists, message, impl, device):
-    """What the public function has checked before; the op alone must not write anywhere else either."""
+    """The op itself also checks lengths and shapes, which the public function has already checked."""
     targets, sources = lists(lambda n: torch.zeros(n, device=device))
     with pytest.raises(RuntimeError, match=message):
         op(impl, targets, sources, None, 0.5, None)
@@ -291,9 +291,9 @@ def test_the_op_refuses(lists, message, impl, device):
 @pytest.mark.parametrize("source_dtype", FLOATING, ids=str)
 @pytest.mark.parametrize("target_dtype", FLOATING, ids=str)
 def test_it_is_the_cpu_op(target_dtype, source_dtype, impl, device):
-    """Up to rounding; with one seed, and where the arithmetic is exact, bit for bit: the same neighbours are drawn."""
+    """Results equal the CPU op's up to rounding, and bit for bit if the arithmetic is exact, with any seed."""
     sizes = [5, 0, 2 * CHUNK + 3, 40, 3 * CHUNK]
-    # Exponents over the whole range of the target: float16's subnormal numbers, and what is too large for it.
+    # The exponents cover the target's range, including float16's subnormal numbers and numbers too large for it.
     scales = [2.0**k for k in (0, 0, -14, -24, 6)]
     targets = [torch.zeros(n, dtype=target_dtype) for n in sizes]
     sources = [
@@ -303,7 +303,7 @@ def test_it_is_the_cpu_op(target_dtype, source_dtype, impl, device):
         sources[0] = torch.tensor([65519.0, 65520, math.inf, -math.inf, math.nan]).to(source_dtype)
     for seed in (None, 0, 2**40 + 7, -5):
         for momentum in (0.0, 0.5, 0.996):
-            exact = momentum in (0, 0.5)  # from zero
+            exact = momentum in (0, 0.5)  # since the targets are zero
             both = []
             for name, place in (("cpu", "cpu"), (impl, device)):
                 own = [t.to(place, copy=True) for t in targets]
@@ -317,11 +317,11 @@ def test_it_is_the_cpu_op(target_dtype, source_dtype, impl, device):
                     torch.testing.assert_close(x, y, equal_nan=True)
 
 
-# ---------------------------------------------------------------- rounding at random
+# ---------------------------------------------------------------- stochastic rounding
 
 
 def rounded(impl, value, dtype, device, count=1 << 14, seed=0, skip=0):
-    """``value`` rounded ``count`` times, into a target that starts ``skip`` elements into its memory."""
+    """Round ``value`` stochastically ``count`` times, into a target that starts ``skip`` elements into its memory."""
     target = torch.zeros(count + skip, dtype=dtype, device=device)[skip:]
     source = torch.full((count,), value, device=device)
     op(impl, [target], [source], None, 0.0, torch.tensor(seed, device=device))
@@ -335,7 +335,7 @@ CASES += [(torch.bfloat16, v) for v in (1.1e-39, -(2.0**-133) * 0.75, 2.0**-126 
 
 @pytest.mark.parametrize(("dtype", "value"), CASES, ids=str)
 def test_the_mean_is_exact(impl, dtype, value, device):
-    value = torch.tensor(value).item()  # as float32 has it
+    value = torch.tensor(value).item()  # rounded to float32
     every = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(dtype)
     every = every[every.isfinite()].double()
     low, high = every[every <= value].max().item(), every[every >= value].min().item()
@@ -353,9 +353,9 @@ def test_what_needs_no_rounding_stays(impl, dtype, device):
     for value in (0.0, -0.0, 1.0, -1.5, info.max, -info.max, info.tiny, -info.tiny * info.eps):
         got = rounded(impl, value, dtype, device, count=64)
         assert (got.double() == value).all()
-        assert (torch.signbit(got) == (value < 0)).all() or value == 0  # a zero's sign is the arithmetic's
+        assert (torch.signbit(got) == (value < 0)).all() or value == 0  # the arithmetic determines a zero's sign
     step = 2.0 ** (math.frexp(info.max)[1]) * info.eps / 2
-    for sign in (1, -1):  # infinity only where rounding to nearest goes there
+    for sign in (1, -1):  # infinity only if rounding to nearest gives it
         assert (rounded(impl, sign * (info.max + 0.49 * step), dtype, device, 64).double() == sign * info.max).all()
         assert (rounded(impl, sign * (info.max + 0.51 * step), dtype, device, 64) == sign * math.inf).all()
 
@@ -371,7 +371,7 @@ def test_seeds_and_streams(impl, dtype, device):
     others += [up.roll(k) for k in (1, 2, 3, 4, 8, CHUNK // 4, CHUNK // 2, CHUNK, 2 * CHUNK)]
     for other in others:  # agrees with independent bits half of the time
         assert abs((up == other).double().mean().item() - 0.5) < 5 * 0.5 / math.sqrt(len(up))
-    # Four neighbours share a counter: all their patterns are equally frequent.
+    # Groups of four elements are independent: all 16 patterns are equally frequent.
     patterns = (up.view(-1, 4) @ torch.tensor([1.0, 2, 4, 8], dtype=torch.float64, device=device)).int()
     frequency = torch.bincount(patterns, minlength=16) / len(patterns)
     assert (frequency - 1 / 16).abs().max().item() < 5 * math.sqrt(1 / 16 * 15 / 16 / len(patterns))

@@ -1,6 +1,6 @@
-"""The moving average on a GPU: large tensors, streams, CUDA graphs, devices, memory, the host's time.
+"""Test the moving average on a GPU: large tensors, streams, CUDA graphs, devices, memory, synchronisation.
 
-Written without a GPU at hand; see test_ema.py for what also runs interpreted.
+Tests that also run in the emulator are in test_ema.py.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ def lists(device, sizes=(5, CHUNK, 2 * CHUNK + 77), dtype=torch.float32, seed=0)
 
 
 def assert_averaged(got, old, source, momentum):
-    """Within one rounding, and a few of float32."""
+    """Assert that averages are within one rounding to their dtype plus a few of float32."""
     for g, t, s in zip(got, old, source, strict=True):
         want = momentum * t.double() + (1 - momentum) * s.double()
         info = torch.finfo(g.dtype)
@@ -49,7 +49,7 @@ def test_more_than_2_31_elements(impl, dtype, device, alone):
 
 @pytest.mark.unpoisoned
 def test_a_share_far_below_2_24(impl, device):
-    """2^28 times 2^-24 of 2^-k: a draw of 24 bits would round up 16 times or more, however small the share."""
+    """A share of 2^-k is rounded up, also below 2^-24; draws of 24 bits would round up 16 of 2^28 numbers or more."""
     for k, most in ((20, 256 + 5 * 16), (34, 3)):
         source = torch.full((2**28,), 2.0 ** (-24 - k), device=device)
         target = torch.zeros(2**28, dtype=torch.float16, device=device)
@@ -78,11 +78,11 @@ def test_streams(impl, device):
 
 @pytest.mark.parametrize("warm", [True, False])
 def test_a_graph_follows_a_schedule(impl, warm, device):
-    """Replayed with another momentum each time, after everything that could take the memory of its table has."""
+    """A graph replays with a new momentum each time, even after other allocations could have reused its memory."""
     targets, sources = lists(device)
     momentum = torch.tensor(0.5, device=device)
     update(impl, *lists(device, seed=7), momentum)  # compiles
-    if warm:  # the table is there before the capture
+    if warm:  # a call with the same lists before the capture
         update(impl, targets, sources, momentum)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -98,7 +98,7 @@ def test_a_graph_follows_a_schedule(impl, warm, device):
         momentum.fill_(value)
         graph.replay()
         assert_averaged(targets, old, sources, momentum.double().item())
-    update(impl, targets, sources, 0.0)  # and outside of the graph
+    update(impl, targets, sources, 0.0)  # outside of the graph, too
     assert all(map(torch.equal, targets, sources))
     assert len(junk) + len(pinned) == 550
 
@@ -151,7 +151,7 @@ def synchronising_is_an_error():
 
 
 def test_the_host_does_not_wait(impl, device):
-    """Nor for a momentum or a seed on the device."""
+    """An update does not synchronise, even with a momentum or a seed on the device."""
     update(impl, *lists(device, seed=7), 0.5)
     targets, sources = lists(device, dtype=torch.bfloat16)
     momentum, on_host = torch.tensor(0.5, device=device), torch.tensor(0.5)
@@ -162,7 +162,7 @@ def test_the_host_does_not_wait(impl, device):
 
 
 def test_nothing_grows(impl, device):
-    """No temporaries where the layouts are alike."""
+    """Updates of tensors with equal layouts allocate no memory."""
     targets, sources = lists(device, sizes=(1 << 20, 77))
     update(impl, targets, sources, 0.5)
     torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""The emulator of the CUDA kernels: its warps and barriers, and that it reports what is wrong."""
+"""Test the emulator of the CUDA kernels: warps and barriers, and that it reports errors."""
 
 import ctypes
 from pathlib import Path
@@ -25,14 +25,14 @@ def library():
 
 
 def run(library, kernel, a=None, b=None, out=None, n=1):
-    """The emulator's complaint, or None."""
+    """Run a kernel of the self-test and return the emulator's error message, or None."""
     pointers = (ctypes.c_void_p(None if t is None else t.data_ptr()) for t in (a, b, out))
     message = library.sk_selftest(kernel.encode(), *pointers, n)
     return None if message is None else message.decode()
 
 
 def site(text):
-    """The place of the barrier that ``text`` marks in the source."""
+    """Return file and line of the barrier that ``text`` marks in the source."""
     lines = SELFTEST.read_text().splitlines()
     return f"selftest.cu:{1 + next(k for k, line in enumerate(lines) if text in line)}".encode()
 
@@ -44,7 +44,7 @@ def test_shuffles_and_barriers(library):
 
 
 def test_a_missing_barrier_shows(library):
-    """In some order of the threads; the seed is drawn anew until it does."""
+    """Without a barrier, some orders of the threads give another result; eight seeds include one."""
     x = randn(256)
     outputs = []
     for skipped in (b"", site("barrier of sum_kernel")):
@@ -68,7 +68,7 @@ def test_threads_that_disagree_are_reported(library):
 
 
 def kernels_of_every_op():
-    """Results of the CUDA kernels that use shared memory, on a few rows."""
+    """Yield results of the CUDA kernels that use shared memory, on a few rows."""
     for width, size in ((40, 1), (5000, 1), (5000, 1e-20)):
         p, t = (size * randn(3, 9, width)).requires_grad_(), randn(3, 9, width, seed=1)
         loss = sk.byol_loss(p, t, impl="cuda")
@@ -77,7 +77,7 @@ def kernels_of_every_op():
 
 
 def test_every_barrier_of_the_package_is_needed_and_its_loss_is_seen(library):
-    """Each barrier, left out in turn: in some order of the threads a result changes."""
+    """Without any one of the barriers, some order of the threads changes a result."""
     want = list(kernels_of_every_op())
     library.sk_emulator_sites.restype = ctypes.c_char_p
     sites = [s for s in library.sk_emulator_sites().decode().split() if not s.startswith("selftest")]
@@ -89,8 +89,8 @@ def test_every_barrier_of_the_package_is_needed_and_its_loss_is_seen(library):
             try:
                 got = list(kernels_of_every_op())
             except RuntimeError:
-                break  # the emulator saw it itself
-            if not all(torch.equal(g, w) for g, w in zip(got, want, strict=True)):  # deterministic, to the bit
+                break  # the emulator reports it
+            if not all(torch.equal(g, w) for g, w in zip(got, want, strict=True)):  # results are bitwise deterministic
                 break
         else:
             pytest.fail(f"nothing changed without the barrier at {skipped}")

@@ -1,4 +1,4 @@
-"""The guard pages can fail: a kernel that reads one element too many does not live to tell."""
+"""Test the guard pages: a kernel that reads one element too many crashes."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""InfoNCE on the GPU kernels: every kernel and path against the dense loss in float64, at sizes that fit no tile."""
+"""Compare every InfoNCE kernel and path with the dense loss in float64, at sizes that are no multiple of a tile."""
 
 import math
 import random
@@ -25,7 +25,7 @@ def restored_precision():
     torch.set_float32_matmul_precision("highest")
 
 
-@pytest.mark.parametrize("size", [(2, 71, 20), (3, 40, 20)], ids=str)  # three blocks, and two
+@pytest.mark.parametrize("size", [(2, 71, 20), (3, 40, 20)], ids=str)  # three blocks and two blocks
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_objectives(impl, path, device, dtype, objective, size):
     compare_info_nce(impl, randn(*size, dtype=dtype).to(device), objective=objective)
@@ -34,7 +34,7 @@ def test_objectives(impl, path, device, dtype, objective, size):
 @pytest.mark.parametrize("classes", [1, 4, 10**6])
 @pytest.mark.parametrize("objective", LABEL_OBJECTIVES)
 def test_labels(impl, path, device, dtype, objective, classes):
-    """One class of everyone (no negatives but the queue's), few, and every sample alone in its class."""
+    """Labels are right with one class (only the queue has negatives), few classes, and one class per sample."""
     labels = random_labels(45, classes).to(device)
     queue = randn(10, 20, dtype=dtype, seed=1).to(device) if classes == 1 else None
     views = randn(2, 45, 20, dtype=dtype).to(device)
@@ -43,7 +43,7 @@ def test_labels(impl, path, device, dtype, objective, classes):
 
 @pytest.mark.parametrize("objective", LABEL_OBJECTIVES)
 def test_labels_of_one_view(impl, path, device, objective):
-    """Anchors that are alone in their class have no positives at all."""
+    """With one view, anchors that are alone in their class have no positives."""
     views = randn(1, 40, 12).to(device)
     compare_info_nce(impl, views, objective=objective, labels=random_labels(40, 25).to(device))
 
@@ -58,14 +58,14 @@ def test_queue_and_core_view(impl, path, device, objective, length, core_view):
 @pytest.mark.parametrize("temperature", [0.5, 0.02, 0.01, 0.005, 0.001])
 @pytest.mark.parametrize("objective", ["supcon_out", "per_positive", "pairwise"])
 def test_temperatures(impl, path, device, dtype, objective, temperature):
-    """Down to where every row's sum underflows and is computed again, and weights leave the fast path's range."""
+    """Low temperatures are right, where every row's sum underflows and is recomputed and weights need the slow path."""
     compare_info_nce(impl, randn(2, 37, 33, dtype=dtype).to(device), temperature, objective=objective)
 
 
 @pytest.mark.parametrize("labelled", [False, True])
 @pytest.mark.parametrize("temperature", [0.0143, 0.0128, 0.01])
 def test_adversarial_row(impl, path, device, temperature, labelled):
-    """All negatives opposite to one anchor: its sum underflows at a temperature at which no other row's does."""
+    """One anchor with all negatives opposite to it is right: only its sum underflows at these temperatures."""
     views = randn(2, 40, 8)
     views[:, :, 0] += 60
     views[0, 7] *= -1
@@ -77,7 +77,7 @@ def test_adversarial_row(impl, path, device, temperature, labelled):
 @pytest.mark.parametrize("objective", ["supcon_out", "cross_view"])
 def test_unnormalised(impl, path, device, objective, size, temperature):
     views = size * randn(3, 33, 12, seed=7).to(device)
-    # Tensor cores cut off what they add up, in each of a score's few steps; a pair's gradient is exp(score).
+    # Tensor cores truncate in each of the few accumulation steps of a score; a pair's gradient is exp(score).
     score = views.double().square().sum(-1).max() / temperature
     _, grad, slope = run(spec.info_nce_loss, views.double(), temperature, objective=objective, normalize=False)
     floor = (4 * torch.finfo(torch.float32).eps * score * max(grad.norm(), slope.abs())).item()
@@ -87,20 +87,20 @@ def test_unnormalised(impl, path, device, objective, size, temperature):
 @pytest.mark.parametrize(("batch", "dim"), [(2, 1), (3, 130), (32, 16), (33, 5), (64, 1), (65, 33)])
 def test_widths_and_batches(impl, path, device, dtype, batch, dim):
     views = randn(2, batch, dim, dtype=dtype, seed=1).to(device)
-    # Rows of one feature are +-1 after normalisation: their gradient is zero, and what remains is rounding.
+    # Rows of one feature are +-1 after normalisation: their gradient is zero up to rounding.
     floor = 16 * torch.finfo(dtype).eps / 0.1 / views.double().abs().min().item() if dim == 1 else 0.0
     compare_info_nce(impl, views, floor=floor)
 
 
 @pytest.mark.parametrize("width", [16, 64, 128, 256, 300])
 def test_shipped_configurations(impl, device, dtype, width):
-    """The table's own tiles: more rows than a tile, and a queue."""
+    """The shipped configurations are right with more rows than a tile, and a queue."""
     views, queue = randn(2, 150, width, dtype=dtype).to(device), randn(20, width, dtype=dtype, seed=1).to(device)
     compare_info_nce(impl, views, queue=queue)
 
 
 def test_negative_scores_and_padding(impl, path, device, dtype):
-    """Modalities that oppose each other: weights above 1, and columns past the end whose score would be the highest."""
+    """Opposed modalities are right: weights exceed 1, and padding columns would have the highest scores."""
     views = randn(2, 72, 16, dtype=torch.float64)
     views[0, :, 0] += 8
     views[1, :, 0] -= 8
@@ -117,18 +117,18 @@ def test_scores_of_any_size_stay_finite(impl, path, device, size):
 
 
 def test_gradient_at_scores_of_tens_of_thousands(impl, path, device):
-    """What the README says of long rows, no more: eager is much nearer here."""
+    """The error on long rows is within the limit of docs/numerics.md; eager is much more accurate here."""
     views = 30 * randn(2, 40, 48).to(device)
     got = run(info_nce_loss, views, 1.0, normalize=False, impl=impl)[1]
     want = run(spec.info_nce_loss, views.double(), 1.0, normalize=False)[1]
-    assert (got - want).norm() <= 1e-2 * want.norm()  # 1e-3 where products are rounded, not cut off
+    assert (got - want).norm() <= 1e-2 * want.norm()  # 1e-3 if products are rounded, not truncated
 
 
 @pytest.mark.parametrize("batch", [65, 130, 200])
 @pytest.mark.parametrize("form", ["plain", "two classes", "one class", "core"])
 @pytest.mark.parametrize("clean", [(64, 64), (32, 64), (64, 128)], ids=str)
 def test_masked_and_clean_tiles_share_the_pairs(impl, device, monkeypatch, clean, form, batch):
-    """Several pairs of tile shapes, and classes that reach over blocks and round the circle."""
+    """Masked and clean tiles cover all pairs, for several pairs of tile shapes and classes that span blocks."""
     place = torch.arange(batch, device=device)
     arguments = {
         "plain": {},
@@ -152,10 +152,10 @@ def test_masked_and_clean_tiles_share_the_pairs(impl, device, monkeypatch, clean
 
 @pytest.mark.parametrize("form", ["plain", "labels", "queue"])
 def test_sums_over_many_columns_are_made_by_several_launches(impl, path, device, monkeypatch, restored_precision, form):
-    """And are the same but for what rounding does."""
+    """Several launches give the same sums as one, up to rounding."""
     if path != "clean+masked":
         pytest.skip("a limit of the kernel that keeps its sums in registers, where few programs share the columns")
-    torch.backends.cuda.matmul.fp32_precision = "tf32"  # float32's exact products need no limit
+    torch.backends.cuda.matmul.fp32_precision = "tf32"  # exact float32 products have no column limit
     views = randn(2, 150, 20).to(device)
     arguments = {
         "plain": {},
@@ -244,23 +244,23 @@ def test_nan_and_inf_give_what_the_dense_loss_gives(impl, path, device, objectiv
     assert not got[0].isfinite().all()
     if normalize:
         assert torch.equal(got[1].isnan(), want[1].isnan())
-    else:  # of an infinite loss; there Inf * 0 is NaN by one road and 0 by another
+    else:  # the gradient of an infinite loss: Inf * 0 is NaN in one implementation and 0 in another
         assert not got[1].isfinite().all()
 
 
 def test_a_row_whose_square_float32_cannot_hold(impl, path, device):
-    """The other rows' losses come out: the bound on the scores holds for it too."""
+    """A row whose squared norm overflows float32 does not spoil the losses of other rows."""
     views = 0.3 * randn(2, 33, 8).to(device)
     views[1, 5, 2] = 3e38
     got, want = (run(info_nce_loss, views, 0.1, reduction="none", normalize=False, impl=i) for i in (impl, "reference"))
-    small = want[0] < 1e3  # their scores with that row are the least of theirs
+    small = want[0] < 1e3  # rows whose lowest score is the one with that row
     assert small.sum() > 20
     torch.testing.assert_close(got[0][small], want[0][small], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("setting", ["new", "legacy"])
 def test_tf32_where_pytorch_allows_it(impl, device, restored_precision, setting):
-    """By the setting of either name: less exact than float32, and no worse than TF32."""
+    """With either setting of TF32 the error is larger than float32's and within TF32's."""
     views = randn(2, 40, 64).to(device)
     exact = run(info_nce_loss, views, 0.1, impl=impl)
     if setting == "new":
@@ -272,14 +272,14 @@ def test_tf32_where_pytorch_allows_it(impl, device, restored_precision, setting)
     near, far = ((grad - want[1]).norm() / want[1].norm() for grad in (exact[1], fast[1]))
     assert near < 1e-5
     assert far < 1e-2
-    if device.type == "cuda":  # the interpreter's products are float32's either way
+    if device.type == "cuda":  # the interpreter always multiplies in float32
         assert far > 10 * near
 
 
 @pytest.mark.parametrize("batch", [256, 700])
 def test_exact_products_stay_exact_over_many_rows(impl, device, batch):
-    """Rows that share a direction: sums of one sign, which tensor cores cut off where they add up. The mean gradient's
-    error must not grow with the rows."""
+    """The error of the mean gradient does not grow with the number of rows. The rows share a direction, so that sums
+    have terms of one sign, whose truncation in tensor cores adds up."""
     if device.type == "cpu" and batch > 256 and not EVERY_CASE:
         pytest.skip("too slow in Triton's interpreter, whose products are float32's")
     views = (randn(2, batch, 16) + 3).to(device)
@@ -291,7 +291,7 @@ def test_exact_products_stay_exact_over_many_rows(impl, device, batch):
 @pytest.mark.parametrize("value", [math.nan, math.inf, 0.0, -1.0])
 def test_a_temperature_tensor_that_is_no_temperature_gives_nan(impl, path, device, monkeypatch, value):
     temperature = torch.tensor(value, device=device)
-    monkeypatch.setattr("selfsup_kernels.core.validate.temperature", lambda t: (t, 1.0))  # as where it may not be read
+    monkeypatch.setattr("selfsup_kernels.core.validate.temperature", lambda t: (t, 1.0))  # as if it could not be read
     assert info_nce_loss(randn(2, 9, 4).to(device), temperature=temperature, impl=impl).isnan()
 
 
@@ -306,7 +306,7 @@ def test_zero_rows_and_the_norm_floor(impl, path, device, dtype):
         want = run(spec.info_nce_loss, views.double(), torch.tensor(0.1, dtype=dtype).double(), eps=eps)
         assert got[1].isfinite().all()
         some = torch.ones(2, 20, dtype=torch.bool)
-        some[0, 3] = False  # 1 / eps times a sum: of another order of magnitude than the rest
+        some[0, 3] = False  # a sum times 1 / eps, much larger than the rest
         assert_within("loss", got[0], want[0], eager[0])
         assert_within("grad", got[1][some], want[1][some], eager[1][some])
 
@@ -329,7 +329,7 @@ def test_lists_strides_and_a_view_that_is_another(impl, path, device, labelled):
 @pytest.mark.parametrize("labelled", [False, True])
 @pytest.mark.parametrize("size", [(2, 33, 20), (3, 2, 1), (2, 64, 32)], ids=str)
 def test_nothing_is_read_or_written_past_an_end(impl, path, device, monkeypatch, size, labelled):
-    """Every input ends where memory ends; outputs too, and begin as NaN."""
+    """Every input and output ends at a guard page, and nothing past it is accessed; outputs start as NaN."""
     if device.type != "cpu":
         pytest.skip("pages that cannot be touched are the CPU's")
 
@@ -369,7 +369,7 @@ def test_opcheck(impl, device, labelled):
 
 @pytest.mark.parametrize("seed", range(30))
 def test_random_cases(impl, path, device, seed):
-    """Sizes, objectives, dtypes and options that no other test has together."""
+    """Random combinations of sizes, objectives, dtypes and options match the dense loss."""
     if device.type == "cpu" and seed >= 8 and not EVERY_CASE:
         pytest.skip("too slow in Triton's interpreter without SELFSUP_KERNELS_EVERY_CASE=1")
     chosen = random.Random(seed)
@@ -391,11 +391,11 @@ def test_random_cases(impl, path, device, seed):
         "core_view": chosen.choice([None, 1]) if not labelled else None,
     }
     views = (size * randn(num_views, batch, dim, dtype=dtype, seed=seed)).to(device)
-    # What cancels keeps the rounding of its terms: of a sum over rows, and of rows of one feature, which are +-1.
+    # The floor covers sums whose terms cancel but keep their rounding: over rows, and of rows of one feature (+-1).
     rows = num_views * batch if arguments["reduction"] == "sum" else 1
     nearest = views.double().abs().min().item() if dim == 1 else 1.0
     floor = 64 * torch.finfo(dtype if dim == 1 else torch.float32).eps * rows / temperature / nearest
-    cancels = normalize and dtype != torch.float32  # the temperature's gradient
+    cancels = normalize and dtype != torch.float32  # for the temperature's gradient
     compare_info_nce(impl, views, temperature, floor=floor, cancels=cancels, **arguments)
 
 

@@ -1,5 +1,5 @@
-"""What the InfoNCE launchers launch: which kernels, over which grid, with which work. Nothing runs, but in the last
-test."""
+"""Test which kernels the InfoNCE launchers launch, over which grid and with which work. Only the last test runs
+kernels."""
 
 import math
 from collections import Counter
@@ -19,7 +19,7 @@ IMPL = "triton"
 
 
 class Launch:
-    """One recorded launch, its arguments by name."""
+    """A recorded launch, with its arguments by name."""
 
     def __init__(self, kernel, grid, args, options):
         names = [p.name for p in kernel.params] if hasattr(kernel, "params") else kernel.arg_names
@@ -41,7 +41,7 @@ def record(monkeypatch):
 
 
 def call(record, size, dtype=torch.bfloat16, labels=None, queue=0, part=(0, -1), **arguments):
-    """The launches of a forward and of its backward; of ``part`` = (first, count) of the samples."""
+    """Return the launches of a forward and its backward over ``part`` = (first, count) of the samples."""
     views = list(torch.zeros(size, dtype=dtype).unbind(0))
     zq = torch.zeros(queue, size[2], dtype=dtype) if queue else None
     arguments = {"reduction": "mean"} | arguments
@@ -75,14 +75,14 @@ def test_many_rows_leave_the_masks_to_kernels_of_their_own(record):
     assert masked.grid == (2 * 8192 // masked["BLOCK_M"], 1)
     assert (clean["SLOT"], masked["SLOT"], finish["SPLITS"], finish["QUEUES"]) == (0, 1, 2, 0)
     assert finish["partial"].shape == (2, 2 * 8192, 128)
-    # The cap on registers, and with it the programs that share a multiprocessor, is the clean part's.
+    # Only the clean part limits the registers, and so sets the number of programs per SM.
     config = configs.lookup("sums", 90, torch.bfloat16, 128)
     assert [k.options.get("maxnreg") for k in forward[1:3]] == [config.registers, 255]
     assert forward[1].grid == (H200 * config.programs,)
 
 
 def test_a_launch_adds_up_as_many_columns_as_tensor_cores_may(record):
-    """Every block of each view once, and no accumulator over more columns than the limit."""
+    """The launches cover every block once, and no accumulator sums more columns than the limit."""
     _, backward = call(record, (2, 100_000, 16), queue=70_000)
     gradients = [k for k in backward if k.name == "gradient"]
     for part in ("clean", "masked"):
@@ -109,7 +109,7 @@ def test_deterministic_mode_gives_a_program_all_columns_of_its_rows(record, monk
 @pytest.mark.parametrize("core", [-1, 1])
 @pytest.mark.parametrize(("batch", "many"), [(300, 16), (300, 0), (512, 0), (700, 0), (700, 16)])
 def test_items_cover_every_pair_once(record, monkeypatch, objective, core, batch, many):
-    """Decoded as the kernel does it: each row meets each column once, whichever of the launches sees to it."""
+    """Each row meets each column once over all launches; the items are decoded as in the kernel."""
     monkeypatch.setattr(launcher, "MANY_TILES", many)
     num_views, queue = 3, 400
     forward, _ = call(record, (num_views, batch, 64), objective=objective, core_view=core, queue=queue)
@@ -135,8 +135,8 @@ UNIT = 32
 
 
 def visits(item, batch, queue, num_views, core, sums):
-    """((view, unit of rows), (view, unit of columns)) that a work item adds to the rows' sums: ``info_nce_sums`` in
-    plain Python."""
+    """Yield ((view, unit of rows), (view, unit of columns)) of each pair that a work item adds to the rows' sums, as
+    ``sums_kernel`` does."""
     span, chunk = sums["SPAN"], sums["CHUNK"]
     n, q = -(-batch // span), -(-queue // span)
     item, piece = divmod(item, span // sums["BLOCK_N"])
@@ -211,7 +211,7 @@ def test_items_of_a_part_cover_its_pairs_once(record, monkeypatch, many, core):
         own = -(-(first + count) // side) - first // side
         assert (gradient["first_block"], gradient["own_blocks"]) == (first // side, own)
         assert gradient.grid[0] == num_views * own
-        # Memory for the stored rows around its own, 256 .. 1024 of each view, not for those of all processes.
+        # Memory for 256 to 1024 stored rows per view, around the process's own, and not for all processes' rows.
         assert (gradient["part_first"], gradient["part_rows"]) == (256, 768)
         assert gradient["partial"].shape[1:] == (num_views * 768, 64)
 
@@ -233,7 +233,7 @@ def test_waves_visit_every_pair_of_rows(record, monkeypatch, batch, queue, label
         assert wave.grid[0] * wave["BLOCK_N"] >= product["columns"]
         assert max(wave["workspace"].shape) <= PADDING * 32
         key = (wave["u"], wave["v"] == views, wave["x_first"])
-        assert product["FIRST"] == (key not in started)  # the first product of a row block overwrites what was there
+        assert product["FIRST"] == (key not in started)  # the first product of a row block overwrites the output
         started.add(key)
         cell = visited.setdefault((wave["u"], wave["v"]), [])
         cell.append((wave["x_first"], product["x_count"], wave["y_first"], product["columns"]))
@@ -245,7 +245,7 @@ def test_waves_visit_every_pair_of_rows(record, monkeypatch, batch, queue, label
 
 @pytest.mark.parametrize(("dtype", "dim"), [(torch.bfloat16, 512), (torch.bfloat16, 4096), (torch.float32, 128)])
 def test_a_wave_fills_the_machine(record, dtype, dim):
-    """All multiprocessors have tiles of the product for nearly all of its time: the last round counts as a full one."""
+    """The tiles of a product keep nearly all SMs busy, with the last round counted as a full one."""
     _, backward = call(record, (2, 16384, dim), dtype)
     products = [k for k in backward if k.name == "product"]
     tiles = [k.grid[0] * k.grid[1] for k in products]
@@ -271,12 +271,12 @@ def test_the_queue_is_stored_behind_the_views(record):
     assert (queue["first_row"], queue["rows"], queue["COLUMNS"]) == (1024, 256, 0)
     assert (views["first_row"], views["rows"], views["COLUMNS"]) == (0, 1024, 3)
     assert views["stored"].shape == (1280, 32)
-    assert backward[0]["QUEUE"] == 70  # not its padding
+    assert backward[0]["QUEUE"] == 70  # without padding
     assert backward[1]["QUEUES"] == 1
 
 
 def test_memory_is_linear_in_the_rows(record):
-    """Every tensor that a launch is given; at M = 65536 the matrix of similarities has 4.3e9 numbers."""
+    """No launch gets a quadratic tensor; at M = 65536 the similarity matrix would have 4.3e9 numbers."""
     for dim in (64, 512):
         forward, backward = call(record, (2, 32768, dim))
         for launch in forward + backward:
@@ -286,7 +286,7 @@ def test_memory_is_linear_in_the_rows(record):
 
 
 def test_offsets_pass_2_31(record):
-    """The row numbers are 32-bit; what they are multiplied with is not, see the tests on a device."""
+    """Offsets may exceed 2^31, row numbers may not (see also the tests that need a GPU)."""
     views = [torch.zeros(1, 1).expand(3_000_000, 1024)] * 2
     layout = Layout(info_nce_call(views))
     assert layout.rows * layout.stride > 2**31

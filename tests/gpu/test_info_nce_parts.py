@@ -1,4 +1,4 @@
-"""As `tests/test_info_nce_parts.py`, by the kernels of the GPUs."""
+"""Run the comparisons of `tests/test_info_nce_parts.py` with the GPU kernels."""
 
 import math
 
@@ -35,7 +35,7 @@ def test_labels(impl, path, device, dtype, objective, classes):
 
 
 def test_weights_out_of_range(impl, path, device):
-    """Where one process's weights are, all take the slow path."""
+    """If one process's weights leave the fast path's range, all processes take the slow path."""
     views = torch.nn.functional.normalize(randn(2, 60, 20), dim=-1)
     views[:, 30:] *= -1
     compare_parts(impl, views.to(device), (17, 43), "supcon_out", temperature=0.004)
@@ -47,7 +47,7 @@ def test_rows_that_are_not_normalised(impl, path, device):
 
 @pytest.mark.parametrize("path", ["all"], indirect=True)
 def test_nothing_past_an_end_is_read_where_sums_are_done_again(impl, path, device, monkeypatch):
-    """The last rows of a full store, whose sums underflow, as the part of a process."""
+    """Recomputing underflowed sums reads nothing past the end: a process owns the last rows of a full store."""
     if device.type != "cpu":
         pytest.skip("pages that cannot be touched are the CPU's")
 
@@ -62,5 +62,5 @@ def test_nothing_past_an_end_is_read_where_sums_are_done_again(impl, path, devic
 
 @pytest.mark.parametrize("path", ["waves"], indirect=True)
 def test_a_part_that_begins_past_the_padding(impl, path, device):
-    """Rows are stored in multiples of 256: a part that begins in the second of them."""
+    """A part may begin after the first 256 rows; rows are stored in multiples of 256."""
     compare_parts(impl, randn(2, 310, 16).to(device), (290, 20), "cross_view")

@@ -1,4 +1,4 @@
-"""What kernels in 16 bits rest on: in Triton's interpreter as interpreter16.py mends it, and on a GPU."""
+"""Test the 16-bit operations that kernels use, in Triton's interpreter patched by interpreter16.py and on a GPU."""
 
 import math
 
@@ -22,7 +22,7 @@ def dot_kernel(x, y, out, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, ROU
     m, n, k = tl.arange(0, M), tl.arange(0, N), tl.arange(0, K)
     a = tl.load(x + m[:, None] * K + k[None, :])
     b = tl.load(y + n[:, None] * K + k[None, :])
-    if ROUND:  # a product of what a kernel has computed, as the gradient's
+    if ROUND:  # an operand that the kernel has computed, as in the gradient
         a = (a.to(tl.float32) * 0.3).to(a.dtype)
     total = tl.zeros((M, N), tl.float32)
     total = tl.dot(a, tl.trans(b), total)
@@ -67,7 +67,7 @@ def test_a_dot_is_exact_products_added_in_float32(device, dtype, rounded):
     dot_kernel[(1,)](x, y, out, 32, 32, 64, rounded)
     a = (x.float() * 0.3).to(dtype) if rounded else x
     want = a.double() @ y.double().T
-    # 64 additions, each cut off at worst; sums of 16 bits would be off by a hundred times that.
+    # 64 additions, each truncated at worst; the error of 16-bit sums would be a hundred times larger.
     allowed = 64 * torch.finfo(torch.float32).eps * (a.double().abs() @ y.double().abs().T)
     assert ((out.double() - want).abs() <= allowed).all()
 
@@ -89,14 +89,14 @@ def test_float16_is_added_up_beyond_its_range(device):
 @pytest.mark.parametrize("wide", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
 def test_conversions_round_to_nearest_even(device, dtype, wide):
-    """Ties on either side of 1, numbers beside a tie, subnormal numbers, the last before infinity, Inf."""
+    """Conversions are right for ties around 1, numbers next to a tie, subnormal and largest numbers, and Inf."""
     info = torch.finfo(dtype)
     eps, tiny, step = info.eps, info.tiny * info.eps, 2.0 ** (math.frexp(info.max)[1]) * info.eps / 2
     cases = [(1 + eps / 2, 1.0), (1 + 3 * eps / 2, 1 + 2 * eps), (1 - eps / 4, 1.0), (1 - 3 * eps / 4, 1 - eps)]
     cases += [(1 + eps * 0.501, 1 + eps), (1 + eps * 0.499, 1.0), (1 + eps * 1.499, 1 + eps), (2 - eps * 0.3, 2.0)]
     cases += [(tiny * 0.5, 0.0), (tiny * 0.51, tiny), (tiny * 1.5, 2 * tiny), (info.tiny - tiny * 0.3, info.tiny)]
     cases += [(info.max + 0.49 * step, info.max), (info.max + step / 2, math.inf), (math.inf, math.inf)]
-    if wide == torch.float64:  # by way of float32 they would be ties
+    if wide == torch.float64:  # rounded to float32 first, these would be ties
         cases += [(1 + eps / 2 + 2.0**-40, 1 + eps), (1 + 3 * eps / 2 - 2.0**-40, 1 + eps), (1e300, math.inf)]
     cases += [(-x, -y) for x, y in cases]
     cases += [(0.0, 0.0)] * (64 - len(cases))
@@ -124,7 +124,7 @@ def test_arithmetic(device, dtype):
     assert torch.equal(out, want)
 
 
-# ---------------------------------------------------------------- what is the interpreter's alone
+# ---------------------------------------------------------------- only in the interpreter
 
 
 interpreted = pytest.mark.skipif(not backends.triton_is_interpreted(), reason="of Triton's interpreter")
@@ -167,6 +167,6 @@ def test_integers_that_overflow_are_refused(device):
 )
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_the_interpreter_needs_it(test, device):
-    """Where one of these fails, Triton's interpreter has been mended: then this module may go."""
+    """Without the patches these tests fail; if one passes, Triton has fixed its interpreter, and its patch can go."""
     with interpreter16.without(), pytest.raises((AssertionError, InterpreterError)):
         test(device)

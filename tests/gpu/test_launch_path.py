@@ -1,7 +1,7 @@
-"""Triton's launch path as a user's call takes it, without a GPU: launchers compiled by the C compiler, arguments
-packed, tensor maps made, specialisations chosen. Only the CUDA driver is a stub, which checks and launches nothing.
+"""Test Triton's launch path without a GPU: compile launchers, pack arguments, make tensor maps, choose specialisations.
+Only the CUDA driver is a stub, which checks its arguments and launches nothing.
 
-Runs in a process of its own, since this one may be interpreting.
+The calls run in a separate process, since this one may be interpreting.
 """
 
 import json
@@ -47,7 +47,7 @@ def test_numbers_arrive_as_they_are(calls):
 
 def test_tensor_maps_are_of_the_stored_rows(calls):
     _, kind, dims, strides, box, swizzle = calls["found"]["map"]
-    assert (kind, dims, strides, swizzle) == (9, [512, 64], [128], 3)  # bfloat16, rows of 128 bytes and so swizzled
+    assert (kind, dims, strides, swizzle) == (9, [512, 64], [128], 3)  # bfloat16; swizzled, since rows have 128 bytes
     assert box[1] == 64
 
 

@@ -1,4 +1,4 @@
-"""The fused optimizer steps of the CUDA library, on a GPU or in the emulator."""
+"""Test the fused optimizer steps of the CUDA library, on a GPU or in the emulator."""
 
 import copy
 import ctypes
@@ -32,7 +32,7 @@ def test_the_step_is_torchs(ours, theirs, arguments, dtype, device):
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
 def test_every_pair_of_dtypes(dtype, target_dtype, device):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a target of low precision
+        warnings.simplefilter("ignore")  # the warning for a target of low precision
         for ours, theirs, arguments in PAIRS:
             compare("cuda", device, ours, theirs, arguments, dtype, target_dtype, steps=2)
 
@@ -40,12 +40,12 @@ def test_every_pair_of_dtypes(dtype, target_dtype, device):
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
 @pytest.mark.parametrize(("ours", "theirs", "arguments"), PAIRS, ids=PAIRS_IDS)
 def test_an_infinite_parameter_without_a_gradient_stays(ours, theirs, arguments, dtype, device):
-    """A mask of infinities among the parameters: without weight decay torch leaves it alone; so does its average."""
+    """A mask of infinities among the parameters stays without weight decay, as in torch, and so does its average."""
     model = nn.Module()
     model.mask = nn.Parameter(torch.full((40, 40), -float("inf"), dtype=dtype, device=device).triu(1))
     ema = sk.EMA(model, 0.99, dtype=torch.float32, impl="cuda")
     want = model.mask.detach().clone()
-    eps = {"eps": 1e-3} if ours is sk.optim.AdamW else {}  # float16 has no 1e-8
+    eps = {"eps": 1e-3} if ours is sk.optim.AdamW else {}  # 1e-8 underflows in float16
     optimizer = ours(model.parameters(), ema=ema, impl="cuda", **arguments | eps)
     for _ in range(2):
         model.mask.grad = torch.zeros_like(model.mask)
@@ -55,7 +55,7 @@ def test_an_infinite_parameter_without_a_gradient_stays(ours, theirs, arguments,
 
 
 def of_weights(sizes, place):
-    """A model whose parameters come from ``place``, with gradients."""
+    """Return a model with gradients whose tensors are made by ``place``."""
     model = nn.Module()
     model.w = nn.ParameterList(nn.Parameter(place(randn(n, seed=i))) for i, n in enumerate(sizes))
     for i, p in enumerate(model.w):
@@ -67,7 +67,7 @@ def of_weights(sizes, place):
 @pytest.mark.parametrize("size", [1, 17, 4096, 8197])
 @pytest.mark.parametrize(("ours", "theirs", "arguments"), PAIRS, ids=PAIRS_IDS)
 def test_nothing_is_touched_outside(ours, theirs, arguments, size, skip, device):
-    """Tensors that end where memory does, or that start at any address and lie among others."""
+    """Nothing outside the tensors is accessed; they end at a guard page, or lie within larger tensors."""
     bases = []
 
     def place(x):
@@ -152,7 +152,7 @@ def test_numbers_on_the_device(device):
 @pytest.mark.skipif(backends.unavailable("cpu") is not None, reason="needs the C++ extension")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_targets_are_rounded_at_random_as_by_the_cpu_op(dtype, device):
-    """One seed draws the same neighbours: with lr 0 and ema 0 the target is the rounded parameter."""
+    """One seed rounds as on the CPU. With learning rate and momentum 0 the target is the rounded parameter."""
     results = []
     for impl, place in (("cpu", "cpu"), ("cuda", device)):
         params = [randn(n, seed=n).to(place) for n in (5, 9000)]
@@ -179,7 +179,7 @@ def test_opcheck(name, device):
 
 @pytest.mark.cuda
 def test_a_captured_step_follows_schedules(device):
-    """Of SGD: learning rate and momentum of the average are on the device. Written without a GPU at hand."""
+    """A captured SGD step reads the learning rate and the average's momentum from the device at each replay."""
     model = of_weights([5, 70_000], lambda x: x.to(device))
     twin, ema = copy.deepcopy(model), average_of(model)
     lr, momentum = (torch.tensor(x, device=device) for x in (0.1, 0.5))
@@ -194,7 +194,7 @@ def test_a_captured_step_follows_schedules(device):
         torchs.step()
         sk.ema_update_(before, list(twin.parameters()), m, impl="reference")
 
-    optimizer.step(momentum=momentum)  # the buffers' first step
+    optimizer.step(momentum=momentum)  # the first step creates the buffers
     eager(0.1, 0.5)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -1,4 +1,4 @@
-"""The calls that compute-sanitizer runs on a GPU, in the interpreter."""
+"""Run in the interpreter the calls that compute-sanitizer runs on a GPU."""
 
 import pytest
 import torch

@@ -1,6 +1,6 @@
-"""The static check of the compiled kernels can fail: on spills, on shared memory, on missing instructions.
+"""Test that the static check of compiled kernels reports spills, too much shared memory and missing instructions.
 
-Compiled in processes of their own, since this one may be interpreting; no GPU is needed.
+The kernels are compiled in separate processes, since this one may be interpreting; no GPU is needed.
 """
 
 import json
@@ -96,7 +96,7 @@ def test_the_command_names_the_configuration_that_fails(tmp_path):
         "--json",
         tmp_path / "rows.json",
         SELFSUP_KERNELS_TRITON_CONFIGS=str(tmp_path / "configs.json"),
-        TRITON_INTERPRET="1",  # which the command undoes
+        TRITON_INTERPRET="1",  # the command removes it
     )
     assert done.returncode == 1, done.stderr
     assert "FAILS: sums sm_80 bfloat16 D=64 (plain): shared memory" in done.stdout

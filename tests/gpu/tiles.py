@@ -1,22 +1,22 @@
-"""Tiles so small that a few rows are many of them: what the tests put in the place of the table of configurations."""
+"""Configurations with tiles so small that a few rows fill many; tests use them instead of the shipped table."""
 
 from selfsup_kernels.tiles.configs import Config
 
 WAYS = ("clean+masked", "all", "waves")
-"""The ways that the launchers of InfoNCE choose by size; the fixture ``path`` says what they are."""
+"""The paths that the launchers of InfoNCE choose by size; the fixture ``path`` describes them."""
 
 
 def small(way):
-    """What ``configs._lookup`` is to be for one of ``WAYS``. They have to fit the least shared memory of the
-    architectures, which tests/gpu/test_static.py sees to."""
+    """Return a replacement of ``configs._lookup`` for one of ``WAYS``. The tiles fit the smallest shared memory of the
+    architectures, which tests/gpu/test_static.py checks."""
 
     def lookup(kernel, architecture, kind, width):
         if kernel in ("gradient", "masked_gradient") and way == "waves":
             return None
-        # Whole rows of 256 float32 numbers leave room for few of them.
+        # Shared memory has room for few whole rows of 256 float32 numbers.
         rows = 64 if width != "256" or kind == "half" else 32
         m, n, k = {
-            # The tiles without masks are larger than those with, and not all are square.
+            # Tiles without masks are larger than tiles with masks, and not all are square.
             "sums": (32, 64, 32),
             "masked_sums": (16, 32, 32),
             "gradient": (rows, rows, 256 if width == "256" else 64),

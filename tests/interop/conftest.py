@@ -1,4 +1,4 @@
-"""Run by ``make interop`` alone, in an environment that has the original libraries: one that is missing is an error."""
+"""These tests run only in ``make interop``, whose environment has the original libraries; a missing one is an error."""
 
 import warnings
 
@@ -7,7 +7,7 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def quiet():
-    """Deprecations inside the originals are theirs."""
+    """Ignore deprecation warnings of the originals."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         warnings.simplefilter("ignore", FutureWarning)

@@ -1,4 +1,4 @@
-"""What the interop tests share: asymmetric data, values and gradients side by side, gloo processes.
+"""Shared code of the interop tests: asymmetric data, comparison of values and gradients, gloo processes.
 
 Import it as ``from interop.helpers import ...``; plain ``helpers`` is the module of the folder above.
 """
@@ -13,7 +13,7 @@ BOUND = 2e-5
 
 
 def rows(*shape, dtype=torch.float32, seed=0, spread=True):
-    """Random rows: normal numbers with a common part (similarities are not all near zero) and norms from 0.2 to 5."""
+    """Return random rows with a common part (similarities are not all near zero) and norms from 0.2 to 5."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(shape, generator=generator, dtype=torch.float64)
     if spread:
@@ -24,14 +24,14 @@ def rows(*shape, dtype=torch.float32, seed=0, spread=True):
 
 
 def views(batch, dim, count=2, dtype=torch.float32, seed=0):
-    """``count`` views of the same samples: the positives are nearer than the negatives, and no two pairs alike."""
+    """Return ``count`` views of the same samples; positives are nearer than negatives, and no two pairs are equal."""
     base = rows(batch, dim, dtype=torch.float64, seed=seed)
     noise = [rows(batch, dim, dtype=torch.float64, seed=seed + 1000 + i, spread=False) for i in range(count)]
     return [(base * (1 + 0.3 * i) + (0.3 + 0.2 * i) * n).to(dtype) for i, n in enumerate(noise)]
 
 
 def label_cases(batch, seed=0):
-    """Name -> labels: classes of one, of many and of all members, and of all sizes at once."""
+    """Return labels by name: classes of one, several or all samples, and of mixed sizes."""
     generator = torch.Generator().manual_seed(seed)
     few = torch.randint(4, (batch,), generator=generator) * 7 - 3
     mixed = torch.cat([torch.zeros(batch // 2, dtype=torch.long), torch.arange(1, batch - batch // 2 + 1) // 3 + 5])
@@ -45,9 +45,9 @@ def label_cases(batch, seed=0):
 
 
 def value_and_grads(function, inputs, parameters=(), upstream=None):
-    """``function(*inputs)`` and its gradients for ``inputs`` that are floating leaves here and for ``parameters``.
+    """Return ``function(*inputs)`` and its gradients for copies of ``inputs`` and for ``parameters``.
 
-    An input that takes no gradient has None. ``upstream`` weighs the elements of a loss that is not a scalar.
+    The gradient is None for inputs that take none. ``upstream`` weights the elements of a loss that is not a scalar.
     """
     leaves = [
         x.detach().clone().requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
@@ -60,19 +60,19 @@ def value_and_grads(function, inputs, parameters=(), upstream=None):
 
 
 def assert_near(name, got, want, bound=BOUND, floor=1e-7):
-    """``got`` is within ``bound`` of ``want``, relative to its norm."""
+    """Assert that ``got`` is within ``bound`` of ``want``, relative to its norm."""
     assert (got is None) == (want is None), f"{name}: got {got}, expected {want}"
     if want is None:
         return
     assert got.shape == want.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(want.shape)}"
     error, norm = (got.double() - want.double()).norm().item(), want.double().norm().item()
-    assert error <= bound * norm + floor, f"{name}: error {error:.3e} at norm {norm:.3e}"  # False for NaN too
+    assert error <= bound * norm + floor, f"{name}: error {error:.3e} at norm {norm:.3e}"  # also fails for NaN
 
 
 def assert_same(ours, original, inputs, parameters=((), ()), bound=BOUND, upstream=None):
-    """Value and gradients of ``ours`` are those of ``original``, for float32 inputs and in float64.
+    """Assert that value and gradients of ``ours`` equal those of ``original``, for float32 inputs and in float64.
 
-    ``parameters``: those of ours and those of the original that gradients are compared of, too (float32 only).
+    ``parameters``: (ours, the original's) whose gradients are compared as well, in float32 only.
     """
     got = value_and_grads(ours, inputs, parameters[0], upstream)
     want = value_and_grads(original, inputs, parameters[1], upstream)
@@ -84,7 +84,7 @@ def assert_same(ours, original, inputs, parameters=((), ()), bound=BOUND, upstre
 
 
 def _filled(grad, other):
-    """A gradient that was not computed is zero where the other side has computed one."""
+    """Return zeros for a gradient of None if the other side has computed one."""
     return torch.zeros_like(other) if grad is None and other is not None else grad
 
 
@@ -99,9 +99,9 @@ def _process(rank, world, function, address, folder, arguments):
 
 
 def run_processes(world, function, *arguments):
-    """What ``function(rank, world, *arguments)`` returns in each of ``world`` gloo processes, in a list by rank.
+    """Run ``function(rank, world, *arguments)`` in each of ``world`` gloo processes; return the results by rank.
 
-    ``function`` is a module's own: it is pickled. An exception in one process is one here.
+    ``function`` is defined in a module, since it is pickled. An exception in a process is raised here.
     """
     with tempfile.TemporaryDirectory() as folder:
         address = Path(folder) / "store"

@@ -1,4 +1,4 @@
-"""compat.timm against the installed timm, and sk.EMA in its terms."""
+"""Compare compat.timm with the installed timm, and sk.EMA with the matching settings of timm."""
 
 import copy
 import inspect
@@ -129,7 +129,7 @@ def test_a_device_given_by_name():
 
 
 class Everything(nn.Module):
-    """Parameters and buffers of every kind of number, and views of one another."""
+    """Parameters and buffers of every kind of number, and buffers that are views of each other."""
 
     def __init__(self):
         super().__init__()
@@ -180,7 +180,7 @@ def test_whatever_timm_takes(foreach, exclude_buffers):
 
 @pytest.mark.parametrize("foreach", [True, False])
 def test_weights_of_a_wrapper_subclass(foreach):
-    """Alone in a list: ``_foreach_lerp_`` moves plain tensors twice that are in one with those of a TwoTensor."""
+    """The model has no plain parameters: in one list with a TwoTensor, ``_foreach_lerp_`` moves them twice."""
     model = nn.ModuleList([nn.Linear(2, 2, bias=False) for _ in range(2)])
     for i, layer in enumerate(model):
         layer.weight = nn.Parameter(TwoTensor(rows(2, 2, seed=i), rows(2, 2, seed=4 + i)))
@@ -194,7 +194,7 @@ def test_weights_of_a_wrapper_subclass(foreach):
 
 @pytest.mark.parametrize("exclude_buffers", [True, False])
 def test_buffers_are_copied_as_by_copy_(exclude_buffers):
-    """Into another dtype, and broadcast: a count that an old checkpoint has in one dimension."""
+    """Buffers convert and broadcast as in ``copy_``, such as a count that has one dimension in an old checkpoint."""
     model, other = nn.BatchNorm1d(4), nn.BatchNorm1d(4)
     other.num_batches_tracked = torch.tensor(7.9)
     averages = [of(model, 0.9, exclude_buffers=exclude_buffers) for of in (ModelEmaV3, Original)]
@@ -212,7 +212,7 @@ def test_averages_broadcast_and_convert_as_in_timm():
     for average in averages:
         average.update(other)
     for (name, got), want in zip(averages[0].module.named_parameters(), averages[1].module.parameters(), strict=True):
-        # timm adds two products where the dtypes differ.
+        # If the dtypes differ, timm adds two rounded products.
         torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
     with pytest.raises(ValueError, match=r"weight \(source\): expected the shape"):
         ModelEmaV3(model, 0.75).update(nn.Linear(2, 4))

@@ -1,4 +1,4 @@
-"""Each plain loop of ``examples/`` runs as a script, and its loss falls."""
+"""Test that each plain loop of ``examples/`` runs as a script and that its loss falls."""
 
 import os
 import subprocess
@@ -22,7 +22,7 @@ def test_loss_falls(name, monkeypatch, capsys):
         for module in (name, "digits"):
             sys.modules.pop(module, None)
     assert len(losses) == 40
-    early = losses[12:17] if name == "moco" else losses[:5]  # MoCo's queue first fills with keys that are alike
+    early = losses[12:17] if name == "moco" else losses[:5]  # MoCo's queue first fills with similar keys
     assert sum(losses[-5:]) < 0.99 * sum(early)
     out = capsys.readouterr().out
     assert "k-NN accuracy 0.9" in out

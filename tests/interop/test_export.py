@@ -1,4 +1,4 @@
-"""Pretrained encoders load strictly into torchvision's and timm's backbones, and give the same outputs there."""
+"""Test that exported encoders load strictly into torchvision's and timm's backbones and give the same outputs."""
 
 import pytest
 import timm
@@ -22,7 +22,7 @@ def headless_resnet():
 
 
 def sequence_resnet():
-    """lightly's way of taking the head off."""
+    """Return a backbone without its head, made as in lightly."""
     return nn.Sequential(*list(torchvision.models.resnet18().children())[:-1], nn.Flatten())
 
 
@@ -54,14 +54,14 @@ def images(size=32, count=2):
 
 
 def without_head(backbone):
-    """The features of a whole backbone: its classifier becomes the identity."""
+    """Replace the classifier of a whole backbone by the identity, so that it returns features."""
     name = next(n for n in ("fc", "heads", "head") if hasattr(backbone, n))
     setattr(backbone, name, nn.Identity())
     return backbone.eval()
 
 
 def pretrained(name, method="BYOL"):
-    """A method whose online network and target differ, and whose BatchNorm layers have seen images."""
+    """Return a method whose online network and target differ, and whose BatchNorm layers have seen images."""
     torch.manual_seed(0)
     make, _, width = ENCODERS[name]
     head = nn.Linear(width, 8)
@@ -84,7 +84,7 @@ def pretrained(name, method="BYOL"):
 
 @pytest.mark.parametrize("network", ["online", "target"])
 @pytest.mark.parametrize("name", ENCODERS)
-@torch.no_grad()  # attention takes another path where a gradient may be asked for
+@torch.no_grad()  # attention takes another path if gradients are enabled
 def test_a_whole_backbone_loads_strictly_and_gives_the_same_features(name, network):
     method = pretrained(name)
     encoder = method.encoder if network == "online" else method.target.module.encoder
@@ -110,14 +110,14 @@ def test_a_whole_backbone_loads_strictly_and_gives_the_same_features(name, netwo
 @pytest.mark.parametrize("name", ["torchvision resnet18", "timm resnet18", "timm vit_tiny", "torchvision vit"])
 @pytest.mark.parametrize("method", ["SimCLR", "MoCo"])
 @torch.no_grad()
-def test_a_headless_backbone_needs_no_help(name, method):
+def test_a_headless_backbone_loads_without_the_backbone_argument(name, method):
     method = pretrained(name, method).eval()
     backbone = ENCODERS[name][0]().eval()
     backbone.load_state_dict(export(method), strict=True)
     assert torch.equal(backbone(images()), method.encoder(images()))
 
 
-def test_head_of_another_number_of_classes_stays():
+def test_a_head_with_another_number_of_classes_is_kept():
     backbone = torchvision.models.resnet18(num_classes=7)
     head = backbone.fc.weight.clone()
     state = export(torchvision.models.resnet18(), backbone=backbone)
@@ -127,7 +127,7 @@ def test_head_of_another_number_of_classes_stays():
 
 @pytest.mark.parametrize("name", ["torchvision resnet18", "torchvision resnet18 in a sequence"])
 def test_detection_and_segmentation_backbones(name):
-    """``body`` of a detector (FrozenBatchNorm2d) and the layers that a segmentation model keeps: no head there."""
+    """Weights load into a detector's ``body`` (FrozenBatchNorm2d) and a segmentation model's layers, without a head."""
     method = pretrained(name)
     x = images(64)
     want = torchvision.models.resnet18()

@@ -1,4 +1,4 @@
-"""compat.lightly against the installed lightly."""
+"""Compare compat.lightly with the installed lightly."""
 
 import copy
 import inspect
@@ -87,7 +87,7 @@ def test_negative_cosine(shapes, dim, eps):
 
 
 def test_negative_cosine_at_the_floor():
-    """Norms on both sides of eps. The value alone: the original's gradient is another one below (docs/compat.md)."""
+    """Values agree for norms on both sides of eps; below it the original's gradient differs (docs/compat.md)."""
     x0, x1 = views(40, 16)
     assert ((x0.norm(dim=1) > 3).any(), (x0.norm(dim=1) < 3).any()) == (True, True)
     got, want = (library.NegativeCosineSimilarity(1, 3.0)(x0, x1) for library in (ours, lightly.loss))
@@ -110,7 +110,7 @@ def test_negative_cosine_of_a_zero_row():
 
 
 def twins(size, temperature=0.2, seed=5):
-    """Ours and the original with the same random bank, drawn from the same seed."""
+    """Return ours and the original with the same random bank, drawn from the same seed."""
     made = []
     for library in (ours, lightly.loss):
         torch.manual_seed(seed)
@@ -129,11 +129,11 @@ def test_memory_bank_over_steps(size, batches, temperature):
     mine, original = twins((size, 12), temperature)
     assert_same_bank(mine, original)
     for step, batch in enumerate(batches):
-        assert_same(mine, original, views(batch, 12, seed=step))  # both run once: each fills its own bank
+        assert_same(mine, original, views(batch, 12, seed=step))  # each fills its own bank
         assert_same_bank(mine, original)
 
 
-def test_memory_bank_is_left_alone_without_gradient():
+def test_memory_bank_does_not_change_without_gradient():
     mine, original = twins((16, 6))
     before = mine.memory_bank.bank.clone()
     out0, out1 = views(5, 6)
@@ -145,7 +145,7 @@ def test_memory_bank_is_left_alone_without_gradient():
 
 
 def test_memory_bank_in_float32_is_close_to_float64():
-    """The term that stands for the batch is added and taken away again; what is left of it is rounding."""
+    """The batch's term is added and subtracted again, and leaves only rounding."""
     mine, original = twins((50, 40), 0.07)
     inputs = views(30, 40)
     got, want = mine(*inputs), original.double()(*[x.double() for x in inputs])
@@ -200,12 +200,12 @@ def test_update_momentum(momentum):
     for _ in range(3):
         ours.update_momentum(model, ema, momentum)
         lightly.models.utils.update_momentum(model_, ema_, momentum)
-    for name, want in ema_.state_dict().items():  # the BatchNorm's statistics too: neither moves them
+    for name, want in ema_.state_dict().items():  # includes BatchNorm's statistics, which neither moves
         assert_near(name, ema.state_dict()[name].float(), want.float(), 1e-6)
 
 
 def in_each_process(rank, world, temperature, dtype):
-    """[loss, gradients] of ours and of the original, every process with data of its own."""
+    """Return [loss, gradients] of ours and of the original; every process has its own data."""
     inputs = views(7, 5, seed=10 * rank, dtype=dtype)
     losses = [
         ("NTXentLoss", (temperature,)),
@@ -219,7 +219,7 @@ def in_each_process(rank, world, temperature, dtype):
         for library in (ours, lightly.loss):
             leaves = [x.clone().requires_grad_() for x in inputs]
             loss = getattr(library, name)(*arguments, gather_distributed=True)(*leaves)
-            ((1 + rank) * loss).backward()  # ranks that weigh differently: the sum over them is what counts
+            ((1 + rank) * loss).backward()  # each rank has its own weight, and the gradient is that of the sum
             pair.append([loss.detach(), *[x.grad for x in leaves]])
         results.append(pair)
     return results

@@ -1,4 +1,4 @@
-"""The Lightning modules of ``examples/`` under a real Trainer: training, accumulation, checkpoints, precision."""
+"""Test the Lightning modules of ``examples/`` under a Trainer: training, accumulation, checkpoints, precision."""
 
 import copy
 import sys
@@ -58,7 +58,7 @@ def fit(module, data, steps, *, callbacks=(), path=None, **arguments):
 
 
 def fixed(count=12, batch=64):
-    """Views that are there before training, in one order: runs can be compared batch by batch."""
+    """Return views that are made before training, in a fixed order, so that runs can be compared batch by batch."""
     import digits
 
     torch.manual_seed(3)
@@ -75,7 +75,7 @@ def test_the_loss_falls(examples, name):
     losses = torch.tensor(record.losses)
     assert len(losses) == 60
     assert losses.isfinite().all()
-    early = losses[15:20] if name == "moco" else losses[:5]  # MoCo's queue first fills with keys that are alike
+    early = losses[15:20] if name == "moco" else losses[:5]  # MoCo's queue first fills with similar keys
     assert losses[-5:].mean() < 0.97 * early.mean()
     if name in WITH_TARGET:
         assert all(record.target_moved)
@@ -85,7 +85,7 @@ def test_the_loss_falls(examples, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_training_equals_a_plain_loop(examples, name):
-    """Lightning does what the loop of the method's docstring does, the momentum's schedule included."""
+    """Training with Lightning equals the loop of the method's docstring, including the momentum's schedule."""
     lightning.seed_everything(0, verbose=False)
     module, steps = examples.build(name), 8
     method, data = copy.deepcopy(module.method), fixed(steps)
@@ -105,7 +105,7 @@ def test_training_equals_a_plain_loop(examples, name):
 
 
 @pytest.mark.parametrize("name", WITH_TARGET)
-def test_the_target_moves_where_the_optimizer_stepped(examples, name):
+def test_the_target_moves_when_the_optimizer_steps(examples, name):
     lightning.seed_everything(0, verbose=False)
     record = Record()
     fit(examples.build(name), fixed(12), 4, callbacks=[record], accumulate_grad_batches=3)
@@ -116,11 +116,11 @@ def test_the_target_moves_where_the_optimizer_stepped(examples, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_checkpoint_of_the_middle_goes_on_exactly(examples, name, tmp_path):
+def test_training_resumes_exactly_from_a_checkpoint(examples, name, tmp_path):
     lightning.seed_everything(0, verbose=False)
     start = examples.build(name)
     half = fixed(4).dataset
-    data = torch.utils.data.DataLoader(half + half, batch_size=None)  # a loader starts anew where training goes on
+    data = torch.utils.data.DataLoader(half + half, batch_size=None)  # a resumed run reads the data from the beginning
     straight = copy.deepcopy(start)
     saver = lightning.pytorch.callbacks.ModelCheckpoint(
         dirpath=tmp_path, filename="{step}", every_n_train_steps=4, save_top_k=-1
@@ -147,7 +147,7 @@ def test_a_checkpoint_of_the_middle_goes_on_exactly(examples, name, tmp_path):
         torch.testing.assert_close(
             resumed.state_dict()[key], value, rtol=0, atol=0, msg=lambda m, key=key: f"{key} {m}"
         )
-    # And the encoder leaves the checkpoint as a plain state_dict.
+    # The encoder can be exported from the checkpoint as a plain state_dict.
     view = {"view": 0} if name == "cmc" else {}
     state = sk.methods.export_encoder(torch.load(path, weights_only=False), **view)
     network = resumed.method.encoder

@@ -1,4 +1,4 @@
-"""compat.open_clip against the installed open_clip."""
+"""Compare compat.open_clip with the installed open_clip."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def test_value_and_gradients_of_features_and_scale(batch, scale):
 
 
 def test_two_samples_against_the_original_in_float64():
-    inputs = [*features(2), torch.tensor(1 / 0.07)]  # a loss of 7e-4: in float32 the original's gradient is off by 5e-5
+    inputs = [*features(2), torch.tensor(1 / 0.07)]  # the loss is 7e-4; the original's float32 gradient is off by 5e-5
     got = value_and_grads(ClipLoss(), inputs)
     want = value_and_grads(Original(), [x.double() for x in inputs])
     assert_near("value", got[0], want[0])
@@ -65,7 +65,7 @@ DTYPES = {torch.float64: 1e-9, torch.float32: 2e-5}
 
 
 def _both(rank, world):
-    """By mode and dtype: value and gradients of ours and of the original. Local losses count more on rank 1."""
+    """Return values and gradients of ours and the original by mode and dtype. Local losses weigh more on rank 1."""
     results = []
     for local_loss, gather_with_grad in MODES:
         weight = 1 + 0.5 * rank * local_loss

@@ -1,6 +1,6 @@
-"""Parts of the originals that somebody has changed: distances and reducers, memory banks, similarities, temperatures.
+"""Test parts of the originals that a user has changed: distances, reducers, memory banks, similarities, temperatures.
 
-Under a patch the original computes with them; imported by name, the drop-in refuses them.
+Under a patch the original computes with them; a drop-in that is imported by name raises.
 """
 
 import functools
@@ -82,7 +82,7 @@ def test_distances_and_reducers(name, match, counts):
 @pytest.mark.parametrize("kind", ["MeanReducer", "BaseReducer"])
 @pytest.mark.parametrize("before", [False, True])
 def test_a_changed_class_of_reducers(kind, before, monkeypatch, counts):
-    """Also where a call has found the class unchanged before."""
+    """A changed class is noticed even after a call with the unchanged class."""
     kind, x = getattr(reducers, kind), rows(8, 5)
     method = "element_reduction" if kind is reducers.MeanReducer else "reduce_the_loss"
     loss = losses.NTXentLoss()
@@ -135,7 +135,7 @@ def test_banks_and_cross_entropies(match, monkeypatch, counts):
 
 
 def test_hooks_of_all_modules(counts):
-    """They see the parts of the originals; a drop-in imported by name has none that it calls."""
+    """Global hooks see the parts of the originals; a drop-in imported by name does not call such parts."""
     x, y = views(4, 5)
     loss = lightly.loss.NTXentLoss()
     plain = loss(x, y)
@@ -186,7 +186,7 @@ def test_a_bank_of_rows_of_any_length(scale, temperature, counts):
 @pytest.mark.parametrize("wrap", [doubled, torch.no_grad()])
 @pytest.mark.parametrize("name", ["cos_sim", "dot_score"])
 def test_a_wrapped_similarity_is_another(name, wrap, counts):
-    """functools.wraps gives a wrapper the name and the module of what it wraps."""
+    """A wrapper counts as another function, although functools.wraps copies the name and the module."""
     similarity = wrap(getattr(util, name))
     loss = MultipleNegativesRankingLoss(torch.nn.Identity(), similarity_fct=similarity)
     inputs = views(6, 5)
@@ -209,15 +209,15 @@ def test_a_hook_wrapped_before_a_patch(monkeypatch, counts):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_pairs_end_where_the_originals_do_under_a_patch(dtype, counts):
-    """A positive opposite to its anchor, negatives equal to it: around where the original's logarithm ends."""
+def test_the_originals_cap_on_a_pairs_loss_holds_under_a_patch(dtype, counts):
+    """A positive is opposite to its anchor and the negatives equal it, around where the original's logarithm ends."""
     x = torch.eye(2, dtype=dtype).repeat_interleave(4, 0)
     x[1::2] *= -1
     labels = torch.arange(8) // 2
     info = torch.finfo(dtype)
     end = -math.log(info.tiny)
     served = 0
-    for share in (1.2, 1.01, 0.98, 0.9, 0.5, 0.25):  # of the end: how far the worst pair goes
+    for share in (1.2, 1.01, 0.98, 0.9, 0.5, 0.25):  # the loss of the worst pair as a share of the cap
         loss = losses.NTXentLoss(2 / (share * end - math.log(8)))
         want = value_and_grads(lambda x, loss=loss: loss(x, labels), [x])
         with sk.compat.patch("pytorch_metric_learning"), warnings.catch_warnings():
@@ -234,7 +234,7 @@ def test_pairs_end_where_the_originals_do_under_a_patch(dtype, counts):
     assert our_pml.NTXentLoss(0.01)(x, labels) > 190
 
 
-def test_pairs_without_a_bound_are_the_originals_under_a_patch(counts):
+def test_unbounded_scores_go_to_the_original_under_a_patch(counts):
     x = 8 * rows(8, 5)
     dot = losses.NTXentLoss(0.1, distance=distances.DotProductSimilarity(normalize_embeddings=False))
     learnt = losses.NTXentLoss(torch.tensor(0.01))
@@ -260,7 +260,7 @@ def filtered(how):
 
 @pytest.mark.parametrize("how", ["method", "hook"])
 @pytest.mark.parametrize("update", ["update", "set"])
-def test_a_state_dict_of_the_models_own_making(how, update, counts):
+def test_a_customised_state_dict_goes_to_the_original(how, update, counts):
     def averaged():
         torch.manual_seed(0)
         average, model = timm.utils.ModelEmaV3(filtered(how), decay=0.9), filtered(how)
@@ -275,7 +275,7 @@ def test_a_state_dict_of_the_models_own_making(how, update, counts):
     assert counts() == [(0, 1)]
 
 
-def test_ordinary_models_are_ours_under_a_patch(counts):
+def test_ordinary_models_use_ours_under_a_patch(counts):
     models = [
         lambda: torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4)),
         lambda: torch.compile(torch.nn.Linear(3, 4), backend="eager"),

@@ -1,4 +1,4 @@
-"""compat.patch on installed libraries, and a whole training script with and without it."""
+"""Test compat.patch on installed libraries, and a whole training script with and without it."""
 
 import ast
 import contextlib
@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def global_names():
-    """Every global name of every imported module that refers to what may be patched or what stands in for it."""
+    """Return the classes and functions by (module, global name) of all imported modules."""
     kinds = (type, types.FunctionType)
     return {
         (module_name, name): value
@@ -48,7 +48,7 @@ def global_names():
 
 @pytest.fixture
 def solo(monkeypatch):
-    """The losses of solo-learn 1.0.2 under their names; the package itself imports what is not installed here."""
+    """Provide the losses of solo-learn 1.0.2 under their names, without its other imports, which are not installed."""
     folder = Path(importlib.util.find_spec("solo").origin).parent
     for name, path in (("solo", folder), ("solo.losses", folder / "losses")):
         module = types.ModuleType(name)
@@ -73,7 +73,7 @@ def test_every_entry_is_changed_and_restored(library, solo):
     originals = {swap: original for swap, original in originals.items() if original is not None}
     functions = [original for original in originals.values() if not isinstance(original, type)]
     methods = {swap: dict(vars(original)) for swap, original in originals.items() if isinstance(original, type)}
-    sk.compat.patch(library).undo()  # what it imports is imported from here on
+    sk.compat.patch(library).undo()  # imports everything that a patch imports
     before = global_names()
     with sk.compat.patch(library):
         for swap, original in originals.items():
@@ -83,7 +83,7 @@ def test_every_entry_is_changed_and_restored(library, solo):
             assert changed == set(swap.methods)
         changed = {where for where, value in global_names().items() if before.get(where) is not value}
         held = {where for where, value in before.items() if any(value is function for function in functions)}
-        # Wherever an original function was a global name, this module's own among them, and nowhere else.
+        # Exactly the global names that held an original function have changed, including this module's.
         assert changed == held
     after = global_names()
     assert after.keys() == before.keys()
@@ -92,7 +92,7 @@ def test_every_entry_is_changed_and_restored(library, solo):
 
 
 def calls_on_self(cls, method, seen):
-    """The names of the class's own methods that a method calls on ``self``, and those that they call."""
+    """Add to ``seen`` the methods of the class that a method calls on ``self``, recursively, and return it."""
     source = ast.parse(textwrap.dedent(inspect.getsource(getattr(cls, method))))
     for node in ast.walk(source):
         if not (isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"):
@@ -120,13 +120,13 @@ def test_the_hooks_are_what_the_originals_call_on_self(library):
 
 @pytest.fixture
 def counted(monkeypatch):
-    """The report, empty: by the last part of a name, (ours, the original's)."""
+    """Empty the report, and return a function that gives (calls of ours, calls of the original) by short name."""
     monkeypatch.setattr(_calls, "_calls", {})
     return lambda: {name.rpartition(".")[2]: calls[:2] for name, calls in sk.compat.report().items()}
 
 
 def test_objects_are_the_librarys_own(counted):
-    """What was made before, while and after computes with ours while patched, and can be pickled at any time."""
+    """Objects made before, during and after a patch use ours while patched, and can be pickled at any time."""
     before = lightly.loss.NTXentLoss(0.3, memory_bank_size=(8, 5))
     with sk.compat.patch("lightly"):
         assert lightly.loss.NTXentLoss is imported_before is lightly.loss.ntx_ent_loss.NTXentLoss
@@ -145,7 +145,7 @@ def test_objects_are_the_librarys_own(counted):
 
 
 def test_a_memory_bank_under_a_patch_that_comes_and_goes():
-    """Steps with and without the patch: the bank is one, and the losses are the original's throughout."""
+    """Steps with and without the patch share one bank, and all losses equal the original's."""
     torch.manual_seed(0)
     mixed = lightly.loss.NTXentLoss(0.3, memory_bank_size=(8, 5))
     plain = copy.deepcopy(mixed)
@@ -169,7 +169,7 @@ def test_update_momentum_in_place():
 
 
 def test_lightly_beyond_what_the_kernels_serve(counted):
-    """Negative temperatures, one sample, other reductions: the original's values, and its errors."""
+    """Negative temperatures, one sample and other cross entropies give the original's values and errors."""
     x, y = views(4, 5)
 
     def values():
@@ -193,7 +193,7 @@ def test_lightly_beyond_what_the_kernels_serve(counted):
 
 
 def test_subclasses_in_the_libraries(counted):
-    """DCLWLoss, CoCaLoss, MultipleNegativesSymmetricRankingLoss: below a patched class, and so ours."""
+    """DCLWLoss, CoCaLoss and MultipleNegativesSymmetricRankingLoss use ours, as subclasses of patched classes."""
     x, y = (F.normalize(v, dim=1) for v in views(6, 5))
     logits, labels = torch.randn(6, 3, 7), torch.randint(7, (6, 3))
 
@@ -235,7 +235,7 @@ def test_a_distilling_loss_calls_clips_own_hooks(counted):
 
 
 def test_timm_beyond_what_the_kernels_serve(counted):
-    """Tied weights and models that fit by position alone: timm's values."""
+    """Tied weights, and models whose names differ, give timm's values."""
 
     class Tied(torch.nn.Module):
         def __init__(self, names):
@@ -272,11 +272,11 @@ def test_a_library_of_another_version(monkeypatch):
 
 @pytest.mark.parametrize(
     ("dtype", "steps", "bound"),
-    # In float32, training itself doubles a difference of one rounding with every step: a few, to the drop-ins' bound.
+    # In float32 training doubles a difference of one rounding with every step, so few steps stay within the bound.
     [("float32", 4, 2e-5), ("float64", 12, 1e-8)],
 )
 def test_lightly_script(tmp_path, dtype, steps, bound):
-    """examples/lightly_simclr.py, and the same file without its one line: the same losses, step by step."""
+    """examples/lightly_simclr.py gives the same losses, step by step, with and without the line that patches."""
     source = (ROOT / "examples" / "lightly_simclr.py").read_text()
     lines = source.splitlines(keepends=True)
     kept = [line for line in lines if not line.startswith("import selfsup_kernels; ")]

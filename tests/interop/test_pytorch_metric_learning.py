@@ -1,4 +1,4 @@
-"""compat.pytorch_metric_learning against the installed pytorch-metric-learning."""
+"""Compare compat.pytorch_metric_learning with the installed pytorch-metric-learning."""
 
 import inspect
 import warnings
@@ -113,7 +113,7 @@ def test_unsupported(name):
 
 
 def _beyond(name, x, labels, ref):
-    """By feature that the kernels do not serve, (loss, arguments): what the library's own tests use."""
+    """Return (loss, arguments) by feature that the kernels do not support; the library's own tests use these."""
     cls = getattr(losses, name)
     pairs = get_all_pairs_indices(labels)
 
@@ -140,8 +140,8 @@ def _beyond(name, x, labels, ref):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_under_a_patch_the_rest_is_the_librarys(name, monkeypatch):
-    """Distances, reducers, regularisers, miners, references, subclasses: the library's values, gradients and errors."""
+def test_unsupported_features_go_to_the_library_under_a_patch(name, monkeypatch):
+    """Distances, reducers, regularisers, miners, references and subclasses give the library's results and errors."""
     monkeypatch.setattr(_calls, "_calls", {})
     x, labels, ref = rows(12, 6), torch.arange(12) // 3, rows(12, 6, seed=5)
     want = {
@@ -162,7 +162,7 @@ def test_under_a_patch_the_rest_is_the_librarys(name, monkeypatch):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_librarys_wrappers_under_a_patch(name, monkeypatch):
-    """SelfSupervisedLoss, CrossBatchMemory, MultipleLosses: they look at names, types and attributes."""
+    """SelfSupervisedLoss, CrossBatchMemory and MultipleLosses, which look at names, types and attributes, work."""
     monkeypatch.setattr(_calls, "_calls", {})
     x, y = views(8, 6)
     labels = torch.arange(8) // 2
@@ -189,8 +189,8 @@ def test_the_librarys_wrappers_under_a_patch(name, monkeypatch):
     assert [calls[:2] for calls in sk.compat.report().values()] == [(2, 3)]
 
 
-def test_float16_pairs_end_where_the_originals_do_under_a_patch():
-    """The original's cap of a pair's loss is 9.7 in float16; imported by name, ours has none."""
+def test_the_originals_float16_cap_on_a_pairs_loss_holds_under_a_patch():
+    """The original caps a pair's loss at 9.7 in float16; our drop-in imported by name has no cap."""
     x = torch.eye(4, dtype=torch.float16)
     labels = torch.tensor([0, 0, 1, 1])
     want = losses.NTXentLoss(0.01)(-x.roll(1, 0) + x, labels)

@@ -1,4 +1,4 @@
-"""compat.sentence_transformers against the installed sentence-transformers."""
+"""Compare compat.sentence_transformers with the installed sentence-transformers."""
 
 import inspect
 import itertools
@@ -63,7 +63,7 @@ def test_dot_products():
     compare(3, dot_score, 0.2, scale=1.0, directions=DIRECTIONS[-1])
 
 
-def test_a_model_trains_alike():
+def test_a_model_trains_as_with_the_original():
     modules = []
     inputs = views(16, 24, 3)
     for of in (MultipleNegativesRankingLoss, Original):

@@ -1,5 +1,5 @@
-"""compat.solo against solo-learn 1.0.2, the last version on the registry. Of 1.0.6, which has other signatures, the
-formulas stand in ``tests/test_compat_solo.py``."""
+"""Compare compat.solo with solo-learn 1.0.2, the last version on the registry. Version 1.0.6 has other signatures;
+``tests/test_compat_solo.py`` has its formulas."""
 
 import importlib.util
 from pathlib import Path
@@ -12,7 +12,7 @@ from selfsup_kernels.compat import solo as ours
 
 
 def load(name):
-    """One file of the package, whose own __init__ imports far more than is installed here."""
+    """Load one file of the package, whose __init__ imports packages that are not installed."""
     folder = Path(importlib.util.find_spec("solo").origin).parent
     spec = importlib.util.spec_from_file_location(f"solo_{name}", folder / "losses" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
@@ -27,7 +27,7 @@ def test_simclr(temperature):
     assert_same(
         lambda a, b: ours.simclr_loss_func(a, b, temperature), lambda a, b: original(a, b, temperature), [z1, z2]
     )
-    # With one positive a row, version 1.0.6 is the same loss of rows and indexes.
+    # With one positive per row, version 1.0.6 is the same loss as a function of rows and indexes.
     indexes = torch.randperm(64, generator=torch.Generator().manual_seed(0))
     assert_same(
         lambda a, b: ours.simclr_loss_func(torch.cat([a, b]), indexes.repeat(2), temperature),
@@ -49,7 +49,7 @@ def _gathered(x):
 
 
 def _simclr_1_0_6(z, indexes, temperature, rank):
-    """This process' rows against those of all: -log(share of the other rows with the same index)."""
+    """Return the mean over this process' rows of -log(share of the other rows with the same index)."""
     z = torch.nn.functional.normalize(z, dim=-1)
     scores = z @ _gathered(z).T / temperature
     parts = [torch.empty_like(indexes) for _ in range(2)]

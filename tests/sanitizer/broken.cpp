@@ -1,4 +1,4 @@
-// One error of each kind that the sanitizers are there to find: the sanitizer run fails unless they are reported.
+// One error for each sanitizer: the sanitizer run fails unless they are reported.
 #include <climits>
 
 extern "C" int read_past_the_end(int index) {

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds the extension, and the CUDA kernels for the emulator, with AddressSanitizer and UBSan in a copy of the tree
-# (build/asan), shows that an error would be reported, and runs the tests marked `sanitize` on the C++ kernels and those
+# (build/asan), checks that errors are reported, and runs the tests marked `sanitize` on the C++ kernels and the tests
 # of the CUDA kernels. Usage: run.sh PYTHON
 set -euo pipefail
 python=$1
@@ -8,9 +8,9 @@ root=$(cd "$(dirname "$0")/../.." && pwd)
 tree=$root/build/asan
 cxx=${CXX:-g++}
 
-# The copy keeps the times of the files, so that only what changed is compiled again.
+# The copy keeps file times, so that only changed files are compiled again.
 mkdir -p "$tree"
-copied="csrc selfsup_kernels tests benchmarks docs examples" # tests import what they are about, to be collected
+copied="csrc selfsup_kernels tests benchmarks docs examples" # pytest imports all tests, and they import these
 (cd "$tree" && rm -rf $copied)
 cd "$root"
 tar -cf - --exclude='*.so' --exclude=_build_info.json --exclude=__pycache__ \
@@ -20,13 +20,13 @@ export SELFSUP_KERNELS_SANITIZE=1
 "$python" setup.py --quiet build_ext --inplace
 emulator=$("$python" tests/emulator/build.py)
 
-# libstdc++ too: the sanitizer looks up __cxa_throw when it starts, before Python has loaded anything in C++.
+# Includes libstdc++: the sanitizer looks up __cxa_throw when it starts, before Python has loaded a C++ library.
 preload=""
 for library in libasan.so libubsan.so libstdc++.so.6; do
   preload+=" $("$cxx" -print-file-name=$library)"
 done
 export LD_PRELOAD="$preload" PYTHONMALLOC=malloc PYTHONPATH="$tree"
-# Python and torch keep memory on purpose; new and delete of torch's own libraries are not instrumented.
+# Python and torch never free some memory; new and delete in torch's libraries are not instrumented.
 export ASAN_OPTIONS=detect_leaks=0:alloc_dealloc_mismatch=0 UBSAN_OPTIONS=print_stacktrace=1
 
 flags=$("$python" -c 'from selfsup_kernels.core import build; print(*build.SANITIZER_FLAGS)')
@@ -45,15 +45,15 @@ expect overflow 1 "runtime error: signed integer overflow"
 "$python" -c 'from selfsup_kernels.core import backends, build
 assert build.record()["sanitized"] and str(build.PACKAGE).startswith("'"$tree"'"), build.PACKAGE
 assert backends.unavailable("cpu") is None, backends.unavailable("cpu")'
-# opcheck asks PyTorch about the ops; what calls it makes of the kernels, gradcheck makes too.
+# opcheck tests what is registered with PyTorch; gradcheck makes the same calls of the kernels.
 chosen="not reference and not opcheck"
 shared_out="-n logical --maxprocesses 8 --dist worksteal" # as in the Makefile
-# The widest instruction set with everything, the others with all but the slow random cases.
+# The widest instruction set runs all tests, narrower ones all except the slow random cases.
 "$python" -m pytest tests --ignore=tests/gpu -m sanitize -k "$chosen" $shared_out --durations=5
 for capability in avx2 default; do
   SELFSUP_KERNELS_CPU_CAPABILITY=$capability \
     "$python" -m pytest tests --ignore=tests/gpu -m sanitize -k "$chosen" $shared_out --ignore=tests/test_properties.py --ignore=tests/test_ops.py
 done
-# The emulator's own tests are not among them: some of its kernels write where they must not.
+# Leaves out the emulator's own tests, since some of their kernels write out of bounds on purpose.
 export SELFSUP_KERNELS_CUDA_EMULATOR=$emulator
 "$python" -m pytest tests/gpu/test_byol.py tests/gpu/test_ema.py tests/gpu/test_optim.py $shared_out --durations=5

@@ -1,11 +1,12 @@
 """Measure how far losses, gradients and averages are from float64."""
 
+import functools
 import math
 
 import torch
 
 import selfsup_kernels as sk
-from selfsup_kernels.lab.bench import rivals
+from selfsup_kernels.lab.bench import baselines
 from selfsup_kernels.lab.bench.workloads import MOMENTUM, TEMPERATURE
 
 OPERATIONS = {"cpu": 5e11, "cuda": 2e14}
@@ -24,35 +25,30 @@ def with_gradient(function, inputs):
     return loss.detach(), torch.autograd.grad(loss, inputs[0])[0]
 
 
-def truth(function, inputs):
-    """Return what ``function`` gives for the same numbers in float64."""
+def truth(case, inputs):
+    """Return loss and gradient for the same numbers in float64; of InfoNCE blockwise, so that no matrix is held."""
     wide = [x.detach().double() for x in inputs]
+    function = baselines.eager_byol
+    if case.op == "info_nce":
+        function = functools.partial(sk.info_nce_loss, temperature=TEMPERATURE, impl="reference")
     return with_gradient(function, [wide[0].requires_grad_(), *wide[1:]])
 
 
-def errors(function, inputs, want):
-    got = with_gradient(function, inputs)
-    return {name: relative(ours, theirs) for name, ours, theirs in zip(("loss", "gradient"), got, want, strict=True)}
-
-
 def judge(case, inputs):
-    """Return a function ``(name, rival's function) -> errors``."""
+    """Return a function ``(name, baseline's function) -> errors``."""
     if case.op == "ema":
         return lambda name, function: {"value": average_error(function, *inputs)}
     if case.op == "info_nce" and 8 * case.rows**2 * case.dim > OPERATIONS[inputs[0].device.type]:
-        raise rivals.Unsupported("takes too long at this size")
-    want = truth(rivals.eager_byol, inputs) if case.op == "byol" else info_nce_truth(inputs[0])
-    return lambda name, function: errors(function, inputs, want)
-
-
-def info_nce_truth(views):
-    """Return the loss and the gradient in float64, blockwise, so that no M x M matrix is held."""
-    return truth(lambda v: sk.info_nce_loss(v, temperature=TEMPERATURE, impl="reference"), (views,))
+        raise baselines.Unsupported("takes too long at this size")
+    want = truth(case, inputs)
+    return lambda name, function: dict(
+        zip(("loss", "gradient"), map(relative, with_gradient(function, inputs), want), strict=True)
+    )
 
 
 def average_error(update, targets, sources):
     """Return the largest error among the tensors of one update."""
-    averages = update.copies if isinstance(update, rivals.Average) else targets
+    averages = update.copies if isinstance(update, baselines.Average) else targets
     with torch.no_grad():
         want = [t.double().lerp(s.double(), 1 - MOMENTUM) for t, s in zip(averages, sources, strict=True)]
         update(targets, sources)

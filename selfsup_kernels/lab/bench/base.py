@@ -7,7 +7,6 @@ is the noise that a ratio has to exceed.
 import dataclasses
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -26,18 +25,19 @@ class Unusable(Exception):
     """The comparison cannot be made; the message says why, in one line."""
 
 
-def git(*arguments):
+def run(what, command, **options) -> str:
+    """Return what a command prints; raise :class:`Unusable` where it fails, with the last line of its message."""
     try:
-        command = ["git", "-C", ROOT, *arguments]
-        return subprocess.run(command, capture_output=True, check=True, text=True).stdout.strip()
+        done = subprocess.run(command, capture_output=True, text=True, **options)
     except FileNotFoundError:
-        raise Unusable("--base: expected git on PATH, found none") from None
-    except subprocess.CalledProcessError as error:
-        raise Unusable(f"git {' '.join(arguments)}: {last_line(error.stderr)}") from None
+        raise Unusable(f"--base: expected {command[0]} on PATH, found none") from None
+    if done.returncode:
+        raise Unusable(f"{what}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+    return done.stdout.strip()
 
 
-def last_line(text):
-    return (text.strip().splitlines() or ["no message"])[-1]
+def git(*arguments) -> str:
+    return run(f"git {' '.join(arguments)}", ["git", "-C", ROOT, *arguments])
 
 
 def commit(ref) -> str:
@@ -61,16 +61,12 @@ def tree_of(sha, device, say) -> Path:
         return folder
     say(f"building {describe(sha)}")
     folder.mkdir(parents=True, exist_ok=True)
-    git("archive", "--format=tar", f"--output={folder}.tar", sha)
-    shutil.unpack_archive(f"{folder}.tar", folder)
-    Path(f"{folder}.tar").unlink()
+    git("--work-tree", str(folder), "restore", "--source", sha, "--worktree", "--", ":/")
     extension = backends.load_extension()[0] is not None  # what this version runs with, the other one is built with
     own = {"SELFSUP_KERNELS_SKIP_BUILD": "0" if extension else "1"}
     own |= {} if device == "cuda" else {"SELFSUP_KERNELS_SKIP_CUDA_BUILD": "1"}
     command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
-    done = subprocess.run(command, cwd=folder, env=os.environ | own, capture_output=True, text=True)
-    if done.returncode:
-        raise Unusable(f"{describe(sha)} does not build: {last_line(done.stderr)}")
+    run(f"{describe(sha)} does not build", command, cwd=folder, env=os.environ | own)
     built.touch()
     return folder
 
@@ -78,17 +74,10 @@ def tree_of(sha, device, say) -> Path:
 def launch(tree, device, cases, seconds):
     """Return what one process of a version measures."""
     code = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='__main__')"  # the package is that of the folder
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(Path(__file__).with_name("workloads.py")), str(device), str(seconds)],
-        input=json.dumps([[case, part] for case, part, _ in cases]),
-        cwd=tree,
-        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        raise Unusable(f"a version ended with status {done.returncode}: {last_line(done.stderr)}")
-    found = json.loads(last_line(done.stdout))
+    command = [sys.executable, "-c", code, str(Path(__file__).with_name("workloads.py")), str(device), str(seconds)]
+    asked = json.dumps([[case, part] for case, part, _ in cases])
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    found = json.loads(run("a version ended", command, input=asked, cwd=tree, env=environment).splitlines()[-1])
     if not Path(found.pop("package")).resolve().is_relative_to(Path(tree).resolve()):
         raise Unusable(f"--base: expected the package of {tree}, another one was imported")
     return found

@@ -1,12 +1,11 @@
 """Parse the options of ``python -m selfsup_kernels bench`` and run what they ask for."""
 
-import contextlib
 import importlib
 import itertools
 import sys
 from pathlib import Path
 
-from selfsup_kernels.lab.options import Wrong, device, writable_file
+from selfsup_kernels.lab.options import Wrong, device, number, whole_numbers, writable_file
 
 OPS = ("info_nce", "byol", "ema")
 IMPLS = ("auto", "reference", "cpu", "triton", "cuda")
@@ -34,7 +33,7 @@ def add_arguments(parser):
     add("--seconds", default="3", help="about how long the turns of one case take (default: 3)")
     add("--rounds", help="turns of every part, in place of --seconds; on a CPU")
     add("--json", metavar="FILE", help="write all results there")
-    add("--csv", metavar="FILE", help="the same, one line for each case, part and rival")
+    add("--csv", metavar="FILE", help="the same, one line for each case, part and baseline")
     add("--html", metavar="FILE", help="a page with plots, which needs no network")
     add("--results", metavar="DIR", help="write DIR/DEVICE/OP.json, as benchmarks/results has them")
     add("--base", metavar="REF", help="compare with another commit of this checkout instead")
@@ -69,10 +68,7 @@ def main(options) -> int:
         for case, names in plan.cases:
             suite.measure(case, names)
     suite.rate()
-    out = console()
-    if not out.is_terminal:
-        out.width = WIDTH
-    tables.show(out, suite.header, suite.rows)
+    tables.show(console(WIDTH), suite.header, suite.rows)
     if options.json:
         results.write_json(options.json, suite.header, suite.rows)
     if options.csv:
@@ -103,14 +99,14 @@ class Plan:
                 writable_file(name, Path(getattr(options, name)))
         if options.results:
             writable_file("results", Path(options.results) / "results.json")
-        batches = options.batch and whole("batch", options.batch, 2)
-        views = whole("views", options.views, 2)
-        dims = options.dim and whole("dim", options.dim, 1)
+        batches = options.batch and whole_numbers("batch", options.batch, 2)
+        views = whole_numbers("views", options.views, 2)
+        dims = options.dim and whole_numbers("dim", options.dim, 1)
         # torch is imported from here on: what is wrong above is said at once.
         from selfsup_kernels.lab.bench import workloads
 
         dtypes = choices("dtype", options.dtype, workloads.DTYPES)
-        models = choices("model", options.model, {name: name for name in workloads.MODELS})
+        models = choices("model", options.model, list(workloads.MODELS))
         self.device = device("device", options.device)
         self.cases = []
         for op, columns in self.columns(options.vs).items():
@@ -123,29 +119,21 @@ class Plan:
         self.product_dtypes = dtypes if "info_nce" in self.ops else ["float32"]
 
     def columns(self, vs):
-        """Return ``{op: names}``: our implementations, then the rivals."""
-        from selfsup_kernels.lab.bench import rivals
+        """Return ``{op: names}``: our implementations, then the baselines."""
+        from selfsup_kernels.lab.bench import baselines
 
-        found = {op: [rivals.impl_name(impl) for impl in self.impls] for op in self.ops}
+        found = {op: [baselines.impl_name(impl) for impl in self.impls] for op in self.ops}
         for word in words("eager,compile" if vs is None else "" if vs == "none" else vs):
-            some = False
-            for op in self.ops:
-                plain = word.lower()
-                names = [n for n in rivals.RIVALS[op] if n.lower() == plain or n.lower().startswith(plain + " ")]
-                if word == "all":
-                    names = list(rivals.RIVALS[op])
-                elif ":" in word:
-                    importable("vs", word)
-                    names = [word]
-                elif op == "ema" and word == "eager":
-                    names = list(rivals.EAGER_EMA)
-                elif op == "ema" and vs is None:
-                    names = []  # torch.compile takes minutes to compile it
-                found[op] += [name for name in names if name not in found[op]]
-                some = some or bool(names)
-            if not some and vs is not None:
-                every = sorted({name for op in self.ops for name in rivals.RIVALS[op]}, key=str.lower)
+            if ":" in word:
+                importable("vs", word)
+            named = {op: [word] if ":" in word else baselines.named(op, word.lower()) for op in self.ops}
+            if vs is None and "ema" in named and word == "compile":
+                named["ema"] = []  # torch.compile takes minutes to compile it
+            elif not any(named.values()):
+                every = sorted({name for op in self.ops for name in baselines.BASELINES[op]}, key=str.lower)
                 raise Wrong("vs", f"some of {', '.join(['all', 'none', *every])} or MODULE:CALLABLE", word)
+            for op, names in named.items():
+                found[op] += [name for name in names if name not in found[op]]
         return found
 
 
@@ -160,20 +148,6 @@ def choices(argument, text, known):
         if word.lower() not in table:
             raise Wrong(argument, f"some of {', '.join(known)}", word)
     return list(dict.fromkeys(table[word.lower()] for word in words(text)))
-
-
-def number(argument, text, kind, least):
-    with contextlib.suppress(ValueError):
-        if least <= kind(text) < float("inf"):
-            return kind(text)
-    raise Wrong(argument, f"a{' whole' if kind is int else ''} number of at least {least}", text)
-
-
-def whole(argument, text, least):
-    try:
-        return list(dict.fromkeys(number(argument, word, int, least) for word in text.split(",")))
-    except Wrong:
-        raise Wrong(argument, f"whole numbers of at least {least}, separated by commas", text) from None
 
 
 def importable(argument, word):

@@ -13,42 +13,39 @@ import torch
 
 import selfsup_kernels as sk
 from selfsup_kernels.core import backends, info
-from selfsup_kernels.lab.bench import rivals
+from selfsup_kernels.lab.bench import baselines
 
 SCHEMA = Path(__file__).with_name("results.schema.json")
 
 
-def header(clock, ops=tuple(rivals.RIVALS)):
-    """Return what the numbers depend on, besides the rates of the device (:class:`timing.Rates`)."""
-    packages = sorted({rival.package for op in ops for rival in rivals.RIVALS[op].values() if rival.package})
-    common = {
-        "triton": rivals.version("triton"),
+def header(clock, ops=tuple(baselines.BASELINES)):
+    """Return what the numbers depend on, apart from the rates of the device (:class:`timing.Rates`)."""
+    packages = sorted(
+        {baseline.package for op in ops for baseline in baselines.BASELINES[op].values() if baseline.package}
+    )
+    facts = {
+        "kind": clock.device.type,
+        "driver": driver_version() if clock.cuda else None,
+        "triton": baselines.version("triton"),
         "torch": torch.__version__,
         "selfsup_kernels": sk.__version__,
         "python": platform.python_version(),
         "date": time.strftime("%Y-%m-%d"),
-        "peers": {name: rivals.version(name) for name in packages if rivals.version(name)},
+        "peers": {name: baselines.version(name) for name in packages if baselines.version(name)},
     }
     if not clock.cuda:
         extension, _ = backends.load_extension()
-        return {
-            "device": info.cpu()["model"],
-            "kind": "cpu",
-            "threads": torch.get_num_threads(),
-            "cpu_capability": extension.cpu_capability() if extension else "no C++ kernels",
-            "driver": None,
-        } | common
+        facts |= {"device": info.cpu()["model"], "threads": torch.get_num_threads()}
+        return facts | {"cpu_capability": extension.cpu_capability() if extension else "no C++ kernels"}
     properties = torch.cuda.get_device_properties(clock.device)
-    return {
+    return facts | {
         "device": properties.name,
-        "kind": "cuda",
         "multiprocessors": properties.multi_processor_count,
         "memory_bytes": properties.total_memory,
         "cache_bytes": clock.cache_bytes(),
-        "driver": driver_version(),
         "cuda": torch.version.cuda,
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
-    } | common
+    }
 
 
 def driver_version():
@@ -77,7 +74,7 @@ FIELDS += ("tflops", "gb_per_s", "fraction", "unavailable", "note")
 
 
 def write_csv(path, rows):
-    """Write one line for each case, part and rival; empty where there is nothing to say."""
+    """Write one line for each case, part and baseline; empty where there is nothing to say."""
     with Path(path).open("w", newline="") as file:
         writer = csv.DictWriter(file, FIELDS, extrasaction="ignore")
         writer.writeheader()
@@ -93,7 +90,7 @@ def write_csv(path, rows):
 
 def ours(row):
     """Return the column that others are compared with: ours as users call it, or the first that was asked for."""
-    return next((n for n in (rivals.OURS, *row["times"]) if n in row["times"] and rivals.impl_of(n)), None)
+    return next((n for n in (baselines.OURS, *row["times"]) if n in row["times"] and baselines.impl_of(n)), None)
 
 
 def ratio(row, name):

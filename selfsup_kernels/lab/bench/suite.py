@@ -1,7 +1,7 @@
-"""Measure one case at a time, ours and all rivals, as rows of results: the engine of every benchmark here.
+"""Measure one case at a time, ours and all baselines, as rows of results: the engine of every benchmark here.
 
-On a CPU each rival first runs once in a fresh process, under a limit of the memory that is left: that gives its peak,
-and what does not fit or takes too long never runs in this process. On a GPU the allocator counts the peak. Then all
+On a CPU each baseline first runs once in a fresh process, limited to the memory that is left: that gives its peak, and
+what does not fit or takes too long never runs in this process. On a GPU the allocator counts the peak. Then all
 take turns.
 """
 
@@ -15,13 +15,13 @@ import time
 import torch
 
 from selfsup_kernels.lab import fresh, host_memory
-from selfsup_kernels.lab.bench import accuracy, results, rivals, timing, workloads
+from selfsup_kernels.lab.bench import accuracy, baselines, results, timing, workloads
 
 OUT_OF_TIME = "skipped: out of time"
 LONGEST = 1.5
-"""A rival of which one forward and backward takes this many times the seconds of a case is skipped."""
+"""A baseline of which one forward and backward takes this many times the seconds of a case is skipped."""
 STARTING, COMPILING = 20.0, 180.0
-"""Seconds that a fresh process may take besides its work, and torch.compile in it."""
+"""Seconds that the start of a fresh process, and torch.compile in it, may take."""
 
 
 class Suite:
@@ -29,14 +29,13 @@ class Suite:
 
     Args:
         dtypes: of the matrix products that fractions refer to.
-        seconds: about how long the turns of one case take, besides the fewest calls; ``rounds`` goes before it.
+        seconds: about how long the turns of one case take; ``rounds`` takes precedence.
         target_ms: how long each rate of the device is measured.
         minutes: after them nothing new begins; None for no limit.
         skip: columns to leave out.
-        graphs: whether to measure replayed CUDA graphs too.
         advance: called with a text after each column of a case, and after each case.
         rates: sizes for :class:`timing.Rates`.
-        ops: the operations whose peers the header lists.
+        ops: the operations whose baselines the header lists.
     """
 
     def __init__(
@@ -49,17 +48,15 @@ class Suite:
         target_ms=200.0,
         minutes=None,
         skip=(),
-        graphs=False,
         advance=lambda text: None,
         rates=None,
-        ops=tuple(rivals.RIVALS),
+        ops=tuple(baselines.BASELINES),
     ):
         self.clock = timing.Clock(device, target_ms)
         if self.clock.cuda:
             index = self.clock.device.index  # without one PyTorch refuses it
             torch.cuda.set_device(torch.cuda.current_device() if index is None else index)  # whose events count
         self.seconds, self.rounds, self.skip, self.advance = seconds, rounds, set(skip), advance
-        self.graphs = graphs and self.clock.cuda
         self.deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
         self.rates = timing.Rates(self.clock, dtypes, **(rates or {}))
         self.header = results.header(self.clock, ops) | self.rates.header()
@@ -72,7 +69,7 @@ class Suite:
         try:
             return function(*arguments), None
         except Exception as error:
-            reason = rivals.reason_of(error)
+            reason = baselines.reason_of(error)
         gc.collect()
         if self.clock.cuda:
             torch.cuda.empty_cache()
@@ -83,13 +80,11 @@ class Suite:
         found = {key: {} for key in ("peak_bytes", "errors", "unavailable", "notes")}
         functions, inputs = {}, None
         for name in names:
-            reason = self._refusal(case, name)
-            if reason is None and not self.clock.cuda:
-                reason = self._probe(case, name, found)
+            reason = self._refusal(case, name) or (None if self.clock.cuda else self._probe(case, name, found))
             if reason is None and inputs is None:
                 inputs, reason = self.attempt(self._inputs, case)
             if reason is None:
-                function, reason = rivals.load(case, name, inputs[0])
+                function, reason = baselines.load(case, name, inputs[0])
             if reason is None:
                 slow, failed = self.attempt(self._first_calls, case, function, inputs[0])
                 reason = failed or slow
@@ -97,17 +92,14 @@ class Suite:
                 found["unavailable"][name] = reason
             else:
                 functions[name] = function
-                if note := rivals.find(case.op, name).note:
+                if note := baselines.find(case.op, name).note:
                     found["notes"][name] = note
             self.advance(f"{case.label}: {name}")
-        measured, reason = self.attempt(self._in_turns, case, functions, inputs)
+        times, reason = self.attempt(self._in_turns, case, functions, inputs)
         if reason:
             found["unavailable"] |= dict.fromkeys(functions, reason)
-            functions = {}
-        times = measured or {part: {} for part in case.parts}
-        if self.clock.cuda:
-            self._of_device(case, functions, inputs, found)
-        self._errors(case, functions, inputs, found)
+            functions, times = {}, {part: {} for part in case.parts}
+        self._peaks_and_errors(case, functions, inputs, found)
         rows = [{**case.facts, "part": part, "times": times[part], **found} for part in case.parts]
         self.rows += rows
         self.advance(f"{case.label}: times")
@@ -126,12 +118,12 @@ class Suite:
         if time.monotonic() > self.deadline:
             return OUT_OF_TIME
         small = case.small()
-        return rivals.load(small, name, small.inputs(self.clock.device))[1]
+        return baselines.load(small, name, small.inputs(self.clock.device))[1]
 
     def _probe(self, case, name, found):
-        """Note the peak memory, from a fresh process; return why the rival is not to be measured here, or None."""
+        """Note the peak memory, from a fresh process; return why the baseline is not to be measured here, or None."""
         parameters = {k: v for k, v in case.facts.items() if k in ("op", "model", "views", "batch", "dim", "dtype")}
-        longest = STARTING + 4 * LONGEST * self.seconds + COMPILING * rivals.find(case.op, name).compiles
+        longest = STARTING + 4 * LONGEST * self.seconds + COMPILING * baselines.find(case.op, name).compiles
         left = host_memory.available()
         try:
             answer = fresh.call(f"{__name__}:probe", parameters, name, memory_limit=left, timeout=longest)
@@ -171,38 +163,27 @@ class Suite:
             times[part] = timing.in_turns(of_part, seconds, self.rounds, self.clock)
         return times
 
-    def _of_device(self, case, functions, inputs, found):
-        """Measure the peak of the allocator, and replayed graphs where launches may take as long as the work."""
-        part = case.parts[-1]
-        for name, function in functions.items():
-            for made in inputs:
-                case.prepare("forward", function, made)  # without the gradients of before
-            run = functools.partial(case.run, part, function, inputs[0])
-            wanted = {"peak_bytes": self.clock.peak_bytes}
-            small = case.op != "info_nce" or (case.rows <= 16384 and (rivals.impl_of(name) or name == "eager"))
-            if self.graphs and small and not rivals.find(case.op, name).waits:
-                wanted["graph_ms"] = graph_ms
-            for column, measure in wanted.items():
-                value, reason = self.attempt(measure, run)
-                if reason is None:
-                    found.setdefault(column, {})[name] = value
-                else:
-                    found["notes"][name] = f"{column}: {reason}"
-                    # After a capture that failed PyTorch's allocator and generator may still believe in it.
-                    self.graphs = self.graphs and column != "graph_ms"
-
-    def _errors(self, case, functions, inputs, found):
-        functions = {name: f for name, f in functions.items() if not rivals.find(case.op, name).other}
-        judge, reason = self.attempt(accuracy.judge, case, inputs[0]) if functions else (None, None)
+    def _peaks_and_errors(self, case, functions, inputs, found):
+        """Measure the peaks of a GPU's allocator, and errors against float64."""
+        judged = {name for name in functions if not baselines.find(case.op, name).other}
+        judge, reason = self.attempt(accuracy.judge, case, inputs[0]) if judged else (None, None)
         if reason:
             found["notes"]["float64 reference"] = reason
-            return
         for name, function in functions.items():
-            errors, reason = self.attempt(judge, name, function)
-            if reason:
-                found["notes"][name] = f"errors: {reason}"
-            else:
-                found["errors"][name] = errors
+            measures = {}
+            if self.clock.cuda:
+                for made in inputs:
+                    case.prepare(case.parts[0], function, made)  # without the gradients of before
+                run = functools.partial(case.run, case.parts[-1], function, inputs[0])
+                measures["peak_bytes"] = functools.partial(self.clock.peak_bytes, run)
+            if judge and name in judged:
+                measures["errors"] = functools.partial(judge, name, function)
+            for column, measure in measures.items():
+                value, reason = self.attempt(measure)
+                if reason:
+                    found["notes"][name] = f"{column}: {reason}"
+                else:
+                    found[column][name] = value
 
     def rate(self):
         """Set what ours reaches of the rates of this run in all rows."""
@@ -219,37 +200,31 @@ class Suite:
                 row["fraction"] = row["gb_per_s"] / self.rates.memory_gb_per_s
 
 
-def graph_ms(function):
-    """Return the time of ``function()`` in a replayed CUDA graph: without what the host takes to launch it."""
-    from triton.testing import do_bench_cudagraph
-
-    return do_bench_cudagraph(function, return_mode="median")
-
-
 def probe(parameters, name) -> dict:
-    """Run one rival on one case, in a fresh process: return ``{"peak_bytes", "seconds"}`` of one forward and backward
-    (or update) above the inputs, or ``{"reason"}``; raise where memory is refused.
+    """Run one baseline on one case, in a fresh process.
+
+    Return ``{"peak_bytes", "seconds"}`` of one forward and backward (or update), bytes above the inputs, or
+    ``{"reason"}``; raise where memory is refused.
     """
     try:
         case = workloads.case(**parameters)
-        compiles, part = rivals.find(case.op, name).compiles, case.parts[-1]
+        compiles, part = baselines.find(case.op, name).compiles, case.parts[-1]
         # Libraries, threads and code are there before the measurement begins; torch.compile's code for this very shape.
         first = case if compiles else case.small()
         inputs = first.inputs()
-        function, reason = rivals.load(first, name, inputs)
+        function, reason = baselines.load(first, name, inputs)
         if reason:
             return {"reason": reason}
         first.run(part, function, inputs)
-        first.prepare("forward", function, inputs)
+        first.prepare(first.parts[0], function, inputs)
         if not compiles:
             inputs = case.inputs()
-            function, _ = rivals.load(case, name, inputs)
+            function, _ = baselines.load(case, name, inputs)
         host_memory.trim()  # what making the inputs has left would be used first, and not be seen
         peak = host_memory.peak_growth(lambda: case.run(part, function, inputs))
-        clock, run = timing.Clock("cpu"), functools.partial(case.run, part, function)
-        times = [clock.milliseconds(clock.once(run, lambda: inputs)) for _ in range(2)]
-        return {"peak_bytes": peak, "seconds": min(times) / 1e3}
+        milliseconds = timing.Clock("cpu").median_ms(lambda: case.run(part, function, inputs))
+        return {"peak_bytes": peak, "seconds": milliseconds / 1e3}
     except Exception as error:
         if host_memory.refused(error):
             raise
-        return {"reason": rivals.reason_of(error)}
+        return {"reason": baselines.reason_of(error)}

@@ -1,27 +1,18 @@
 """Make what a reader sees of rows of results: one sentence, and a table for each operation."""
 
 import math
-from typing import NamedTuple
 
-from selfsup_kernels.lab.bench import results, rivals
+from selfsup_kernels.lab import pages
+from selfsup_kernels.lab.bench import baselines, results
 
 TITLES = {"info_nce": "InfoNCE", "byol": "BYOL loss", "ema": "EMA update"}
 FACTS = {"model": "model", "views": "views", "batch": "B", "dim": "D", "dtype": "dtype"}
 MATCH = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 2e-2, "float16": 4e-3}
 """Errors up to these, relative to float64, are the rounding of the type."""
-STYLES = {"ours": "bold cyan", "absent": "dim", "faster": "yellow", "wrong": "bold red"}
-
-
-class Table(NamedTuple):
-    title: str
-    head: list[str]
-    lines: list[tuple[list[str], str]]
-    """Cells and style: ours, slower (than ours), faster, absent, or wrong: its error is more than rounding."""
-    notes: list[str]
 
 
 def answer(rows):
-    """Return ``(sentence, numbers)``: the largest case of forward and backward against its fastest rival.
+    """Return ``(sentence, numbers)``: the largest case of forward and backward against its fastest baseline.
 
     ``numbers`` are up to three pairs of a number and what it is: the ratio of times, the ratio of memory, the share of
     the device's rate.
@@ -36,7 +27,7 @@ def answer(rows):
     text = f"{TITLES[row['op']]} ({facts(row)}) takes {milliseconds(row['times'][ours]['p50_ms'])} ms"
     numbers = []
     if best:
-        text += f"; {best}, the fastest rival, takes {milliseconds(row['times'][best]['p50_ms'])} ms"
+        text += f"; {best}, the fastest baseline, takes {milliseconds(row['times'][best]['p50_ms'])} ms"
         numbers.append((factor(results.ratio(row, best)), f"time of {best} over ours"))
         mine, theirs = row["peak_bytes"].get(ours), row["peak_bytes"].get(best)
         if mine and theirs:
@@ -48,32 +39,33 @@ def answer(rows):
 
 
 def others(row):
-    """Return the rivals with a time."""
-    return [name for name in row["times"] if not rivals.impl_of(name)]
+    """Return the baselines with a time."""
+    return [name for name in row["times"] if not baselines.impl_of(name)]
 
 
 def facts(row, keys=FACTS):
     return ", ".join(f"{FACTS[key]} {row[key]}" for key in keys if key in row)
 
 
-def make(op, rows) -> Table:
+def make(op, rows) -> pages.Table:
     """Return the table of one operation; what all rows share goes into the title."""
     rows = [row for row in rows if row["op"] == op]
     varying = [key for key in FACTS if len({row.get(key) for row in rows}) > 1]
     title = f"{TITLES[op]}, {facts(rows[0], [key for key in FACTS if key not in varying])}"
     head = [*(FACTS[key] for key in varying), "part", "", "p20 ms", "p50 ms", "p80 ms", "x ours", "peak"]
     head += ["rate", "of device", "error"]
-    lines, notes = [], {}
+    lines, styles, notes = [], [], {}
     for row in rows:
         # What has no time is listed with the first part alone; what stands in the line above is not repeated.
         missing = row["unavailable"] if row["part"] in ("forward", "update") else ()
         names = [str(row[key]) for key in varying] + [row["part"]]
         for name in (*row["times"], *missing):
-            lines.append((names + cells(row, name), style(row, name)))
+            lines.append(names + cells(row, name))
+            styles.append(style(row, name))
             names = [""] * len(names)
         for name, text in (*row["unavailable"].items(), *row["notes"].items()):
             notes[f"{label(name)}: {text}"] = None
-    return Table(title, head, lines, list(notes))
+    return pages.Table(title, head, lines, styles, list(notes))
 
 
 def cells(row, name):
@@ -94,11 +86,12 @@ def cells(row, name):
 
 
 def style(row, name):
+    """Return ours, slower (than ours), faster, absent, or wrong: its error is more than rounding."""
     if name not in row["times"]:
         return "absent"
     if (worst(row, name) or 0) > MATCH["float32" if row["op"] == "ema" else row["dtype"]]:
         return "wrong"
-    if rivals.impl_of(name):
+    if baselines.impl_of(name):
         return "ours"
     return "faster" if (results.ratio(row, name) or 1) < 1 else "slower"
 
@@ -110,7 +103,13 @@ def worst(row, name):
 
 
 def label(name):
-    return name if rivals.impl_of(name) is None else "ours" if name == rivals.OURS else f"ours, {rivals.impl_of(name)}"
+    return (
+        name
+        if baselines.impl_of(name) is None
+        else "ours"
+        if name == baselines.OURS
+        else f"ours, {baselines.impl_of(name)}"
+    )
 
 
 def status(reason):
@@ -157,17 +156,5 @@ def rates_line(header):
 
 def show(console, header, rows):
     """Print the sentence, the device, a table for each operation and, below each, what is missing and why."""
-    from rich import box, table
-    from rich.markup import escape
-
-    console.print(answer(rows)[0], style="bold", highlight=False)
-    console.print(f"{device_line(header)}\n{rates_line(header)}", style="dim", highlight=False)
-    for made in [make(op, rows) for op in TITLES if any(row["op"] == op for row in rows)]:
-        grid = table.Table(title=made.title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-        for name in made.head:
-            grid.add_column(name, justify="left" if name in ("part", "") else "right", overflow="fold")
-        for cells, style in made.lines:
-            grid.add_row(*map(escape, cells), style=STYLES.get(style))
-        console.print(grid)
-        for note in made.notes:
-            console.print(escape(note), style="dim", highlight=False)
+    made = [make(op, rows) for op in TITLES if any(row["op"] == op for row in rows)]
+    pages.show(console, answer(rows)[0], made, about=[device_line(header), rates_line(header)])

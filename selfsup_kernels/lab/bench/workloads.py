@@ -43,23 +43,16 @@ def randn(shape, dtype, device, generator):
     return torch.randn(shape, device=device, generator=generator).to(getattr(torch, dtype))
 
 
-@dataclass(frozen=True)
-class Loss:
-    """Share what the losses have; ``run`` takes a function of the inputs.
+class Workload:
+    """Share how every workload runs a function of its inputs.
 
-    ``forward`` runs without autograd, as an evaluation does; ``backward`` needs the graph of a forward, which
-    ``prepare`` makes and which is not timed.
+    ``forward`` and ``update`` run without autograd, as an evaluation does; ``backward`` needs the graph of a forward,
+    which ``prepare`` makes and which is not timed.
     """
-
-    batch: int = 1024
-    dim: int = 128
-    views: int = 2
-    dtype: str = "float32"
-    parts = PARTS
 
     def prepare(self, part, function, inputs):
         """Return what ``work`` takes."""
-        for x in inputs:
+        for x in inputs if part != "update" else ():
             x.grad = None
         return function(*inputs) if part == "backward" else inputs
 
@@ -74,6 +67,17 @@ class Loss:
 
     def run(self, part, function, inputs):
         return self.work(part, function, self.prepare(part, function, inputs))
+
+
+@dataclass(frozen=True)
+class Loss(Workload):
+    """Share what the losses have."""
+
+    batch: int = 1024
+    dim: int = 128
+    views: int = 2
+    dtype: str = "float32"
+    parts = PARTS
 
     @property
     def facts(self):
@@ -147,7 +151,7 @@ class BYOL(Loss):
 
 
 @dataclass(frozen=True)
-class EMA:
+class EMA(Workload):
     """Hold the moving average of a model's parameters: float32 targets, sources of ``dtype``."""
 
     model: str = "ResNet-50"
@@ -178,15 +182,6 @@ class EMA:
 
     def ours(self, impl="auto"):
         return lambda targets, sources: sk.ema_update_(targets, sources, MOMENTUM, impl=impl)
-
-    def prepare(self, part, function, inputs):
-        return inputs
-
-    def run(self, part, function, inputs):
-        with torch.no_grad():
-            return function(*inputs)
-
-    work = run
 
     def operations(self, part, scheme="cpu"):
         """Return a difference, a product and a sum for each number."""

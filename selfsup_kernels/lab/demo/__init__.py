@@ -14,6 +14,5 @@ def main(out="out/demo", seed=0, quick=False, figure=None) -> int:
     from selfsup_kernels.lab.demo import report, run
 
     warnings.filterwarnings("ignore", category=FutureWarning)
-    results = run.run(seed=seed, quick=quick)
-    report.write(results, out, figure)
+    report.write(run.run(seed=seed, quick=quick), out, figure)
     return 0

@@ -5,22 +5,23 @@ from pathlib import Path
 
 from selfsup_kernels.core import info
 from selfsup_kernels.lab import pages
-from selfsup_kernels.lab.demo import agreement, evaluate, plots, train
+from selfsup_kernels.lab.demo import evaluate, train
 from selfsup_kernels.lab.demo.run import TITLES
-from selfsup_kernels.lab.pages import figures
+from selfsup_kernels.lab.pages.figures import EAGER, OURS, data_uri, figure, log_axis
 from selfsup_kernels.lab.profile.summary import milliseconds, size
 
 
-def write(results, out, figure=None) -> Path:
+def write(results, out, figure_path=None) -> Path:
     out, summary = Path(out), results["summary"]
     out.mkdir(parents=True, exist_ok=True)
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     page = out / "report.html"
     page.write_text(render(results), encoding="utf-8")
-    if figure is not None:
-        Path(figure).parent.mkdir(parents=True, exist_ok=True)
-        plots.compact(results["losses"], summary["sweep"]["cases"], device(summary)).savefig(figure, dpi=144)
-    pages.show(pages.console(), tables(summary), answer(summary), notes(summary), page)
+    if figure_path is not None:
+        wide = picture(results["losses"], summary["sweep"]["cases"], device(summary), columns=4)
+        Path(figure_path).parent.mkdir(parents=True, exist_ok=True)
+        wide.savefig(figure_path, dpi=144)
+    pages.show(pages.console(), answer(summary), tables(summary), notes=notes(summary), page=page)
     return page
 
 
@@ -66,7 +67,7 @@ def tables(summary):
     facts, titles = summary["agreement"], ("loss on the same inputs", "its gradient", "moving average")
     differences = [
         [title, *(f"{f['checks'][key]:.1e}" if key in f["checks"] else "-" for f in facts.values())]
-        for key, title in zip(agreement.LIMITS, titles, strict=True)
+        for key, title in zip(train.LIMITS, titles, strict=True)
     ]
     title = "The largest relative difference between ours and eager"
     yield pages.Table(title, ("", *(TITLES[name] for name in facts)), differences)
@@ -95,10 +96,7 @@ def sweep_rows(summary):
 
 def render(results) -> str:
     summary = results["summary"]
-    pictures = {
-        "Loss curves: ours as a line, eager dashed": plots.curves(results["losses"]),
-        "The loss alone over the batch size": plots.sweep(summary["sweep"]["cases"]),
-    }
+    drawn = picture(results["losses"], summary["sweep"]["cases"], device(summary))
     return pages.render(
         "selfsup_kernels.lab.demo",
         "report.html",
@@ -107,6 +105,35 @@ def render(results) -> str:
         numbers=numbers(summary),
         notes=notes(summary),
         tables=list(tables(summary)),
-        pictures={title: figures.data_uri(picture) for title, picture in pictures.items()},
+        picture=data_uri(drawn),
         device=device(summary),
     )
+
+
+def picture(losses, rows, device, columns=2):
+    """Draw both loss curves, and time and memory of the contrastive loss alone over the batch size."""
+    made, axes = figure(4.0 * columns, 3.6 * 4 / columns, columns, 4 // columns)
+    curves, sweep = axes.flat[:2], axes.flat[2:]
+    for axis, (name, runs) in zip(curves, losses.items(), strict=True):
+        steps = range(1, len(runs["ours"]) + 1)
+        axis.plot(steps, runs["ours"], color=OURS, linewidth=3, alpha=0.55, label="ours")
+        axis.plot(steps, runs["eager"], color=EAGER, linewidth=1.2, linestyle=(0, (4, 3)), label="eager")
+        axis.set(title=f"{TITLES[name]} training on digits", xlabel="step", ylabel="loss")
+        axis.legend(frameon=False, fontsize=9)
+    for axis, key, unit, title in (
+        (sweep[0], "seconds", 1e-3, "Time of the loss alone (ms)"),
+        (sweep[1], "peak_bytes", 2**20, "Peak memory of the loss alone (MiB)"),
+    ):
+        shown = []
+        for name, color, marker in (("eager", EAGER, "s"), ("ours", OURS, "o")):
+            known = [(row["batch"], row[key][name] / unit) for row in rows if row[key].get(name)]
+            if known:
+                axis.loglog(*zip(*known, strict=True), color=color, marker=marker, markersize=5, label=name)
+                shown += [value for _, value in known]
+        if shown:
+            axis.set_xticks([row["batch"] for row in rows], [row["batch"] for row in rows])
+            log_axis(axis.yaxis, shown)
+            axis.legend(frameon=False, fontsize=9)
+        axis.set(title=title, xlabel="batch size (4 views)")
+    made.supxlabel(device, fontsize=8, color="#52606d")
+    return made

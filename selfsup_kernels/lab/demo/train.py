@@ -1,9 +1,11 @@
 """Train once: a method of the package, driven by plain PyTorch, with the losses of the package or eager ones.
 
 Both runs of a method share everything but the loss and the moving average: seed, initial weights, order of the
-batches, augmentations, optimizer.
+batches, augmentations, optimizer. Whole float32 runs drift apart by rounding alone, because training multiplies small
+differences: losses, gradients and averages are compared on the inputs of single steps.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -11,7 +13,8 @@ import torch
 from torch import nn
 
 import selfsup_kernels as sk
-from selfsup_kernels.lab.demo import agreement, data
+from selfsup_kernels.lab.bench import eager
+from selfsup_kernels.lab.demo import data
 from selfsup_kernels.lab.profile import parts, steps
 from selfsup_kernels.lab.profile.workload import convolutions, head, make_eager
 
@@ -36,6 +39,8 @@ RECIPES = {
     "byol": Recipe(views=2, steps=600, learning_rate=5e-3),
 }
 LOSSES = ("eager", "ours")
+LIMITS = {"loss_ours_eager": 1e-5, "gradient_ours_eager": 1e-4, "ema_ours_eager": 1e-5}
+"""Relative; float32 rounds to 6e-8, and sums over a thousand rows collect a few dozen of those."""
 TIMES = {
     "encoder": (parts.ENCODER_FORWARD, parts.ENCODER_BACKWARD),
     "loss": parts.LOSS,
@@ -98,14 +103,14 @@ def train(name, loss, images, recipe, seed, *, check_every=0, on_step=lambda val
             schedule.step()
             checking = check_every and step % check_every == 0
             if checking:
-                agreement.check_loss(run.checks, inputs[-1], recipe.temperature)
+                check_loss(run.checks, inputs[-1], recipe.temperature)
             inputs.clear()
             if name == "byol":
                 momentum = sk.cosine_momentum(step, recipe.steps, recipe.momentum)
                 before = [p.detach().clone() for p in method.target.module.parameters()] if checking else None
                 method.update_target(momentum)
                 if checking:
-                    agreement.check_average(run.checks, method, before, momentum)
+                    check_average(run.checks, method, before, momentum)
             run.losses.append(value.item())
             on_step(f"loss {run.losses[-1]:.4f}")
     hook.remove()
@@ -114,3 +119,35 @@ def train(name, loss, images, recipe, seed, *, check_every=0, on_step=lambda val
         run.times = {key: sum(seconds[p] for p in group) for key, group in TIMES.items() if seconds[group[0]]}
     run.peak_bytes = profile.summary["peak_bytes"]
     return run
+
+
+def check_loss(checks, inputs, temperature):
+    """Compare value and gradient of both losses on the embeddings of a step: ``(views,)`` or BYOL's two."""
+    views, *targets = (torch.stack(tuple(rows)).detach() for rows in inputs)
+    views.requires_grad_()
+    if targets:
+        values = sk.byol_loss(views, *targets), eager.byol_loss(views, *targets)
+    else:
+        values = sk.info_nce_loss(views, temperature=temperature), eager.info_nce_loss(views, temperature)
+    worst(checks, "loss_ours_eager", *values)
+    worst(checks, "gradient_ours_eager", *(torch.autograd.grad(value, views)[0] for value in values))
+
+
+def check_average(checks, method, before, momentum):
+    """Compare the target, which was ``before``, with an eager moving average from the same start."""
+    expected = torch._foreach_lerp(before, [p.detach() for p in method.online.parameters()], 1 - momentum)
+    for ours, other in zip(method.target.module.parameters(), expected, strict=True):
+        worst(checks, "ema_ours_eager", ours, other)
+
+
+def worst(checks, name, x, y):
+    """Keep the largest relative difference; a NaN stays."""
+    x, y = x.detach().double(), y.detach().double()
+    value = float((x - y).norm() / y.norm().clamp_min(1e-300))
+    if name not in checks or math.isnan(value) or value > checks[name]:
+        checks[name] = value
+
+
+def agrees(checks) -> bool:
+    """Tell whether all checks agree to rounding."""
+    return bool(checks) and all(value <= LIMITS[name] for name, value in checks.items())

@@ -1,6 +1,10 @@
-"""The parts that the commands' reports share: pages that need no network, their tables, and what is printed."""
+"""Share what the commands' reports have: pages that need no network, their tables, and what is printed."""
 
 from typing import NamedTuple
+
+LEFT = ("", "part", "run", "features")
+"""Titles of columns of names."""
+STYLES = {"ours": "bold cyan", "absent": "dim", "faster": "yellow", "wrong": "bold red"}
 
 
 class Table(NamedTuple):
@@ -9,12 +13,15 @@ class Table(NamedTuple):
     title: str
     columns: tuple
     rows: list
+    styles: list = []  # noqa: RUF012
+    """A name for each row: a class of the page, and a key of ``STYLES`` where it is printed in colour."""
+    notes: list = []  # noqa: RUF012
 
 
 def render(package, template, **values) -> str:
     """Make a page from ``template`` in ``package``'s folder; it extends ``base.html``.
 
-    With ``answer``, a sentence, and ``numbers``, three of ``(value, label)``, the page begins with these.
+    The page begins with ``answer``, a sentence, and ``numbers``, three of ``(value, label)``.
     """
     import jinja2
 
@@ -25,24 +32,33 @@ def render(package, template, **values) -> str:
     return environment.get_template(template).render(**values)
 
 
-def console(**options):
+def console(width=120):
     """Make a console whose tables have a fixed width where the output goes into a file, which has none."""
     from rich.console import Console
 
-    made = Console(**options)
-    return made if made.is_terminal else Console(width=120, **options)
+    made = Console()
+    return made if made.is_terminal else Console(width=width)
 
 
-def show(console, tables, answer, notes, page):
-    """Print tables, the answer, notes and where the page is."""
-    from rich.table import Table as Printed
+def show(console, answer, tables, about=(), notes=(), page=None):
+    """Print the answer, lines about the run, tables, notes and where the page is."""
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table as Grid
 
+    def say(lines, style=None):
+        for line in lines:
+            console.print(escape(line), style=style, highlight=False, soft_wrap=True)
+
+    say([answer], "bold")
+    say(about, "dim")
     for table in tables:
-        made = Printed(title=table.title, pad_edge=False, collapse_padding=True)
-        for i, column in enumerate(table.columns):
-            made.add_column(column, justify="right" if i else "left")
-        for row in table.rows:
-            made.add_row(*map(str, row))
-        console.print(made)
-    for line in (f"\n[bold]{answer}[/bold]", *(f"- {note}" for note in notes), f"\nReport: {page.resolve()}"):
-        console.print(line, highlight=False, soft_wrap=True)
+        grid = Grid(title=table.title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        for column in table.columns:
+            grid.add_column(column, justify="left" if column in LEFT else "right", overflow="fold")
+        for row, style in zip(table.rows, table.styles or [None] * len(table.rows), strict=True):
+            grid.add_row(*(escape(str(cell)) for cell in row), style=STYLES.get(style))
+        console.print(grid)
+        say(table.notes, "dim")
+    say(f"- {note}" for note in notes)
+    say([f"\nReport: {page.resolve()}"] if page else [])

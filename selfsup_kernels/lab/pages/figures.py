@@ -8,7 +8,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator
 
 EAGER, OURS = "#d9822b", "#1f5fbf"
-GUIDE = "#9aa5b1"
 COLORS = {
     **{"eager": EAGER, "ours": OURS, "selfsup_kernels": OURS, "compile": "#8a5fbf", "chunked": "#7a8a3a"},
     **{"lightly": "#3a9d6e", "pytorch-metric-learning": "#a8447a", "pytorch-metric-learning NTXentLoss": "#b3462e"},
@@ -19,7 +18,7 @@ OTHERS = ("#3a9d6e", "#b3462e", "#c9a227", "#2e8fa8", "#a8447a", "#5b6770", "#7d
 
 
 def color_of(name) -> str:
-    """Return the same colour for a rival in every picture, whatever else is in it."""
+    """Return the same colour for a baseline in every picture, whatever else is in it."""
     return COLORS.get(name) or OTHERS[hashlib.sha256(name.encode()).digest()[0] % len(OTHERS)]
 
 
@@ -50,12 +49,3 @@ def log_axis(axis, values):
     axis.set_major_formatter(FormatStrFormatter("%g"))
     axis.axes.minorticks_off()
     axis.grid(color="#e4e7eb", linewidth=0.8)
-
-
-def guide(axis, xs, through, power, label=None):
-    """Draw a grey line of slope ``power`` over ``xs``, on logarithmic axes, through the point ``through``."""
-    x0, y0 = through
-    ends = (min(xs), max(xs))
-    axis.loglog(
-        ends, [y0 * (x / x0) ** power for x in ends], color=GUIDE, linewidth=1, linestyle=(0, (2, 3)), label=label
-    )

@@ -1,4 +1,4 @@
-"""Where the time and the memory of training steps go: :func:`steps`, and ``python -m selfsup_kernels profile``."""
+"""Measure where the time and the memory of training steps go: :func:`steps`, and the command ``profile``."""
 
 from selfsup_kernels.lab.profile.parts import PARTS
 from selfsup_kernels.lab.profile.steps import Run, steps

@@ -5,7 +5,7 @@ import re
 import sys
 from pathlib import Path
 
-from selfsup_kernels.lab.options import Wrong, device, writable_folder
+from selfsup_kernels.lab.options import Wrong, device, number, whole_numbers, writable_folder
 
 BATCHES = {"cpu": (256, 1024, 4096), "cuda": (512, 2048, 8192)}
 UNITS = {"": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
@@ -62,7 +62,7 @@ def checked(options) -> dict:
     """
     from selfsup_kernels.lab.profile import workload
 
-    target, accumulate = device("device", options.device), whole("accumulate", options.accumulate, 1)
+    target, accumulate = device("device", options.device), number("accumulate", options.accumulate, int, 1)
     sizes = batches(options.batch, accumulate, BATCHES[target.partition(":")[0]])
     for name, known in (("method", workload.METHODS), ("amp", (None, *workload.AMP))):
         if getattr(options, name) not in known:
@@ -71,15 +71,15 @@ def checked(options) -> dict:
         method=options.method,
         encoder=options.encoder,
         batch=sizes[0],
-        views=whole("views", options.views, 2),
-        image_size=whole("image-size", options.image_size, 4),
-        dim=whole("dim", options.dim, 2),
+        views=number("views", options.views, int, 2),
+        image_size=number("image-size", options.image_size, int, 4),
+        dim=number("dim", options.dim, int, 2),
         accumulate=accumulate,
         amp=options.amp,
         compile=options.compile,
         device=target,
     )
-    plan = {"work": work, "batches": sizes, "steps": whole("steps", options.steps, 2), "out": options.out}
+    plan = {"work": work, "batches": sizes, "steps": number("steps", options.steps, int, 2), "out": options.out}
     plan["seconds"] = amount("seconds", options.seconds, "a number > 0", {"": 1})
     expected = "an amount of memory such as 8GB or 500MiB"
     plan["limit"] = options.memory and math.ceil(amount("memory", options.memory, expected, UNITS))
@@ -91,13 +91,6 @@ def checked(options) -> dict:
         raise Wrong("encoder", expected, f"{work.encoder} ({type(error).__name__}: {line})") from None
     writable_folder("out", Path(options.out))
     return plan
-
-
-def whole(name, text, least) -> int:
-    value = int(text) if re.fullmatch(r"\s*[+-]?\d+\s*", text) else None
-    if value is None or value < least:
-        raise Wrong(name, f"a whole number >= {least}", text)
-    return value
 
 
 def amount(name, text, expected, units) -> float:
@@ -112,7 +105,7 @@ def amount(name, text, expected, units) -> float:
 def batches(text, accumulate, default) -> list[int]:
     if text is None:
         return [batch // accumulate * accumulate for batch in default if batch >= 2 * accumulate] or [2 * accumulate]
-    found = [whole("batch", part, 2) for part in text.split(",")]
+    found = whole_numbers("batch", text, 2)
     if any(batch % accumulate or batch < 2 * accumulate for batch in found):
         raise Wrong("batch", f"multiples of --accumulate {accumulate} with at least 2 samples in a part", text)
-    return sorted(set(found))
+    return sorted(found)

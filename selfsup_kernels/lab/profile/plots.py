@@ -6,7 +6,7 @@ from selfsup_kernels.lab.pages.figures import figure
 from selfsup_kernels.lab.profile import parts
 
 COLORS = ("#c3ccd5", "#9db8a6", "#e8833a", "#b8481f", "#5f8a70", "#7a6ea8", "#c9a227", "#e9edf0")
-"""Of the parts: the loss in warm colours, the encoder in green."""
+"""Colours of the parts: the loss in warm colours, the encoder in green."""
 
 
 def times(cases):

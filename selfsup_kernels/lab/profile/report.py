@@ -46,7 +46,7 @@ def write(results, out, console=None) -> Path:
     page = out / "report.html"
     page.write_text(render(results), encoding="utf-8")
     if console is not None:
-        pages.show(console, tables(results), results["answer"], results["findings"], page)
+        pages.show(console, results["answer"], tables(results), notes=results["findings"], page=page)
     return page
 
 

@@ -52,23 +52,22 @@ def steps(model, *, optimizer=None, loss=None, ema=None, out=None, device=None, 
     Raises:
         ValueError, TypeError: an argument does not fit; the message says which and why.
     """
-    models, losses = _list(model), _list(loss)
+    models, losses, calls = _list(model), _list(loss), []
     if not models:
         raise ValueError("model: expected at least one module, got none")
     for name, module in (*(("model", m) for m in models), *(("loss", m) for m in losses)):
         if not isinstance(module, nn.Module):
             hint = "; run.loss(function) wraps a function" if name == "loss" and callable(module) else ""
             raise TypeError(f"{name}: expected an nn.Module or a sequence of them, got {type(module).__name__}{hint}")
+    for other in _list(optimizer):
+        if not isinstance(other, torch.optim.Optimizer):
+            calls.append((other, _method("optimizer", other, "step"), parts.OPTIMIZER))
+    for average in _list(ema):
+        calls.append((average, _method("ema", average, "update", "update_parameters"), parts.EMA))
     device = torch.device(device or next((p.device for module in models for p in module.parameters()), "cpu"))
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device: expected cpu or cuda, got {device}")
     _require_integer("warmup", warmup, 0)
-    calls = [
-        (other, _method("optimizer", other, "step"), parts.OPTIMIZER)
-        for other in _list(optimizer)
-        if not isinstance(other, torch.optim.Optimizer)
-    ]
-    calls += [(module, _method("ema", module, "update", "update_parameters"), parts.EMA) for module in _list(ema)]
     losses = list(dict.fromkeys([*losses, *hooks.losses_in(models)]))
     return Run(models, losses, calls, device, out, warmup, memory, trace)
 
@@ -152,12 +151,6 @@ class Run:
             if self._loop is loop:
                 self._abandon()
 
-    @contextlib.contextmanager
-    def _inside(self, name):
-        recorded = self._recorder is not None and self._recorder.ranges
-        with self._recorder.inside(name) if recorded else contextlib.nullcontext():
-            yield
-
     def part(self, name):
         """Return a context manager: what runs in it is the part ``name``, such as "loss", "ema" or "encoder"."""
         name = parts.OWN_NAMES.get(name, name)
@@ -165,6 +158,12 @@ class Run:
             raise ValueError(f"name: expected one of {', '.join([*parts.OWN_NAMES, *parts.PARTS])}, got {name!r}")
         self._loss_known |= name == parts.LOSS_FORWARD
         return self._inside(name)
+
+    @contextlib.contextmanager
+    def _inside(self, name):
+        recorded = self._recorder is not None and self._recorder.ranges
+        with self._recorder.inside(name) if recorded else contextlib.nullcontext():
+            yield
 
     def loss(self, function):
         """Wrap ``function``: its calls are the loss."""

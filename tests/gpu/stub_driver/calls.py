@@ -1,4 +1,4 @@
-"""Calls of the public functions on the stub: prints what `test_launch_path.py` asserts, as JSON."""
+"""Call the public functions on the stub and print as JSON what `test_launch_path.py` checks."""
 
 import json
 import sys
@@ -29,14 +29,14 @@ def info_nce(batch, dim=64, dtype=torch.bfloat16, upstream=None, **options):
 
 
 def launched(call):
-    """What ``call`` launches, by the names of the kernels."""
+    """Return the launches of ``call`` by kernel name."""
     before = len(stub.launches)
     call()
     return {launch.kernel: launch for launch in stub.launches[before:]}
 
 
 def variants(kernels, call, *cases):
-    """Compiled forms of the kernels that the calls add to those that the first call needs."""
+    """Return how many kernels the later calls compile in addition to those of the first call."""
     call(cases[0])
     before = sum(map(stub_driver.variants, kernels))
     for case in cases[1:]:
@@ -45,11 +45,11 @@ def variants(kernels, call, *cases):
 
 
 def one_of_three(place):
-    """A sum of losses whose gradient reaches the loss as an element of a tensor."""
+    """Return a function that sums losses, so that the upstream gradient is an element of a tensor."""
     return lambda loss: (torch.stack([loss if i == place else loss.detach() for i in range(3)]) * torch.ones(3)).sum()
 
 
-found, fresh = {}, {}  # what was seen; forms compiled anew
+found, fresh = {}, {}  # observed values; numbers of additionally compiled kernels
 
 # Numbers: float64 by annotation, negative integers, None.
 some = launched(lambda: info_nce(100, temperature=1 / 3, eps=1e-300))
@@ -59,7 +59,7 @@ found["map"] = some["sums_kernel"].values["source_x"]
 queue = torch.randn(70, 64, dtype=torch.bfloat16)
 some = launched(lambda: info_nce(100, core_view=1, queue=queue))
 found["other core"] = some["sums_kernel"].values["CORE"]
-# No step of a user's waits for a compiler because its sizes, or where a number lies, are other ones.
+# A training step does not recompile because a size or the alignment of a pointer changes.
 gradient = [gradient.gradient_kernel]
 waves = [waves.wave_kernel, waves.product_kernel]
 load, finish, tables = (
@@ -80,7 +80,7 @@ found["shared"] = max(launch.shared for launch in large.values())
 found["refused"], found["launches"] = list(stub.refused), len(stub.launches)
 
 
-# What must be refused.
+# Calls that the stub must refuse.
 @triton.jit
 def nothing(x, y, n):
     tl.store(x + n, 1.0)

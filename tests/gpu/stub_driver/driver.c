@@ -1,11 +1,11 @@
-// As much of the CUDA driver as Triton asks for, without a device: `stub_driver.py` loads it as libcuda.so.1. What has
-// a meaning (a kernel is loaded, a tensor map made, a kernel launched) is handed to functions in Python, which look at
-// it and answer as the driver would; the rest says yes. Nothing is launched.
+// The part of the CUDA driver that Triton uses, without a device: `stub_driver.py` loads it as libcuda.so.1. Loading a
+// kernel, making a tensor map and launching a kernel call functions in Python, which check the arguments and return
+// what the driver would return; all other functions return success. Nothing is launched.
 
 #include <cuda.h>
 #include <string.h>
 
-// Set from Python. Without them all is well: what remains is the time that Triton itself takes.
+// Set from Python. If they are null, every call succeeds, which measures the time of Triton itself.
 int (*stub_load)(const void* image);  // the number of the kernel in the image, negative: refused
 int (*stub_attribute)(int kernel, int attribute);
 int (*stub_set_attribute)(int kernel, int attribute, int value);
@@ -23,7 +23,7 @@ int (*stub_encode)(
     int fill);
 int (*stub_launch)(const CUlaunchConfig* config, int kernel, void** parameters);
 
-// Of an H100. The table ends with 0, which is no attribute.
+// The attributes of an H100. The table ends with 0, which is not an attribute.
 static const int kDevice[][2] = {
     {CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN, 232448},
     {CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR, 233472},

@@ -1,8 +1,8 @@
-"""Triton's own launch path without a GPU: its launchers, compiled and run, on a CUDA driver that launches nothing.
+"""Run Triton's own launch path without a GPU: its launchers are compiled and run on a stub driver.
 
-`driver.c` takes the driver's place. What it is asked for is checked here against what a driver demands, and what a
-kernel is given is read back from its raw parameters, whose sizes the machine code knows. To be used in a process of its
-own, before anything else loads libcuda.so.1.
+`driver.c` replaces the CUDA driver and launches nothing. This module checks each request against the driver's rules,
+and reads the arguments of a kernel back from its raw parameters, whose sizes are in the machine code. Use it in a
+separate process, before anything else loads libcuda.so.1.
 """
 
 import contextlib
@@ -52,7 +52,7 @@ class Launched(NamedTuple):
 
 
 class Cubin:
-    """What the driver reads of machine code: parameters, registers, shared memory, threads."""
+    """The properties that the driver reads from machine code: parameters, registers, shared memory, threads."""
 
     def __init__(self, image: int):
         header = ctypes.string_at(image, 64)
@@ -78,7 +78,7 @@ class Cubin:
         while at < len(data):
             form, attribute, size = struct.unpack_from("<BBH", data, at)
             at += 4
-            if form == 4:  # EIFMT_SVAL: as many bytes as are said, else none
+            if form == 4:  # EIFMT_SVAL: followed by as many bytes as stated; other forms have none
                 yield attribute, data[at : at + size]
                 at += size
 
@@ -87,14 +87,14 @@ class Cubin:
 
 
 class Stub:
-    """The library, and what has been asked of it. ``refused`` has the reasons of all refusals."""
+    """The stub library and a record of its calls. ``refused`` lists the reasons of all refusals."""
 
     def __init__(self, folder: Path):
         path = folder / "libcuda.so.1"
         flags = ["-O2", "-Wall", "-Werror", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", f"-I{INCLUDE}"]
         subprocess.run([os.environ.get("CC", "gcc"), *flags, SOURCE, "-o", path], check=True)
         os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
-        self.library = ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)  # from here on "libcuda.so.1" is this one
+        self.library = ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)  # "libcuda.so.1" is the stub from here on
         self.cubins, self.maps, self.launches, self.refused, self.expected = [], [], [], [], None
         i, p = ctypes.c_int, ctypes.c_void_p
         self._functions = {
@@ -107,12 +107,12 @@ class Stub:
         self.watch(True)
 
     def in_place(self) -> bool:
-        """Whether what asks for libcuda.so.1 gets this one: not where another was loaded before."""
+        """Return whether libcuda.so.1 is the stub; it is not if another one was loaded before."""
         address = lambda library: ctypes.cast(library.cuLaunchKernelEx, ctypes.c_void_p).value  # noqa: E731
         return address(ctypes.CDLL("libcuda.so.1")) == address(self.library)
 
     def watch(self, on: bool):
-        """Whether anything is recorded or checked."""
+        """Turn recording and checking on or off."""
         for name, function in self._functions.items():
             pointer = ctypes.cast(function, ctypes.c_void_p).value if on else None
             ctypes.c_void_p.in_dll(self.library, name).value = pointer
@@ -134,7 +134,7 @@ class Stub:
         return 0
 
     def _encode(self, to, kind, rank, address, dims, strides, box, steps, interleave, swizzle, fill):
-        """As the driver API's page on cuTensorMapEncodeTiled demands."""
+        """Check a tensor map by the rules of cuTensorMapEncodeTiled in the driver API's documentation."""
         dims, strides = struct.unpack(f"{rank}Q", ctypes.string_at(dims, 8 * rank)), ctypes.string_at(strides, 8 * rank)
         strides = struct.unpack(f"{rank}Q", strides)[: rank - 1]
         box, steps = (struct.unpack(f"{rank}I", ctypes.string_at(x, 4 * rank)) for x in (box, steps))
@@ -151,7 +151,7 @@ class Stub:
             "NaN for a type that has none": fill and not 6 <= kind <= 12,
         }
         self.maps.append(TensorMap(address, kind, dims[::-1], strides, box[::-1], swizzle))
-        ctypes.c_uint64.from_address(to).value = len(self.maps)  # its number, to be found in a kernel's parameters
+        ctypes.c_uint64.from_address(to).value = len(self.maps)  # its number, which kernel parameters then contain
         return self._refuse(*(f"tensor map, {reason}: {self.maps[-1]}" for reason, is_so in wrong.items() if is_so))
 
     def _launch(self, config, kernel, parameters):
@@ -173,7 +173,7 @@ class Stub:
         return self._refuse(*(f"{cubin.name}: {reason}" for reason, is_so in wrong.items() if is_so))
 
     def _values(self, cubin, raw):
-        """The parameters by name, and whether each is of the size that the machine code has, and what was meant."""
+        """Return the parameters by name; check that each has the machine code's size and the expected value."""
         expected = [*self.expected, ("global scratch", "*", None, False), ("profile scratch", "*", None, False)]
         if len(expected) != len(raw):
             self.refused.append(f"{cubin.name}: {len(expected)} parameters, the machine code has {len(raw)}")
@@ -198,7 +198,7 @@ class Stub:
 
 
 def _flat(name, kind, value, attributes, path):
-    """(name, type, value, whether 16 divides it) of every parameter that an argument becomes."""
+    """Yield (name, type, value, divisible by 16) of every kernel parameter that an argument becomes."""
     if kind == "constexpr":
         return
     if isinstance(kind, tuple):
@@ -214,7 +214,7 @@ def _flat(name, kind, value, attributes, path):
 
 
 def install(folder: Path) -> Stub:
-    """Make the stub Triton's driver; CPU tensors stand for those of device 0, an H100."""
+    """Make the stub Triton's driver; CPU tensors take the place of tensors on device 0, an H100."""
     stub = Stub(folder)
     from triton.backends.nvidia import driver as nvidia
 
@@ -254,7 +254,7 @@ def install(folder: Path) -> Stub:
 
 
 def variants(kernel) -> int:
-    """How many compiled forms of a kernel this process holds."""
+    """Return how many compiled variants of a kernel this process holds."""
     return sum(len(cache[0]) for cache in kernel.device_caches.values())
 
 

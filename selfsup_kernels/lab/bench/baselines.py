@@ -1,11 +1,12 @@
-"""Adapt what others call for the same work: each rival becomes a function of the workload's inputs.
+"""Adapt what others call for the same work: each baseline becomes a function of the workload's inputs.
 
-The rivals of ``info_nce`` work on the same M x M problem (M = V B rows) as ours. What fused linear cross-entropies
+The baselines of ``info_nce`` work on the same M x M problem (M = V B rows) as ours. What fused linear cross-entropies
 cannot do is leave a row's similarity with itself out of its softmax: their losses differ from NT-Xent by that term, not
 in their work.
 """
 
 import contextlib
+import copy
 import functools
 import importlib
 import importlib.metadata
@@ -28,20 +29,19 @@ FILTERED = OTHER_LOSS + "; by default its gradient leaves out blocks in which no
 
 
 class Unsupported(Exception):
-    """A rival cannot do the case; the message says why."""
+    """A baseline cannot do the case; the message says why."""
 
 
-class Rival(NamedTuple):
+class Baseline(NamedTuple):
     make: Callable  # make(case, inputs) returns a function of the inputs
     package: str | None = None  # what has to be installed, as the package index calls it
     note: str | None = None
     other: bool = False  # computes something else, so that its error against float64 means nothing
     compiles: bool = False  # the first call of each part compiles for this shape
-    waits: bool = False  # copies from the GPU to the host, which a CUDA graph cannot capture
 
 
 class Average:
-    """A rival's update of averages that it holds itself: the tensors in ``copies``."""
+    """A baseline's update of averages that it holds itself: the tensors in ``copies``."""
 
     def __init__(self, update, copies):
         self.update, self.copies = update, copies
@@ -79,21 +79,16 @@ def _two_views(case):
         raise Unsupported(f"takes two views, not {case.views}")
 
 
-def _linear_cross_entropy(load, package):
+def _linear_cross_entropy(load, case, inputs):
     """Adapt a fused linear cross-entropy: ``load()`` returns a function of scaled rows, all rows and targets."""
+    _two_views(case)
+    cross_entropy = load()
 
-    def make(case, inputs):
-        _two_views(case)
-        cross_entropy = load()
+    def loss(views):
+        z = F.normalize(views.reshape(-1, views.shape[-1]), dim=-1)
+        return cross_entropy(z / TEMPERATURE, z, torch.arange(len(z), device=z.device).roll(len(z) // 2))
 
-        def loss(views):
-            z = F.normalize(views.reshape(-1, views.shape[-1]), dim=-1)
-            return cross_entropy(z / TEMPERATURE, z, torch.arange(len(z), device=z.device).roll(len(z) // 2))
-
-        return loss
-
-    note = FILTERED if load is _cut_cross_entropy else OTHER_LOSS
-    return Rival(make, package, note, other=True)
+    return loss
 
 
 def _inf_cl():
@@ -148,51 +143,45 @@ def loop_of_lerp(targets, sources):
         target.lerp_(source if source.dtype == target.dtype else source.float(), 1 - MOMENTUM)
 
 
-def _one_dtype(case):
+def _foreach_lerp(case, inputs):
     if case.dtype != "float32":
         raise Unsupported("refuses mixed dtypes")
-
-
-def _foreach_lerp(case, inputs):
-    _one_dtype(case)
     return lambda targets, sources: torch._foreach_lerp_(targets, sources, 1 - MOMENTUM)
 
 
-def _model(tensors):
-    return torch.nn.ParameterList([torch.nn.Parameter(x.detach().clone()) for x in tensors])
-
-
-def _average(update, module, targets):
-    """Set a rival's own average to the workload's targets."""
+def _average(make, case, inputs):
+    """Set a baseline's own average to the workload's targets; ``make(model)`` returns its update and the average."""
+    targets, sources = inputs
+    model = torch.nn.ParameterList([torch.nn.Parameter(x.detach().clone()) for x in sources])
+    update, module = make(model)
     copies = list(module.to(targets[0].dtype).parameters())
     with torch.no_grad():
         torch._foreach_copy_(copies, targets)
     return Average(update, copies)
 
 
-def _timm(case, inputs):
+def _timm(model):
     from timm.utils import ModelEmaV3
 
-    model = _model(inputs[1])
     average = ModelEmaV3(model, decay=MOMENTUM)
-    return _average(lambda: average.update(model), average.module, inputs[0])
+    return lambda: average.update(model), average.module
 
 
-def _lightly_ema(case, inputs):
+def _lightly_ema(model):
     from lightly.models.utils import update_momentum
 
-    target, source = map(_model, inputs)
-    return _average(lambda: update_momentum(source, target, MOMENTUM), target, inputs[0])
+    average = copy.deepcopy(model)
+    return lambda: update_momentum(model, average, MOMENTUM), average
 
 
-def _swa_utils(case, inputs):
+def _swa_utils(model):
     from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-    _one_dtype(case)
-    model = _model(inputs[1])
+    if any(x.dtype != torch.float32 for x in model):
+        raise Unsupported("refuses mixed dtypes")
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(MOMENTUM))
     average.update_parameters(model)  # the first one copies
-    return _average(lambda: average.update_parameters(model), average.module, inputs[0])
+    return lambda: average.update_parameters(model), average.module
 
 
 def _compile(function):
@@ -201,44 +190,59 @@ def _compile(function):
 
 
 def _plain(function, note=None):
-    return Rival(lambda case, inputs: function, note=note)
+    return Baseline(lambda case, inputs: function, note=note)
 
 
 def _compiled(function, note=None):
-    return Rival(lambda case, inputs: _compile(function), note=note, compiles=True)
+    return Baseline(lambda case, inputs: _compile(function), note=note, compiles=True)
+
+
+def _linear(load, package, note=OTHER_LOSS):
+    return Baseline(functools.partial(_linear_cross_entropy, load), package, note, other=True)
+
+
+def _averaged(make, package, note):
+    return Baseline(functools.partial(_average, make), package, note)
 
 
 PML = "pytorch-metric-learning"
-RIVALS = {
+BASELINES = {
     "info_nce": {
         "eager": _plain(eager_info_nce),
         "compile": _compiled(eager_info_nce),
         "chunked": _plain(chunked_info_nce),
-        "lightly": Rival(_lightly_info_nce, "lightly", "NTXentLoss"),
-        PML: Rival(functools.partial(_metric_learning, "SupConLoss"), PML, "SupConLoss"),
-        f"{PML} NTXentLoss": Rival(functools.partial(_metric_learning, "NTXentLoss"), PML),
-        "Inf-CL": _linear_cross_entropy(_inf_cl, "inf-cl"),
-        "cut-cross-entropy": _linear_cross_entropy(_cut_cross_entropy, "cut-cross-entropy"),
-        "Liger": _linear_cross_entropy(_liger, "liger-kernel"),
+        "lightly": Baseline(_lightly_info_nce, "lightly", "NTXentLoss"),
+        PML: Baseline(functools.partial(_metric_learning, "SupConLoss"), PML, "SupConLoss"),
+        f"{PML} NTXentLoss": Baseline(functools.partial(_metric_learning, "NTXentLoss"), PML),
+        "Inf-CL": _linear(_inf_cl, "inf-cl"),
+        "cut-cross-entropy": _linear(_cut_cross_entropy, "cut-cross-entropy", FILTERED),
+        "Liger": _linear(_liger, "liger-kernel"),
     },
     "byol": {
         "eager": _plain(eager_byol),
         "compile": _compiled(eager_byol),
-        "lightly": Rival(_lightly_byol, "lightly", "NegativeCosineSimilarity, scaled"),
+        "lightly": Baseline(_lightly_byol, "lightly", "NegativeCosineSimilarity, scaled"),
     },
     "ema": {
-        "foreach_lerp": Rival(_foreach_lerp),
+        "foreach_lerp": Baseline(_foreach_lerp),
         "loop": _plain(loop_of_lerp, note="target.lerp_(source.float()), tensor by tensor"),
         "compile": _compiled(loop_of_lerp, note="of the loop"),
-        "lightly": Rival(_lightly_ema, "lightly", "update_momentum"),
-        "timm": Rival(_timm, "timm", "ModelEmaV3"),
-        "swa_utils": Rival(_swa_utils, note="AveragedModel, get_ema_multi_avg_fn", waits=True),
+        "lightly": _averaged(_lightly_ema, "lightly", "update_momentum"),
+        "timm": _averaged(_timm, "timm", "ModelEmaV3"),
+        "swa_utils": _averaged(_swa_utils, None, "AveragedModel, get_ema_multi_avg_fn"),
     },
 }
-"""The rivals of each operation, by the name that results and ``--vs`` use."""
+"""The baselines of each operation, by the name that results and ``--vs`` use."""
 
 EAGER_EMA = ("foreach_lerp", "loop")
 """The two ways to write the moving average that ``--vs eager`` means."""
+
+
+def named(op, word):
+    """Return the baselines that a word of ``--vs`` means: one, several of one package, or "all"."""
+    if op == "ema" and word == "eager":
+        return list(EAGER_EMA)
+    return [name for name in BASELINES[op] if word == "all" or f"{name.lower()} ".startswith(f"{word} ")]
 
 
 def impl_name(impl):
@@ -247,18 +251,18 @@ def impl_name(impl):
 
 
 def impl_of(name):
-    """Return the implementation of a column of ours, or None for a rival's column."""
+    """Return the implementation of a column of ours, or None for a baseline's column."""
     return "auto" if name == OURS else name[6:-1] if name.startswith("impl='") else None
 
 
-def find(op, name) -> Rival:
-    """Return the rival of a column; a name ``MODULE:CALLABLE`` is a user's own function of the inputs."""
+def find(op, name) -> Baseline:
+    """Return the baseline of a column; a name ``MODULE:CALLABLE`` is a user's own function of the inputs."""
     if impl_of(name):
-        return Rival(functools.partial(_ours, impl_of(name)))
-    if name in RIVALS[op]:
-        return RIVALS[op][name]
+        return Baseline(functools.partial(_ours, impl_of(name)))
+    if name in BASELINES[op]:
+        return BASELINES[op][name]
     module, _, attribute = name.partition(":")
-    return Rival(lambda case, inputs: getattr(importlib.import_module(module), attribute))
+    return Baseline(lambda case, inputs: getattr(importlib.import_module(module), attribute))
 
 
 def _ours(impl, case, inputs):
@@ -273,13 +277,15 @@ def _ours(impl, case, inputs):
 
 def load(case, name, inputs):
     """Return ``(function of the inputs, None)``, or ``(None, why there is none)``."""
-    rival = find(case.op, name)
+    baseline = find(case.op, name)
     try:
-        return rival.make(case, inputs), None
+        return baseline.make(case, inputs), None
     except ImportError as error:
-        advice = f" (pip install {rival.package})" if isinstance(error, ModuleNotFoundError) and rival.package else ""
+        advice = (
+            f" (pip install {baseline.package})" if isinstance(error, ModuleNotFoundError) and baseline.package else ""
+        )
         return None, f"absent: {error}{advice}"
-    except Exception as error:  # a peer that fails while it is imported does not hide the others
+    except Exception as error:  # a baseline that fails while it is imported does not hide the others
         return None, reason_of(error)
 
 
