@@ -99,19 +99,21 @@ def run(job: Job) -> list[dict]:
     dtype, matmul = PRECISIONS[job.precision]
     before = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
     torch.set_float32_matmul_precision(matmul)
-    rows = {}
+    named = []
+
+    def wanted(kernel):
+        return every or kernel in machine_code.MATRIX_KERNELS
+
     try:
-        for case, every in job.cases():
-            wanted = (lambda kernel: True) if every else machine_code.MATRIX_KERNELS.__contains__
-            with machine_code.recording(job.architecture, wanted) as launches:
+        with machine_code.recording(job.architecture, wanted) as launches:
+            for case, every in job.cases():  # noqa: B007 (`wanted` reads it)
                 torch.use_deterministic_algorithms(case.deterministic)
                 call(case, job.dim, dtype)
-            for launch in launches:
-                rows.setdefault(launch.key, row(job, case.name, launch))
+                named += [case.name] * (len(launches) - len(named))
     finally:
         torch.set_float32_matmul_precision(before[0])
         torch.use_deterministic_algorithms(before[1])
-    return list(rows.values())
+    return [row(job, name, launch) for name, launch in zip(named, launches, strict=True)]
 
 
 def call(case, dim, dtype):

@@ -20,6 +20,7 @@ import pytest
 import torch
 from helpers import EXTENSION_REQUIRED, IMPLS
 from profile_cases import CountedTime
+from ranks import Ranks
 
 from selfsup_kernels import byol, info_nce
 from selfsup_kernels.core import backends
@@ -101,6 +102,14 @@ def each_impl(request, monkeypatch):
 def _without_autograd(monkeypatch):
     for loss in (byol, info_nce):
         monkeypatch.setattr(loss.reference, "takes", lambda *_: False)
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    """Two processes that form a group, for all modules that need no more: most of what they take is their start."""
+    processes = Ranks(2)
+    yield processes
+    processes.close()
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import randn
-from ranks import Ranks
 from torch import nn
 from torch.distributed.algorithms.join import Join
 from torch.distributed.device_mesh import DeviceMesh
@@ -21,13 +20,6 @@ from torch.utils.checkpoint import checkpoint
 import selfsup_kernels as sk
 
 SAMPLES = 11
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    processes = Ranks(2)
-    yield processes
-    processes.close()
 
 
 def tower(inside, seed):

@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from helpers import randn
-from ranks import Ranks
 
 from selfsup_kernels.compat import open_clip, sentence_transformers, simcse, solo
 
@@ -16,13 +15,6 @@ UNEVEN, EVEN = (7, 4), (5, 5)
 WEIGHTS = (1.0, 1.5)
 """Each rank's factor for its loss, which reveals a gradient that omits the other rank's loss."""
 INDEXES = torch.tensor([3, 1, 3, 2, 0, 0, 1, 1, 2, 3])
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    processes = Ranks(2)
-    yield processes
-    processes.close()
 
 
 def own(rank, sizes, tensor):

@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import assert_within, randn
-from ranks import Ranks
 from torch import nn
 
 import selfsup_kernels as sk
@@ -26,13 +25,6 @@ from selfsup_kernels.core import validate
 
 VIEWS = randn(2, 10, 5, dtype=torch.float64)
 SIZES = (7, 3)
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    processes = Ranks(2)
-    yield processes
-    processes.close()
 
 
 def own(tensor, dim=1):

@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from helpers import randn
-from ranks import Ranks
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
@@ -16,13 +15,6 @@ from torch.nn.parallel import DistributedDataParallel
 import selfsup_kernels as sk
 
 SIZES = (7, 4)
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    processes = Ranks(2)
-    yield processes
-    processes.close()
 
 
 def own(group, views):

@@ -9,7 +9,6 @@ import copy
 import pytest
 import torch
 from helpers import randn
-from ranks import Ranks
 from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
@@ -17,13 +16,6 @@ import selfsup_kernels as sk
 
 OURS = {"SGD": sk.optim.SGD, "LARS": sk.optim.LARS, "AdamW": sk.optim.AdamW}
 REFUSED = "ema: expected a model whose parameters with a gradient are all of this optimizer"
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    processes = Ranks(2)
-    yield processes
-    processes.close()
 
 
 def network():

@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import assert_within, randn, run
-from ranks import Ranks
 from torch import nn
 
 import selfsup_kernels as sk
@@ -16,13 +15,6 @@ from selfsup_kernels import spec
 from selfsup_kernels.compat import open_clip
 
 VIEWS = randn(2, 8, 5, dtype=torch.float64)
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    processes = Ranks(2)
-    yield processes
-    processes.close()
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)])

@@ -129,7 +129,8 @@ def target_flags(architectures) -> list[str]:
 
 
 def sources() -> list[Path]:
-    return sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    # Backwards: optim.cu takes longest, and must not begin when the others are done.
+    return sorted((ROOT / "csrc" / "cuda").glob("*.cu"), reverse=True)
 
 
 def prepare(torch_version: str, torch_cuda: str | None, force: bool) -> Toolkit:

@@ -109,14 +109,15 @@ def _driver(architecture):
 @contextlib.contextmanager
 def recording(architecture: int, wanted: Callable[[str], bool] = lambda kernel: True):
     """Let launchers compile for ``architecture`` and launch nothing. Yields a list that fills with one
-    :class:`Launch` for every kernel that is ``wanted`` and that differs from those before it."""
-    launches, keys = [], set()
+    :class:`Launch` for every kernel that is ``wanted`` and that differs from those before it. Their machine code is
+    read at the end, together."""
+    launches, compiled = [], {}
 
     def record(kernel, grid, *args, **options):
         if wanted(kernel.__name__):
-            launch = compile_kernel(kernel, grid, *args, **options)
-            if launch.key not in keys:
-                keys.add(launch.key)
+            launch, result = compile_kernel(kernel, grid, *args, **options)
+            if launch.key not in compiled:
+                compiled[launch.key] = result
                 launches.append(launch)
 
     launchers = {
@@ -136,11 +137,13 @@ def recording(architecture: int, wanted: Callable[[str], bool] = lambda kernel: 
             yield launches
     finally:
         torch.utils.deterministic.fill_uninitialized_memory = fill
+    codes = read([result for result in compiled.values() if result is not None], architecture)
+    launches[:] = [launch._replace(code=codes.get(launch.key)) for launch in launches]
 
 
-def compile_kernel(kernel, grid, *args, **options) -> Launch:
-    """Compile for the active driver's architecture, and read. A kernel that does not compile is a result, not an
-    exception."""
+def compile_kernel(kernel, grid, *args, **options):
+    """Compile for the active driver's architecture. Return the launch, without its code, and what Triton returns. A
+    kernel that does not compile is a result, not an exception: a launch with an error, and None."""
     own = {name: value for name, value in options.items() if name in kernel.arg_names}
     others = {name: value for name, value in options.items() if name not in own}
     constants = {}
@@ -149,29 +152,34 @@ def compile_kernel(kernel, grid, *args, **options) -> Launch:
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # where ptxas refuses, Triton prints the whole listing
             compiled = kernel.warmup(*args, grid=grid, **options)
-        return Launch(kernel.__name__, constants, others, compiled.hash, read(compiled), None)
+        return Launch(kernel.__name__, constants, others, compiled.hash, None, None), compiled
     except Exception as error:  # a compiler fails in many ways
         refused = re.search(r"ptxas (?:fatal|error)\s*: .*", str(error))
         text = refused[0] if refused else " ".join(str(error).split())[-200:]  # the reason comes last, after the place
         text = f"{type(error).__name__}: {text}"
-        return Launch(kernel.__name__, constants, others, f"{kernel.__name__} {options} {text}", None, text)
+        return Launch(kernel.__name__, constants, others, f"{kernel.__name__} {options} {text}", None, text), None
 
 
-def read(compiled) -> Code:
-    """Read the machine code. The result is kept in Triton's cache: disassembling takes as long as finding a compiled
-    kernel there."""
-    manager = get_cache_manager(hashlib.sha256(f"{compiled.hash} machine code 4".encode()).hexdigest())
-    if kept := manager.get_file("code.json"):
-        return Code(**json.loads(Path(kept).read_text()))
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        (usage,) = sass.usage_of(sass.dump("-res-usage", file.name)).values()
-        (counts,) = sass.counts_of(sass.dump("-sass", file.name).splitlines()).values()
-    shared, columns = compiled.metadata.shared + usage.shared, getattr(compiled.metadata, "tmem_size", 0) or 0
-    code = Code(usage.registers, usage.stack, shared, columns, dict(counts))
-    manager.put(json.dumps(code._asdict()), "code.json", binary=False)
-    return code
+def read(compiled, architecture: int) -> dict[str, Code]:
+    """Read the machine code of compiled kernels, by hash. What was read is kept in Triton's cache: even together, they
+    take longer to disassemble than to find there."""
+    codes, unread = {}, []
+    for kernel in compiled:
+        manager = get_cache_manager(hashlib.sha256(f"{kernel.hash} machine code 4".encode()).hexdigest())
+        if kept := manager.get_file("code.json"):
+            codes[kernel.hash] = Code(**json.loads(Path(kept).read_text()))
+        else:
+            unread.append((kernel, manager))
+    counted = sass.counts_of_cubins([kernel.asm["cubin"] for kernel, _ in unread], architecture)
+    for (kernel, manager), counts in zip(unread, counted, strict=True):
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(kernel.asm["cubin"])
+            file.flush()
+            (usage,) = sass.usage_of(sass.dump("-res-usage", file.name)).values()
+        shared, columns = kernel.metadata.shared + usage.shared, getattr(kernel.metadata, "tmem_size", 0) or 0
+        code = codes[kernel.hash] = Code(usage.registers, usage.stack, shared, columns, dict(counts))
+        manager.put(json.dumps(code._asdict()), "code.json", binary=False)
+    return codes
 
 
 def occupancy(code: Code, warps: int, architecture: int) -> int:

@@ -3,11 +3,13 @@ it. Without one, Triton's kernels run in its interpreter (TRITON_INTERPRET=1) an
 (SELFSUP_KERNELS_CUDA_EMULATOR=LIBRARY), on CPU tensors.
 
 Both are slow, so such runs are small. Triton's interpreter, which interpreter16.py corrects for bfloat16, runs a
-selection of InfoNCE's 16-bit cases, in which each test meets each dtype and most paths (the fixture `path`). With
+selection of InfoNCE's cases: any two values of a test's parameters meet in float32, with the paths (the fixture
+`path`) among the parameters, and in 16 bits each test meets each dtype and most paths. With
 SELFSUP_KERNELS_EVERY_CASE=1 it runs all cases and the long tests. Tests that need a real GPU are marked `cuda`.
 """
 
 import collections
+import itertools
 import os
 import sys
 import tempfile
@@ -66,21 +68,46 @@ def pytest_collection_modifyitems(items):
 
 
 def in_turn(items):
-    """Select 16-bit cases: keep one combination of path and dtype per case of a test, a different one for each case. If
-    a test has few cases, keep two combinations per case, one for each dtype."""
-    tests = collections.defaultdict(lambda: collections.defaultdict(list))
+    """Select cases of the interpreted kernels' tests.
+
+    In 16 bits: keep one combination of path and dtype per case of a test, a different one for each case. If a test has
+    few cases, keep two combinations per case, one for each dtype. In float32: keep enough cases that any two values of
+    the test's parameters, the path among them, occur together.
+    """
+    low = collections.defaultdict(lambda: collections.defaultdict(list))
+    exact = collections.defaultdict(list)
     for item in items:
         given = dict(item.callspec.params) if hasattr(item, "callspec") else {}
-        if given.get("dtype") in LOW_PRECISION and "path" in given:
+        if not given or getattr(item.module, "IMPL", None) != "triton":
+            continue
+        if given.get("dtype") in LOW_PRECISION:
+            if "path" not in given:
+                continue
             form = tiles.WAYS.index(given.pop("path")), LOW_PRECISION.index(given.pop("dtype"))
-            tests[item.path, item.originalname][str(given)].append((form, item))
-    for cases in tests.values():
+            low[item.path, item.originalname][str(given)].append((form, item))
+        else:
+            exact[item.path, item.originalname].append(item)
+    kept = {item for cases in exact.values() for item in covering(cases)}
+    for cases in low.values():
         for number, case in enumerate(cases.values()):
             forms = [item for _, item in sorted(case, key=lambda pair: pair[0])]
-            kept = [number] if len(cases) >= len(forms) else [number, number + 3]
-            for item in forms:
-                if item not in [forms[k % len(forms)] for k in kept]:
-                    item.add_marker(pytest.mark.skip(reason="left to SELFSUP_KERNELS_EVERY_CASE=1"))
+            turns = [number] if len(cases) >= len(forms) else [number, number + 3]
+            kept |= {forms[k % len(forms)] for k in turns}
+    thinned = [*itertools.chain(*exact.values()), *(i for cases in low.values() for c in cases.values() for _, i in c)]
+    for item in thinned:
+        if item not in kept:
+            item.add_marker(pytest.mark.skip(reason="left to SELFSUP_KERNELS_EVERY_CASE=1"))
+
+
+def covering(items):
+    """Choose cases until each two values that are in some case together are in a chosen one; always the case that adds
+    most of them."""
+    pairs = {item: set(itertools.combinations(sorted(map(str, item.callspec.params.items())), 2)) for item in items}
+    missing, chosen = set().union(*pairs.values()), []
+    while missing:
+        chosen.append(max(items, key=lambda item: len(pairs[item] & missing)))
+        missing -= pairs[chosen[-1]]
+    return chosen or items
 
 
 @pytest.fixture

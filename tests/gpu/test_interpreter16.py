@@ -53,6 +53,12 @@ def reduction_kernel(x, out, N: tl.constexpr):
     tl.store(out, tl.sum(tl.load(x + tl.arange(0, N)), 0))
 
 
+@triton.jit
+def sum_kernel(x, out, N: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(out + i, tl.load(x + i) + tl.load(x + i))
+
+
 @pytest.mark.parametrize("rounded", [False, True])
 @pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
 def test_a_dot_is_exact_products_added_in_float32(device, dtype, rounded):
@@ -135,6 +141,16 @@ def test_the_rounding_is_that_of_torch():
 def test_reductions_in_16_bits_are_refused(device, dtype):
     with pytest.raises(InterpreterError, match="reductions and scans in 16 bits"):
         reduction_kernel[(1,)](torch.ones(32, dtype=dtype), torch.zeros(1, dtype=dtype), 32)
+
+
+@interpreted
+def test_integers_that_overflow_are_refused(device):
+    for most in ((1 << 30) - 1, -(1 << 30)):
+        x, out = torch.tensor([1, most], dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
+        sum_kernel[(1,)](x, out, 2)
+        assert torch.equal(out, 2 * x)
+        with pytest.raises(InterpreterError, match="int32 overflows in add"):
+            sum_kernel[(1,)](x + x.sign(), out, 2)
 
 
 @interpreted

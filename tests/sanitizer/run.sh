@@ -45,12 +45,16 @@ expect overflow 1 "runtime error: signed integer overflow"
 "$python" -c 'from selfsup_kernels.core import backends, build
 assert build.record()["sanitized"] and str(build.PACKAGE).startswith("'"$tree"'"), build.PACKAGE
 assert backends.unavailable("cpu") is None, backends.unavailable("cpu")'
+# opcheck tests what is registered with PyTorch; gradcheck makes the same calls of the kernels.
+chosen="not reference and not opcheck"
+tests=$(grep -l "mark\.sanitize" tests/test_*.py) # the others are not even imported, which takes long here
+shared_out="-n logical --maxprocesses 8 --dist worksteal" # as in the Makefile
 # The widest instruction set runs all tests, narrower ones all except the slow random cases.
-"$python" -m pytest tests --ignore=tests/gpu -m sanitize -k "not reference" --durations=5
+"$python" -m pytest $tests -m sanitize -k "$chosen" $shared_out --durations=5
 for capability in avx2 default; do
   SELFSUP_KERNELS_CPU_CAPABILITY=$capability \
-    "$python" -m pytest tests --ignore=tests/gpu -m sanitize -k "not reference" --ignore=tests/test_properties.py --ignore=tests/test_ops.py
+    "$python" -m pytest $tests -m sanitize -k "$chosen and not test_properties and not test_ops" $shared_out
 done
 # Leaves out the emulator's own tests, since some of their kernels write out of bounds on purpose.
 export SELFSUP_KERNELS_CUDA_EMULATOR=$emulator
-"$python" -m pytest tests/gpu/test_byol.py tests/gpu/test_ema.py tests/gpu/test_optim.py --durations=5
+"$python" -m pytest tests/gpu/test_byol.py tests/gpu/test_ema.py tests/gpu/test_optim.py $shared_out --durations=5
