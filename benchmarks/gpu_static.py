@@ -53,7 +53,7 @@ class Case(NamedTuple):
 
     name: str
     arguments: dict
-    """Of ``info_nce_loss``; tensors are made for those that are True."""
+    """Arguments of ``info_nce_loss``; True stands for a tensor that is made."""
     deterministic: bool = False
     views: int = 2
     rows: int = LARGE
@@ -71,7 +71,7 @@ ONCE = (
     # The slowest to compile: the tables have a column for each of nine, the copies a branch for each of eight views.
     Case("8 views, core, queue, scores", SCORES | {"objective": "pairwise", "reduction": "sum"}, views=8),
 )
-"""What hardly depends on architecture or width."""
+"""Cases that hardly depend on the architecture or the width."""
 
 
 class Job(NamedTuple):

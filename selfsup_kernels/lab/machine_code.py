@@ -30,15 +30,15 @@ from selfsup_kernels.tiles import launcher
 
 
 class Resources(NamedTuple):
-    """What a multiprocessor has (CUDA C++ Programming Guide, technical specifications per compute capability)."""
+    """The resources of an SM (CUDA C++ Programming Guide, technical specifications per compute capability)."""
 
     block_shared: int
     """Bytes of shared memory that one program may have."""
     shared: int
     threads: int
     programs: int
-    processors: int
-    """Multiprocessors of the most common data-centre part; launchers size their grids by it."""
+    sms: int
+    """SMs of the most common data-centre part, by which launchers size their grids."""
 
 
 KB = 1024
@@ -123,7 +123,7 @@ def recording(architecture: int, wanted: Callable[[str], bool] = lambda kernel: 
     launchers = {
         "launch": record,
         "arch_of": lambda tensor: architecture,
-        "processors_of": lambda tensor: RESOURCES[architecture].processors,
+        "sms_of": lambda tensor: RESOURCES[architecture].sms,
     }
     fill = torch.utils.deterministic.fill_uninitialized_memory
     # The workspaces of a large call are never written to: filling them would be all the time this takes.

@@ -75,7 +75,7 @@ class Tile(NamedTuple):
     PRECISION: str
     """``input_precision`` of ``tl.dot``."""
     FACTOR: float
-    """What tiles of the gradient are multiplied by (:func:`selfsup_kernels.tiles.layout.half_factor`)."""
+    """The factor of tiles of the gradient (:func:`selfsup_kernels.tiles.layout.half_factor`)."""
 
 
 class RowTile(NamedTuple):
@@ -99,7 +99,7 @@ class Scale(NamedTuple):
     factor: float
     """1 / temperature."""
     reference: float
-    """What is subtracted from a score before the exponential."""
+    """Subtracted from a score before the exponential."""
 
 
 class Block(NamedTuple):

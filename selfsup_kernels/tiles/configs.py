@@ -53,7 +53,7 @@ def width_of(dim: int) -> str:
 
 
 def precision_of(dtype: torch.dtype) -> str:
-    """What float32 products may lose, as PyTorch's own: nothing, or (at "high" and "medium") all beyond TF32. Three
+    """Return the precision of float32 products, by PyTorch's own setting: full, or ("high", "medium") TF32. Three
     TF32 products make one of float32's precision, faster than the units that have no matrices."""
     if dtype != torch.float32:
         return "ieee"  # products of 16-bit numbers are exact in float32 anyway

@@ -2,7 +2,7 @@
 
 A program owns a block of rows, visits all columns, and makes the scores, G and the product with the columns' rows on
 the way: no two programs add to one sum, and the bits are the same every time. Rows too long for the accumulator go in
-waves (``info_nce_waves``).
+waves (:mod:`selfsup_kernels.tiles.waves`).
 """
 
 from typing import NamedTuple
@@ -17,16 +17,16 @@ from selfsup_kernels.tiles.tile import SLOW, load_tile, negatives_meet, score_re
 from selfsup_kernels.tiles.waves import in_waves
 
 MOST_COLUMNS = 65536
-"""Of one launch. Tensor cores cut off what they add up: of numbers of one sign the sum loses 4e-9 of itself for each
-column (tests/test_accumulators.py simulates it). So sums over more columns are made by several launches, and added up
-in float32."""
+"""The columns of one launch, at most. Tensor cores truncate when they add: a sum of numbers of one sign loses 4e-9 of
+itself per column (tests/test_accumulators.py simulates it). So several launches sum over more columns, and their sums
+are added in float32."""
 
 
 class Work(NamedTuple):
     """One launch's part of the sums, and where it writes them."""
 
     shares: int
-    """How many programs share the columns of a block of rows."""
+    """The number of programs that share the columns of a block of rows."""
     slot: int
     """The first slot of ``partial`` for pairs of the batch."""
     queue_slot: int
@@ -125,12 +125,12 @@ def gradient(layout, saved, upstream, factor, precision):
         return layout.views * layout.own_blocks(config.block_m)[1]
 
     def shares(config):
-        """How many programs share the columns of a block: several where few rows would leave SMs idle."""
-        programs = config.programs * launcher.processors_of(stored)
+        """Return how many programs share the columns of a block: several if few rows would leave SMs idle."""
+        programs = config.programs * launcher.sms_of(stored)
         return max(1, min(launcher.cdiv(layout.batch, config.block_n), programs // blocks(config)))
 
     tiles = blocks(clean) * layout.views * launcher.cdiv(layout.batch, clean.block_n)
-    if tiles < launcher.MANY_TILES * clean.programs * launcher.processors_of(stored):
+    if tiles < launcher.MANY_TILES * clean.programs * launcher.sms_of(stored):
         # Few tiles take one launch with masks. Of many tiles only a small share needs masks.
         splits = shares(masked)
         parts = (("all", masked, splits, 0, splits),)

@@ -1,4 +1,4 @@
-"""What every launcher shares: the one call that starts a kernel, the device it starts on, the interpreter's rules."""
+"""Code that all launchers share: the one call that starts a kernel, the device it starts on, tensor descriptors."""
 
 import contextlib
 import functools
@@ -21,28 +21,27 @@ def launch(kernel, grid, *args, **options):
 
 
 def on_device_of(tensor):
-    """A context in which ``tensor``'s device is the current one: Triton launches on that, and on its current stream."""
+    """Return a context in which ``tensor``'s device is current: Triton launches on the current device and stream."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
 def empty(shape, dtype, device):
-    """Memory that a kernel is about to write. All that these launchers hand to a kernel comes from here, so that tests
-    can put a fence behind it."""
+    """Allocate memory that a kernel writes. All of it comes from here, so that tests can put a fence behind it."""
     return torch.empty(shape, dtype=dtype, device=device)
 
 
 def cdiv(a: int, b: int) -> int:
-    """``triton.cdiv`` for the host, where that one goes through what lets kernels call it, at every launch."""
+    """``triton.cdiv`` for the host: Triton's own takes longer, since kernels can call it too."""
     return -(-a // b)
 
 
 def next_power_of_2(n: int) -> int:
-    """As ``cdiv``, of ``triton.next_power_of_2``; ``n`` is positive."""
+    """``triton.next_power_of_2`` for the host; ``n`` is positive."""
     return 1 << (n - 1).bit_length()
 
 
 MANY_TILES = 16
-"""Tiles for each resident program from which on those without masks have a launch of their own."""
+"""From this many tiles per resident program on, tiles without masks have a launch of their own."""
 
 
 def deterministic() -> bool:
@@ -51,7 +50,7 @@ def deterministic() -> bool:
 
 @functools.cache
 def architecture(index: int) -> int:
-    """The compute capability of a CUDA device as one number: 90 for 9.0."""
+    """Return the compute capability of a CUDA device as one number: 90 for 9.0."""
     major, minor = torch.cuda.get_device_capability(index)
     return 10 * major + minor
 
@@ -62,16 +61,16 @@ def multiprocessors(index: int) -> int:
 
 
 def arch_of(tensor) -> int:
-    """The architecture that the kernels of ``tensor`` run on; the interpreter stands for the newest Hopper."""
+    """Return the architecture that kernels on ``tensor`` run on; the interpreter counts as Hopper."""
     return architecture(tensor.device.index) if tensor.is_cuda else 90
 
 
-def processors_of(tensor) -> int:
+def sms_of(tensor) -> int:
     return multiprocessors(tensor.device.index) if tensor.is_cuda else 4
 
 
 def tile_sources(stored, config):
-    """The stored rows as the kernels take them for blocks of ``block_m`` and of ``block_n`` rows: two tensor
+    """Return the stored rows as kernels take them, for blocks of ``block_m`` and of ``block_n`` rows: two tensor
     descriptors, or the tensor itself twice."""
     if not config.descriptor:
         return stored, stored
@@ -80,7 +79,8 @@ def tile_sources(stored, config):
 
 
 def product_sources(left, right, config):
-    """As ``tile_sources``, for a product: blocks (block_m, block_k) of ``left`` and (block_k, block_n) of ``right``."""
+    """Return the operands of a product as kernels take them, in blocks (block_m, block_k) of ``left`` and
+    (block_k, block_n) of ``right``."""
     if not config.descriptor:
         return left, right
     shapes = ([config.block_m, config.block_k], [config.block_k, config.block_n])

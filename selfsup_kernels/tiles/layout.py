@@ -1,4 +1,4 @@
-"""Where the rows of an InfoNCE call lie in a GPU's memory, and what the launchers prepare with PyTorch's operators."""
+"""The places of a call's rows in GPU memory, and the tables that launchers prepare with PyTorch's operators."""
 
 import torch
 
@@ -11,14 +11,14 @@ into the next view."""
 
 
 class Layout:
-    """Where the rows of a call lie. With labels all views form one, sorted by class, and ``views`` is 1."""
+    """The places of a call's rows. With labels all views form one, sorted by class, and ``views`` is 1."""
 
     def __init__(self, call: Call):
         self.call = call
 
     @property
     def partial(self):
-        """Whether tables and gradient are computed for a part of the rows. With labels a process computes all of them:
+        """True if tables and gradient are computed for a part of the rows. With labels a process computes all of them:
         its rows are spread over the classes."""
         return self.call.own < self.call.batch and not self.call.labelled
 
@@ -96,13 +96,13 @@ def sort_by_class(layout, labels):
 
 
 def takes_tf32(dtype):
-    """Whether float32 products may use TF32, as PyTorch's settings say. (``set_float32_matmul_precision`` writes this
+    """Return whether PyTorch's settings allow TF32 in float32 products. (``set_float32_matmul_precision`` writes this
     setting too, but its getter raises after the newer one was used.)"""
     return dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def half_factor(dtype):
-    """The factor by which float16 tiles of G are multiplied. |G| is at most 2 relative to the largest upstream
+    """Return the factor of tiles of G in float16. |G| is at most 2 relative to the largest upstream
     gradient, so nothing overflows, and values down to 4e-12 survive. bfloat16 has the range of float32 and needs no
     factor."""
     return 16384.0 if dtype == torch.float16 else 1.0

@@ -28,13 +28,13 @@ from selfsup_kernels.tiles.tile import (
 
 
 class Work(NamedTuple):
-    """How one launch divides the tiles among its programs."""
+    """The division of the tiles among the programs of one launch."""
 
     items: int
     chunk: int
     """Blocks that stream past one block that stays, in one item."""
     first_block: int
-    """Of this process, in each view."""
+    """Blocks of this process in each view."""
     own_blocks: int
 
 
@@ -53,7 +53,7 @@ class Item(NamedTuple):
     start: int
     """The first offset on the circle."""
     steps: int
-    """How many offsets follow, without those that are skipped."""
+    """The number of offsets that follow, without those that are skipped."""
     skip: int
     """The first offset that is skipped, and how many are."""
     skipped: int
@@ -235,7 +235,7 @@ def pair_sums(layout, saved, sums, precision):
     clean, masked = (
         configs.lookup(k, launcher.arch_of(stored), stored.dtype, layout.stride) for k in ("sums", "masked_sums")
     )
-    processors = launcher.processors_of(stored)
+    sms = launcher.sms_of(stored)
     deterministic = launcher.deterministic()
     symmetric = not (deterministic or layout.partial)
     pairs = layout.views * (layout.views - 1) // 2 if call.core_view < 0 else layout.views - 1
@@ -251,13 +251,13 @@ def pair_sums(layout, saved, sums, precision):
         return n * (own * (n // 2 + 1) + pairs * n + layout.views * q)
 
     # Few tiles take one launch with masks. Of many tiles only a small share needs masks.
-    many = not deterministic and tiles(clean) >= launcher.MANY_TILES * processors * clean.programs
+    many = not deterministic and tiles(clean) >= launcher.MANY_TILES * sms * clean.programs
     for part, config in (("clean", clean), ("masked", masked)) if many else (("all", masked),):
         circle = clean if many else config  # both launches divide the work along the same blocks
         configs.check_divides("sums", circle, config)
         n, q = blocks(circle)
         first_block, own_blocks = layout.own_blocks(circle.block_n)
-        programs = processors * config.programs
+        programs = sms * config.programs
         # Long enough to load a block of rows once for many tiles, short enough for eight rounds of work per program. In
         # the masked part nearly all items are empty, and finding that out takes loads and divisions: so fewer items,
         # but enough that several programs share the last block's row, which is masked throughout.

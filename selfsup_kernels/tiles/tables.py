@@ -30,7 +30,7 @@ class Anchors(NamedTuple):
 
     row: int
     own: int
-    """What their negatives differ in: the sample, with labels the class."""
+    """The sample of each row, with labels its class: negatives differ in it."""
     valid: bool
 
 

@@ -8,7 +8,7 @@ from selfsup_kernels.info_nce.objectives import Columns
 from selfsup_kernels.tiles.arguments import Scale
 
 OTHER = tl.constexpr(int(Columns.OTHER))
-"""Of ``Rules.columns``."""
+"""The value of ``Rules.columns`` for objectives without negatives in their own view."""
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -132,8 +132,8 @@ def sigmoid(x):
 
 @triton.jit
 def negatives_meet(u, v, is_queue, core_view, columns: tl.constexpr):
-    """Whether rows of view ``u`` have negatives in view ``v``, or in the queue: ``objectives.negative_views``, for
-    kernels."""
+    """Return whether rows of view ``u`` have negatives in view ``v``, or in the queue, as
+    ``objectives.negative_views`` does."""
     meets = (core_view < 0) | (u == v) | (u == core_view) | (v == core_view) | is_queue
     if columns == OTHER:
         meets = meets & (u != v)

@@ -88,7 +88,7 @@ def in_waves(layout, stored, tables, upstream, factor, precision):
     padded = max(layout.padded, layout.queue_padded)
     part_first, part_rows = layout.part
     # Enough rows for one tile of the product per SM.
-    filling = launcher.processors_of(stored) // launcher.cdiv(layout.stride, product.block_n) * product.block_m
+    filling = launcher.sms_of(stored) // launcher.cdiv(layout.stride, product.block_n) * product.block_m
     height, width = wave_shape(padded, part_rows, stored.element_size(), filling)
     partial = partial_sums(layout, 1, int(layout.call.queue_rows > 0), stored)
     workspace = launcher.empty((height, width), stored.dtype, stored.device)

@@ -169,7 +169,7 @@ def path(request, impl, monkeypatch):
     sums. "waves": no configuration fits the gradient's accumulator, so it goes through the workspace.
     """
     monkeypatch.setattr(configs, "_lookup", tiles.small(request.param))
-    monkeypatch.setattr(launcher, "processors_of", lambda tensor: 1000 if request.param == "all" else 1)
+    monkeypatch.setattr(launcher, "sms_of", lambda tensor: 1000 if request.param == "all" else 1)
     monkeypatch.setattr(launcher, "MANY_TILES", 0 if request.param == "clean+masked" else 16)
     monkeypatch.setattr(launcher, "deterministic", lambda: request.param == "all")
     return request.param

@@ -55,7 +55,7 @@ def named(given):
 def record(monkeypatch):
     launches = []
     monkeypatch.setattr(launcher, "launch", lambda kernel, grid, *a, **o: launches.append(Launch(kernel, grid, a, o)))
-    monkeypatch.setattr(launcher, "processors_of", lambda tensor: H200)
+    monkeypatch.setattr(launcher, "sms_of", lambda tensor: H200)
     monkeypatch.setattr(launcher, "arch_of", lambda tensor: 90)
     monkeypatch.setattr(launcher, "deterministic", lambda: False)
     return launches

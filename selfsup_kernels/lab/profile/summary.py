@@ -5,7 +5,7 @@ from statistics import fmean
 from selfsup_kernels.lab.profile import parts
 
 TOLERANCE = 0.05
-"""How far the named parts may be from a step without marks before the summary warns."""
+"""The relative difference of the named parts from a step without marks above which the summary warns."""
 
 
 def faster(values, key=None) -> list:

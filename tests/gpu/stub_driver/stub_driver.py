@@ -248,7 +248,7 @@ def install(folder: Path) -> Stub:
 
     runtime.set_active(Driver())
     launcher.arch_of = lambda tensor: 90
-    launcher.processors_of = lambda tensor: machine_code.RESOURCES[90].processors
+    launcher.sms_of = lambda tensor: machine_code.RESOURCES[90].sms
     backends.select = lambda impl, *_, **__: "triton"
     return stub
 
