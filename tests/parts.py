@@ -13,7 +13,7 @@ def in_parts(impl, views, sizes, temperature, upstream, objective, labels=None, 
     """Return (losses (V, B), gradients of the views and the temperature); process r has ``sizes[r]`` samples."""
     call = info_nce_call(views, labels, queue, objective, core, normalize, temperature=temperature)
     calls = [call._replace(first=sum(sizes[:r]), count=size) for r, size in enumerate(sizes)]
-    forward, backward = (ops.get(f"info_nce_{way}", impl) for way in ("forward", "backward"))
+    forward, backward = (ops.overload(f"info_nce_{way}", impl) for way in ("forward", "backward"))
     results = [forward(list(views.unbind(0)), labels, queue, None, *call) for call in calls]
     saved = [Saved(*tables) for _, *tables in results]
     rows = torch.cat([exchange.own_rows(*pair) for pair in zip(saved, calls, strict=True)], 1)

@@ -131,7 +131,7 @@ def test_nothing_to_do(impl):
         assert torch.equal(same, torch.tensor([1.0, math.inf, 3.0]))
     assert torch.equal(other, torch.tensor([0.875] * 3))
     # During tracing, only the op itself can detect that a source is its destination.
-    ops.get("ema_update_", impl)([same], [same.view(3)], None, 0.5, None)
+    ops.overload("ema_update_", impl)([same], [same.view(3)], None, 0.5, None)
     assert torch.equal(same, torch.tensor([1.0, math.inf, 3.0]))
 
 

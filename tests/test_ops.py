@@ -5,7 +5,7 @@ import torch
 from helpers import LOW_PRECISION, info_nce_call, randn
 
 from selfsup_kernels import byol_loss, info_nce_loss
-from selfsup_kernels.core import backends, ops
+from selfsup_kernels.core import ops
 from selfsup_kernels.info_nce.objectives import LABEL_OBJECTIVES, OBJECTIVES
 
 pytestmark = pytest.mark.sanitize
@@ -53,13 +53,13 @@ def test_every_op_is_tested_here():
 @pytest.mark.parametrize("form", FORMS)
 def test_opcheck_info_nce(impl, form, dtype):
     arguments = info_nce_arguments(form, dtype)
-    forward = backends.op("info_nce_forward", impl)
+    forward = ops.overload("info_nce_forward", impl)
     torch.library.opcheck(forward, arguments, test_utils=UTILS)
 
     _, labels, _, _, *call = arguments
     loss, *saved = forward(*arguments)
     backward = (torch.ones_like(loss), *saved, labels, *call, True, dtype)
-    torch.library.opcheck(backends.op("info_nce_backward", impl), backward, test_utils=UTILS)
+    torch.library.opcheck(ops.overload("info_nce_backward", impl), backward, test_utils=UTILS)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -67,11 +67,11 @@ def test_opcheck_info_nce(impl, form, dtype):
 @pytest.mark.parametrize("reduction", range(len(ops.REDUCTIONS)))
 def test_opcheck_byol(impl, reduction, num_views, dtype):
     p, t = (list(randn(num_views, 5, 4, dtype=dtype, seed=seed).unbind(0)) for seed in (0, 1))
-    forward = backends.op("byol_forward", impl)
+    forward = ops.overload("byol_forward", impl)
     torch.library.opcheck(forward, (p, t, 1e-12, reduction), test_utils=UTILS)
     loss, stats = forward(p, t, 1e-12, reduction)
     arguments = (torch.ones_like(loss), p, t, stats, reduction)
-    torch.library.opcheck(backends.op("byol_backward", impl), arguments, test_utils=UTILS)
+    torch.library.opcheck(ops.overload("byol_backward", impl), arguments, test_utils=UTILS)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -82,7 +82,7 @@ def test_opcheck_ema(impl, form, dtype):
     momentum = torch.tensor(0.9) if form == "tensor momentum" else None
     seed = torch.tensor(3) if form == "stochastic" else None
     arguments = (targets, sources, momentum, 0.0 if momentum is not None else 0.9, seed)
-    torch.library.opcheck(backends.op("ema_update_", impl), arguments, test_utils=UTILS)
+    torch.library.opcheck(ops.overload("ema_update_", impl), arguments, test_utils=UTILS)
 
 
 @pytest.mark.parametrize("num_views", [2, 3])

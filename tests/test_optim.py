@@ -11,7 +11,7 @@ from optim_cases import CASE_IDS, CASES, Weights, average_of, compare, distance,
 from torch import nn
 
 import selfsup_kernels as sk
-from selfsup_kernels.core import backends
+from selfsup_kernels.core import backends, ops
 
 PAIRS = [(sk.optim.SGD, torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}), (sk.optim.AdamW, torch.optim.AdamW, {})]
 PAIRS_IDS = ["SGD", "AdamW"]
@@ -304,12 +304,12 @@ def test_opcheck(impl, name):
     else:
         arguments = (params, grads, one, [x.abs() for x in two], targets, *numbers, 3.0, 0.9, 0.99, 1e-8, 0.01, False)
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(backends.op(name, impl), arguments, test_utils=tests)
+    torch.library.opcheck(ops.overload(name, impl), arguments, test_utils=tests)
 
 
 @pytest.mark.skipif(backends.unavailable("cpu") is not None, reason="needs the C++ extension")
 def test_the_op_refuses_lists_that_do_not_fit():
-    op = backends.op("fused_sgd_", "cpu")
+    op = ops.overload("fused_sgd_", "cpu")
     x, rest = torch.zeros(3), (None, 0.1, None, 0.9, None, None, 0.0, 0.9, 0.0, False, False, False)
     for bad in (
         ([x], [], [x], [x]),

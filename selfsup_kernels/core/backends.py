@@ -187,8 +187,3 @@ def or_auto(impl: str, op: str) -> str:
     """Return ``impl`` if ``op`` has it, else ``"auto"``: for methods that run several ops with one ``impl``."""
     check.choice("impl", impl, CHOICES)
     return impl if impl in ops.impls_of(op) else "auto"
-
-
-def op(name: str, impl: str):
-    """Return the dispatcher op ``name`` of an implementation that :func:`select` returned."""
-    return ops.get(name, impl)

@@ -49,7 +49,7 @@ def define(
         chosen = fake[impl] if isinstance(fake, dict) else fake
         torch.library.register_fake(f"{NAMESPACE}::{name}.{impl}", chosen, lib=_library)
         if batched:
-            torch.library.register_vmap(f"{NAMESPACE}::{name}.{impl}", _loop(get(name, impl)), lib=_library)
+            torch.library.register_vmap(f"{NAMESPACE}::{name}.{impl}", _loop(overload(name, impl)), lib=_library)
     _library.impl(f"{name}.reference", reference, "CompositeExplicitAutograd")
     if launcher is not None:
         # For CPU tensors too, which Triton's interpreter takes in tests; `backends.select` rejects all others.
@@ -64,7 +64,7 @@ def impls_of(op: str) -> tuple[str, ...]:
     return ("reference", "cpu", gpu)
 
 
-def get(name: str, impl: str):
+def overload(name: str, impl: str):
     """Return the overload of the op ``name`` for ``impl``."""
     return getattr(getattr(getattr(torch.ops, NAMESPACE), name), impl)
 

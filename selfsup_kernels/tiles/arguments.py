@@ -5,8 +5,8 @@ compiled for. Numbers come one by one (``*layout.sizes``), and the kernel makes 
 numbers of a tuple argument on 1 and on multiples of 16 whatever ``do_not_specialize`` says, so that batches of 1, 64
 and 65 samples would compile three kernels.
 
-The fields of a constant are plain numbers in a kernel. An element of a shape and a bound of ``tl.static_range`` have to
-be constants with a name: ``BLOCK_M: tl.constexpr = tile.BLOCK_M``.
+The fields of a constant are plain numbers in a kernel. A shape or a bound of ``tl.static_range`` needs a named
+constant: ``BLOCK_M: tl.constexpr = tile.BLOCK_M``.
 """
 
 from typing import Any, NamedTuple
@@ -63,9 +63,10 @@ class Tile(NamedTuple):
     BLOCK_K: int
     """Numbers of a row that are loaded at a time."""
     SPAN_M: int
-    """Rows and columns of a tile of the launch without masks, multiples of this tile's: both launches divide the work
-    along the same lines."""
+    """BLOCK_M of the launch without masks, a multiple of this one's, so that both launches split the work at the same
+    rows."""
     SPAN_N: int
+    """Likewise BLOCK_N."""
     STRIDE: int
     """S, the numbers from one stored row to the next."""
     RESIDENT: bool
@@ -117,6 +118,5 @@ NOTHING = Saved(*[None] * len(Saved._fields))
 
 
 def only(saved: Saved, *names: str) -> Saved:
-    """``saved`` as a kernel takes it that needs these fields. The others are None: each pointer costs a launch a
-    microsecond."""
+    """Return ``saved`` with only these fields, the others None: each pointer makes a launch a microsecond longer."""
     return NOTHING._replace(**{name: getattr(saved, name) for name in names})

@@ -54,7 +54,7 @@ def width_of(dim: int) -> str:
 
 def precision_of(dtype: torch.dtype) -> str:
     """Return the precision of float32 products, by PyTorch's own setting: full, or ("high", "medium") TF32. Three
-    TF32 products make one of float32's precision, faster than the units that have no matrices."""
+    TF32 products make one of float32's precision, and are faster than FP32 units."""
     if dtype != torch.float32:
         return "ieee"  # products of 16-bit numbers are exact in float32 anyway
     return "tf32" if takes_tf32(dtype) else "tf32x3"
@@ -107,7 +107,7 @@ def check_divides(kernel: str, spans: Config, config: Config) -> None:
     """The tiles with masks must be pieces of those without: the two launches share the work along the latter's edges.
 
     Raises:
-        ValueError: a table, by hand or by a tuner, that says otherwise.
+        ValueError: they are not, in a table that was written by hand or by a tuner.
     """
     sums = kernel == "sums"  # whose blocks of either side lie in spans of block_n rows
     if spans.block_n % config.block_n or (spans.block_n if sums else spans.block_m) % config.block_m:

@@ -38,7 +38,7 @@ class Work(NamedTuple):
     """The first row of each view that ``partial`` has."""
     part_rows: int
     begin: int
-    """Columns: of each view's blocks those from ``begin`` to ``end``, in the order of visits."""
+    """The first block of each view that a launch visits, counted in visiting order, and the one after the last."""
     end: int
 
 
@@ -47,15 +47,16 @@ def gradient_kernel(
     source_x, source_y, saved, upstream, partial,
     rows, batch, padded, queue, views, core_view,
     shares, slot, queue_slot, first_block, own_blocks, part_first, part_rows, begin, end,
-    PART: tl.constexpr, AGAIN: tl.constexpr, rules: tl.constexpr, tile: tl.constexpr,
+    PART: tl.constexpr, ACCUMULATE: tl.constexpr, rules: tl.constexpr, tile: tl.constexpr,
 ):  # fmt: skip
     """partial[slot + k, place of i, :] <- sum over share k of the columns of G_ij z_j; share ``shares`` is the queue's.
 
-    Program (block of rows, share). Each share has as many blocks of every view. PART: the blocks of which no pair is
-    left out ("clean"; none of them where weights are out of its range), the others ("masked"), or "all".
+    Program (block of rows, share). Every share takes the same number of blocks from every view. PART: "clean" visits
+    the blocks in which every pair counts (none if a weight is out of the fast path's range), "masked" the other blocks,
+    "all" all of them.
 
-    Of each view's blocks only those from ``begin`` to ``end``, in the order of visits; AGAIN: other launches have left
-    the sums over those before in ``partial``.
+    A launch visits blocks ``begin`` to ``end`` of each view, counted in visiting order. ACCUMULATE: ``partial`` already
+    holds the sums over the earlier blocks; add to it.
     """
     BLOCK_M: tl.constexpr = tile.BLOCK_M
     BLOCK_N: tl.constexpr = tile.BLOCK_N
@@ -105,7 +106,7 @@ def gradient_kernel(
     k = tl.arange(0, BLOCK_K)
     to = partial + at[:, None] * tile.STRIDE + k[None, :]
     inside = (x_local + tl.arange(0, BLOCK_M) < batch)[:, None] & (k < tile.STRIDE)[None, :]
-    if AGAIN:  # by atomics, which need no registers for the other sums; nothing else adds here, so the order is one
+    if ACCUMULATE:  # by atomics, which need no registers for the old sums; no other program adds here
         tl.atomic_add(to, total, mask=inside & (begin < end), sem="relaxed")
     else:
         tl.store(to, total, mask=inside)
@@ -145,7 +146,7 @@ def gradient(layout, saved, upstream, factor, precision):
         tile = configs.tile(config, layout.stride, precision, spans, factor)
         longest = launcher.cdiv(launcher.cdiv(layout.batch, config.block_n), count)
         longest = max(longest, launcher.cdiv(layout.call.queue_rows, config.block_n))
-        # Three products of one are added up in float32 for each tile.
+        # Three TF32 products of a tile are added to the sum in float32, outside of the tensor cores.
         most = longest if precision == "tf32x3" else max(1, MOST_COLUMNS // (config.block_n * layout.views))
         for begin in range(0, longest, most):
             launcher.launch(
@@ -159,7 +160,7 @@ def gradient(layout, saved, upstream, factor, precision):
                 *layout.sizes,
                 *Work(count, slot, queue_slot, *layout.own_blocks(config.block_m), *layout.part, begin, begin + most),
                 PART=part,
-                AGAIN=begin > 0,
+                ACCUMULATE=begin > 0,
                 rules=layout.rules,
                 tile=tile,
                 **config.options,

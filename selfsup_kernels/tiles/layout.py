@@ -87,8 +87,8 @@ def _round_up(x, multiple):
 
 
 def sort_by_class(layout, labels):
-    """(order of the samples (B,), classes (2, stored rows): the first row of each row's class, and the one past its
-    last), by rows = place in order * V + view."""
+    """Return the order of the samples (B,), and classes (2, M): the first row of each row's class, and the one past its
+    last, for rows numbered ``place in order * V + view``."""
     values, order = torch.sort(labels.to(torch.int64), stable=True)
     bounds = torch.stack([torch.searchsorted(values, values, right=right) for right in (False, True)])
     classes = (layout.call.num_views * bounds).to(torch.int32).repeat_interleave(layout.call.num_views, 1)

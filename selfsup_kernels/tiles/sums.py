@@ -2,7 +2,8 @@
 
 The matrix of scores is symmetric: tile (x, y) adds its row sums to the rows of x and its column sums to the rows of y.
 A program keeps the rows of y and their column sums in registers, streams blocks x past them, and adds row sums to
-memory atomically. Block J meets blocks J, J + 1, ..., J + n / 2 (mod n), so that every block has the same work.
+memory atomically. The n blocks of a view lie on a circle: block J meets those at offsets 0, 1, ..., n / 2 from it, so
+that every block has the same work.
 
 With ``SYMMETRIC = False`` (``torch.use_deterministic_algorithms``) a program computes all columns of its rows, which is
 twice the work, and adds each sum once, so that the result does not depend on the order of execution. Over many
@@ -23,7 +24,7 @@ from selfsup_kernels.tiles.tile import (
     negatives_meet,
     relative_exponential,
     score_reference,
-    tile_scores,
+    tile_products,
 )
 
 
@@ -34,8 +35,9 @@ class Work(NamedTuple):
     chunk: int
     """Blocks that stream past one block that stays, in one item."""
     first_block: int
-    """Blocks of this process in each view."""
+    """The first block of this process's rows in each view."""
     own_blocks: int
+    """The number of its blocks in each view."""
 
 
 class Item(NamedTuple):
@@ -55,8 +57,9 @@ class Item(NamedTuple):
     steps: int
     """The number of offsets that follow, without those that are skipped."""
     skip: int
-    """The first offset that is skipped, and how many are."""
+    """The first offset that is skipped."""
     skipped: int
+    """The number of offsets that are skipped."""
     blocks: int
     """The length of the circle of view v."""
     limit: int
@@ -134,7 +137,7 @@ def _stream(
         x_local = x_block * tile.SPAN_N + t % STEPS * BLOCK_M
         x_row = item.v * sizes.padded + x_local
         x = load_tile(source_x, x_row, 0, BLOCK_M, tile.BLOCK_K, tile) if tile.RESIDENT else None
-        s = tile_scores(source_x, source_y, x, y, x_row, item.row, tile)
+        s = tile_products(source_x, source_y, x, y, x_row, item.row, tile)
         e = relative_exponential(s, scale, rules.normalize)
         xs = x_local + tl.arange(0, BLOCK_M)
         if x_local + BLOCK_M > item.limit:

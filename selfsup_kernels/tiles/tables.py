@@ -17,8 +17,8 @@ from selfsup_kernels.tiles.objectives import anchor_tables
 from selfsup_kernels.tiles.tile import SLOW, finite_or_zero, negatives_meet, score_reference
 
 FAST_WEIGHT = tl.constexpr(60.0)
-"""All scores of a row with a weight above exp(60) lie below reference - 60: exp(S - reference) would flush those to
-zero that are 1e-12 of its sum."""
+"""All scores of a row with a weight above exp(60) lie below reference - 60: exp(S - reference) would flush terms to
+zero that are 1e-12 of the sum."""
 
 LOST_SHARE = tl.constexpr(1.2e-31)
 """float32 flushes terms below 1.2e-38 to zero, so a sum of n terms has a relative error below 1e-7 above n times this.

@@ -39,9 +39,9 @@ def load_tile(source, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ti
 
 
 @triton.jit
-def tile_scores(source_x, source_y, x, y, x_row, y_row, tile: tl.constexpr):
-    """Inner products (BLOCK_M, BLOCK_N) of two blocks of rows, in float32: of x and y where they are resident, that is
-    as wide as the rows, else streamed in pieces of BLOCK_K."""
+def tile_products(source_x, source_y, x, y, x_row, y_row, tile: tl.constexpr):
+    """Return the inner products (BLOCK_M, BLOCK_N) of two blocks of rows, in float32: of x and y if they are resident,
+    that is as wide as the rows, else streamed in pieces of BLOCK_K."""
     if tile.RESIDENT:
         products = tl.dot(x, tl.trans(y), input_precision=tile.PRECISION)
     else:
@@ -86,7 +86,7 @@ def relative_exponential(s, scale, NORMALIZE: tl.constexpr):
 
 @triton.jit
 def finite_or_zero(x):
-    """0 for an infinite maximum: -inf is that of no terms, and inf - inf would be NaN where the sum is inf."""
+    """Return 0 for an infinite maximum: it is -inf without terms, and inf - inf would be NaN where the sum is inf."""
     return tl.where(tl.abs(x) < float("inf"), x, 0.0)
 
 

@@ -8,7 +8,7 @@ from selfsup_kernels.info_nce.objectives import negative_views
 from selfsup_kernels.tiles import configs, launcher
 from selfsup_kernels.tiles.arguments import Block, Sizes
 from selfsup_kernels.tiles.pairs import masked_blocks, pair_gradient, partial_sums
-from selfsup_kernels.tiles.tile import SLOW, load_tile, score_reference, tile_scores
+from selfsup_kernels.tiles.tile import SLOW, load_tile, score_reference, tile_products
 
 
 # ``width``, a multiple of 256, is no constant: it follows the size of the batch, and each would be a kernel of its own.
@@ -27,7 +27,7 @@ def wave_kernel(
     y_local = y_first + tl.program_id(0) * tile.BLOCK_N
     x, y = Block(u, x_local, u * padded + x_local), Block(v, y_local, v * padded + y_local)
     scale = score_reference(saved.scalars, rules.normalize)
-    s = tile_scores(source_x, source_y, None, None, x.row, y.row, tile)
+    s = tile_products(source_x, source_y, None, None, x.row, y.row, tile)
     limit = tl.where(v == views, queue, batch)
     low, high = masked_blocks(saved.classes, x_local, sizes, rules.labelled, tile)
     block = y_local // tile.BLOCK_N

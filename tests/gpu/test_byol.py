@@ -197,12 +197,12 @@ def test_no_access_past_the_end(size, impl, device):
     """Each view, the upstream gradient and the statistics end at a guard page, and nothing past them is accessed."""
     p, t = ([guarded(x) for x in randn(*size, seed=seed)] for seed in (0, 1))
     predictions, targets = ([x.to(device) for x in views] for views in (p, t))
-    forward, backward = ops.get("byol_forward", impl), ops.get("byol_backward", impl)
+    forward, backward = ops.overload("byol_forward", impl), ops.overload("byol_backward", impl)
     for reduction in range(3):
         loss, stats = forward(predictions, targets, 1e-12, reduction)
         grad = guarded(torch.ones(loss.shape)).to(device)
         got = backward(grad, predictions, targets, guarded(stats), reduction)
-        want = ops.get("byol_backward", "reference")(grad, predictions, targets, stats, reduction)
+        want = ops.overload("byol_backward", "reference")(grad, predictions, targets, stats, reduction)
         assert_within("gradient", got, want.double())
 
 
@@ -231,7 +231,7 @@ def test_offsets_have_64_bits(impl):
 @pytest.mark.parametrize("reduction", range(3))
 def test_op_registration(reduction, impl, device):
     p, t = inputs(3, 5, 8, torch.float32, device)
-    forward, backward = ops.get("byol_forward", impl), ops.get("byol_backward", impl)
+    forward, backward = ops.overload("byol_forward", impl), ops.overload("byol_backward", impl)
     torch.library.opcheck(forward, (list(p), list(t), 1e-12, reduction))
     loss, stats = forward(list(p), list(t), 1e-12, reduction)
     torch.library.opcheck(backward, (torch.ones_like(loss), list(p), list(t), stats, reduction))

@@ -15,7 +15,7 @@ from guard import guarded
 from helpers import randn
 
 import selfsup_kernels as sk
-from selfsup_kernels.core import backends
+from selfsup_kernels.core import backends, ops
 
 SIZES = [1, CHUNK - 1, 0, CHUNK, CHUNK + 1, 3 * CHUNK + 5, 7]
 
@@ -40,7 +40,7 @@ def assert_launches(impl):
 
 
 def op(impl, targets, sources, momentum_tensor, momentum, seed):
-    backends.op("ema_update_", impl)(targets, sources, momentum_tensor, momentum, seed)
+    ops.overload("ema_update_", impl)(targets, sources, momentum_tensor, momentum, seed)
 
 
 # ---------------------------------------------------------------- values
@@ -214,7 +214,7 @@ def test_opcheck(impl, form, device):
     seed = torch.tensor(3, device=device) if form == "random" else None
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     arguments = (targets, sources, momentum, 0.9, seed)
-    torch.library.opcheck(backends.op("ema_update_", impl), arguments, test_utils=tests)
+    torch.library.opcheck(ops.overload("ema_update_", impl), arguments, test_utils=tests)
 
 
 def test_random_cases(impl, device):

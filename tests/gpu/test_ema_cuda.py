@@ -12,7 +12,7 @@ from ema_cases import CHUNK
 from helpers import randn
 
 import selfsup_kernels as sk
-from selfsup_kernels.core import backends
+from selfsup_kernels.core import ops
 
 IMPL = "cuda"
 pytestmark = pytest.mark.cuda
@@ -53,7 +53,7 @@ def test_a_share_far_below_2_24(impl, device):
     for k, most in ((20, 256 + 5 * 16), (34, 3)):
         source = torch.full((2**28,), 2.0 ** (-24 - k), device=device)
         target = torch.zeros(2**28, dtype=torch.float16, device=device)
-        backends.op("ema_update_", impl)([target], [source], None, 0.0, torch.tensor(0, device=device))
+        ops.overload("ema_update_", impl)([target], [source], None, 0.0, torch.tensor(0, device=device))
         up = int((target != 0).sum())
         assert up <= most
         assert up >= (256 - 5 * 16 if k == 20 else 0)

@@ -164,7 +164,7 @@ def test_sums_over_many_columns_are_made_by_several_launches(impl, path, device,
     }[form]
     launches, launch = [], launcher.launch
     monkeypatch.setattr(
-        launcher, "launch", lambda kernel, *a, **o: (launches.append(o.get("AGAIN")), launch(kernel, *a, **o))
+        launcher, "launch", lambda kernel, *a, **o: (launches.append(o.get("ACCUMULATE")), launch(kernel, *a, **o))
     )
     want = run(info_nce_loss, views, 0.1, impl=impl, **arguments)
     assert True not in launches
@@ -358,10 +358,10 @@ def test_opcheck(impl, device, labelled):
     call = info_nce_call(views, labels, queue, reduction="mean")
     arguments = (views, labels, queue, None, *call)
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(ops.get("info_nce_forward", impl), arguments, test_utils=checks)
-    loss, *saved = ops.get("info_nce_forward", impl)(*arguments)
+    torch.library.opcheck(ops.overload("info_nce_forward", impl), arguments, test_utils=checks)
+    loss, *saved = ops.overload("info_nce_forward", impl)(*arguments)
     torch.library.opcheck(
-        ops.get("info_nce_backward", impl),
+        ops.overload("info_nce_backward", impl),
         (torch.ones_like(loss), *saved, labels, *call, True, torch.float32),
         test_utils=checks,
     )

@@ -67,10 +67,10 @@ def call(record, size, dtype=torch.bfloat16, labels=None, queue=0, part=(0, -1),
     zq = torch.zeros(queue, size[2], dtype=dtype) if queue else None
     arguments = {"reduction": "mean"} | arguments
     known = info_nce_call(views, labels, zq, first=part[0], count=part[1], **arguments)
-    loss, *saved = ops.get("info_nce_forward", "triton")(views, labels, zq, None, *known)
+    loss, *saved = ops.overload("info_nce_forward", "triton")(views, labels, zq, None, *known)
     forward = record.copy()
     record.clear()
-    ops.get("info_nce_backward", "triton")(torch.ones_like(loss), *saved, labels, *known, False, dtype)
+    ops.overload("info_nce_backward", "triton")(torch.ones_like(loss), *saved, labels, *known, False, dtype)
     return forward, record.copy()
 
 
@@ -130,7 +130,7 @@ def test_a_launch_adds_up_as_many_columns_as_tensor_cores_may(record):
         launches = [k for k in gradients if k["PART"] == part]
         ends = [(k["begin"], k["end"]) for k in launches]
         assert len(ends) > 1
-        assert [k["AGAIN"] for k in launches] == [begin > 0 for begin, _ in ends]
+        assert [k["ACCUMULATE"] for k in launches] == [begin > 0 for begin, _ in ends]
         assert [begin for begin, _ in ends] == [0, *(end for _, end in ends[:-1])]
         assert ends[-1][1] * launches[0]["BLOCK_N"] >= 100_000
         assert all(2 * launches[0]["BLOCK_N"] * (end - begin) <= MOST_COLUMNS for begin, end in ends)
@@ -334,7 +334,7 @@ def test_offsets_pass_2_31(record):
     assert layout.rows < 2**31
     views = list(torch.zeros(1, 1).expand(50_000, 1).expand(300, 50_000, 1).unbind(0))
     with pytest.raises(RuntimeError, match=r"2\^31.*reference"):
-        ops.get("info_nce_forward", "triton")(views, None, None, None, *info_nce_call(views))
+        ops.overload("info_nce_forward", "triton")(views, None, None, None, *info_nce_call(views))
 
 
 def test_saved_tensors_are_what_the_fakes_say(impl, device):
@@ -342,6 +342,6 @@ def test_saved_tensors_are_what_the_fakes_say(impl, device):
         for queue in (None, torch.zeros(7, 12, device=device)):
             views = list(torch.randn(2, 20, 12).to(device).unbind(0))
             arguments = (views, labels, queue, None, *info_nce_call(views, labels, queue))
-            real = ops.get("info_nce_forward", impl)(*arguments)
+            real = ops.overload("info_nce_forward", impl)(*arguments)
             fake = forward_fake_triton(*arguments)
             assert [(t.shape, t.dtype) for t in real] == [(t.shape, t.dtype) for t in fake]

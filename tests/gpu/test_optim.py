@@ -12,7 +12,7 @@ from optim_cases import CASE_IDS, CASES, Weights, average_of, compare, distance,
 from torch import nn
 
 import selfsup_kernels as sk
-from selfsup_kernels.core import backends
+from selfsup_kernels.core import backends, ops
 
 IMPL = "cuda"
 pytestmark = pytest.mark.usefixtures("impl")
@@ -159,7 +159,7 @@ def test_targets_are_rounded_at_random_as_by_the_cpu_op(dtype, device):
         targets = [torch.zeros_like(p, dtype=dtype) for p in params]
         seed = torch.tensor(2**35 + 3, device=place)
         settings = (None, 0.0, None, 0.0, seed, None, 0.0, 0.0, 0.0, False, False, False)
-        backends.op("fused_sgd_", impl)(params, [torch.ones_like(p) for p in params], [], targets, *settings)
+        ops.overload("fused_sgd_", impl)(params, [torch.ones_like(p) for p in params], [], targets, *settings)
         results.append([t.cpu() for t in targets])
     assert all(map(torch.equal, *results))
 
@@ -174,7 +174,7 @@ def test_opcheck(name, device):
     else:
         arguments = (params, grads, one, [x.abs() for x in two], targets, *numbers, 3.0, 0.9, 0.99, 1e-8, 0.01, False)
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(backends.op(name, "cuda"), arguments, test_utils=tests)
+    torch.library.opcheck(ops.overload(name, "cuda"), arguments, test_utils=tests)
 
 
 @pytest.mark.cuda

@@ -63,7 +63,7 @@ def answer(results) -> str:
     for case in cases:
         summary = case["summary"]
         if summary and summary["loss_share"] is not None:
-            step = f"{percent(summary['loss_share'])} of a step of {milliseconds(summary['marked_step_seconds'])} ms"
+            step = f"{percent(summary['loss_share'])} of a step of {milliseconds(summary['step_seconds'])} ms"
             words.append(step + (f" ({case['variant']})" if batch else ""))
         else:
             words.append(f"an unknown share ({case['variant']}: {case['reason'] or 'no loss was found'})")
@@ -88,7 +88,7 @@ def numbers(results) -> list:
     found = [(" / ".join(f(s.get(key)) for s in cases.values()), label + which) for key, f, label in columns]
     if results["largest"]:
         batches = [batch_words(facts) for facts in results["largest"]["variants"].values()]
-        return [*found, (" / ".join(batches), f"largest batch in {size(results['largest']['limit_bytes'])}{which}")]
+        return [*found, (" / ".join(batches), f"batch that fits {size(results['largest']['limit_bytes'])}{which}")]
     return [*found, *((percent(s.get("loss_share")), "of the step is the loss") for s in cases.values())]
 
 
@@ -118,7 +118,7 @@ def batch_words(facts) -> str:
     """Return the largest batch of one variant in words."""
     if not facts["batch"]:
         return "none" if facts["batch"] == 0 else "not known"
-    return f"{facts['batch']:,}{' or more' if facts['or_more'] else ''}"
+    return f"{'at least ' if facts['or_more'] else ''}{facts['batch']:,}"
 
 
 def render(results) -> str:
