@@ -113,9 +113,9 @@ def test_autocast_inside_compile(impl):
 @pytest.mark.parametrize("dtype", [torch.float32, *LOW_PRECISION])
 def test_autocast_gives_float32_without_upcasting(impl, dtype, monkeypatch):
     """The embeddings reach the op as they are; the loss is what the loss of the upcast embeddings is."""
-    from selfsup_kernels.core import backends
+    from selfsup_kernels.core import ops
 
-    seen, original = [], backends.op
+    seen, original = [], ops.overload
 
     def spy(name, chosen):
         def call(first, *rest):
@@ -124,7 +124,7 @@ def test_autocast_gives_float32_without_upcasting(impl, dtype, monkeypatch):
 
         return call
 
-    monkeypatch.setattr(backends, "op", spy)
+    monkeypatch.setattr(ops, "overload", spy)
     x = randn(2, 12, 8, dtype=dtype).requires_grad_()
     target = randn(2, 12, 8, dtype=dtype, seed=1)
     for function in (info_nce_loss, lambda v, impl: byol_loss(v, target.to(v), impl=impl)):

@@ -5,7 +5,7 @@ import torch
 from helpers import assert_within, randn, random_labels, run
 
 from selfsup_kernels import byol_loss, info_nce_loss, spec
-from selfsup_kernels.core import backends
+from selfsup_kernels.core import ops
 from selfsup_kernels.info_nce import reference
 from selfsup_kernels.info_nce.objectives import LABEL_OBJECTIVES, OBJECTIVES
 
@@ -110,8 +110,8 @@ def test_queue_that_is_filled_before_the_backward(objective, normalize):
 )
 def test_the_op_takes_over_at_the_size_limit(objective, queue, labelled, scores, dtype, monkeypatch):
     monkeypatch.setattr(reference, "_MB", scores * max(dtype.itemsize, 4))
-    names, op = [], backends.op
-    monkeypatch.setattr(backends, "op", lambda name, impl: names.append(name) or op(name, impl))
+    names, op = [], ops.overload
+    monkeypatch.setattr(ops, "overload", lambda name, impl: names.append(name) or op(name, impl))
     rows = randn(queue, 4, dtype=dtype, seed=1) if queue else None
     for samples, called in ((8, []), (9, ["info_nce_forward"])):
         arguments = {"objective": objective, "labels": random_labels(samples, 3) if labelled else None}
@@ -126,8 +126,8 @@ def test_the_op_takes_over_at_the_size_limit(objective, queue, labelled, scores,
 def test_the_op_takes_calls_that_autograd_would_get_wrong(how, monkeypatch):
     """With autograd a graph would fail for other sizes, autocast would multiply in 16 bits, and vmap need too much
     memory."""
-    names, op = [], backends.op
-    monkeypatch.setattr(backends, "op", lambda name, impl: names.append(name) or op(name, impl))
+    names, op = [], ops.overload
+    monkeypatch.setattr(ops, "overload", lambda name, impl: names.append(name) or op(name, impl))
     views, more = randn(2, 6, 4), randn(2, 9, 4, seed=1)
 
     def loss(x):

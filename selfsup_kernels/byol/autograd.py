@@ -2,9 +2,9 @@
 
 import torch
 
-from selfsup_kernels.byol import ops  # noqa: F401  defines the ops
+import selfsup_kernels.byol.ops  # noqa: F401  defines the ops
+from selfsup_kernels.core import ops
 from selfsup_kernels.core.once import once
-from selfsup_kernels.core.ops import overload
 
 
 class BYOL(torch.autograd.Function):
@@ -14,7 +14,7 @@ class BYOL(torch.autograd.Function):
     def run(impl: str, eps: float, reduction: int, stacked: bool, num: int, *tensors: torch.Tensor):
         """Return the loss and the row statistics that the backward needs."""
         predictions, targets = _split(tensors, stacked, num)
-        return overload("byol_forward", impl)(predictions, targets, eps, reduction)
+        return ops.overload("byol_forward", impl)(predictions, targets, eps, reduction)
 
     @staticmethod
     def save(ctx, inputs, outputs):
@@ -34,7 +34,7 @@ class BYOL(torch.autograd.Function):
         stats, *tensors = saved
         impl, reduction, stacked, num = ctx.arguments
         predictions, targets = _split(tensors, stacked, num)
-        grad_predictions = overload("byol_backward", impl)(grad, predictions, targets, stats, reduction)
+        grad_predictions = ops.overload("byol_backward", impl)(grad, predictions, targets, stats, reduction)
         grads = (grad_predictions,) if stacked else grad_predictions.unbind(0)
         return (*[None] * 5, *grads, *[None] * (len(tensors) - num))
 

@@ -2,11 +2,10 @@
 
 import torch
 
-from selfsup_kernels.core import backends
+import selfsup_kernels.ema.ops  # noqa: F401  defines the ops
+from selfsup_kernels.core import backends, ops
 from selfsup_kernels.core import validate as check
-from selfsup_kernels.core.ops import overload
 from selfsup_kernels.ema import checks as lists
-from selfsup_kernels.ema import ops  # noqa: F401  defines the ops
 from selfsup_kernels.ema.named_tensors import match_modules
 
 
@@ -98,7 +97,7 @@ def ema_update_pairs_(
     if stochastic_rounding:
         # On the device, so that each replay of a captured graph draws a new seed. torch.compile cannot trace random_().
         seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=device, generator=generator)
-    overload("ema_update_", impl)(targets, sources, momentum_tensor, momentum, seed)
+    ops.overload("ema_update_", impl)(targets, sources, momentum_tensor, momentum, seed)
     if impl != "reference" and not torch.compiler.is_compiling():
         # Backward must detect that saved targets have changed. Eager operations increment the version themselves.
         try:

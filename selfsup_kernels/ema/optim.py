@@ -12,10 +12,9 @@ from collections.abc import Iterable
 
 import torch
 
-from selfsup_kernels.core import backends
+from selfsup_kernels.core import backends, ops
 from selfsup_kernels.core import validate as check
 from selfsup_kernels.core.lazy import is_fake
-from selfsup_kernels.core.ops import overload
 from selfsup_kernels.ema import checks as lists
 from selfsup_kernels.ema import overlap
 from selfsup_kernels.ema.api import ema_update_pairs_
@@ -115,7 +114,7 @@ class _FusedStep:
                 targets = [average.take(p) for p in part]
                 average_arguments = (average.tensor, average.number, average.seed(part[0].device))
                 grads, states, rest = arguments
-                overload(self._op, impl)(part, grads, *states, targets, *rate, *average_arguments, *rest)
+                ops.overload(self._op, impl)(part, grads, *states, targets, *rate, *average_arguments, *rest)
                 if impl != "reference":
                     # Backward must detect that saved tensors have changed. Eager operations do this themselves.
                     torch.autograd.graph.increment_version([*part, *targets, *(x for state in states for x in state)])

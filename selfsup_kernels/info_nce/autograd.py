@@ -2,9 +2,9 @@
 
 import torch
 
+import selfsup_kernels.info_nce.ops  # noqa: F401  defines the ops
+from selfsup_kernels.core import ops
 from selfsup_kernels.core.once import once
-from selfsup_kernels.core.ops import overload
-from selfsup_kernels.info_nce import ops  # noqa: F401  defines the ops
 from selfsup_kernels.info_nce.call import SIZES, Call, Saved, sizes_of
 
 SAVED = len(Saved._fields)
@@ -30,7 +30,7 @@ class InfoNCE(torch.autograd.Function):
         """
         sizes = sizes_of(views, stacked, 0 if queue is None else queue.shape[0])
         views = list(views[0].unbind(0)) if stacked else list(views)
-        op = overload("info_nce_forward", impl)
+        op = ops.overload("info_nce_forward", impl)
         loss, *saved = op(views, labels, queue, temperature_tensor, *sizes, *call[SIZES:])
         return loss.flatten() if loss.dim() else loss, *saved
 
@@ -56,7 +56,7 @@ class InfoNCE(torch.autograd.Function):
         sizes = sizes_of(views, ctx.stacked, queue_rows)
         grad = grad.reshape(sizes[0], -1) if grad.dim() else grad
         need_temperature = ctx.needs_input_grad[3]
-        grad_views, grad_temperature = overload("info_nce_backward", ctx.impl)(
+        grad_views, grad_temperature = ops.overload("info_nce_backward", ctx.impl)(
             grad, *saved, labels, *sizes, *ctx.constants, need_temperature, ctx.dtype
         )
         grads = (grad_views,) if ctx.stacked else grad_views.unbind(0)
