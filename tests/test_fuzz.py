@@ -19,7 +19,7 @@ import json, sys, torch
 faults = json.loads(sys.argv[1])
 sys.path[:0] = sys.argv[2:]
 import cases
-from selfsup_kernels.core import backends
+from selfsup_kernels.core import ops
 from selfsup_kernels.byol import reference as of_byol
 from selfsup_kernels.info_nce import reference as of_info_nce
 
@@ -33,12 +33,12 @@ def with_fault(name, body):
         return call if asked == name else inner
     return planted
 
-op, functions = backends.op, cases.FUNCTIONS
+op, functions = ops.overload, cases.FUNCTIONS
 of_info_nce.takes = of_byol.takes = lambda *_: False  # the ops in every case
 torch.set_num_threads(1)
 seen = {}
 for fault, (name, body, function) in faults.items():
-    backends.op = with_fault(name, body)
+    ops.overload = with_fault(name, body)
     cases.FUNCTIONS = {function: functions[function]}
     outcomes = [cases.run(9, number, "reference", "cpu")[2] for number in range(300 if "NaN" in fault else 60)]
     seen[fault] = outcomes.count("WRONG")
