@@ -81,6 +81,7 @@ def main(arguments=None):
         target_ms=20 if args.quick else 200,
         minutes=args.minutes,
         skip=args.skip,
+        graphs=True,
         rates={"size": 256, "copied": 2**22} if tiny else None,
     )
     for made, compiled in cases(args.quick, tiny):

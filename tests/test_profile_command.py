@@ -146,7 +146,7 @@ def test_the_peak_is_what_a_limit_of_the_memory_counts(monkeypatch):
     ("arguments", "words"),
     [
         (["--method", "dino"], "--method: expected one of simclr, cmc, moco, byol, fusion, got 'dino'"),
-        (["--batch", "12,x"], "--batch: expected a whole number >= 2, got 'x'"),
+        (["--batch", "12,x"], "--batch: expected whole numbers >= 2, with commas, got '12,x'"),
         (["--batch", "10", "--accumulate", "4"], "--batch: expected multiples of --accumulate 4"),
         (["--views", "1"], "--views: expected a whole number >= 2, got '1'"),
         (["--steps", "1"], "--steps: expected a whole number >= 2"),

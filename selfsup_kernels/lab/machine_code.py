@@ -92,7 +92,8 @@ def available() -> str | None:
     """Return None where kernels can be compiled and read, else the reason."""
     if launcher.INTERPRETED:
         return "TRITON_INTERPRET is set: kernels are interpreted, not compiled"
-    return None if sass.tool() else f"this Triton ({triton.__version__}) comes without cuobjdump"
+    found = sass.tool() and sass.tool().with_name("nvdisasm").exists()
+    return None if found else f"this Triton ({triton.__version__}) comes without cuobjdump or nvdisasm"
 
 
 def _driver(architecture):

@@ -20,7 +20,10 @@ def number(argument, text, kind, least):
 
 def whole_numbers(argument, text, least) -> list[int]:
     """Return different whole numbers, which commas separate."""
-    return list(dict.fromkeys(number(argument, word, int, least) for word in text.split(",")))
+    try:
+        return list(dict.fromkeys(number(argument, word, int, least) for word in text.split(",")))
+    except Wrong:
+        raise Wrong(argument, f"whole numbers >= {least}, with commas", text) from None
 
 
 def device(argument, text) -> str:

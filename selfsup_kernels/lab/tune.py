@@ -11,6 +11,7 @@ import math
 import multiprocessing
 import os
 import re
+import statistics
 import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
@@ -286,7 +287,8 @@ def run(table: dict, architecture: int, todo: list[Task], timer, minutes: float,
             chosen[task] = c = best.config
             tile = f"{c.block_m}x{c.block_n}x{c.block_k}", f"{c.num_warps}/{c.num_stages}", str(c.descriptor)
             ms = ", ".join(f"{ms:.3f} (M={rows})" for ms, rows in zip(best.times, task.rows, strict=True))
-            gain = f"{math.sqrt(math.prod(before.times) / math.prod(best.times)):.2f}x" if before else "not measured"
+            mean = statistics.geometric_mean
+            gain = f"{mean(before.times) / mean(best.times):.2f}x" if before else "not measured"
             lines.append([task.name, *tile, str(c.programs), ms, gain])
     if lines:
         sass.print_table(("entry", "tile", "warps/stages", "TMA", "programs", "ms", "shipped"), lines)

@@ -85,7 +85,7 @@ def in_turn(items):
                 continue
             form = tiles.WAYS.index(given.pop("path")), LOW_PRECISION.index(given.pop("dtype"))
             low[item.path, item.originalname][str(given)].append((form, item))
-        else:
+        elif "path" in given:
             exact[item.path, item.originalname].append(item)
     kept = {item for cases in exact.values() for item in covering(cases)}
     for cases in low.values():

@@ -38,6 +38,7 @@ class Baseline(NamedTuple):
     note: str | None = None
     other: bool = False  # computes something else, so that its error against float64 means nothing
     compiles: bool = False  # the first call of each part compiles for this shape
+    waits: bool = False  # copies from the GPU to the host, which a CUDA graph cannot capture
 
 
 class Average:
@@ -229,7 +230,7 @@ BASELINES = {
         "compile": _compiled(loop_of_lerp, note="of the loop"),
         "lightly": _averaged(_lightly_ema, "lightly", "update_momentum"),
         "timm": _averaged(_timm, "timm", "ModelEmaV3"),
-        "swa_utils": _averaged(_swa_utils, None, "AveragedModel, get_ema_multi_avg_fn"),
+        "swa_utils": _averaged(_swa_utils, None, "AveragedModel, get_ema_multi_avg_fn")._replace(waits=True),
     },
 }
 """The baselines of each operation, by the name that results and ``--vs`` use."""

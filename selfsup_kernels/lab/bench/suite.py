@@ -36,6 +36,7 @@ class Suite:
         advance: called with a text after each column of a case, and after each case.
         rates: sizes for :class:`timing.Rates`.
         ops: the operations whose baselines the header lists.
+        graphs: whether to measure replayed CUDA graphs too.
     """
 
     def __init__(
@@ -51,8 +52,10 @@ class Suite:
         advance=lambda text: None,
         rates=None,
         ops=tuple(baselines.BASELINES),
+        graphs=False,
     ):
         self.clock = timing.Clock(device, target_ms)
+        self.graphs = graphs and self.clock.cuda
         if self.clock.cuda:
             index = self.clock.device.index  # without one PyTorch refuses it
             torch.cuda.set_device(torch.cuda.current_device() if index is None else index)  # whose events count
@@ -164,7 +167,7 @@ class Suite:
         return times
 
     def _peaks_and_errors(self, case, functions, inputs, found):
-        """Measure the peaks of a GPU's allocator, and errors against float64."""
+        """Measure the peaks of a GPU's allocator, replayed graphs of small cases, and errors against float64."""
         judged = {name for name in functions if not baselines.find(case.op, name).other}
         judge, reason = self.attempt(accuracy.judge, case, inputs[0]) if judged else (None, None)
         if reason:
@@ -176,14 +179,20 @@ class Suite:
                     case.prepare(case.parts[0], function, made)  # without the gradients of before
                 run = functools.partial(case.run, case.parts[-1], function, inputs[0])
                 measures["peak_bytes"] = functools.partial(self.clock.peak_bytes, run)
+                # The host matters less in large cases, where a graph's own memory may not fit.
+                small = case.op != "info_nce" or (case.rows <= 16384 and (baselines.impl_of(name) or name == "eager"))
+                if self.graphs and small and not baselines.find(case.op, name).waits:
+                    measures["graph_ms"] = functools.partial(graph_ms, run)
             if judge and name in judged:
                 measures["errors"] = functools.partial(judge, name, function)
             for column, measure in measures.items():
                 value, reason = self.attempt(measure)
                 if reason:
                     found["notes"][name] = f"{column}: {reason}"
+                    # After a capture that failed, PyTorch's allocator and generator may still be in it.
+                    self.graphs = self.graphs and column != "graph_ms"
                 else:
-                    found[column][name] = value
+                    found.setdefault(column, {})[name] = value
 
     def rate(self):
         """Set what ours reaches of the rates of this run in all rows."""
@@ -198,6 +207,13 @@ class Suite:
             else:
                 row["gb_per_s"] = case.bytes(part) / milliseconds / 1e6
                 row["fraction"] = row["gb_per_s"] / self.rates.memory_gb_per_s
+
+
+def graph_ms(function):
+    """Return the time of ``function()`` in a replayed CUDA graph: without what the host takes to launch it."""
+    from triton.testing import do_bench_cudagraph
+
+    return do_bench_cudagraph(function, return_mode="median")
 
 
 def probe(parameters, name) -> dict:

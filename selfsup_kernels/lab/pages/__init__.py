@@ -53,7 +53,7 @@ def show(console, answer, tables, about=(), notes=(), page=None):
     say([answer], "bold")
     say(about, "dim")
     for table in tables:
-        grid = Grid(title=table.title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        grid = Grid(title=table.title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
         for column in table.columns:
             grid.add_column(column, justify="left" if column in LEFT else "right", overflow="fold")
         for row, style in zip(table.rows, table.styles or [None] * len(table.rows), strict=True):
