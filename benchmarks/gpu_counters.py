@@ -92,7 +92,8 @@ def main(arguments=None) -> int:
     folder = (options.out or ROOT / "benchmarks" / "results" / device).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     failed = [name for name in names if subprocess.run(command(ncu, name, folder), cwd=ROOT).returncode]
-    print(*(f"gpu-counters: {name}: ncu failed" for name in failed), sep="\n")
+    for name in failed:
+        print(f"gpu-counters: {name}: ncu failed")
     return 1 if failed else 0
 
 

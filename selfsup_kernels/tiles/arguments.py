@@ -114,6 +114,11 @@ class Block(NamedTuple):
     """Its first row, counted among the stored rows."""
 
 
+def given(saved: Saved, labelled: bool) -> Saved:
+    """Return ``saved`` with the classes as kernels take them: None without labels."""
+    return saved._replace(classes=Classes(*saved.classes) if labelled else None)
+
+
 NOTHING = Saved(*[None] * len(Saved._fields))
 
 

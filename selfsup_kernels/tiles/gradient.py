@@ -34,6 +34,7 @@ class Work(NamedTuple):
     first_block: int
     """The first block of this process's rows in each view."""
     own_blocks: int
+    """The number of its blocks in each view."""
     part_first: int
     """The first row of each view that ``partial`` has."""
     part_rows: int

@@ -9,7 +9,7 @@ import torch
 from selfsup_kernels.core.ops import REDUCTIONS
 from selfsup_kernels.info_nce.call import Call, unpack_backward
 from selfsup_kernels.tiles import configs, launcher
-from selfsup_kernels.tiles.arguments import Classes
+from selfsup_kernels.tiles.arguments import given
 from selfsup_kernels.tiles.classes import class_tables
 from selfsup_kernels.tiles.gradient import gradient
 from selfsup_kernels.tiles.layout import Layout, check_size, half_factor, sort_by_class, upstream_of_rows
@@ -30,9 +30,9 @@ def forward(views, labels, queue, temperature_tensor, *call):
             classes = torch.empty((2, 0), dtype=torch.int32, device=views[0].device)
         saved, sums = load_rows(layout, views, queue, order, classes, temperature_tensor)
         precision = configs.precision_of(saved.rows.dtype)
-        given = saved._replace(classes=Classes(*classes) if call.labelled else None)
-        pair_sums(layout, given, sums, precision)
-        loss = (class_tables if call.labelled else view_tables)(layout, given, sums, precision)
+        tables = given(saved, call.labelled)
+        pair_sums(layout, tables, sums, precision)
+        loss = (class_tables if call.labelled else view_tables)(layout, tables, sums, precision)
         reduction = REDUCTIONS[call.reduction]
         if reduction != "none":
             loss = loss.mean() if reduction == "mean" else loss.sum()
@@ -41,7 +41,7 @@ def forward(views, labels, queue, temperature_tensor, *call):
 
 def backward(grad, *arguments):
     saved, _, call, (need_temperature, dtype) = unpack_backward(arguments)
-    saved = saved._replace(classes=Classes(*saved.classes) if call.labelled else None)
+    saved = given(saved, call.labelled)
     layout, stored = Layout(call), saved.rows
     factor = half_factor(stored.dtype)
     reduction = REDUCTIONS[call.reduction]

@@ -103,13 +103,10 @@ def worst(row, name):
 
 
 def label(name):
-    return (
-        name
-        if baselines.impl_of(name) is None
-        else "ours"
-        if name == baselines.OURS
-        else f"ours, {baselines.impl_of(name)}"
-    )
+    if name == baselines.OURS:
+        return "ours"
+    impl = baselines.impl_of(name)
+    return f"ours, {impl}" if impl else name
 
 
 def status(reason):
