@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include "cpu/kernels.h"
+#include "launch/bind.h"
 
 #define SK_STRING_(x) #x
 #define SK_STRING(x) SK_STRING_(x)
@@ -13,6 +14,8 @@ PYBIND11_MODULE(_C, m) {
       "cpu_capability",
       [] { return std::string(selfsup_kernels::kernel_table().name); },
       "The instruction set that the CPU kernels use here: default, avx2 or avx512.");
+  auto tape = m.def_submodule("tape");
+  selfsup_kernels::launch::bind(tape);
   m.def(
       "build_info",
       [] {

@@ -41,8 +41,11 @@ SOURCES = (
     "csrc/cpu/byol.cpp",
     "csrc/cpu/ema.cpp",
     "csrc/cpu/optim.cpp",
+    "csrc/launch/driver.cpp",
+    "csrc/launch/tape.cpp",
+    "csrc/launch/ops.cpp",
 )
-HEADERS = ("csrc/common", "csrc/cpu")
+HEADERS = ("csrc/common", "csrc/cpu", "csrc/launch")
 
 # No -march=native: the kernels choose their instruction set at run time. No -ffast-math: NaN and Inf must propagate.
 # Contraction to fused multiply-adds is explicit, because -std=c++20 turns it off.

@@ -8,6 +8,8 @@ implementations to these ops.
 The ops are not differentiable; the autograd Function that wraps them is in each op's folder.
 """
 
+import functools
+import threading
 from collections.abc import Callable
 
 import torch
@@ -40,7 +42,8 @@ def define(
         gpu: the language of its GPU kernels, ``"triton"`` or ``"cuda"``.
         reference: the implementation in eager PyTorch, for every device.
         fake: a function that returns results with the right shapes and dtypes, or one per implementation.
-        launcher: the GPU implementation if it is Python.
+        launcher: the GPU implementation if it is Python. Where the extension is built, ``csrc/launch`` implements the
+            overload ``gpu`` too, and calls the overload ``launch``, the same launcher, for what it has no tape of.
         batched: True if ``torch.vmap`` may run the op, with one call per element.
     """
     SCHEMAS[name], _gpu[name] = schema, gpu
@@ -54,6 +57,8 @@ def define(
     if launcher is not None:
         # For CPU tensors too, which Triton's interpreter takes in tests; `backends.select` rejects all others.
         _library.impl(f"{name}.{gpu}", launcher, "CompositeExplicitAutograd")
+        _library.define(f"{name}.launch{schema}")
+        _library.impl(f"{name}.launch", _keeping_errors(launcher), "CompositeExplicitAutograd")
 
 
 def impls_of(op: str) -> tuple[str, ...]:
@@ -67,6 +72,39 @@ def impls_of(op: str) -> tuple[str, ...]:
 def overload(name: str, impl: str):
     """Return the overload of the op ``name`` for ``impl``."""
     return getattr(getattr(getattr(torch.ops, NAMESPACE), name), impl)
+
+
+class _Failed(threading.local):
+    error = None
+
+
+failed = _Failed()
+"""``error``: the last exception that a launcher raised below C++, which turns every exception into a RuntimeError."""
+
+
+def _keeping_errors(launcher):
+    @functools.wraps(launcher)
+    def call(*arguments):
+        try:
+            return launcher(*arguments)
+        except Exception as error:
+            failed.error = error
+            raise
+
+    return call
+
+
+def run(name: str, impl: str, *arguments):
+    """Call an op, and raise what its launcher raised: out of memory is an exception of its own, which users catch."""
+    if torch.compiler.is_compiling():
+        return overload(name, impl)(*arguments)
+    failed.error = None
+    try:
+        return overload(name, impl)(*arguments)
+    except RuntimeError:
+        if failed.error is None:
+            raise
+        raise failed.error from None
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

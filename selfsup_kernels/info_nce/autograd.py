@@ -30,8 +30,8 @@ class InfoNCE(torch.autograd.Function):
         """
         sizes = sizes_of(views, stacked, 0 if queue is None else queue.shape[0])
         views = list(views[0].unbind(0)) if stacked else list(views)
-        op = ops.overload("info_nce_forward", impl)
-        loss, *saved = op(views, labels, queue, temperature_tensor, *sizes, *call[SIZES:])
+        tensors = views, labels, queue, temperature_tensor
+        loss, *saved = ops.run("info_nce_forward", impl, *tensors, *sizes, *call[SIZES:])
         return loss.flatten() if loss.dim() else loss, *saved
 
     @staticmethod
@@ -56,8 +56,8 @@ class InfoNCE(torch.autograd.Function):
         sizes = sizes_of(views, ctx.stacked, queue_rows)
         grad = grad.reshape(sizes[0], -1) if grad.dim() else grad
         need_temperature = ctx.needs_input_grad[3]
-        grad_views, grad_temperature = ops.overload("info_nce_backward", ctx.impl)(
-            grad, *saved, labels, *sizes, *ctx.constants, need_temperature, ctx.dtype
+        grad_views, grad_temperature = ops.run(
+            "info_nce_backward", ctx.impl, grad, *saved, labels, *sizes, *ctx.constants, need_temperature, ctx.dtype
         )
         grads = (grad_views,) if ctx.stacked else grad_views.unbind(0)
         return (*[None] * 3, as_given(grad_temperature, temperature_tensor, need_temperature), None, None, *grads)

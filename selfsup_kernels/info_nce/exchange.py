@@ -157,7 +157,7 @@ class GroupInfoNCE(torch.autograd.Function):
             labels = gather_samples(labels.to(torch.int64).view(1, -1, 1), shares).view(-1)
         every = list(gather_samples(own, shares).unbind(0))
         of_each = call._replace(reduction=REDUCTIONS.index("none"))
-        loss, *saved = ops.overload("info_nce_forward", impl)(every, labels, queue, temperature_tensor, *of_each)
+        loss, *saved = ops.run("info_nce_forward", impl, every, labels, queue, temperature_tensor, *of_each)
         ctx.save_for_backward(*saved, labels, temperature_tensor, *views)  # only `once` needs the views
         ctx.shares, ctx.impl, ctx.stacked, ctx.call, ctx.dtype = shares, impl, stacked, call, own.dtype
         if REDUCTIONS[call.reduction] == "none":
@@ -186,8 +186,8 @@ class GroupInfoNCE(torch.autograd.Function):
         need_temperature = ctx.needs_input_grad[4]
         of_each = call._replace(reduction=REDUCTIONS.index("none"))
         saved = with_all_rows(saved, call, rows)
-        grad_views, grad_temperature = ops.overload("info_nce_backward", ctx.impl)(
-            upstream, *saved, labels, *of_each, need_temperature, ctx.dtype
+        grad_views, grad_temperature = ops.run(
+            "info_nce_backward", ctx.impl, upstream, *saved, labels, *of_each, need_temperature, ctx.dtype
         )
         grads = (grad_views,) if ctx.stacked else grad_views.unbind(0)
         return (*[None] * 4, as_given(grad_temperature, temperature_tensor, need_temperature), None, None, *grads)

@@ -72,7 +72,8 @@ def _triton(way):
     """Return the launcher of the forward or the backward, which imports Triton in its first call."""
 
     def call(*arguments):
-        return getattr(importlib.import_module("selfsup_kernels.tiles.info_nce"), way)(*arguments)
+        info_nce, tape = (importlib.import_module(f"selfsup_kernels.tiles.{name}") for name in ("info_nce", "tape"))
+        return tape.run(getattr(info_nce, way), arguments)
 
     return call
 

@@ -84,6 +84,11 @@ def _table():
 _overrides: dict[str, Config | None] = {}
 
 
+def overridden() -> bool:
+    """Return whether :func:`override` is active."""
+    return bool(_overrides)
+
+
 @contextlib.contextmanager
 def override(entries: dict[str, Config | None]):
     """Within it ``lookup`` gives these, by kernel, for all rows: for tools that compare configurations."""

@@ -15,19 +15,19 @@ from selfsup_kernels.tiles.gradient import gradient
 from selfsup_kernels.tiles.layout import Layout, check_size, half_factor, sort_by_class, upstream_of_rows
 from selfsup_kernels.tiles.rows import finish_rows, load_rows
 from selfsup_kernels.tiles.sums import pair_sums
-from selfsup_kernels.tiles.tables import view_tables
+from selfsup_kernels.tiles.tables import sum_of, view_tables
 
 
 def forward(views, labels, queue, temperature_tensor, *call):
     call = Call(*call)
-    layout = Layout(call)
+    layout = Layout(call._replace(temperature=launcher.Input(call.temperature)))
     check_size("triton", layout)
     with launcher.on_device_of(views[0]):
         if call.labelled:
             order, classes = sort_by_class(layout, labels)
         else:
-            order = torch.empty(0, dtype=torch.int64, device=views[0].device)
-            classes = torch.empty((2, 0), dtype=torch.int32, device=views[0].device)
+            order = launcher.empty(0, torch.int64, views[0].device)
+            classes = launcher.empty((2, 0), torch.int32, views[0].device)
         saved, sums = load_rows(layout, views, queue, order, classes, temperature_tensor)
         precision = configs.precision_of(saved.rows.dtype)
         tables = given(saved, call.labelled)
@@ -35,7 +35,8 @@ def forward(views, labels, queue, temperature_tensor, *call):
         loss = (class_tables if call.labelled else view_tables)(layout, tables, sums, precision)
         reduction = REDUCTIONS[call.reduction]
         if reduction != "none":
-            loss = loss.mean() if reduction == "mean" else loss.sum()
+            factor = 1 / loss.numel() if reduction == "mean" else 1.0
+            loss = sum_of(loss, factor, launcher.empty((), torch.float32, loss.device))
     return loss, *saved
 
 
@@ -49,9 +50,9 @@ def backward(grad, *arguments):
     with launcher.on_device_of(stored):
         upstream, grad_scale = upstream_of_rows(layout, grad, saved.order) if reduction == "none" else (None, grad)
         partial, splits = gradient(layout, saved, upstream, factor, configs.precision_of(stored.dtype))
-        grad_views, parts = finish_rows(
+        grad_views, grad_temperature, parts = finish_rows(
             layout, partial, splits, saved, upstream, grad_scale, constant, need_temperature, factor, dtype
         )
         if need_temperature:
-            return grad_views, parts.sum()
-        return grad_views, torch.zeros((), dtype=torch.float64, device=stored.device)
+            sum_of(parts, 1.0, grad_temperature)
+    return grad_views, grad_temperature

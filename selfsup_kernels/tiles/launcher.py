@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import threading
 
 import torch
 import triton
@@ -14,10 +15,24 @@ INTERPRETED = triton.knobs.runtime.interpret
 DTYPES = {torch.float64: tl.float64, torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
+class Input(float):
+    """A number that may differ in each replay of a tape; any other is the same for all calls with one signature."""
+
+
+class _Recording(threading.local):
+    recorder = None
+
+
+recording = _Recording()
+"""``recorder``: what this thread tells its launches and allocations, a :class:`selfsup_kernels.tiles.tape.Recorder`."""
+
+
 def launch(kernel, grid, *args, **options):
     """``kernel[grid](*args, **options)``. Every launch of the package goes through here, so that tools can watch it
     (``launch`` is looked up in this module at each call, and may be replaced)."""
-    kernel[grid](*args, **options)
+    compiled = kernel[grid](*args, **options)
+    if recording.recorder is not None:
+        recording.recorder.launched(kernel, grid, args, options, compiled)
 
 
 def on_device_of(tensor):
@@ -27,7 +42,10 @@ def on_device_of(tensor):
 
 def empty(shape, dtype, device):
     """Allocate memory that a kernel writes. All of it comes from here, so that tests can put a fence behind it."""
-    return torch.empty(shape, dtype=dtype, device=device)
+    tensor = torch.empty(shape, dtype=dtype, device=device)
+    if recording.recorder is not None:
+        recording.recorder.made.append(tensor)
+    return tensor
 
 
 def cdiv(a: int, b: int) -> int:

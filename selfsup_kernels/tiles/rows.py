@@ -43,6 +43,12 @@ class Source(NamedTuple):
     """The first of them."""
 
 
+@triton.jit(do_not_specialize_on_alignment=["out"])
+def clear_kernel(out):
+    """out[0] <- 0."""
+    tl.store(out, 0.0)
+
+
 # temperature_tensor and grad_scale may point into a larger tensor. Their alignment must not compile another variant.
 @triton.jit(do_not_specialize=Source._fields, do_not_specialize_on_alignment=["temperature_tensor"])
 def load_rows_kernel(
@@ -109,7 +115,7 @@ class Finish(NamedTuple):
 
 @triton.jit(do_not_specialize=Finish._fields, do_not_specialize_on_alignment=["grad_scale"])
 def finish_rows_kernel(
-    partial, saved, upstream, grad_scale, out, scale_gradient, constant: tl.float64,
+    partial, saved, upstream, grad_scale, out, grad_temperature, scale_gradient, constant: tl.float64,
     padded, samples, rows, splits, first, own, part_first, part_rows,
     NUM_VIEWS: tl.constexpr, LABELLED: tl.constexpr, QUEUES: tl.constexpr, NORMALIZE: tl.constexpr,
     FACTOR: tl.constexpr, LIMIT: tl.constexpr, tile: tl.constexpr,
@@ -118,7 +124,8 @@ def finish_rows_kernel(
 
     Adds the partial sums over pairs of different samples in a fixed order; recomputes the part of the positives from
     the rows, in float32. ``partial`` is (splits + QUEUES, rows from part_first on of each view, S), multiplied by
-    FACTOR. ``scale_gradient`` (M,) float64 <- each row's part of the temperature's gradient, if it is not None.
+    FACTOR. ``scale_gradient`` (M,) float64 <- each row's part of the temperature's gradient; if it is None,
+    ``grad_temperature`` () <- 0.
     """
     BLOCK: tl.constexpr = tile.BLOCK
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -172,6 +179,8 @@ def finish_rows_kernel(
         wide = scale.to(tl.float64)
         part = -(wide * wide) * (0.5 * inside + outside) * weight.to(tl.float64)
         tl.store(scale_gradient + row, tl.where(valid, part, 0.0), mask=row < rows)
+    elif tl.program_id(0) == 0:
+        tl.store(grad_temperature, 0.0)
 
     dz = total * (scale * weight)
     if NORMALIZE:
@@ -214,7 +223,7 @@ def load_rows(layout, views, queue, order, classes, temperature_tensor):
     )
     sums = new(columns, layout.rows)
     if not call.normalize:
-        saved.scalars.zero_()  # a maximum is taken in it
+        launcher.launch(clear_kernel, (1,), saved.scalars[LONGEST.value :])  # a maximum is taken in it
     if temperature_tensor is not None and temperature_tensor.device != device:
         temperature, temperature_tensor = float(temperature_tensor), None  # on the CPU: no synchronisation
     tile, warps = _tile(layout)
@@ -230,7 +239,7 @@ def load_rows(layout, views, queue, order, classes, temperature_tensor):
             to,
             sums,
             temperature_tensor,
-            float(temperature),
+            temperature,
             call.eps,
             *source,
             NUM_VIEWS=len(sources),
@@ -249,9 +258,11 @@ def load_rows(layout, views, queue, order, classes, temperature_tensor):
 
 
 def finish_rows(layout, partial, splits, saved, upstream, grad_scale, constant, need_temperature, factor, dtype):
-    """Return the gradient of the views (V, own samples, D), and (M,) float64 parts of the temperature's or None."""
+    """Return the gradient of the views (V, own samples, D), that of the temperature (), 0 unless it is needed, and
+    (M,) float64 parts of the latter, whose sum is to be written to it, or None."""
     call, device = layout.call, saved.rows.device
     out = launcher.empty((call.num_views, call.own, call.dim), dtype, device)
+    grad_temperature = launcher.empty((), torch.float64, device)
     parts = launcher.empty(layout.rows, torch.float64, device) if need_temperature else None
     tile, warps = _tile(layout)
     order = ("order",) if call.labelled else ()
@@ -263,6 +274,7 @@ def finish_rows(layout, partial, splits, saved, upstream, grad_scale, constant, 
         upstream,
         grad_scale,
         out,
+        grad_temperature,
         parts,
         constant,
         *Finish(layout.padded, call.batch, layout.rows, splits, call.first, call.own, *layout.part),
@@ -275,4 +287,4 @@ def finish_rows(layout, partial, splits, saved, upstream, grad_scale, constant, 
         tile=tile,
         num_warps=warps,
     )
-    return out, parts
+    return out, grad_temperature, parts

@@ -174,6 +174,25 @@ def view_tables(layout, saved, sums, precision):
     return loss
 
 
+@triton.jit(do_not_specialize=["count"])
+def sum_kernel(values, out, count, factor: tl.float64, BLOCK: tl.constexpr):
+    """out () <- factor times the sum of ``values`` (count,), added in float64 and in a fixed order by one program."""
+    i = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float64)
+    for start in range(0, count, BLOCK):
+        total += tl.load(values + start + i, mask=start + i < count, other=0.0).to(tl.float64)
+    tl.store(out, (factor * tl.sum(total, 0)).to(out.dtype.element_ty))
+
+
+SUM_BLOCK = 8192
+
+
+def sum_of(values, factor, out):
+    """Write factor times the sum of ``values`` to ``out`` (), and return it."""
+    launcher.launch(sum_kernel, (1,), values, out, values.numel(), factor, BLOCK=SUM_BLOCK, num_warps=16)
+    return out
+
+
 TABLE_BLOCK = 32
 """Anchors per program: few, so that a batch of a few hundred samples uses many SMs."""
 

@@ -1,4 +1,4 @@
-// The part of the CUDA driver that Triton uses, without a device: `stub_driver.py` loads it as libcuda.so.1. Loading a
+// The part of the CUDA driver that Triton and csrc/launch use, without a device: `stub_driver.py` loads it as libcuda.so.1. Loading a
 // kernel, making a tensor map and launching a kernel call functions in Python, which check the arguments and return
 // what the driver would return; all other functions return success. Nothing is launched.
 
@@ -134,6 +134,22 @@ CUresult cuTensorMapEncodeTiled(
 CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function, void** parameters, void** extra) {
   if (current == NULL) return CUDA_ERROR_INVALID_CONTEXT;
   return stub_launch == NULL ? CUDA_SUCCESS : stub_launch(config, number(function), parameters);
+}
+
+CUresult cuLaunchKernel(
+    CUfunction function,
+    unsigned grid_x,
+    unsigned grid_y,
+    unsigned grid_z,
+    unsigned block_x,
+    unsigned block_y,
+    unsigned block_z,
+    unsigned shared,
+    CUstream stream,
+    void** parameters,
+    void** extra) {
+  CUlaunchConfig config = {grid_x, grid_y, grid_z, block_x, block_y, block_z, shared, stream, NULL, 0};
+  return cuLaunchKernelEx(&config, function, parameters, extra);
 }
 
 // What Triton's module is linked with, and the package has no use for.

@@ -25,6 +25,7 @@ from selfsup_kernels.tiles import launcher
 
 SOURCE = Path(__file__).with_name("driver.c")
 INCLUDE = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
+MAP_BYTES = 128
 INVALID = 1  # CUDA_ERROR_INVALID_VALUE
 SHARED_WITHOUT_ASKING = 48 << 10
 DYNAMIC_SHARED, STATIC_SHARED, REGISTERS, MAX_THREADS, LOCAL = 8, 1, 4, 0, 3  # CUfunction_attribute
@@ -48,7 +49,13 @@ class Launched(NamedTuple):
     threads: int
     shared: int
     values: dict
-    """By name, as the parameters hold them; tuples have names like p.0, a tensor map is one."""
+    """By name, as the parameters hold them; tuples have names like p.0, a tensor map is one. Empty for a launch from a
+    tape, whose arguments have no names."""
+    raw: list
+    """The parameters: bytes, or a TensorMap."""
+    pointers: list
+    """The numbers of the parameters that are addresses."""
+    replayed: bool
 
 
 class Cubin:
@@ -135,8 +142,8 @@ class Stub:
 
     def _encode(self, to, kind, rank, address, dims, strides, box, steps, interleave, swizzle, fill):
         """Check a tensor map by the rules of cuTensorMapEncodeTiled in the driver API's documentation."""
-        dims, strides = struct.unpack(f"{rank}Q", ctypes.string_at(dims, 8 * rank)), ctypes.string_at(strides, 8 * rank)
-        strides = struct.unpack(f"{rank}Q", strides)[: rank - 1]
+        dims = struct.unpack(f"{rank}Q", ctypes.string_at(dims, 8 * rank))
+        strides = struct.unpack(f"{rank - 1}Q", ctypes.string_at(strides, 8 * (rank - 1)))
         box, steps = (struct.unpack(f"{rank}I", ctypes.string_at(x, 4 * rank)) for x in (box, steps))
         row = box[0] * TYPES[kind]
         wrong = {
@@ -169,11 +176,17 @@ class Stub:
         }
         pointers = struct.unpack(f"{len(cubin.parameters)}Q", ctypes.string_at(parameters, 8 * len(cubin.parameters)))
         raw = [ctypes.string_at(p, cubin.parameters[i][1]) for i, p in enumerate(pointers)]
-        self.launches.append(Launched(cubin.name, (x, y, z), threads, shared, self._values(cubin, raw)))
+        values, replayed = self._values(cubin, raw), self.expected is None
+        raw = [self.maps[struct.unpack_from("Q", data)[0] - 1] if len(data) == MAP_BYTES else data for data in raw]
+        pointers = [i for i, (_, kind, *_) in enumerate(self.expected or ()) if kind[0] == "*"]
+        self.expected = None
+        self.launches.append(Launched(cubin.name, (x, y, z), threads, shared, values, raw, pointers, replayed))
         return self._refuse(*(f"{cubin.name}: {reason}" for reason, is_so in wrong.items() if is_so))
 
     def _values(self, cubin, raw):
         """Return the parameters by name; check that each has the machine code's size and the expected value."""
+        if self.expected is None:
+            return {}
         expected = [*self.expected, ("global scratch", "*", None, False), ("profile scratch", "*", None, False)]
         if len(expected) != len(raw):
             self.refused.append(f"{cubin.name}: {len(expected)} parameters, the machine code has {len(raw)}")
@@ -182,7 +195,7 @@ class Stub:
         for (name, kind, meant, divisible), data in zip(expected, raw, strict=True):
             if kind == "nvTmaDesc":
                 value = self.maps[struct.unpack_from("Q", data)[0] - 1] if any(data) else None
-                meant, right = None, len(data) == 128 and value is not None and value.address == meant
+                meant, right = None, len(data) == MAP_BYTES and value is not None and value.address == meant
             else:
                 form = "Q" if kind[0] == "*" else FORMATS[kind]
                 right = struct.calcsize(form) == len(data)
