@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 
 from selfsup_kernels.tiles import launcher
-from selfsup_kernels.tiles.arguments import Sizes
+from selfsup_kernels.tiles.arguments import Classes, Sizes
+from selfsup_kernels.tiles.layout import PADDING
 from selfsup_kernels.tiles.objectives import ALL_INSIDE, ITSELF, LOG_SUM, MEAN, NONE_INSIDE
 from selfsup_kernels.tiles.tables import (
     TABLE_BLOCK,
@@ -23,14 +24,76 @@ from selfsup_kernels.tiles.tables import (
 from selfsup_kernels.tiles.tile import LOG2E, finite_or_zero, log_add, log_ratio, score_reference, sigmoid
 
 
-@triton.jit(do_not_specialize=[*Sizes._fields, "samples"])
+@triton.jit(do_not_specialize=["stride", "samples", "rows"], do_not_specialize_on_alignment=["labels"])
+def sort_kernel(
+    labels, order, classes, stride, samples, rows, NUM_VIEWS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr
+):
+    """order, classes <- those of ``Saved``, from ``labels`` (samples,): samples with one label keep their order.
+
+    A program finds the places of BLOCK samples by comparing their labels with all others, which takes far fewer
+    operations than the products of the samples' rows.
+    """
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    valid = i < samples
+    own = tl.load(labels + i.to(tl.int64) * stride, mask=valid, other=0)
+    below = tl.zeros((BLOCK,), tl.int32)
+    equal = tl.zeros((BLOCK,), tl.int32)
+    before = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, samples, STEP):
+        j = start + tl.arange(0, STEP)
+        other = tl.load(labels + j.to(tl.int64) * stride, mask=j < samples, other=0)
+        inside = (j < samples)[None, :]
+        same = inside & (other[None, :] == own[:, None])
+        below += tl.sum((inside & (other[None, :] < own[:, None])).to(tl.int32), 1)
+        equal += tl.sum(same.to(tl.int32), 1)
+        before += tl.sum((same & (j[None, :] < i[:, None])).to(tl.int32), 1)
+    place = below + before
+    tl.store(order + place, i.to(tl.int64), mask=valid)
+    for view in tl.static_range(NUM_VIEWS):
+        row = place * NUM_VIEWS + view
+        tl.store(classes.first + row, below * NUM_VIEWS, mask=valid)
+        tl.store(classes.end + row, (below + equal) * NUM_VIEWS, mask=valid)
+    if tl.program_id(0) == 0:
+        padding = samples * NUM_VIEWS + tl.arange(0, PADDED)
+        zero = tl.zeros((PADDED,), tl.int32)
+        tl.store(classes.first + padding, zero, mask=padding < rows)
+        tl.store(classes.end + padding, zero, mask=padding < rows)
+
+
+def sort_by_class(layout, labels):
+    """Return ``Saved.order`` and ``Saved.classes``, the samples sorted by label."""
+    samples = layout.call.batch
+    order = launcher.empty(samples, torch.int64, labels.device)
+    classes = launcher.empty((2, layout.rows), torch.int32, labels.device)
+    launcher.launch(
+        sort_kernel,
+        (launcher.cdiv(samples, SORT_BLOCK),),
+        labels,
+        order,
+        Classes(*classes),
+        labels.stride(0),
+        samples,
+        layout.rows,
+        NUM_VIEWS=layout.call.num_views,
+        BLOCK=SORT_BLOCK,
+        STEP=SORT_STEP,
+    )
+    return order, classes
+
+
+SORT_BLOCK, SORT_STEP = 32, 256
+PADDED = tl.constexpr(PADDING)
+"""More rows than the padding of the last block."""
+
+
+@triton.jit(do_not_specialize=[*Sizes._fields, "first_sample", "own"])
 def class_tables_kernel(
     sums, saved, loss,
-    rows, batch, padded, queue, views, core_view, samples,
+    rows, batch, padded, queue, views, core_view, first_sample, own,
     NUM_VIEWS: tl.constexpr, HAS_QUEUE: tl.constexpr, rules: tl.constexpr, tile: tl.constexpr,
 ):  # fmt: skip
-    """Write the losses (V, samples), weights, log_weights and positives (:func:`pair_coefficient`) of BLOCK anchors. An
-    anchor without positives has loss 0 and no gradient."""
+    """Write weights, log_weights and positives (:func:`pair_coefficient`) of BLOCK anchors, and the losses (V, own) of
+    those of this process, from ``first_sample`` on. An anchor without positives has loss 0 and no gradient."""
     BLOCK: tl.constexpr = tile.BLOCK
     sizes = Sizes(rows, batch, padded, queue, views, core_view)
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -90,7 +153,9 @@ def class_tables_kernel(
         pivot, factor = den, tl.where(alone, 0.0, 1.0)
     view, place = row % NUM_VIEWS, row // NUM_VIEWS
     sample = tl.load(saved.order + place, mask=valid, other=0)
-    tl.store(loss + view * samples + sample, tl.where(alone, 0.0, value).to(tl.float32), mask=valid)
+    sample -= first_sample
+    mine = valid & (sample >= 0) & (sample < own)
+    tl.store(loss + view * own + sample, tl.where(alone, 0.0, value).to(tl.float32), mask=mine)
     weight = tl.where(alone, none, weight)
     for c in range(1 + HAS_QUEUE):
         store_weights(saved, weight, scale, c * rows + row, valid)
@@ -143,7 +208,7 @@ def class_gradient(g, s, x, y, saved, upstream, sizes, rules: tl.constexpr, tile
 def class_tables(layout, saved, sums, precision):
     """Write log_weights, weights and positives; return the losses of this process's anchors (V, own samples)."""
     call = layout.call
-    loss = launcher.empty((call.num_views, call.batch), torch.float32, saved.rows.device)
+    loss = launcher.empty((call.num_views, call.own), torch.float32, saved.rows.device)
     launcher.launch(
         class_tables_kernel,
         (launcher.cdiv(layout.batch, TABLE_BLOCK),),
@@ -151,11 +216,12 @@ def class_tables(layout, saved, sums, precision):
         saved._replace(inverse_norms=None),
         loss,
         *layout.sizes,
-        call.batch,
+        call.first,
+        call.own,
         NUM_VIEWS=call.num_views,
         HAS_QUEUE=int(call.queue_rows > 0),
         rules=layout.rules,
         tile=table_tile(layout, saved.rows.dtype, precision),
         num_warps=8,
     )
-    return loss[:, call.first : call.first + call.own].contiguous()
+    return loss

@@ -10,10 +10,10 @@ from selfsup_kernels.core.ops import REDUCTIONS
 from selfsup_kernels.info_nce.call import Call, unpack_backward
 from selfsup_kernels.tiles import configs, launcher
 from selfsup_kernels.tiles.arguments import given
-from selfsup_kernels.tiles.classes import class_tables
+from selfsup_kernels.tiles.classes import class_tables, sort_by_class
 from selfsup_kernels.tiles.gradient import gradient
-from selfsup_kernels.tiles.layout import Layout, check_size, half_factor, sort_by_class, upstream_of_rows
-from selfsup_kernels.tiles.rows import finish_rows, load_rows
+from selfsup_kernels.tiles.layout import Layout, check_size, half_factor
+from selfsup_kernels.tiles.rows import finish_rows, load_rows, upstream_of_rows
 from selfsup_kernels.tiles.sums import pair_sums
 from selfsup_kernels.tiles.tables import sum_of, view_tables
 

@@ -1,4 +1,4 @@
-"""The places of a call's rows in GPU memory, and the tables that launchers prepare with PyTorch's operators."""
+"""The places of a call's rows in GPU memory."""
 
 import torch
 
@@ -86,15 +86,6 @@ def _round_up(x, multiple):
     return -(-x // multiple) * multiple
 
 
-def sort_by_class(layout, labels):
-    """Return the order of the samples (B,), and classes (2, M): the first row of each row's class, and the one past its
-    last, for rows numbered ``place in order * V + view``."""
-    values, order = torch.sort(labels.to(torch.int64), stable=True)
-    bounds = torch.stack([torch.searchsorted(values, values, right=right) for right in (False, True)])
-    classes = (layout.call.num_views * bounds).to(torch.int32).repeat_interleave(layout.call.num_views, 1)
-    return order, torch.nn.functional.pad(classes, (0, layout.rows - layout.batch))  # both rows aligned
-
-
 def takes_tf32(dtype):
     """Return whether PyTorch's settings allow TF32 in float32 products. (``set_float32_matmul_precision`` writes this
     setting too, but its getter raises after the newer one was used.)"""
@@ -106,20 +97,6 @@ def half_factor(dtype):
     gradient, so nothing overflows, and values down to 4e-12 survive. bfloat16 has the range of float32 and needs no
     factor."""
     return 16384.0 if dtype == torch.float16 else 1.0
-
-
-def upstream_of_rows(layout, grad, order):
-    """Return ``upstream`` (M,) relative to its largest value, and that value (), so that G has the size of
-    probabilities whatever the loss is multiplied by."""
-    grad = grad.float()
-    largest = grad.abs().amax()
-    largest = torch.where(largest == 0, 1.0, largest)
-    grad = grad / largest
-    if layout.call.labelled:
-        grad = grad[:, order].T
-    else:
-        grad = torch.nn.functional.pad(grad, (0, layout.padded - layout.batch))
-    return grad.reshape(-1).contiguous(), largest
 
 
 def check_size(impl, layout):

@@ -94,6 +94,73 @@ def load_rows_kernel(
             tl.store(saved.scalars + SLOW, 0.0)
 
 
+@triton.jit(
+    do_not_specialize=["view_stride", "sample_stride", "samples", "padded", "rows"],
+    do_not_specialize_on_alignment=["grad"],
+)
+def upstream_kernel(
+    grad, order, upstream, grad_scale, view_stride, sample_stride, samples, padded, rows,
+    NUM_VIEWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """grad_scale () <- the largest of the gradients ``grad`` (V, samples), 1 if all are 0; upstream (M,) <- the
+    gradients divided by it, in the order of the stored rows, 0 in the padding. One program reads ``grad`` twice."""
+    largest = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, rows, BLOCK):
+        g = _gradients(grad, order, start, view_stride, sample_stride, samples, padded, rows, NUM_VIEWS, BLOCK)
+        largest = tl.maximum(largest, tl.abs(g))
+    scale = tl.max(largest, 0)
+    scale = tl.where(scale == 0, 1.0, scale)
+    tl.store(grad_scale, scale)
+    for start in range(0, rows, BLOCK):
+        g = _gradients(grad, order, start, view_stride, sample_stride, samples, padded, rows, NUM_VIEWS, BLOCK)
+        row = start + tl.arange(0, BLOCK)
+        tl.store(upstream + row, g / scale, mask=row < rows)
+
+
+@triton.jit
+def _gradients(
+    grad, order, start, view_stride, sample_stride, samples, padded, rows, NUM_VIEWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Return the gradients of BLOCK stored rows from ``start`` on, 0 for rows of the padding."""
+    row = start + tl.arange(0, BLOCK)
+    if order is not None:
+        view = row % NUM_VIEWS
+        valid = row < samples * NUM_VIEWS
+        sample = tl.load(order + row // NUM_VIEWS, mask=valid, other=0)
+    else:
+        view = row // padded
+        sample = (row % padded).to(tl.int64)
+        valid = (sample < samples) & (row < rows)
+    at = view.to(tl.int64) * view_stride + sample * sample_stride
+    return tl.load(grad + at, mask=valid, other=0.0).to(tl.float32)
+
+
+UPSTREAM_BLOCK = 8192
+
+
+def upstream_of_rows(layout, grad, order):
+    """Return ``upstream`` and ``grad_scale`` for the gradients (V, B) of all samples: G then has the size of
+    probabilities whatever the loss is multiplied by."""
+    upstream = launcher.empty(layout.rows, torch.float32, grad.device)
+    grad_scale = launcher.empty((), torch.float32, grad.device)
+    launcher.launch(
+        upstream_kernel,
+        (1,),
+        grad,
+        order if layout.call.labelled else None,
+        upstream,
+        grad_scale,
+        *grad.stride(),
+        layout.call.batch,
+        layout.padded,
+        layout.rows,
+        NUM_VIEWS=layout.call.num_views,
+        BLOCK=UPSTREAM_BLOCK,
+        num_warps=16,
+    )
+    return upstream, grad_scale
+
+
 class Finish(NamedTuple):
     """The rows whose gradient a launch finishes, and where their sums lie."""
 

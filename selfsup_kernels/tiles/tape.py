@@ -7,6 +7,7 @@ temperature are inputs of a replay. A call that does anything but allocate and l
 through Python.
 """
 
+import os
 import struct
 from typing import NamedTuple
 
@@ -68,7 +69,7 @@ class Tape(NamedTuple):
     launches: list[Launch]
 
 
-class _NotReplayable(Exception):  # noqa: N818  not an error of the user
+class _NotReplayable(Exception):
     """A call did something that a tape cannot repeat."""
 
 
@@ -83,15 +84,18 @@ ALIGNMENT = 512
 
 WARP = 32
 
-_launch, _empty = launcher.launch, launcher.empty
+OFF = launcher.INTERPRETED or os.environ.get("SELFSUP_KERNELS_TAPE") == "0"
+"""Every call goes through Python."""
+
+_launch, _empty, _hooks = launcher.launch, launcher.empty, triton.knobs.runtime
 
 
 def settings() -> int:
-    """Return PyTorch's settings that launches depend on, as bits; negative where no tape may be used: while kernels are
+    """Return PyTorch's settings that launches depend on, as bits; negative where no tape may be used: where kernels are
     interpreted, configurations are overridden, or a tool watches the launches."""
     watched = launcher.launch is not _launch or launcher.empty is not _empty
-    hooks = triton.knobs.runtime.launch_enter_hook.calls or triton.knobs.runtime.launch_exit_hook.calls
-    if launcher.INTERPRETED or watched or hooks or configs.overridden():
+    watched = watched or _hooks.launch_enter_hook.calls or _hooks.launch_exit_hook.calls
+    if OFF or watched or configs.overridden():
         return -1
     return launcher.deterministic() + 2 * takes_tf32(torch.float32)
 
@@ -223,9 +227,13 @@ class Recorder(TorchDispatchMode):
             offset = at - made.data_ptr()
             if made.numel() and 0 <= offset < made.nbytes:
                 return Address(len(self.inputs) + i, offset)
-        for i, given in enumerate(self.inputs):
-            if given is not None and given.data_ptr() == at:
-                return Address(i, 0)
+        given = [(i, t.data_ptr(), t.nbytes) for i, t in enumerate(self.inputs) if t is not None]
+        same = [Address(i, 0) for i, start, _ in given if start == at]
+        within = [Address(i, at - start) for i, start, size in given if start < at < start + size]
+        if same:  # the first of several: which inputs have one address is part of the signature
+            return same[0]
+        if len(within) == 1:
+            return within[0]
         raise _NotReplayable("a tensor that the call neither got nor allocated")
 
 

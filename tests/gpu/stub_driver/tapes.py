@@ -2,8 +2,10 @@
 checks. Launches are compared byte for byte; addresses must lie at the same places of the same tensors."""
 
 import contextlib
+import itertools
 import json
 import os
+import resource
 import sys
 import tempfile
 import threading
@@ -47,7 +49,7 @@ class Case:
         self.options = options | ({"queue": torch.randn(queue, dim, dtype=dtype)} if queue else {})
         self.reduce = reduce or torch.Tensor.sum
         temperature = options.get("temperature")
-        given = [*self.views, self.options.get("queue"), temperature]
+        given = [*self.views, self.options.get("queue"), options.get("labels"), temperature]
         self.inputs = [x for x in given if isinstance(x, torch.Tensor)]
 
     def run(self):
@@ -101,7 +103,7 @@ def differences(case, expected, made, launches):
             if not same:
                 yield f"{one.kernel}: parameter {number}: expected {a}, got {b}"
     ends = sorted((bases[id(x)], bases[id(x)] + x.nbytes) for x in made if id(x) in bases)
-    if any(end > start for (_, end), (start, _) in zip(ends, ends[1:], strict=False)):
+    if any(end > start for (_, end), (start, _) in itertools.pairwise(ends)):
         yield "tensors of the call share memory"
 
 
@@ -164,6 +166,10 @@ cases = {
     "one feature": {"dim": 1},
     "long rows": {"dim": 600},
     "many rows": {"batch": 4096, "dim": 256},
+    "labels": {"labels": torch.arange(100) % 7},
+    "labels and a queue": {"labels": torch.arange(100, dtype=torch.uint8) % 7, "queue": 70},
+    "loss of each anchor": {"reduction": "none"},
+    "loss of each anchor with labels": {"reduction": "none", "labels": torch.arange(100) % 7},
 }
 found = {"same": {name: replayed(Case(**options)) for name, options in cases.items()}}
 
@@ -226,8 +232,6 @@ del stub.refused[:]
 
 # Calls that a tape does not cover go through Python each time: the kernels of their forward, or of their backward.
 uncovered = {
-    "labels": (Case(labels=torch.arange(100) % 7), {"load_rows_kernel", "gradient_kernel"}),
-    "loss of each anchor": (Case(reduction="none"), {"gradient_kernel"}),
     "columns apart": (
         Case(given=[torch.randn(100, 128, dtype=torch.bfloat16)[:, ::2] for _ in range(2)]),
         {"load_rows_kernel"},
@@ -268,6 +272,19 @@ pairs = {
     "core view": (Case(views=3, core_view=0), Case(views=3, core_view=2)),
     "queue's length": (Case(queue=70), Case(queue=71)),
     "upstream gradient": (plain, Case(given=[x, y], reduce=lambda loss: torch.stack([loss, loss])[1] * 2.5)),
+    "labels": (Case(given=[x, y], labels=torch.arange(100) % 7), Case(given=[x, y], labels=torch.arange(100) // 7)),
+    "labels' dtype": (
+        Case(given=[x, y], labels=torch.arange(100) % 7),
+        Case(given=[x, y], labels=torch.arange(100, dtype=torch.int16) % 7),
+    ),
+    "labels' strides": (
+        Case(given=[x, y], labels=torch.arange(100)),
+        Case(given=[x, y], labels=torch.arange(200)[::2]),
+    ),
+    "weights of the anchors": (
+        Case(given=[x, y], reduction="none"),
+        Case(given=[x, y], reduction="none", reduce=lambda loss: (loss * torch.ones(2, 100)).sum()),
+    ),
     "upstream gradient's dtype": (plain, Case(given=[x, y], reduce=lambda loss: loss.float())),
 }
 found["lies"] = {name: after(*pair) for name, pair in pairs.items()}
@@ -292,7 +309,7 @@ def repeat(case):
     try:
         for _ in range(20):
             case.run()
-    except Exception as error:  # noqa: BLE001  reported by the test
+    except Exception as error:
         errors.append(repr(error))
 
 
@@ -314,6 +331,25 @@ os.close(write)
 with open(read) as answer:
     found["forked"] = answer.read()
 os.wait()
+
+# Not enough memory for a replay: Python's allocation raises.
+case = Case(batch=20_000, dim=16, views=2)
+case.run()
+size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+limits = resource.getrlimit(resource.RLIMIT_AS)
+resource.setrlimit(resource.RLIMIT_AS, (size, limits[1]))
+try:
+    blocks = []
+    with contextlib.suppress(RuntimeError, MemoryError):  # what the allocator has left
+        while True:
+            blocks.append(torch.empty(200_000, dtype=torch.uint8))
+    case.run()
+    found["without memory"] = "nothing raised"
+except RuntimeError as error:
+    found["without memory"] = str(error)
+finally:
+    del blocks
+    resource.setrlimit(resource.RLIMIT_AS, limits)
 
 # Signatures without end. Most of a call's own time is that of the stub, which can be turned off.
 stub.watch(False)
