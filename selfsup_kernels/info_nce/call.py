@@ -91,14 +91,14 @@ class Saved(NamedTuple):
     ``-factor exp(x - pivot)`` (LOG_SUM), ``-share sigmoid(pivot - x)`` (ITSELF) or ``-share`` (NONE)."""
     scalars: "Tensor"
     """(4,): 1 / temperature; on GPUs also the largest squared norm of a row without ``normalize``, and whether a weight
-    is out of the fast path's range."""
+    is out of the fast path's range; the last one counts the programs that have added to the loss."""
     order: "Tensor"
     """(B,) int64 if rows are sorted by class, else (0,): the samples in that order (CPU: this process's first)."""
     classes: "Tensor"
     """(2, M) int32, only on GPUs with labels: the first row of each row's class, and the one past its last."""
 
 
-SCALE, LONGEST, SLOW = 0, 1, 2
+SCALE, LONGEST, SLOW, FINISHED = 0, 1, 2, 3
 """Indices into ``Saved.scalars``."""
 
 SCHEMA_TYPES = {Size: "SymInt", bool: "bool", int: "int", float: "float"}

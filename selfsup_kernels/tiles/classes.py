@@ -13,13 +13,16 @@ from selfsup_kernels.tiles.arguments import Classes, Sizes
 from selfsup_kernels.tiles.layout import PADDING
 from selfsup_kernels.tiles.objectives import ALL_INSIDE, ITSELF, LOG_SUM, MEAN, NONE_INSIDE
 from selfsup_kernels.tiles.tables import (
+    PARTS_BLOCK,
     TABLE_BLOCK,
     Anchors,
     Column,
     block_scores,
+    loss_and_parts,
     negatives,
     store_weights,
     table_tile,
+    total_loss,
 )
 from selfsup_kernels.tiles.tile import LOG2E, finite_or_zero, log_add, log_ratio, score_reference, sigmoid
 
@@ -88,12 +91,13 @@ PADDED = tl.constexpr(PADDING)
 
 @triton.jit(do_not_specialize=[*Sizes._fields, "first_sample", "own"])
 def class_tables_kernel(
-    sums, saved, loss,
+    sums, saved, loss, parts, loss_factor: tl.float64,
     rows, batch, padded, queue, views, core_view, first_sample, own,
     NUM_VIEWS: tl.constexpr, HAS_QUEUE: tl.constexpr, rules: tl.constexpr, tile: tl.constexpr,
 ):  # fmt: skip
-    """Write weights, log_weights and positives (:func:`pair_coefficient`) of BLOCK anchors, and the losses (V, own) of
-    those of this process, from ``first_sample`` on. An anchor without positives has loss 0 and no gradient."""
+    """Write weights, log_weights and positives (:func:`pair_coefficient`) of BLOCK anchors, and the losses of those of
+    this process, from ``first_sample`` on. An anchor without positives has loss 0 and no gradient. ``loss``: (V, own),
+    or () for loss_factor times the sum, with ``parts`` (:func:`selfsup_kernels.tiles.tables.total_loss`)."""
     BLOCK: tl.constexpr = tile.BLOCK
     sizes = Sizes(rows, batch, padded, queue, views, core_view)
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -155,7 +159,11 @@ def class_tables_kernel(
     sample = tl.load(saved.order + place, mask=valid, other=0)
     sample -= first_sample
     mine = valid & (sample >= 0) & (sample < own)
-    tl.store(loss + view * own + sample, tl.where(alone, 0.0, value).to(tl.float32), mask=mine)
+    value = tl.where(alone, 0.0, value)
+    if parts is None:
+        tl.store(loss + view * own + sample, value.to(tl.float32), mask=mine)
+    else:
+        total_loss(tl.sum(tl.where(mine, value, 0.0), 0), parts, loss, saved.scalars, loss_factor, PARTS_BLOCK)
     weight = tl.where(alone, none, weight)
     for c in range(1 + HAS_QUEUE):
         store_weights(saved, weight, scale, c * rows + row, valid)
@@ -206,15 +214,18 @@ def class_gradient(g, s, x, y, saved, upstream, sizes, rules: tl.constexpr, tile
 
 
 def class_tables(layout, saved, sums, precision):
-    """Write log_weights, weights and positives; return the losses of this process's anchors (V, own samples)."""
+    """Write log_weights, weights and positives; return the loss of this process's anchors, by the call's reduction."""
     call = layout.call
-    loss = launcher.empty((call.num_views, call.own), torch.float32, saved.rows.device)
+    programs = launcher.cdiv(layout.batch, TABLE_BLOCK)
+    loss, parts, factor = loss_and_parts(layout, programs, saved.rows.device)
     launcher.launch(
         class_tables_kernel,
-        (launcher.cdiv(layout.batch, TABLE_BLOCK),),
+        (programs,),
         sums,
         saved._replace(inverse_norms=None),
         loss,
+        parts,
+        factor,
         *layout.sizes,
         call.first,
         call.own,

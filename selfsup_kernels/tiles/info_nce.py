@@ -13,9 +13,9 @@ from selfsup_kernels.tiles.arguments import given
 from selfsup_kernels.tiles.classes import class_tables, sort_by_class
 from selfsup_kernels.tiles.gradient import gradient
 from selfsup_kernels.tiles.layout import Layout, check_size, half_factor
-from selfsup_kernels.tiles.rows import finish_rows, load_rows, upstream_of_rows
+from selfsup_kernels.tiles.rows import finish_rows, load_rows, sum_to, upstream_of_rows
 from selfsup_kernels.tiles.sums import pair_sums
-from selfsup_kernels.tiles.tables import sum_of, view_tables
+from selfsup_kernels.tiles.tables import view_tables
 
 
 def forward(views, labels, queue, temperature_tensor, *call):
@@ -33,10 +33,6 @@ def forward(views, labels, queue, temperature_tensor, *call):
         tables = given(saved, call.labelled)
         pair_sums(layout, tables, sums, precision)
         loss = (class_tables if call.labelled else view_tables)(layout, tables, sums, precision)
-        reduction = REDUCTIONS[call.reduction]
-        if reduction != "none":
-            factor = 1 / loss.numel() if reduction == "mean" else 1.0
-            loss = sum_of(loss, factor, launcher.empty((), torch.float32, loss.device))
     return loss, *saved
 
 
@@ -54,5 +50,5 @@ def backward(grad, *arguments):
             layout, partial, splits, saved, upstream, grad_scale, constant, need_temperature, factor, dtype
         )
         if need_temperature:
-            sum_of(parts, 1.0, grad_temperature)
+            sum_to(parts, grad_temperature)
     return grad_views, grad_temperature

@@ -9,7 +9,7 @@ import triton.language as tl
 from selfsup_kernels.info_nce.call import Saved
 from selfsup_kernels.tiles import launcher
 from selfsup_kernels.tiles.arguments import RowTile, only
-from selfsup_kernels.tiles.tile import LONGEST, SCALE, SLOW
+from selfsup_kernels.tiles.tile import FINISHED, LONGEST, SCALE, SLOW
 
 
 @triton.jit
@@ -92,6 +92,7 @@ def load_rows_kernel(
             good = (t > 0) & (t < float("inf"))
             tl.store(saved.scalars + SCALE, tl.where(good, 1.0 / t, float("nan")).to(tl.float32))
             tl.store(saved.scalars + SLOW, 0.0)
+            tl.store(saved.scalars + FINISHED, 0.0)
 
 
 @triton.jit(
@@ -159,6 +160,24 @@ def upstream_of_rows(layout, grad, order):
         num_warps=16,
     )
     return upstream, grad_scale
+
+
+@triton.jit(do_not_specialize=["count"])
+def sum_kernel(values, out, count, BLOCK: tl.constexpr):
+    """out () <- the sum of ``values`` (count,) float64, added in a fixed order by one program."""
+    i = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float64)
+    for start in range(0, count, BLOCK):
+        total += tl.load(values + start + i, mask=start + i < count, other=0.0)
+    tl.store(out, tl.sum(total, 0))
+
+
+SUM_BLOCK = 8192
+
+
+def sum_to(values, out):
+    """Write the sum of ``values`` to ``out`` ()."""
+    launcher.launch(sum_kernel, (1,), values, out, values.numel(), BLOCK=SUM_BLOCK, num_warps=16)
 
 
 class Finish(NamedTuple):

@@ -5,16 +5,18 @@ Weights are stored relative to the score reference r of the kernels, as ``w = ex
 below 0.013) a flag sends the backward to a path that adds the logarithms.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
+from selfsup_kernels.core.ops import REDUCTIONS
 from selfsup_kernels.tiles import launcher
 from selfsup_kernels.tiles.arguments import RowTile, Sizes, only
 from selfsup_kernels.tiles.objectives import anchor_tables
-from selfsup_kernels.tiles.tile import SLOW, finite_or_zero, negatives_meet, score_reference
+from selfsup_kernels.tiles.tile import FINISHED, SLOW, finite_or_zero, negatives_meet, score_reference
 
 FAST_WEIGHT = tl.constexpr(60.0)
 """All scores of a row with a weight above exp(60) lie below reference - 60: exp(S - reference) would flush terms to
@@ -104,15 +106,31 @@ def store_weights(saved, logw, scale, at, mask):
         tl.atomic_max(saved.scalars + SLOW, 1.0, sem="relaxed")
 
 
+@triton.jit
+def total_loss(value, parts, total, scalars, factor, BLOCK: tl.constexpr):
+    """total () <- factor times the sum of the programs' ``value``, which the last program to get here adds up in the
+    order of the programs. ``parts``: (programs,) float64."""
+    programs = tl.num_programs(0) * tl.num_programs(1)
+    tl.store(parts + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), value)
+    # The one step of the launch with an order: it publishes this program's value, and shows it those of the others.
+    before = tl.atomic_add(scalars + FINISHED, 1.0, sem="acq_rel")
+    if before == (programs - 1).to(tl.float32):
+        i = tl.arange(0, BLOCK)
+        added = tl.zeros((BLOCK,), tl.float64)
+        for start in range(0, programs, BLOCK):
+            added += tl.load(parts + start + i, mask=start + i < programs, other=0.0)
+        tl.store(total, (factor * tl.sum(added, 0)).to(tl.float32))
+
+
 @triton.jit(do_not_specialize=["rows", "batch", "padded", "queue", "core_view", "first", "own"])
 def view_tables_kernel(
-    sums, saved, loss,
+    sums, saved, loss, parts, loss_factor: tl.float64,
     rows, batch, padded, queue, views: tl.constexpr, core_view, first, own,
     HAS_QUEUE: tl.constexpr, WIDTH: tl.constexpr, rules: tl.constexpr, tile: tl.constexpr,
 ):  # fmt: skip
-    """Program (samples of first .. first + own, view u): the losses (V, own) of these anchors, and their ``weights``,
+    """Program (samples of first .. first + own, view u): the losses of these anchors, and their ``weights``,
     ``log_weights`` and ``positives``, which are inner products of the rows in float32. WIDTH: C, or the power of 2
-    above it."""
+    above it. ``loss``: (V, own), or () for loss_factor times the sum, with ``parts`` (:func:`total_loss`)."""
     BLOCK: tl.constexpr = tile.BLOCK
     BLOCK_K: tl.constexpr = tile.BLOCK_K
     sizes = Sizes(rows, batch, padded, queue, views, core_view)
@@ -143,7 +161,10 @@ def view_tables_kernel(
                 dot += tl.sum(x.to(tl.float32) * y.to(tl.float32), 1)
             p = tl.where((column == v)[None, :], (dot.to(tl.float64) * scale.factor.to(tl.float64))[:, None], p)
     value, logw, c = anchor_tables(n, p, u, column, core_view, views, HAS_QUEUE, rules)
-    tl.store(loss + u.to(tl.int64) * own + place, value.to(tl.float32), mask=valid)
+    if parts is None:
+        tl.store(loss + u.to(tl.int64) * own + place, value.to(tl.float32), mask=valid)
+    else:
+        total_loss(tl.sum(tl.where(valid, value, 0.0), 0), parts, loss, saved.scalars, loss_factor, PARTS_BLOCK)
     # (BLOCK, WIDTH) tables, a few columns: element (i, v) goes to [v][i].
     at = column[None, :] * rows + row[:, None]
     mask = valid[:, None] & (column < views + HAS_QUEUE)[None, :]
@@ -151,16 +172,32 @@ def view_tables_kernel(
     tl.store(saved.positives + at, c.to(tl.float32), mask=mask & (column < views)[None, :])
 
 
+PARTS_BLOCK = tl.constexpr(1024)
+
+
+def loss_and_parts(layout, programs, device):
+    """Return what kernels write the loss to, (V, own samples) or (), the programs' parts of its sum or None, and the
+    factor of the sum, by the call's reduction."""
+    call, reduction = layout.call, REDUCTIONS[layout.call.reduction]
+    if reduction == "none":
+        return launcher.empty((call.num_views, call.own), torch.float32, device), None, 1.0
+    factor = 1 / (call.num_views * call.own) if reduction == "mean" else 1.0
+    return launcher.empty((), torch.float32, device), launcher.empty(programs, torch.float64, device), factor
+
+
 def view_tables(layout, saved, sums, precision):
-    """Write log_weights, weights and positives; return the losses of this process's anchors (V, own samples)."""
+    """Write log_weights, weights and positives; return the loss of this process's anchors, by the call's reduction."""
     call = layout.call
-    loss = launcher.empty((call.num_views, call.own), torch.float32, saved.rows.device)
+    grid = launcher.cdiv(call.own, TABLE_BLOCK), layout.views
+    loss, parts, factor = loss_and_parts(layout, math.prod(grid), saved.rows.device)
     launcher.launch(
         view_tables_kernel,
-        (launcher.cdiv(call.own, TABLE_BLOCK), layout.views),
+        grid,
         sums,
         only(saved, "rows", "log_weights", "weights", "positives", "scalars"),
         loss,
+        parts,
+        factor,
         *layout.sizes,
         call.first,
         call.own,
@@ -172,25 +209,6 @@ def view_tables(layout, saved, sums, precision):
         maxnreg=255,  # the compiler would spill registers to fit one more program on an SM
     )
     return loss
-
-
-@triton.jit(do_not_specialize=["count"])
-def sum_kernel(values, out, count, factor: tl.float64, BLOCK: tl.constexpr):
-    """out () <- factor times the sum of ``values`` (count,), added in float64 and in a fixed order by one program."""
-    i = tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), tl.float64)
-    for start in range(0, count, BLOCK):
-        total += tl.load(values + start + i, mask=start + i < count, other=0.0).to(tl.float64)
-    tl.store(out, (factor * tl.sum(total, 0)).to(out.dtype.element_ty))
-
-
-SUM_BLOCK = 8192
-
-
-def sum_of(values, factor, out):
-    """Write factor times the sum of ``values`` to ``out`` (), and return it."""
-    launcher.launch(sum_kernel, (1,), values, out, values.numel(), factor, BLOCK=SUM_BLOCK, num_warps=16)
-    return out
 
 
 TABLE_BLOCK = 32

@@ -15,7 +15,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 HEADROOM = tl.constexpr(70.0)
 """Scores are exponentiated relative to ``max(bound - HEADROOM, 0)``: ``exp(70)``, summed 1e8 times, is a float32."""
 
-SCALE, LONGEST, SLOW = map(tl.constexpr, (call.SCALE, call.LONGEST, call.SLOW))
+SCALE, LONGEST, SLOW, FINISHED = map(tl.constexpr, (call.SCALE, call.LONGEST, call.SLOW, call.FINISHED))
 """Places in ``Saved.scalars``."""
 
 
