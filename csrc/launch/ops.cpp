@@ -15,6 +15,7 @@
 
 #include "generated/call.h"
 #include "launch/bind.h"
+#include "launch/driver.h"
 #include "launch/tape.h"
 
 namespace selfsup_kernels::launch {
@@ -59,7 +60,7 @@ class Cache {
   }
 
  private:
-  static constexpr size_t most = 1024;  // each takes 5 to 10 KB
+  static constexpr size_t most = 1024;  // a tape of ten launches takes 10 KB
   std::mutex mutex_;
   std::unordered_map<Signature, std::shared_ptr<const Tape>, Hash> tapes_;
 };
@@ -75,10 +76,10 @@ int64_t read_settings() {
   return function.get_stored()().cast<int64_t>();
 }
 
-// The message of the exception that Python raised below C++, which only passes on that there was one.
+// The message of what Python raised below C++, which is only told that there was something.
 std::string failure() {
   pybind11::gil_scoped_acquire locked;
-  return pybind11::str(pybind11::module_::import("selfsup_kernels.core.ops").attr("failed").attr("error"));
+  return pybind11::module_::import("selfsup_kernels.core.ops").attr("failure")().cast<std::string>();
 }
 
 // The signature of this thread's call while it goes through Python, until Python stores its tape.
@@ -178,9 +179,10 @@ void call(const Op& op, StableIValue* stack) {
     }
   }
   const Signature own = signature;  // Python may let another call of this thread use the buffer
+  const Signature* const outer = awaited;
   awaited = taped && !known ? &own : nullptr;
   const auto status = torch_call_dispatcher(op.name, "launch", stack, TORCH_ABI_VERSION);
-  awaited = nullptr;
+  awaited = outer;
   if (status != 0) throw std::runtime_error(failure());
 }
 
@@ -221,7 +223,7 @@ Launch launch_of(const py::handle& described) {
     const size_t size = kind == "map" ? 128 : kind == "constant" ? py::len(value) : kind == "float32" ? 4 : 8;
     const size_t align = kind == "map" ? 64 : 8;
     const auto at = static_cast<uint32_t>((l.parameters.size() + align - 1) / align * align);
-    l.places.push_back(at);
+    l.offsets.push_back(at);
     l.parameters.resize(at + size);
     if (kind == "constant") {
       const auto bytes = value.cast<std::string>();
@@ -248,6 +250,7 @@ Launch launch_of(const py::handle& described) {
 
 void store(const py::object& described) {
   STD_TORCH_CHECK(awaited, "no call waits for a tape");
+  Driver::get();  // from here on a forked process is refused
   std::shared_ptr<Tape> tape;
   if (!described.is_none()) {
     tape = std::make_shared<Tape>();

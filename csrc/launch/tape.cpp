@@ -73,7 +73,7 @@ std::optional<std::vector<Tensor>> Tape::replay(const Inputs& inputs, double num
   for (const Tensor& t : made) slots.push_back(static_cast<char*>(t.data_ptr()));
 
   thread_local Scratch scratch;
-  thread_local std::vector<void*> places;
+  thread_local std::vector<void*> addresses;
   for (const Launch& l : launches) {
     unsigned char* const to = scratch.get(l.parameters.size());
     std::memcpy(to, l.parameters.data(), l.parameters.size());
@@ -104,8 +104,8 @@ std::optional<std::vector<Tensor>> Tape::replay(const Inputs& inputs, double num
               m.fill),
           l.name.c_str());
     }
-    places.clear();
-    for (uint32_t at : l.places) places.push_back(to + at);
+    addresses.clear();
+    for (uint32_t at : l.offsets) addresses.push_back(to + at);
     driver.check(
         driver.launch_kernel(
             l.function,
@@ -117,7 +117,7 @@ std::optional<std::vector<Tensor>> Tape::replay(const Inputs& inputs, double num
             1,
             l.shared_bytes,
             stream,
-            places.data(),
+            addresses.data(),
             nullptr),
         l.name.c_str());
   }

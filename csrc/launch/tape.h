@@ -27,7 +27,7 @@ struct Address {
 };
 
 struct Pointer {
-  uint32_t at;  // the parameter's place in the parameters
+  uint32_t at;  // the offset in the parameters
   Address address;
 };
 
@@ -49,7 +49,7 @@ struct Launch {
   void* function;  // CUfunction
   unsigned grid[3], threads, shared_bytes;
   std::vector<unsigned char> parameters;  // zeros where a pointer, a number or a map goes
-  std::vector<uint32_t> places;           // of each parameter
+  std::vector<uint32_t> offsets;          // of each parameter
   std::vector<Pointer> pointers;
   std::vector<Number> numbers;
   std::vector<Map> maps;

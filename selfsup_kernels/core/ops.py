@@ -78,33 +78,39 @@ class _Failed(threading.local):
     error = None
 
 
-failed = _Failed()
-"""``error``: the last exception that a launcher raised below C++, which turns every exception into a RuntimeError."""
+_failed = _Failed()
+"""``error``: what a launcher has just raised. C++ between it and the caller passes on only its message."""
 
 
 def _keeping_errors(launcher):
     @functools.wraps(launcher)
     def call(*arguments):
+        _failed.error = None
         try:
             return launcher(*arguments)
-        except Exception as error:
-            failed.error = error
+        except BaseException as error:
+            _failed.error = error
             raise
 
     return call
 
 
 def run(name: str, impl: str, *arguments):
-    """Call an op, and raise what its launcher raised: out of memory is an exception of its own, which users catch."""
+    """Call an op, and raise what its launcher raised: out of memory and Ctrl-C are exceptions of their own."""
     if torch.compiler.is_compiling():
         return overload(name, impl)(*arguments)
-    failed.error = None
     try:
         return overload(name, impl)(*arguments)
-    except RuntimeError:
-        if failed.error is None:
+    except RuntimeError as raised:
+        error, _failed.error = _failed.error, None  # else its traceback would keep the call's tensors
+        if str(error) != str(raised):
             raise
-        raise failed.error from None
+        raise error from None
+
+
+def failure() -> str:
+    """Return the message of what a launcher has just raised."""
+    return str(_failed.error)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -27,35 +27,47 @@ from selfsup_kernels.tiles.tables import (
 from selfsup_kernels.tiles.tile import LOG2E, finite_or_zero, log_add, log_ratio, score_reference, sigmoid
 
 
+@triton.jit
+def _count(below, up_to, labels, start, own, stride, samples, STEP: tl.constexpr):
+    """Count in the tables (BLOCK, STEP) the labels of STEP samples that lie below, or not above, ``own``."""
+    j = start + tl.arange(0, STEP)
+    other = tl.load(labels + j.to(tl.int64) * stride, mask=j < samples, other=0)[None, :]
+    inside = (j < samples)[None, :]
+    below += (inside & (other < own[:, None])).to(tl.int32)
+    up_to += (inside & (other <= own[:, None])).to(tl.int32)
+    return below, up_to
+
+
 @triton.jit(do_not_specialize=["stride", "samples", "rows"], do_not_specialize_on_alignment=["labels"])
 def sort_kernel(
     labels, order, classes, stride, samples, rows, NUM_VIEWS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr
 ):
     """order, classes <- those of ``Saved``, from ``labels`` (samples,): samples with one label keep their order.
 
-    A program finds the places of BLOCK samples by comparing their labels with all others, which takes far fewer
-    operations than the products of the samples' rows.
+    A program finds the places of BLOCK samples by comparing their labels with all others, STEP at a time, which takes
+    far fewer operations than the products of the samples' rows. BLOCK divides STEP.
     """
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = i < samples
     own = tl.load(labels + i.to(tl.int64) * stride, mask=valid, other=0)
-    below = tl.zeros((BLOCK,), tl.int32)
-    equal = tl.zeros((BLOCK,), tl.int32)
-    before = tl.zeros((BLOCK,), tl.int32)
-    for start in range(0, samples, STEP):
-        j = start + tl.arange(0, STEP)
-        other = tl.load(labels + j.to(tl.int64) * stride, mask=j < samples, other=0)
-        inside = (j < samples)[None, :]
-        same = inside & (other[None, :] == own[:, None])
-        below += tl.sum((inside & (other[None, :] < own[:, None])).to(tl.int32), 1)
-        equal += tl.sum(same.to(tl.int32), 1)
-        before += tl.sum((same & (j[None, :] < i[:, None])).to(tl.int32), 1)
-    place = below + before
+    below = tl.zeros((BLOCK, STEP), tl.int32)
+    up_to = tl.zeros((BLOCK, STEP), tl.int32)
+    here = tl.program_id(0) * BLOCK // STEP * STEP
+    for start in range(0, here, STEP):
+        below, up_to = _count(below, up_to, labels, start, own, stride, samples, STEP)
+    before = tl.sum(up_to - below, 1)  # samples with the same label and a smaller number
+    for start in range(here, samples, STEP):
+        below, up_to = _count(below, up_to, labels, start, own, stride, samples, STEP)
+    j = here + tl.arange(0, STEP)
+    near = tl.load(labels + j.to(tl.int64) * stride, mask=j < samples, other=0)
+    before += tl.sum(((near[None, :] == own[:, None]) & (j[None, :] < i[:, None])).to(tl.int32), 1)
+    first, end = tl.sum(below, 1), tl.sum(up_to, 1)
+    place = first + before
     tl.store(order + place, i.to(tl.int64), mask=valid)
     for view in tl.static_range(NUM_VIEWS):
         row = place * NUM_VIEWS + view
-        tl.store(classes.first + row, below * NUM_VIEWS, mask=valid)
-        tl.store(classes.end + row, (below + equal) * NUM_VIEWS, mask=valid)
+        tl.store(classes.first + row, first * NUM_VIEWS, mask=valid)
+        tl.store(classes.end + row, end * NUM_VIEWS, mask=valid)
     if tl.program_id(0) == 0:
         padding = samples * NUM_VIEWS + tl.arange(0, PADDED)
         zero = tl.zeros((PADDED,), tl.int32)
@@ -84,7 +96,7 @@ def sort_by_class(layout, labels):
     return order, classes
 
 
-SORT_BLOCK, SORT_STEP = 32, 256
+SORT_BLOCK, SORT_STEP = 32, 128
 PADDED = tl.constexpr(PADDING)
 """More rows than the padding of the last block."""
 

@@ -58,6 +58,14 @@ def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+_launch, _empty = launch, empty
+
+
+def watched() -> bool:
+    """Return whether a tool has replaced :func:`launch` or :func:`empty`."""
+    return launch is not _launch or empty is not _empty
+
+
 MANY_TILES = 16
 """From this many tiles per resident program on, tiles without masks have a launch of their own."""
 

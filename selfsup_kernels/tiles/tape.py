@@ -3,8 +3,8 @@
 The host takes far longer to launch a kernel from Python than the GPU takes for a small batch. So the first call with a
 signature (shapes, strides, dtypes, device, settings; ``csrc/launch/ops.cpp`` has all of it) goes through the launchers
 of this package while a :class:`Recorder` watches, and later ones repeat its launches in C++. Addresses and the
-temperature are inputs of a replay. A call that does anything but allocate and launch is not recorded, and always goes
-through Python.
+temperature are inputs of a replay. A call that does anything but allocate, launch and take views of its tensors has no
+tape, and always goes through Python.
 """
 
 import os
@@ -14,7 +14,6 @@ from typing import NamedTuple
 import torch
 import triton
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from selfsup_kernels.core import backends
@@ -84,50 +83,58 @@ ALIGNMENT = 512
 
 WARP = 32
 
+_loaded: dict[int, object] = {}
+"""Triton's kernels by CUfunction: kept, so that none is unloaded while a tape launches it."""
+
 OFF = launcher.INTERPRETED or os.environ.get("SELFSUP_KERNELS_TAPE") == "0"
 """Every call goes through Python."""
 
-_launch, _empty, _hooks = launcher.launch, launcher.empty, triton.knobs.runtime
+MOST_LAUNCHES = 256
+"""Of a tape. A call with more keeps the GPU so busy that the host does not matter."""
+
+_hooks = triton.knobs.runtime
 
 
 def settings() -> int:
     """Return PyTorch's settings that launches depend on, as bits; negative where no tape may be used: where kernels are
-    interpreted, configurations are overridden, or a tool watches the launches."""
-    watched = launcher.launch is not _launch or launcher.empty is not _empty
-    watched = watched or _hooks.launch_enter_hook.calls or _hooks.launch_exit_hook.calls
-    if OFF or watched or configs.overridden():
+    interpreted, configurations are overridden, or a tool or a hook of Triton watches the launches."""
+    if OFF or launcher.watched() or configs.overridden():
         return -1
+    for hook in (_hooks.launch_enter_hook, _hooks.launch_exit_hook):
+        if getattr(hook, "calls", hook):  # a chain of hooks, or as in older versions one, or None
+            return -1
     return launcher.deterministic() + 2 * takes_tf32(torch.float32)
 
 
 class Recorder(TorchDispatchMode):
     """Watch the launches and allocations of a call. As a dispatch mode it sees PyTorch's own operators as well, which a
-    tape cannot repeat: it refuses those that write, or that give the host a value. The results of others are tensors
-    without a place in the call's memory, which a launch cannot take."""
+    tape cannot repeat: it refuses all but views and the allocations of :func:`selfsup_kernels.tiles.launcher.empty`."""
 
     def __init__(self, inputs):
         super().__init__()
         self.inputs = inputs
         self.made: list[torch.Tensor] = []  # kept, so that no address is used twice
-        self.launches: list[tuple] = []
+        self.launches: list[Launch] = []
         self.refusal: str | None = None
+        """The reason why the call has no tape."""
 
     def __enter__(self):
-        launcher.recording.recorder = self
+        self._outer, launcher.recording.recorder = launcher.recording.recorder, self
         return super().__enter__()
 
     def __exit__(self, *error):
-        launcher.recording.recorder = None
+        launcher.recording.recorder = self._outer
         return super().__exit__(*error)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        if func._schema.is_mutable or not isinstance(result, (torch.Tensor, list, tuple)):
+        if func is not torch.ops.aten.empty.memory_format and not _is_view(func, args, result):
             self.refusal = str(func)
         return result
 
     def launched(self, kernel, grid, arguments, options, compiled):
-        if self.refusal is None:
+        """Note a launch. Triton leaves out those with an empty grid."""
+        if self.refusal is None and 0 not in grid:
             try:
                 self.launches.append(self._launch(kernel, grid, arguments, options, compiled))
             except _NotReplayable as reason:
@@ -135,22 +142,24 @@ class Recorder(TorchDispatchMode):
 
     def tape(self, returned) -> Tape | None:
         """Return the tape of a call that returned these tensors, or None if it cannot be replayed."""
-        places = [self._place(result) for result in returned]
-        if self.refusal is not None or None in places:
+        outputs = [self._number(result) for result in returned]
+        if self.refusal is not None or None in outputs or len(self.launches) > MOST_LAUNCHES:
             return None
-        slots, offsets, end = {}, {}, 0
-        for place, tensor in enumerate(self.made):
-            if place in places:
-                slots[place], offsets[place] = len(self.inputs) + places.index(place), 0
+        start, workspace, end = len(self.inputs), len(self.inputs) + len(outputs), 0
+        memory = []  # of each tensor that the call made
+        for number, tensor in enumerate(self.made):
+            if number in outputs:
+                memory.append(Address(start + outputs.index(number), 0))
             else:
-                slots[place], offsets[place] = len(self.inputs) + len(places), end
+                memory.append(Address(workspace, end))
                 end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
 
         def resolved(address):
-            """Turn a place among the tensors that the call made into one in its memory."""
+            """Turn the number of a tensor that the call made into its memory."""
             slot, offset = address
-            made = slot - len(self.inputs)
-            return address if made < 0 else Address(slots[made], offsets[made] + offset)
+            if slot < start:
+                return address
+            return Address(memory[slot - start].slot, memory[slot - start].offset + offset)
 
         def parameter(p):
             if p.kind == "pointer":
@@ -160,11 +169,10 @@ class Recorder(TorchDispatchMode):
             return p
 
         launches = [item._replace(parameters=[*map(parameter, item.parameters)]) for item in self.launches]
-        made = [self.made[place] for place in places]
-        outputs = [(tuple(t.shape), t.stride(), str(t.dtype).removeprefix("torch.")) for t in made]
-        return Tape(outputs, end, launches)
+        shapes = [(tuple(t.shape), t.stride(), str(t.dtype).removeprefix("torch.")) for t in returned]
+        return Tape(shapes, end, launches)
 
-    def _place(self, result):
+    def _number(self, result):
         return next((i for i, tensor in enumerate(self.made) if tensor is result), None)
 
     def _launch(self, kernel, grid, arguments, options, compiled):
@@ -181,6 +189,7 @@ class Recorder(TorchDispatchMode):
         ]
         null = Parameter("constant", bytes(8))
         parameters += [null, null]  # the two kinds of scratch memory
+        _loaded[compiled.function] = compiled
         grid = (*grid, 1, 1)[:3]
         return Launch(facts.name, compiled.function, grid, WARP * facts.num_warps, facts.shared, parameters)
 
@@ -205,6 +214,10 @@ class Recorder(TorchDispatchMode):
             yield _constant(kind, value)
 
     def _map(self, descriptor, facts):
+        try:
+            from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST
+        except ImportError:
+            raise _NotReplayable("a version of Triton that numbers types in another way") from None
         if facts is None or facts["fp4_padded"]:
             raise _NotReplayable("a tensor descriptor without a tensor map")
         if getattr(descriptor, "round_f32_to_tf32", False):
@@ -227,20 +240,33 @@ class Recorder(TorchDispatchMode):
             offset = at - made.data_ptr()
             if made.numel() and 0 <= offset < made.nbytes:
                 return Address(len(self.inputs) + i, offset)
-        given = [(i, t.data_ptr(), t.nbytes) for i, t in enumerate(self.inputs) if t is not None]
-        same = [Address(i, 0) for i, start, _ in given if start == at]
-        within = [Address(i, at - start) for i, start, size in given if start < at < start + size]
-        if same:  # the first of several: which inputs have one address is part of the signature
-            return same[0]
-        if len(within) == 1:
-            return within[0]
-        raise _NotReplayable("a tensor that the call neither got nor allocated")
+        given = [(i, at - t.data_ptr(), t) for i, t in enumerate(self.inputs) if t is not None]
+        for i, offset, _ in given:
+            if offset == 0:  # the first of several: which inputs have one address is part of the signature
+                return Address(i, 0)
+        memory = tensor.untyped_storage()._cdata
+        views = [Address(i, offset) for i, offset, t in given if t.untyped_storage()._cdata == memory]
+        if len(views) != 1 or views[0].offset < 0:
+            raise _NotReplayable("a tensor that the call neither got nor allocated")
+        return views[0]
 
 
 def _constant(kind, value):
     if kind not in FORMATS:
         raise _NotReplayable(f"a number of type {kind}")
-    return Parameter("constant", struct.pack(FORMATS[kind], value))
+    try:
+        return Parameter("constant", struct.pack(FORMATS[kind], value))
+    except (struct.error, OverflowError) as error:
+        raise _NotReplayable(str(error)) from None
+
+
+def _is_view(func, arguments, result):
+    """Return True if an operator only returned other views of its arguments' memory."""
+    results = result if isinstance(result, (list, tuple)) else [result]
+    if func._schema.is_mutable or not all(isinstance(r, torch.Tensor) for r in results):
+        return False
+    given = {a.untyped_storage()._cdata for a in arguments if isinstance(a, torch.Tensor)}
+    return all(r.untyped_storage()._cdata in given for r in results)
 
 
 def _inputs(arguments):

@@ -45,6 +45,8 @@ class TensorMap(NamedTuple):
 
 class Launched(NamedTuple):
     kernel: str
+    variant: int
+    """The number of its machine code, in the order of loading."""
     grid: tuple
     threads: int
     shared: int
@@ -180,7 +182,7 @@ class Stub:
         raw = [self.maps[struct.unpack_from("Q", data)[0] - 1] if len(data) == MAP_BYTES else data for data in raw]
         pointers = [i for i, (_, kind, *_) in enumerate(self.expected or ()) if kind[0] == "*"]
         self.expected = None
-        self.launches.append(Launched(cubin.name, (x, y, z), threads, shared, values, raw, pointers, replayed))
+        self.launches.append(Launched(cubin.name, kernel, (x, y, z), threads, shared, values, raw, pointers, replayed))
         return self._refuse(*(f"{cubin.name}: {reason}" for reason, is_so in wrong.items() if is_so))
 
     def _values(self, cubin, raw):

@@ -87,7 +87,7 @@ def differences(case, expected, made, launches):
         return bases.setdefault(address, there) == there  # the upstream gradient, which autograd makes
 
     for one, other in zip(expected, launches, strict=True):
-        for name in ("grid", "threads", "shared"):
+        for name in ("variant", "grid", "threads", "shared"):
             if getattr(one, name) != getattr(other, name):
                 yield f"{one.kernel}: {name}: expected {getattr(one, name)}, got {getattr(other, name)}"
         if len(one.raw) != len(other.raw):
@@ -108,7 +108,7 @@ def differences(case, expected, made, launches):
 
 
 def replayed(case):
-    """Record a call, replay it, and return (how many launches still came from Python, what is wrong with the launches)."""
+    """Record a call and replay it. Return how many launches still came from Python, and what is wrong with them."""
     expected, made = case.by_python()
     launches = case.run()
     return sum(not x.replayed for x in launches), list(differences(case, expected, made, launches))
@@ -173,10 +173,13 @@ cases = {
 }
 found = {"same": {name: replayed(Case(**options)) for name, options in cases.items()}}
 
-# Tapes with a fault.
+# Tapes with a fault. A kernel for addresses that are not aligned has the same name, grid and parameters.
+Case(given=[torch.randn(100 * 64 + 1, dtype=torch.bfloat16)[1:].view(100, 64) for _ in range(2)]).by_python()
+unaligned = Watched.all[0].launches[0].function
 faults = {
     "a launch less": lambda t: t._replace(launches=t.launches[:-1]),
     "two launches exchanged": lambda t: t._replace(launches=[t.launches[1], t.launches[0], *t.launches[2:]]),
+    "another variant": lambda t: t._replace(launches=[t.launches[0]._replace(function=unaligned), *t.launches[1:]]),
     "another grid": lambda t: changed(t, grid=(7, 1, 1)),
     "less shared memory": lambda t: changed(t, shared_bytes=t.launches[1].shared_bytes - 16),
     "two pointers exchanged": lambda t: changed(t, parameters=exchanged(t.launches[1].parameters)),
@@ -234,6 +237,10 @@ del stub.refused[:]
 uncovered = {
     "columns apart": (
         Case(given=[torch.randn(100, 128, dtype=torch.bfloat16)[:, ::2] for _ in range(2)]),
+        {"load_rows_kernel"},
+    ),
+    "a copy beside an expanded view": (
+        Case(given=[torch.randn(1, 64).bfloat16().expand(100, 64), torch.randn(100, 128).bfloat16()[:, ::2]]),
         {"load_rows_kernel"},
     ),
 }
