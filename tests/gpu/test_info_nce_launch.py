@@ -298,10 +298,10 @@ def test_a_wave_fills_the_machine(record, dtype, dim):
 
 def test_labels_make_one_view_of_all(record):
     forward, backward = call(record, (2, 100, 32), labels=random_labels(100, 7))
-    assert names(forward) == ["load_rows", "sums", "class_tables"]
+    assert names(forward) == ["sort", "load_rows", "sums", "class_tables"]
     assert names(backward) == ["gradient", "finish_rows"]
-    assert forward[1]["views"] == 1
-    assert forward[1]["batch"] == 200
+    assert forward[2]["views"] == 1
+    assert forward[2]["batch"] == 200
     assert backward[1]["NUM_VIEWS"] == 2
 
 
