@@ -210,6 +210,7 @@ class Pairs {
 
   // Computes N of the given rows, each with its own running maximum.
   void exact_log_sums(const std::vector<int64_t>& which, std::vector<double>& n) {
+    if (which.empty()) return;
     const int64_t all = layout_.rows, columns = layout_.rule.column_count();
     gather(which, [&](const std::vector<int64_t>& rows, const Tensor& z, int64_t thread) {
       std::vector<double> top(rows.size() * columns, -INFINITY), total(rows.size() * columns, 0.0);

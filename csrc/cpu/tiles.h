@@ -12,6 +12,7 @@
 #endif
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <vector>
 
@@ -35,18 +36,35 @@ inline void use_large_pages(void* p, int64_t bytes) {
 #endif
 }
 
+// A new contiguous tensor. Not `torch::stable::empty`, whose arguments the dispatcher boxes and unboxes: for small
+// tensors that takes several times as long as the allocation.
 inline Tensor cpu_empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  Tensor t = torch::stable::empty(
-      torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()),
-      dtype,
-      std::nullopt,
-      torch::stable::Device(torch::headeronly::DeviceType::CPU));
-  if (t.numel() >= 1 << 20)
+  std::array<int64_t, 4> strides;
+  STD_TORCH_CHECK(sizes.size() <= strides.size(), "cpu_empty: expected at most 4 dimensions");
+  int64_t stride = 1, count = 1;
+  for (size_t d = sizes.size(); d-- > 0;) {
+    const int64_t size = sizes.begin()[d];
+    strides[d] = stride;
+    stride *= std::max<int64_t>(size, 1);
+    count *= size;
+  }
+  const auto type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()),
+      sizes.begin(),
+      strides.data(),
+      type,
+      aoti_torch_device_type_cpu(),
+      0,
+      &handle));
+  Tensor t(handle);
+  if (count >= 1 << 20)
     use_large_pages(
         t.data_ptr(),
-        t.numel() * (dtype == ScalarType::Double || dtype == ScalarType::Long ? 8
-                     : dtype == ScalarType::Float                             ? 4
-                                                                              : 2));
+        count * (dtype == ScalarType::Double || dtype == ScalarType::Long ? 8
+                 : dtype == ScalarType::Float                             ? 4
+                                                                          : 2));
   return t;
 }
 
