@@ -1,12 +1,14 @@
 """``byol_loss``: check the arguments, choose an implementation, apply."""
 
+import math
+
 import torch
 
 from selfsup_kernels.byol import reference
 from selfsup_kernels.byol.autograd import BYOL
 from selfsup_kernels.core import backends, ops
 from selfsup_kernels.core import validate as check
-from selfsup_kernels.core.transforms import apply
+from selfsup_kernels.core.transforms import active, apply
 
 
 def byol_loss(predictions, targets, *, eps=1e-12, reduction="mean", impl="auto"):
@@ -31,45 +33,43 @@ def byol_loss(predictions, targets, *, eps=1e-12, reduction="mean", impl="auto")
         RuntimeError: ``impl`` cannot be used here, or a second derivative is requested.
     """
     pairs = isinstance(predictions, torch.Tensor) and predictions.dim() == 2
-    p = check.views("predictions", [predictions] if pairs else predictions, 1 if pairs else 2)
+    p, shape = check.views("predictions", [predictions] if pairs else predictions, 1 if pairs else 2)
     if pairs and not isinstance(targets, torch.Tensor):
         raise TypeError(f"targets: expected a (B, D) tensor like predictions, got {type(targets).__name__}")
     paired_target = pairs and targets.dim() == 2
-    t = check.views("targets", [targets] if paired_target else targets, 1)
-    if len(p) != len(t) or p[0].shape != t[0].shape or pairs != paired_target:
+    t, target_shape = check.views("targets", [targets] if paired_target else targets, 1)
+    if shape != target_shape or pairs != paired_target:
+        (num_views, *of_each), (num_targets, *of_target) = shape, target_shape
         raise ValueError(
-            f"targets: expected the shape of predictions, {len(p)} view(s) of {tuple(p[0].shape)},"
-            f" got {len(t)} of {tuple(t[0].shape)}"
+            f"targets: expected the shape of predictions, {num_views} view(s) of {tuple(of_each)},"
+            f" got {num_targets} of {tuple(of_target)}"
         )
-    autocast = check.autocasts(p[0].device)
-    named = {f"predictions[{i}]": x for i, x in enumerate(p)} | {f"targets[{i}]": x for i, x in enumerate(t)}
-    check.same_dtype_and_device(named, not autocast)
+    if len(p) != len(t):  # one is stacked, the other a sequence
+        p, t = (list(x[0].unbind(0)) if len(x) == 1 else x for x in (p, t))
+    num, device, dtype = len(p), p[0].device, p[0].dtype
+    autocast = check.autocasts(device)
+    tensors = [*p, *t]
+    name = lambda i: f"predictions[{i}]" if i < num else f"targets[{i - num}]"  # noqa: E731
+    check.same_dtype_and_device(tensors, name, not autocast)
     reduction = check.choice("reduction", reduction, ops.REDUCTIONS)
     eps = check.positive_number("eps", eps)
     impl = backends.select(impl, p[0], "byol")
 
-    dtype = p[0].dtype
-    stacked = not pairs and isinstance(predictions, torch.Tensor) and isinstance(targets, torch.Tensor)
-    if stacked and predictions.dtype == targets.dtype:
-        tensors = [predictions, _constant(targets)]
-    else:
-        stacked = False
-        if autocast:
-            both, _ = check.one_dtype([*p, *t], None)
-            p, t = both[: len(p)], both[len(p) :]
-        tensors = [*p, *map(_constant, t)]
-    constants = (eps, reduction, stacked, 1 if stacked else len(p))
-    if impl == "reference" and reference.takes(p[0]):
+    if autocast:
+        tensors, _ = check.one_dtype(tensors, None)
+    tensors[num:] = map(_constant, tensors[num:])
+    constants = (eps, reduction, not pairs and num == 1, num)
+    if impl == "reference" and reference.takes(p[0], math.prod(shape[1:])):
         loss = reference.by_autograd(*constants, *tensors)
     else:
         loss = apply(BYOL, impl, *constants, *tensors)
     if pairs and loss.dim():
         loss = loss.squeeze(0)
-    return loss if autocast else loss.to(dtype)
+    return loss if autocast or loss.dtype == dtype else loss.to(dtype)
 
 
 def _constant(target):
-    """Return the target detached; an inference tensor is copied, since autograd cannot save one."""
+    """Return the target without gradient; an inference tensor is copied, since autograd cannot save one."""
     if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not target.is_inference():
-        return target.detach()
+        return target.detach() if target.requires_grad or active() else target
     return target.clone()

@@ -56,9 +56,9 @@ _MOST_ELEMENTS = 1 << 16
 """The largest view, in elements, that :func:`by_autograd` takes; above that the op makes fewer passes over memory."""
 
 
-def takes(view):
-    """Return True if ``by_autograd`` should handle a call with views like ``view``."""
-    return ordinary(view) and view.numel() <= _MOST_ELEMENTS
+def takes(tensor, elements):
+    """Return True if ``by_autograd`` should handle a call with tensors like ``tensor``, ``elements`` in each view."""
+    return ordinary(tensor) and elements <= _MOST_ELEMENTS
 
 
 def by_autograd(eps, reduction, stacked, num, *tensors):

@@ -161,13 +161,12 @@ def select(impl: str, tensor: torch.Tensor, op: str = "info_nce", any_dtype: boo
         RuntimeError: this machine, or the tensor's device, cannot use ``impl``.
     """
     device = tensor.device
+    if impl in ("auto", "cpu") and device.type == "cpu" and unavailable("cpu") is None:
+        return "cpu"
     if impl == "auto":
-        if device.type == "cpu":
-            if unavailable("cpu") is None:
-                return "cpu"
-            if not torch.compiler.is_compiling():
-                why = "CPU tensors go through eager PyTorch (impl='reference'), not through the kernels:"
-                check.warn_once("fallback", f"{why} {unavailable('cpu')}", RuntimeWarning)
+        if device.type == "cpu" and not torch.compiler.is_compiling():
+            why = "CPU tensors go through eager PyTorch (impl='reference'), not through the kernels:"
+            check.warn_once("fallback", f"{why} {unavailable('cpu')}", RuntimeWarning)
         if device.type == "cuda":
             *_, choice = ops.impls_of(op)
             if not (unavailable(choice) or _gpu_refuses(choice, "cuda", device.index, tensor.dtype, any_dtype)):

@@ -37,9 +37,11 @@ def once(backward):
     @functools.wraps(backward)
     def wrapper(ctx, *grads):
         saved = ctx.saved_tensors  # read once: activation checkpointing allows only one access
+        if not torch.is_grad_enabled():
+            return backward(ctx, saved, *grads)
         with torch.no_grad():
             results = backward(ctx, saved, *grads)
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        if torch.compiler.is_compiling():
             return results  # compiled graphs already refuse a second derivative
         inputs = [x for x in (*saved, *grads) if x is not None]
         if not torch._C._are_functorch_transforms_active():  # requires_grad is innermost-only there

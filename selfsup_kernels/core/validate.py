@@ -7,16 +7,21 @@ import math
 import numbers
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from selfsup_kernels.core import shards
 
 
-def views(name: str, value, minimum: int) -> list[torch.Tensor]:
-    """Convert a ``(V, B, D)`` tensor or a sequence of V ``(B, D)`` tensors to a list of V matrices."""
-    if isinstance(value, torch.Tensor):
+def views(name: str, value, minimum: int) -> tuple[list[torch.Tensor], tuple[int, int, int]]:
+    """Check a ``(V, B, D)`` tensor or a sequence of V ``(B, D)`` tensors.
+
+    Returns:
+        The tensors as they are, one or V, and ``(V, B, D)``.
+    """
+    stacked = isinstance(value, torch.Tensor)
+    if stacked:
         if value.dim() != 3:
             hint = ""
             if name == "views" and value.dim() == 2:
@@ -26,30 +31,29 @@ def views(name: str, value, minimum: int) -> list[torch.Tensor]:
                 f"{name}: expected a (V, B, D) tensor or a sequence of (B, D) tensors,"
                 f" got a tensor of shape {tuple(value.shape)}{hint}"
             )
-        matrices = list(value.unbind(0))
-        if not matrices:
-            raise ValueError(f"{name}: expected at least {minimum} views, got 0")
+        tensors, num_views = [value], value.shape[0]
     else:
-        matrices = sequence(name, value)
-    if len(matrices) < minimum:
-        raise ValueError(f"{name}: expected at least {minimum} views, got {len(matrices)}")
-    first = matrices[0]
-    for i, matrix in enumerate(matrices):
-        if matrix.dim() != 2:
-            labels = "; labels are passed by name, labels=" if matrix.dim() == 1 and matrix.dtype in LABELS else ""
-            raise ValueError(f"{name}[{i}]: expected a (B, D) tensor, got shape {tuple(matrix.shape)}{labels}")
-        if matrix.shape != first.shape:
-            raise ValueError(
-                f"{name}[{i}]: expected the shape of {name}[0], {tuple(first.shape)}, got {tuple(matrix.shape)}"
-            )
-        if type(matrix) is not torch.Tensor:
-            own(f"{name}[{i}]", matrix)
-        floating(f"{name}[{i}]", matrix)
-    if first.shape[0] == 0:
-        raise ValueError(f"{name}: expected a non-empty batch, got shape {tuple(first.shape)}")
-    if first.shape[1] == 0:
-        raise ValueError(f"{name}: expected at least one feature, got shape {tuple(first.shape)}")
-    return matrices
+        tensors = sequence(name, value)
+        num_views = len(tensors)
+    if num_views < minimum:
+        raise ValueError(f"{name}: expected at least {minimum} views, got {num_views}")
+    shape = tensors[0].shape[-2:]
+    for i, tensor in enumerate(tensors):
+        if not stacked and tensor.dim() != 2:
+            labels = "; labels are passed by name, labels=" if tensor.dim() == 1 and tensor.dtype in LABELS else ""
+            raise ValueError(f"{name}[{i}]: expected a (B, D) tensor, got shape {tuple(tensor.shape)}{labels}")
+        if not stacked and tensor.shape != shape:
+            raise ValueError(f"{name}[{i}]: expected the shape of {name}[0], {tuple(shape)}, got {tuple(tensor.shape)}")
+        if type(tensor) is not torch.Tensor:
+            own(f"{name}[{i}]", tensor)
+        if tensor.dtype not in FLOATING or tensor.layout is not torch.strided:
+            floating(f"{name}[{i}]", tensor)
+    batch, dim = shape
+    if batch == 0:
+        raise ValueError(f"{name}: expected a non-empty batch, got shape {tuple(shape)}")
+    if dim == 0:
+        raise ValueError(f"{name}: expected at least one feature, got shape {tuple(shape)}")
+    return tensors, (num_views, batch, dim)
 
 
 def sequence(name: str, value) -> list[torch.Tensor]:
@@ -84,19 +88,24 @@ def own(name: str, tensor: torch.Tensor) -> None:
         )
 
 
-def same_dtype_and_device(named: dict[str, torch.Tensor], check_dtype: bool = True) -> None:
-    """Raise unless all of ``named`` share one device and, with ``check_dtype`` (no autocast), one dtype."""
-    (first_name, first), *rest = named.items()
-    for name, tensor in rest:
-        if tensor.device != first.device:
-            raise ValueError(f"{name}: expected the device of {first_name}, {first.device}, got {tensor.device}")
-        if check_dtype and tensor.dtype != first.dtype:
-            raise TypeError(f"{name}: expected the dtype of {first_name}, {first.dtype}, got {tensor.dtype}")
+def same_dtype_and_device(tensors, name: Callable[[int], str], check_dtype: bool = True) -> None:
+    """Raise unless all tensors share one device and, with ``check_dtype`` (no autocast), one dtype.
+
+    Args:
+        name: a function from a tensor's position to its name for the message.
+    """
+    device, dtype = tensors[0].device, tensors[0].dtype
+    for i, tensor in enumerate(tensors):
+        if tensor.device != device:
+            raise ValueError(f"{name(i)}: expected the device of {name(0)}, {device}, got {tensor.device}")
+        if check_dtype and tensor.dtype != dtype:
+            raise TypeError(f"{name(i)}: expected the dtype of {name(0)}, {dtype}, got {tensor.dtype}")
 
 
 def autocasts(device: torch.device) -> bool:
     # The meta device has no autocast, and asking for it is an error.
-    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+    kind = device.type
+    return kind != "meta" and torch.is_autocast_enabled(kind)
 
 
 def samples(batch: int, where: str = "") -> None:
@@ -197,9 +206,8 @@ def readable(tensor: torch.Tensor) -> bool:
     )
 
 
-def labels(value, matrices: list[torch.Tensor]) -> None:
-    """Raise unless ``value`` is a valid labels argument for the views ``matrices``."""
-    batch, device = len(matrices[0]), matrices[0].device
+def labels(value, num_views: int, batch: int, device: torch.device) -> None:
+    """Raise unless ``value`` is a valid labels argument for such views."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"labels: expected an integer tensor, got {type(value).__name__}")
     own("labels", value)
@@ -209,10 +217,10 @@ def labels(value, matrices: list[torch.Tensor]) -> None:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in LABELS)
         raise TypeError(f"labels: expected a tensor of {names}, got {str(value.dtype).removeprefix('torch.')}")
     if tuple(value.shape) != (batch,):
-        turned = f"; views are (V, B, D), here {len(matrices)} of {batch} samples"
+        turned = f"; views are (V, B, D), here {num_views} of {batch} samples"
         raise ValueError(
             f"labels: expected shape ({batch},), one per sample, got {tuple(value.shape)}"
-            + (turned if tuple(value.shape) == (len(matrices),) else "")
+            + (turned if tuple(value.shape) == (num_views,) else "")
         )
     if value.device != device:
         raise ValueError(f"labels: expected the device of views, {device}, got {value.device}")
@@ -227,10 +235,10 @@ def queue(value, dim: int) -> None:
         raise ValueError(f"queue: expected shape (K, {dim}) with K >= 1, got {tuple(value.shape)}")
 
 
-def one_dtype(matrices, queue):
+def one_dtype(tensors, queue):
     """Convert operands of different dtypes to float32 (float64 if one is), as PyTorch's losses do under autocast."""
-    dtypes = {m.dtype for m in matrices} | ({queue.dtype} if queue is not None else set())
+    dtypes = {x.dtype for x in tensors} | ({queue.dtype} if queue is not None else set())
     if len(dtypes) == 1:
-        return matrices, queue
+        return tensors, queue
     wide = torch.float64 if torch.float64 in dtypes else torch.float32
-    return [m.to(wide) for m in matrices], None if queue is None else queue.to(wide)
+    return [x.to(wide) for x in tensors], None if queue is None else queue.to(wide)

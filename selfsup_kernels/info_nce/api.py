@@ -95,8 +95,8 @@ def info_nce_loss(
         checked = _check_info_nce(*arguments)
         if queue is None:
             check.samples(checked.call.batch)
-        impl, stacked, call, tensors, *_ = checked
-        if impl == "reference" and reference.takes(checked.view, call):
+        impl, stacked, call, tensors, _ = checked
+        if impl == "reference" and reference.takes(tensors[-1], call):
             loss = reference.by_autograd(call, *tensors)
         else:
             loss = apply(InfoNCE, impl, stacked, call, *tensors)
@@ -105,11 +105,14 @@ def info_nce_loss(
         if torch.compiler.is_compiling():  # gives the reason, which _disable_dynamo would not
             torch._dynamo.graph_break(msg="selfsup_kernels: a loss over many processes reads their sizes on the host")
         loss, checked = _group_info_nce(group, arguments)
-    return loss if checked.autocast else loss.to(checked.view.dtype)
+    dtype = checked.tensors[-1].dtype
+    return loss if checked.autocast or loss.dtype == dtype else loss.to(dtype)
 
 
 def check_objective(value) -> str:
     """Return the name, or raise; the message translates names that the field uses for it."""
+    if isinstance(value, str) and value in TABLE:
+        return value
     hint = ""
     if isinstance(value, str):
         plain = "".join(filter(str.isalnum, value.lower()))
@@ -128,17 +131,15 @@ class _Checked(NamedTuple):
     call: Call
     tensors: tuple
     """The temperature as a tensor, labels and queue (each may be None), then the views as given."""
-    view: torch.Tensor
     autocast: bool
 
 
 def _check_info_nce(views, temperature, objective, labels, queue, core_view, normalize, eps, reduction, impl):
     """Check the arguments of :func:`info_nce_loss` and make the record of the call."""
-    matrices = check.views("views", views, 1 if labels is not None else 2)
-    first = matrices[0]
-    batch, dim = first.shape
-    autocast = check.autocasts(first.device)
-    check.same_dtype_and_device({f"views[{i}]": m for i, m in enumerate(matrices)}, not autocast)
+    tensors, (num_views, batch, dim) = check.views("views", views, 1 if labels is not None else 2)
+    first, device = tensors[0], tensors[0].device
+    autocast = check.autocasts(device)
+    check.same_dtype_and_device(tensors, "views[{}]".format, not autocast)
     temperature_tensor, temperature = check.temperature(temperature)
     objective = check_objective(objective)
     reduction = check.choice("reduction", reduction, ops.REDUCTIONS)
@@ -148,29 +149,29 @@ def _check_info_nce(views, temperature, objective, labels, queue, core_view, nor
         check.warn_once(
             "temperature", f"temperature: got {temperature:g}; a logit scale, as CLIP has, is 1 / temperature"
         )
-    if stacked and len(matrices) > batch and views.is_contiguous():  # a transposed tensor was turned on purpose
-        check.warn_once("views", f"views: (V, B, D), got {len(matrices)} views of {batch} samples; is it (B, V, D)?")
+    if stacked and num_views > batch and views.is_contiguous():  # a transposed tensor was turned on purpose
+        check.warn_once("views", f"views: (V, B, D), got {num_views} views of {batch} samples; is it (B, V, D)?")
     if labels is not None:
-        check.labels(labels, matrices)
+        check.labels(labels, num_views, batch, device)
         if objective not in LABEL_OBJECTIVES:
             raise ValueError(f"labels: expected an objective of {', '.join(LABEL_OBJECTIVES)}, got {objective!r}")
         if core_view is not None:
             raise ValueError("core_view: expected None together with labels")
     if core_view is not None:
-        core_view = check.integer("core_view", core_view, 0, len(matrices))
+        core_view = check.integer("core_view", core_view, 0, num_views)
     if queue is not None:
         check.queue(queue, dim)
-        check.same_dtype_and_device({"views[0]": first, "queue": queue}, not autocast)
+        check.same_dtype_and_device([first, queue], ("views[0]", "queue").__getitem__, not autocast)
         queue = queue.detach()
-    if temperature_tensor is not None and temperature_tensor.device not in (first.device, torch.device("cpu")):
-        raise ValueError(f"temperature: expected the device of views, {first.device}, got {temperature_tensor.device}")
+    if temperature_tensor is not None and temperature_tensor.device not in (device, torch.device("cpu")):
+        raise ValueError(f"temperature: expected the device of views, {device}, got {temperature_tensor.device}")
     impl = backends.select(impl, first)
 
     if autocast:
-        matrices, queue = check.one_dtype(matrices, queue)
-        views = views.to(matrices[0].dtype) if stacked else views
+        tensors, queue = check.one_dtype(tensors, queue)
+    columns, inside, numerator = map(int, TABLE[objective])
     call = Call(
-        num_views=len(matrices),
+        num_views=num_views,
         batch=batch,
         dim=dim,
         queue_rows=0 if queue is None else queue.shape[0],
@@ -178,14 +179,15 @@ def _check_info_nce(views, temperature, objective, labels, queue, core_view, nor
         count=-1,
         labelled=labels is not None,
         core_view=-1 if core_view is None else core_view,
-        **{name: int(value) for name, value in TABLE[objective]._asdict().items()},
+        columns=columns,
+        inside=inside,
+        numerator=numerator,
         normalize=bool(normalize),
         reduction=reduction,
         eps=eps,
         temperature=0.0 if temperature_tensor is not None else temperature,
     )
-    tensors = (temperature_tensor, labels, queue, *([views] if stacked else matrices))
-    return _Checked(impl, stacked, call, tensors, matrices[0], autocast)
+    return _Checked(impl, stacked, call, (temperature_tensor, labels, queue, *tensors), autocast)
 
 
 @torch._disable_dynamo  # torch.compiler.disable would import torch._dynamo, which takes as long as torch
@@ -197,8 +199,8 @@ def _group_info_nce(group, arguments):
         )
     processes.check_group(group)
     checked = exchange.announced(group, _check_info_nce, *arguments)
-    impl, stacked, call, tensors, view, _ = checked
-    shares, call, longest_queue = exchange.agree(group, impl, call, tensors, view)
+    impl, stacked, call, tensors, _ = checked
+    shares, call, longest_queue = exchange.agree(group, impl, call, tensors)
     if impl == "triton":  # before any exchange of rows: all processes raise together
         check_size(impl, Layout(call._replace(queue_rows=longest_queue)))
     return GroupInfoNCE.apply(shares, impl, stacked, call, *tensors), checked

@@ -38,8 +38,7 @@ class InfoNCE(torch.autograd.Function):
     def save(ctx, inputs, outputs):
         impl, stacked, call, temperature_tensor, labels, _, *views = inputs
         ctx.save_for_backward(*outputs[1:], labels, temperature_tensor, *views)  # views: for `once`, and their sizes
-        ctx.impl, ctx.stacked, ctx.dtype = impl, stacked, views[0].dtype
-        ctx.constants = call[SIZES:]
+        ctx.arguments = (impl, stacked, call[SIZES:], views[0].dtype)
 
     @staticmethod
     def forward(ctx, *args):
@@ -50,16 +49,17 @@ class InfoNCE(torch.autograd.Function):
     @staticmethod
     @once
     def backward(ctx, saved, grad):
+        impl, stacked, constants, dtype = ctx.arguments
         labels, temperature_tensor, *views = saved[SAVED:]
         saved = Saved(*saved[:SAVED])
         queue_rows = saved.inverse_norms.shape[0] - saved.log_weights.shape[1]
-        sizes = sizes_of(views, ctx.stacked, queue_rows)
+        sizes = sizes_of(views, stacked, queue_rows)
         grad = grad.reshape(sizes[0], -1) if grad.dim() else grad
         need_temperature = ctx.needs_input_grad[3]
         grad_views, grad_temperature = ops.run(
-            "info_nce_backward", ctx.impl, grad, *saved, labels, *sizes, *ctx.constants, need_temperature, ctx.dtype
+            "info_nce_backward", impl, grad, *saved, labels, *sizes, *constants, need_temperature, dtype
         )
-        grads = (grad_views,) if ctx.stacked else grad_views.unbind(0)
+        grads = (grad_views,) if stacked else grad_views.unbind(0)
         return (*[None] * 3, as_given(grad_temperature, temperature_tensor, need_temperature), None, None, *grads)
 
 

@@ -67,7 +67,7 @@ def announced(group, check, *args):
         raise
 
 
-def agree(group: dist.ProcessGroup, impl: str, call: Call, tensors, view) -> tuple[Shares, Call, int]:
+def agree(group: dist.ProcessGroup, impl: str, call: Call, tensors) -> tuple[Shares, Call, int]:
     """Check that the calls of all processes agree.
 
     All fields except those in ``_OWN`` must be equal on all processes: the inputs of the result, and whether a backward
@@ -84,7 +84,7 @@ def agree(group: dist.ProcessGroup, impl: str, call: Call, tensors, view) -> tup
     if temperature is not None:  # NaN: the host does not know the value
         call = call._replace(temperature=temperature.item() if temperature.device.type == "cpu" else math.nan)
     gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    headers = _exchange(group, [0, check.FLOATING.index(view.dtype), gradient, ops.IMPLS.index(impl), *call])
+    headers = _exchange(group, [0, check.FLOATING.index(tensors[-1].dtype), gradient, ops.IMPLS.index(impl), *call])
     refused = [rank for rank, other in enumerate(headers) if other["refused"]]
     if refused:
         raise RuntimeError(f"group: the arguments were refused on rank {', '.join(map(str, refused))} of the group")

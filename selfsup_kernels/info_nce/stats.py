@@ -56,25 +56,24 @@ def contrastive_stats(views, *, labels=None, normalize=True, eps=1e-12) -> Contr
     Raises:
         ValueError, TypeError: an argument does not fit; the message says which and why.
     """
-    matrices = check.views("views", views, 1 if labels is not None else 2)
-    check.same_dtype_and_device({f"views[{i}]": m for i, m in enumerate(matrices)})
-    batch = len(matrices[0])
+    tensors, (num_views, batch, _) = check.views("views", views, 1 if labels is not None else 2)
+    check.same_dtype_and_device(tensors, "views[{}]".format)
     check.samples(batch)
-    device = matrices[0].device
+    device, dtype = tensors[0].device, tensors[0].dtype
     eps = check.positive_number("eps", eps)
     if labels is None:
         classes = torch.arange(batch, device=device)
     else:
-        check.labels(labels, matrices)
+        check.labels(labels, num_views, batch, device)
         classes = torch.unique(labels, return_inverse=True)[1]
 
     with torch.autocast(device.type, enabled=False):
-        acc = torch.float64 if matrices[0].dtype == torch.float64 or not normalize else torch.float32
-        z = torch.cat([m.to(acc) for m in matrices])
+        acc = torch.float64 if dtype == torch.float64 or not normalize else torch.float32
+        z = torch.cat([x.to(acc).flatten(0, -2) for x in tensors])
         if normalize:
             norm = torch.linalg.vector_norm(z, dim=-1, keepdim=True, dtype=torch.float64)
             z = (z / norm.clamp_min(eps)).to(acc)
-        classes = classes.repeat(len(matrices))
+        classes = classes.repeat(num_views)
         top1, hardest, uniformity = _by_rows(z, classes)
         similarity, alignment = _by_classes(z, classes, batch)
         stats = (top1, similarity, hardest, alignment, uniformity)
