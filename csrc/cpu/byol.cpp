@@ -37,7 +37,7 @@ std::tuple<Tensor, Tensor> forward(
   T* rp = data<T>(stats);
   T* rt = rp + views * batch;
   T* cosines = rt + views * batch;
-  torch::stable::parallel_for(0, batch, grain(views, dim), [&](int64_t begin, int64_t end) {
+  parallel_ranges(0, batch, grain(views, dim), [&](int64_t begin, int64_t end) {
     SampleReader<T> ps(p, end), ts(t, end);
     std::vector<T> sum(dim), local(3 * views);
     for (int64_t a = begin; a < end; ++a) {
@@ -84,7 +84,7 @@ Tensor backward(
   const bool direct = dtype == scalar_type<T>;
   Tensor result = cpu_empty({views, batch, dim}, dtype);
   char* to = static_cast<char*>(result.data_ptr());
-  torch::stable::parallel_for(0, batch, grain(views, dim), [&](int64_t begin, int64_t end) {
+  parallel_ranges(0, batch, grain(views, dim), [&](int64_t begin, int64_t end) {
     SampleReader<T> ps(p, end), ts(t, end);
     std::vector<T> sum(dim), local(4 * views), wide(direct ? 0 : views * dim);
     std::vector<T*> out(views);

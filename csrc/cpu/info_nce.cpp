@@ -53,7 +53,7 @@ double score_bound(const T* z, int64_t rows, const T* zq, int64_t queue, int64_t
 template <typename T>
 void load_rows(const RowReader<T>& reader, RowMap map, int64_t rows, bool normalize, double eps, T* z, T* rnorm) {
   const int64_t dim = reader.width;
-  torch::stable::parallel_for(0, rows, std::max<int64_t>(1, 16384 / dim), [&](int64_t begin, int64_t end) {
+  parallel_ranges(0, rows, std::max<int64_t>(1, 16384 / dim), [&](int64_t begin, int64_t end) {
     std::vector<T> scratch(2 * dim);
     for (int64_t i = begin; i < end; ++i) {
       const T* h = reader.read(map.view(i), map.sample(i), scratch.data());
@@ -81,7 +81,7 @@ void view_tables(
     double* positives) {
   const int64_t batch = layout.batch, rows = layout.rows;
   const int views = layout.rule.views, columns = layout.rule.column_count();
-  torch::stable::parallel_for(layout.first, layout.first + layout.count, 64, [&](int64_t begin, int64_t end) {
+  parallel_ranges(layout.first, layout.first + layout.count, 64, [&](int64_t begin, int64_t end) {
     std::vector<double> negatives(columns), weights(columns), p(static_cast<size_t>(views) * views), by_view(views);
     for (int64_t a = begin; a < end; ++a) {
       for (int u = 0; u < views; ++u)

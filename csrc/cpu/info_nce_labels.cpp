@@ -29,7 +29,7 @@ void class_tiles(const Layout& layout, T* z, int64_t dim, const Visit& visit) {
   }
   // Each thread takes a run of classes. At least two tasks: see parallel_products.
   const int64_t count = pieces.size();
-  Tiles<T> tiles(limit, limit);
+  Tiles<T> tiles(limit, limit, false);
   parallel(count == 0 ? 0 : std::max<int64_t>(count, 2), std::max<int64_t>(1, count / (8 * threads())), [&](int64_t k) {
     if (k >= count) return;
     const Piece& piece = pieces[k];
@@ -41,16 +41,15 @@ void class_tiles(const Layout& layout, T* z, int64_t dim, const Visit& visit) {
         for (int64_t i = 0; i < rows; ++i)
           for (int64_t j = 0; j < run.size(); ++j)
             values[i * run.size() + j] = kernels<T>().dot(z + (piece.begin + i) * dim, z + (run.begin + j) * dim, dim);
-        Tile<T> tile{rows, run.size(), values, nullptr, Tensor(), Tensor(), nullptr, Tensor()};
+        Tile<T> tile{rows, run.size(), values, nullptr};
         visit(piece.begin, run.begin, tile);
         continue;
       }
-      Tensor anchors = matrix(z + piece.begin * dim, rows, dim, dim, 1);
+      const Matrix<T> anchors(z + piece.begin * dim, rows, dim, false);
       for (int64_t from = run.begin; from < run.end; from += limit) {
         const int64_t cols = std::min(limit, run.end - from);
         Tile<T>& tile = tiles.get(thread_index(), rows, cols);
-        T* p = z + from * dim;
-        multiply<T>(tile, anchors, matrix(p, cols, dim, dim, 1), matrix(p, dim, cols, 1, dim), dim);
+        multiply(tile, anchors, Matrix<T>(z + from * dim, cols, dim, false));
         visit(piece.begin, from, tile);
       }
     }
@@ -157,19 +156,12 @@ void label_gradient(
     for (int64_t i = std::max(begin, from); i < std::min(begin + count, from + cols); ++i)
       values[(i - begin) * cols + (i - from)] = 0;
     T *out = dz + begin * dim, *p = z + from * dim;
-    if (!tile.plain.defined()) {
+    if (!tile.plain) {
       for (int64_t i = 0; i < count; ++i)
         for (int64_t j = 0; j < cols; ++j) kernel.add_scaled(out + i * dim, p + j * dim, values[i * cols + j], dim);
       return;
     }
-    multiply_add<T>(
-        matrix(out, count, dim, dim, 1),
-        tile.plain,
-        matrix(p, cols, dim, dim, 1),
-        matrix(p, dim, cols, 1, dim),
-        count,
-        cols,
-        dim);
+    multiply_add<T>(Matrix<T>(out, count, dim, false), values, tile.plain, Matrix<T>(p, cols, dim, false));
   });
 }
 

@@ -40,9 +40,11 @@ class Pairs {
         ref_(static_cast<T>(std::clamp(bound - Limits<T>::headroom, 0.0, double(std::numeric_limits<T>::max())))),
         blocks_(layout.blocks),
         queue_blocks_(cut(queue, 256)),
-        z_(z, dim, blocks_),
-        zq_(zq, dim, queue_blocks_),
-        tiles_(blocks_.longest(), std::max(blocks_.longest(), queue_blocks_.longest())) {
+        loops_(layout.rows * std::max(layout.rows, queue) * dim <= tiny_product),
+        rows_(z),
+        z_(block_rows(z, dim, blocks_, loops_)),
+        zq_(block_rows(zq, dim, queue_blocks_, loops_)),
+        tiles_(blocks_.longest(), std::max(blocks_.longest(), queue_blocks_.longest()), loops_) {
     for (int64_t i = 0; i < blocks_.count(); ++i) {
       segments_.push_back(layout.segments(blocks_.begin[i], blocks_.begin[i + 1]));
       owned_.push_back(layout.owns(blocks_.begin[i]));  // a block is owned as a whole
@@ -55,7 +57,7 @@ class Pairs {
     const int64_t rows = layout_.rows, columns = layout_.rule.column_count();
     std::vector<double> n(columns * rows, 0.0);
     Scratch<T> column_sums(blocks_.longest());
-    tournament(blocks_.count(), [&](int64_t i, int64_t j, int64_t thread) {
+    each_pair([&](int64_t i, int64_t j, int64_t thread) {
       if (!wanted(i, j)) return;
       auto& tile = scores(thread, i, j);
       for (const auto& a : segments_[i]) {
@@ -77,7 +79,7 @@ class Pairs {
         if (!owned_[i]) return;
         for (int64_t q = 0; q < queue_blocks_.count(); ++q) {
           auto& tile = tiles_.get(thread_index(), blocks_.rows(i), queue_blocks_.rows(q));
-          multiply(tile, z_, i, zq_, q);
+          multiply(tile, z_[i], zq_[q]);
           kernel_.exp_sums(
               tile.values,
               tile.cols,
@@ -115,8 +117,8 @@ class Pairs {
         weight[c * rows + i] = apart[i] ? T(0) : static_cast<T>(g[i] * std::exp(log_weights[c * rows + i] + ref_));
     });
 
-    BlockMatrix<T> out(dz, dim_, blocks_);
-    tournament(blocks_.count(), [&](int64_t i, int64_t j, int64_t thread) {
+    const auto out = block_rows(dz, dim_, blocks_, loops_);
+    each_pair([&](int64_t i, int64_t j, int64_t thread) {
       if (!wanted(i, j)) return;
       auto& tile = scores(thread, i, j);
       for (const auto& a : segments_[i]) {
@@ -143,9 +145,8 @@ class Pairs {
               &weight[a.column * rows + b.begin]);
         }
       }
-      if (owned_[i]) multiply_add<T>(out.plain[i], tile.plain, z_.plain[j], z_.turned[j], tile.rows, tile.cols, dim_);
-      if (i != j && owned_[j])
-        multiply_add<T>(out.plain[j], tile.turned, z_.plain[i], z_.turned[i], tile.cols, tile.rows, dim_);
+      if (owned_[i]) multiply_add<T>(out[i], tile.values, tile.plain, z_[j]);
+      if (i != j && owned_[j]) multiply_add<T>(out[j], tile.turned_values, tile.turned, z_[i]);
     });
 
     std::vector<int64_t> again;
@@ -156,6 +157,15 @@ class Pairs {
   }
 
  private:
+  // Calls visit(i, j, thread) for every pair of blocks i <= j.
+  template <typename Visit>
+  void each_pair(const Visit& visit) {
+    if (loops_ && blocks_.count() == 1)
+      visit(0, 0, thread_index());
+    else
+      tournament(blocks_.count(), visit);
+  }
+
   // True if owned rows have negatives in the tile of two blocks.
   bool wanted(int64_t i, int64_t j) const {
     return (owned_[i] || owned_[j]) && layout_.wanted(segments_[i], segments_[j]);
@@ -164,7 +174,7 @@ class Pairs {
   // The inner products of two blocks, -Inf for pairs that are not negatives.
   Tile<T>& scores(int64_t thread, int64_t i, int64_t j) {
     Tile<T>& tile = tiles_.get(thread, blocks_.rows(i), blocks_.rows(j));
-    multiply(tile, z_, i, z_, j);
+    multiply(tile, z_[i], z_[j]);
     exclude(tile, segments_[j], [&](int64_t r) { return blocks_.begin[i] + r; });
     return tile;
   }
@@ -192,7 +202,7 @@ class Pairs {
     return queue_ > 0 && sums[layout_.queue_column() * rows + row] < Limits<T>::smallest_sum;
   }
 
-  // Gathers the rows `which` in pieces and calls visit(rows of the piece, their z as a tensor, thread).
+  // Gathers the rows `which` in pieces and calls visit(rows of the piece, their z, thread).
   template <typename Visit>
   void gather(const std::vector<int64_t>& which, const Visit& visit) {
     int64_t limit = blocks_.longest(), pieces = (static_cast<int64_t>(which.size()) + limit - 1) / limit;
@@ -203,8 +213,8 @@ class Pairs {
           which.begin() + piece * limit,
           which.begin() + std::min<int64_t>((piece + 1) * limit, static_cast<int64_t>(which.size())));
       T* packed = memory.at(thread);
-      for (size_t r = 0; r < rows.size(); ++r) std::copy_n(z_.rows + rows[r] * dim_, dim_, packed + r * dim_);
-      visit(rows, matrix(packed, rows.size(), dim_, dim_, 1), thread);
+      for (size_t r = 0; r < rows.size(); ++r) std::copy_n(rows_ + rows[r] * dim_, dim_, packed + r * dim_);
+      visit(rows, Matrix<T>(packed, rows.size(), dim_, loops_), thread);
     });
   }
 
@@ -212,7 +222,7 @@ class Pairs {
   void exact_log_sums(const std::vector<int64_t>& which, std::vector<double>& n) {
     if (which.empty()) return;
     const int64_t all = layout_.rows, columns = layout_.rule.column_count();
-    gather(which, [&](const std::vector<int64_t>& rows, const Tensor& z, int64_t thread) {
+    gather(which, [&](const std::vector<int64_t>& rows, const Matrix<T>& z, int64_t thread) {
       std::vector<double> top(rows.size() * columns, -INFINITY), total(rows.size() * columns, 0.0);
       auto take = [&](const T* s, int64_t count, int64_t slot) {
         double high = kernel_.row_max(s, count) * scale_;  // rounded to T, as the reference of the exponentials is
@@ -228,7 +238,7 @@ class Pairs {
       };
       for (int64_t j = 0; j < blocks_.count(); ++j) {
         Tile<T>& tile = tiles_.get(thread, rows.size(), blocks_.rows(j));
-        multiply<T>(tile, z, z_.plain[j], z_.turned[j], dim_);
+        multiply(tile, z, z_[j]);
         exclude(tile, segments_[j], [&](int64_t r) { return rows[r]; });
         for (size_t r = 0; r < rows.size(); ++r)
           for (const auto& b : segments_[j])
@@ -236,7 +246,7 @@ class Pairs {
       }
       for (int64_t q = 0; q < queue_blocks_.count(); ++q) {
         Tile<T>& tile = tiles_.get(thread, rows.size(), queue_blocks_.rows(q));
-        multiply<T>(tile, z, zq_.plain[q], zq_.turned[q], dim_);
+        multiply(tile, z, zq_[q]);
         for (size_t r = 0; r < rows.size(); ++r)
           take(tile.values + r * tile.cols, tile.cols, r * columns + layout_.queue_column());
       }
@@ -268,35 +278,35 @@ class Pairs {
     std::vector<int64_t> own;
     for (int64_t i : which)
       if (layout_.owns(i)) own.push_back(i);
-    gather(own, [&](const std::vector<int64_t>& rows, const Tensor& z, int64_t thread) {
-      Tensor sum = cpu_empty({static_cast<int64_t>(rows.size()), dim_}, scalar_type<T>);
-      std::fill_n(data<T>(sum), rows.size() * dim_, T(0));
+    gather(own, [&](const std::vector<int64_t>& rows, const Matrix<T>& z, int64_t thread) {
+      std::vector<T> memory(rows.size() * dim_, T(0));
+      const Matrix<T> sum(memory.data(), rows.size(), dim_, loops_);
       for (int64_t j = 0; j < blocks_.count(); ++j) {
         Tile<T>& tile = tiles_.get(thread, rows.size(), blocks_.rows(j));
-        multiply<T>(tile, z, z_.plain[j], z_.turned[j], dim_);
+        multiply(tile, z, z_[j]);
         weigh(tile, rows, j);
-        multiply_add<T>(sum, tile.plain, z_.plain[j], z_.turned[j], tile.rows, tile.cols, dim_);
+        multiply_add<T>(sum, tile.values, tile.plain, z_[j]);
       }
       for (size_t r = 0; r < rows.size(); ++r)
-        kernel_.add_scaled(dz + rows[r] * dim_, data<T>(sum) + r * dim_, T(1), dim_);
+        kernel_.add_scaled(dz + rows[r] * dim_, sum.values + r * dim_, T(1), dim_);
     });
 
     // Now by blocks of columns, so that each thread again adds to its own rows only.
     const int64_t count = which.size(), limit = blocks_.longest();
     Tensor packed = cpu_empty({count, dim_}, scalar_type<T>);
-    for (int64_t r = 0; r < count; ++r) std::copy_n(z_.rows + which[r] * dim_, dim_, data<T>(packed) + r * dim_);
+    for (int64_t r = 0; r < count; ++r) std::copy_n(rows_ + which[r] * dim_, dim_, data<T>(packed) + r * dim_);
     Blocks pieces = cut(count, limit);
-    BlockMatrix<T> anchors(data<T>(packed), dim_, pieces);
-    BlockMatrix<T> out(dz, dim_, blocks_);
+    const auto anchors = block_rows(data<T>(packed), dim_, pieces, loops_);
+    const auto out = block_rows(dz, dim_, blocks_, loops_);
     parallel_products(blocks_.count(), [&](int64_t j) {
       if (!owned_[j]) return;
       for (int64_t k = 0; k < pieces.count(); ++k) {
         std::vector<int64_t> rows(which.begin() + pieces.begin[k], which.begin() + pieces.begin[k + 1]);
         Tile<T>& tile = tiles_.get(thread_index(), rows.size(), blocks_.rows(j));
-        multiply(tile, anchors, k, z_, j);
+        multiply(tile, anchors[k], z_[j]);
         weigh(tile, rows, j);
         turn(tile);
-        multiply_add<T>(out.plain[j], tile.turned, anchors.plain[k], anchors.turned[k], tile.cols, tile.rows, dim_);
+        multiply_add<T>(out[j], tile.turned_values, tile.turned, anchors[k]);
       }
     });
   }
@@ -304,7 +314,7 @@ class Pairs {
   // dz, which holds zeros, += the queue's part. The queue gets no gradient, so each row uses only its own weight and
   // reference point.
   double queue_gradient(const double* log_weights, const std::vector<double>& g, T* dz) {
-    BlockMatrix<T> out(dz, dim_, blocks_);
+    const auto out = block_rows(dz, dim_, blocks_, loops_);
     std::vector<double> along(blocks_.count(), 0.0);
     parallel_products(blocks_.count(), [&](int64_t i) {
       if (!owned_[i]) return;
@@ -316,11 +326,11 @@ class Pairs {
       }
       for (int64_t q = 0; q < queue_blocks_.count(); ++q) {
         Tile<T>& tile = tiles_.get(thread_index(), rows, queue_blocks_.rows(q));
-        multiply(tile, z_, i, zq_, q);
+        multiply(tile, z_[i], zq_[q]);
         kernel_.exp_rows(tile.values, tile.cols, rows, tile.cols, scale_, ref.data(), weight.data());
-        multiply_add<T>(out.plain[i], tile.plain, zq_.plain[q], zq_.turned[q], tile.rows, tile.cols, dim_);
+        multiply_add<T>(out[i], tile.values, tile.plain, zq_[q]);
       }
-      for (int64_t r = first; r < first + rows; ++r) along[i] += kernel_.dot(z_.rows + r * dim_, dz + r * dim_, dim_);
+      for (int64_t r = first; r < first + rows; ++r) along[i] += kernel_.dot(rows_ + r * dim_, dz + r * dim_, dim_);
     });
     double total = 0;
     for (double a : along) total += a;
@@ -333,7 +343,9 @@ class Pairs {
   const T scale_, ref_;
   const Blocks& blocks_;
   const Blocks queue_blocks_;
-  const BlockMatrix<T> z_, zq_;
+  const bool loops_;
+  T* const rows_;
+  const std::vector<Matrix<T>> z_, zq_;
   Tiles<T> tiles_;
   std::vector<std::vector<Layout::Segment>> segments_;
   std::vector<char> owned_;

@@ -55,73 +55,74 @@ inline Tensor onednn_product(const Tensor& a, const Tensor& w) {
   return Tensor(result);
 }
 
+// The largest product, in multiplications, for which plain loops are faster than the call of a library.
+constexpr int64_t tiny_product = 1 << 12;
+
 // A scratch tile: rows x cols, and room for its transpose.
 template <typename T>
 struct Tile {
   int64_t rows, cols;
   T *values, *turned_values;
-  Tensor plain, turned;  // rows x cols, cols x rows, both contiguous
-  T* own;
-  Tensor own_plain;
+  std::optional<Tensor> plain, turned;  // rows x cols, cols x rows, both contiguous
+  T* own = nullptr;
+  std::optional<Tensor> own_plain;
 };
 
 // One scratch tile for each thread, with cached tensors over it for the shapes in use.
 template <typename T>
 class Tiles {
  public:
-  Tiles(int64_t rows, int64_t cols)
-      : plain_(rows * cols), turned_(rows * cols), tiles_(std::max(threads(), thread_index() + 1)) {}
+  Tiles(int64_t rows, int64_t cols, bool loops)
+      : plain_(rows * cols), turned_(rows * cols), tiles_(std::max(threads(), thread_index() + 1)), loops_(loops) {}
 
   Tile<T>& get(int64_t thread, int64_t rows, int64_t cols) {
     std::vector<Tile<T>>& mine = tiles_[thread];
     for (Tile<T>& tile : mine)
       if (tile.rows == rows && tile.cols == cols) return tile;
-    T *p = plain_.at(thread), *q = turned_.at(thread);
-    Tensor plain = matrix(p, rows, cols, cols, 1);
-    mine.push_back({rows, cols, p, q, plain, matrix(q, cols, rows, rows, 1), p, plain});
+    const Matrix<T> plain(plain_.at(thread), rows, cols, loops_), turned(turned_.at(thread), cols, rows, loops_);
+    mine.push_back({rows, cols, plain.values, turned.values, plain.plain, turned.plain, plain.values, plain.plain});
     return mine.back();
   }
 
  private:
   Scratch<T> plain_, turned_;
   std::vector<std::vector<Tile<T>>> tiles_;
+  bool loops_;
 };
 
-// tile <- a b^T, for rows a and rows b; `b_turned` is b's transposed view.
+// tile <- a b^T, for rows a and rows b.
 template <typename T>
-void multiply(Tile<T>& tile, const Tensor& a, const Tensor& b, const Tensor& b_turned, int64_t width) {
-  if (use_onednn<T>(tile.rows, tile.cols, width)) {
-    tile.plain = onednn_product(a, b);
-    tile.values = data<T>(tile.plain);
+void multiply(Tile<T>& tile, const Matrix<T>& a, const Matrix<T>& b) {
+  const int64_t width = a.cols;
+  if (!a.plain) {
+    for (int64_t r = 0; r < a.rows; ++r)
+      for (int64_t c = 0; c < b.rows; ++c)
+        tile.values[r * b.rows + c] = kernels<T>().dot(a.values + r * width, b.values + c * width, width);
+  } else if (use_onednn<T>(tile.rows, tile.cols, width)) {
+    tile.plain = onednn_product(*a.plain, *b.plain);
+    tile.values = data<T>(*tile.plain);
   } else {
     tile.plain = tile.own_plain;
     tile.values = tile.own;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(tile.plain.get(), a.get(), b_turned.get()));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(tile.plain->get(), a.plain->get(), b.turned->get()));
   }
 }
 
-// out <- out + a b, for a contiguous a (rows x inner) and rows b (inner x width); `b_turned` is b's transposed view.
+// out <- out + a b, for a contiguous a (out.rows x b.rows), as a tensor unless out and b are without.
 template <typename T>
-void multiply_add(
-    const Tensor& out,
-    const Tensor& a,
-    const Tensor& b,
-    const Tensor& b_turned,
-    int64_t rows,
-    int64_t inner,
-    int64_t width) {
-  if (use_onednn<T>(rows, inner, width)) {
-    Tensor product = onednn_product(a, b_turned);
-    kernels<T>().add_scaled(data<T>(out), data<T>(product), T(1), rows * width);
+void multiply_add(const Matrix<T>& out, const T* values, const std::optional<Tensor>& a, const Matrix<T>& b) {
+  const int64_t width = out.cols;
+  if (!out.plain) {
+    for (int64_t r = 0; r < out.rows; ++r)
+      for (int64_t k = 0; k < b.rows; ++k)
+        kernels<T>().add_scaled(out.values + r * width, b.values + k * width, values[r * b.rows + k], width);
+  } else if (use_onednn<T>(out.rows, b.rows, width)) {
+    Tensor product = onednn_product(*a, *b.turned);
+    kernels<T>().add_scaled(out.values, data<T>(product), T(1), out.rows * width);
   } else {
-    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), 1, 1));
+    TORCH_ERROR_CODE_CHECK(
+        aoti_torch_cpu_addmm_out(out.plain->get(), out.plain->get(), a->get(), b.plain->get(), 1, 1));
   }
-}
-
-// The same for blocks: tile <- a[i] b[j]^T.
-template <typename T>
-void multiply(Tile<T>& tile, const BlockMatrix<T>& a, int64_t i, const BlockMatrix<T>& b, int64_t j) {
-  multiply<T>(tile, a.plain[i], b.plain[j], b.turned[j], a.width);
 }
 
 }  // namespace selfsup_kernels

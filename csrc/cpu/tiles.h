@@ -14,6 +14,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 namespace selfsup_kernels {
@@ -73,17 +74,32 @@ T* data(const Tensor& t) {
   return static_cast<T*>(t.data_ptr());
 }
 
-// A matrix over memory that it does not own.
+// A contiguous matrix over memory that it does not own. The matrix libraries take it as a tensor, or as a transposed
+// one. These are created once, since creating one costs as much as multiplying a small tile; without them, `multiply`
+// and `multiply_add` are plain loops.
 template <typename T>
-Tensor matrix(T* p, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride) {
-  int64_t sizes[] = {rows, cols}, strides[] = {row_stride, col_stride};
-  return torch::stable::from_blob(
-      p,
-      torch::headeronly::IntHeaderOnlyArrayRef(sizes, 2),
-      torch::headeronly::IntHeaderOnlyArrayRef(strides, 2),
-      torch::stable::Device(torch::headeronly::DeviceType::CPU),
-      scalar_type<T>);
-}
+struct Matrix {
+  T* values;
+  int64_t rows, cols;
+  std::optional<Tensor> plain, turned;
+
+  Matrix(T* values, int64_t rows, int64_t cols, bool loops) : values(values), rows(rows), cols(cols) {
+    if (loops) return;
+    plain = tensor(rows, cols, cols, 1);
+    turned = tensor(cols, rows, 1, cols);
+  }
+
+ private:
+  Tensor tensor(int64_t height, int64_t width, int64_t row_stride, int64_t col_stride) const {
+    int64_t sizes[] = {height, width}, strides[] = {row_stride, col_stride};
+    return torch::stable::from_blob(
+        values,
+        torch::headeronly::IntHeaderOnlyArrayRef(sizes, 2),
+        torch::headeronly::IntHeaderOnlyArrayRef(strides, 2),
+        torch::stable::Device(torch::headeronly::DeviceType::CPU),
+        scalar_type<T>);
+  }
+};
 
 inline int64_t threads() { return torch::stable::get_num_threads(); }
 inline int64_t thread_index() {
@@ -120,9 +136,18 @@ inline Blocks cut(int64_t size, int64_t limit) {
   return blocks;
 }
 
+// As torch::stable::parallel_for, which even for one piece of work asks about threads.
+template <typename Ranges>
+void parallel_ranges(int64_t begin, int64_t end, int64_t grain, const Ranges& ranges) {
+  if (end - begin > grain)
+    torch::stable::parallel_for(begin, end, grain, ranges);
+  else if (end > begin)
+    ranges(begin, end);
+}
+
 template <typename Visit>
 void parallel(int64_t count, int64_t grain, const Visit& visit) {
-  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+  parallel_ranges(0, count, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) visit(i);
   });
 }
@@ -137,21 +162,15 @@ void parallel_products(int64_t tasks, const Visit& visit) {
   });
 }
 
-// The blocks of a matrix as tensors, created once: creating one costs as much as multiplying a small tile.
+// Returns the blocks of rows of a matrix.
 template <typename T>
-struct BlockMatrix {
-  std::vector<Tensor> plain, turned;
-  T* rows;
-  int64_t width;
-
-  BlockMatrix(T* rows, int64_t width, const Blocks& blocks) : rows(rows), width(width) {
-    for (int64_t i = 0; i < blocks.count(); ++i) {
-      T* p = rows + blocks.begin[i] * width;
-      plain.push_back(matrix(p, blocks.rows(i), width, width, 1));
-      turned.push_back(matrix(p, width, blocks.rows(i), 1, width));
-    }
-  }
-};
+std::vector<Matrix<T>> block_rows(T* rows, int64_t width, const Blocks& blocks, bool loops) {
+  std::vector<Matrix<T>> all;
+  all.reserve(blocks.count());
+  for (int64_t i = 0; i < blocks.count(); ++i)
+    all.emplace_back(rows + blocks.begin[i] * width, blocks.rows(i), width, loops);
+  return all;
+}
 
 // Scratch memory, `size` numbers for each thread.
 template <typename T>
