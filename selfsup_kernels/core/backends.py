@@ -160,9 +160,9 @@ def select(impl: str, tensor: torch.Tensor, op: str = "info_nce", any_dtype: boo
         ValueError: ``impl`` is not one of :data:`CHOICES`.
         RuntimeError: this machine, or the tensor's device, cannot use ``impl``.
     """
-    device = tensor.device
-    if impl in ("auto", "cpu") and device.type == "cpu" and unavailable("cpu") is None:
+    if impl in ("auto", "cpu") and tensor.is_cpu and unavailable("cpu") is None:
         return "cpu"
+    device = tensor.device
     if impl == "auto":
         if device.type == "cpu" and not torch.compiler.is_compiling():
             why = "CPU tensors go through eager PyTorch (impl='reference'), not through the kernels:"

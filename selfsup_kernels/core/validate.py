@@ -31,19 +31,21 @@ def views(name: str, value, minimum: int) -> tuple[list[torch.Tensor], tuple[int
                 f"{name}: expected a (V, B, D) tensor or a sequence of (B, D) tensors,"
                 f" got a tensor of shape {tuple(value.shape)}{hint}"
             )
-        tensors, num_views = [value], value.shape[0]
+        tensors = [value]
+        num_views, *shape = value.shape
     else:
         tensors = sequence(name, value)
-        num_views = len(tensors)
+        num_views, shape = len(tensors), tensors[0].shape if tensors else ()
     if num_views < minimum:
         raise ValueError(f"{name}: expected at least {minimum} views, got {num_views}")
-    shape = tensors[0].shape[-2:]
     for i, tensor in enumerate(tensors):
-        if not stacked and tensor.dim() != 2:
+        if not stacked and (tensor.shape != shape or len(shape) != 2):
+            if tensor.dim() == 2:
+                raise ValueError(
+                    f"{name}[{i}]: expected the shape of {name}[0], {tuple(shape)}, got {tuple(tensor.shape)}"
+                )
             labels = "; labels are passed by name, labels=" if tensor.dim() == 1 and tensor.dtype in LABELS else ""
             raise ValueError(f"{name}[{i}]: expected a (B, D) tensor, got shape {tuple(tensor.shape)}{labels}")
-        if not stacked and tensor.shape != shape:
-            raise ValueError(f"{name}[{i}]: expected the shape of {name}[0], {tuple(shape)}, got {tuple(tensor.shape)}")
         if type(tensor) is not torch.Tensor:
             own(f"{name}[{i}]", tensor)
         if tensor.dtype not in FLOATING or tensor.layout is not torch.strided:
@@ -58,7 +60,7 @@ def views(name: str, value, minimum: int) -> tuple[list[torch.Tensor], tuple[int
 
 def sequence(name: str, value) -> list[torch.Tensor]:
     """Return the tensors in ``value`` as a list."""
-    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
+    if not isinstance(value, (list, tuple)) and (isinstance(value, (str, bytes)) or not isinstance(value, Sequence)):
         raise TypeError(f"{name}: expected tensors, got {type(value).__name__}")
     for i, item in enumerate(value):
         if not isinstance(item, torch.Tensor):
@@ -103,9 +105,8 @@ def same_dtype_and_device(tensors, name: Callable[[int], str], check_dtype: bool
 
 
 def autocasts(device: torch.device) -> bool:
-    # The meta device has no autocast, and asking for it is an error.
-    kind = device.type
-    return kind != "meta" and torch.is_autocast_enabled(kind)
+    # The cheap question first. The meta device has no autocast, and asking for it is an error.
+    return torch._C._is_any_autocast_enabled() and device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
 def samples(batch: int, where: str = "") -> None:
