@@ -39,6 +39,20 @@ def test_sizes(impl, objective, size, dtype):
     compare_info_nce(impl, views, floor=floor, objective=objective)
 
 
+@pytest.mark.sanitize
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("temperature", [0.1, 0.005])
+@pytest.mark.parametrize("dim", [128, 129])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_either_way_of_multiplying(impl, objective, dim, temperature, dtype):
+    """On the CPU plain loops multiply 8 rows of 128 features, and a matrix library those of 129."""
+    views, queue = randn(2, 4, dim, dtype=dtype, seed=1), randn(8, dim, dtype=dtype, seed=2)
+    compare_info_nce(impl, views, temperature, objective=objective)
+    compare_info_nce(impl, views, temperature, objective=objective, queue=queue)
+    if objective in LABEL_OBJECTIVES:
+        compare_info_nce(impl, views, temperature, objective=objective, queue=queue, labels=random_labels(4, 2))
+
+
 @pytest.mark.parametrize("temperature", [0.5, 0.07, 0.01])
 @pytest.mark.parametrize("num_views", [2, 3, 5])
 @pytest.mark.parametrize("objective", OBJECTIVES)

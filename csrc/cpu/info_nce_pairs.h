@@ -40,7 +40,7 @@ class Pairs {
         ref_(static_cast<T>(std::clamp(bound - Limits<T>::headroom, 0.0, double(std::numeric_limits<T>::max())))),
         blocks_(layout.blocks),
         queue_blocks_(cut(queue, 256)),
-        loops_(layout.rows * std::max(layout.rows, queue) * dim <= tiny_product),
+        loops_(tiny_product(layout.rows, std::max(layout.rows, queue), dim)),
         rows_(z),
         z_(block_rows(z, dim, blocks_, loops_)),
         zq_(block_rows(zq, dim, queue_blocks_, loops_)),

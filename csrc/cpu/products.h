@@ -55,8 +55,11 @@ inline Tensor onednn_product(const Tensor& a, const Tensor& w) {
   return Tensor(result);
 }
 
-// The largest product, in multiplications, for which plain loops are faster than the call of a library.
-constexpr int64_t tiny_product = 1 << 12;
+// True if plain loops multiply rows x width with width x cols faster than the call of a library, as was measured. A
+// short inner product takes as long as one of 64 features.
+inline bool tiny_product(int64_t rows, int64_t cols, int64_t width) {
+  return rows * cols * std::max<int64_t>(width, 64) <= 1 << 13;
+}
 
 // A scratch tile: rows x cols, and room for its transpose.
 template <typename T>
