@@ -73,6 +73,17 @@ def test_against_loops(impl, num_views):
     assert_within("sum", byol_loss(list(p), t, reduction="sum", impl=impl), want.sum())
 
 
+def test_a_stack_and_a_sequence_may_meet(impl):
+    p, t = randn(3, 5, 4, dtype=torch.float64), randn(3, 5, 4, dtype=torch.float64, seed=1)
+    loss, grad = run(spec.byol_loss, p, t)
+    for predictions, targets in ((p, list(t)), (list(p), t)):
+        leaves = [x.clone().requires_grad_() for x in ([p] if predictions is p else predictions)]
+        got = byol_loss(leaves[0] if predictions is p else leaves, targets, impl=impl)
+        got.backward()
+        assert_within("loss", got, loss)
+        assert_within("grad", torch.stack([x.grad for x in leaves]).view(3, 5, 4), grad)
+
+
 def test_two_views_are_the_mean_of_two_pairs(impl):
     p, t = randn(2, 9, 6, dtype=torch.float64), randn(2, 9, 6, dtype=torch.float64, seed=1)
     pairs = [byol_loss(p[0], t[1], impl=impl), byol_loss(p[1], t[0], impl=impl)]
