@@ -1,7 +1,5 @@
 """``byol_loss``: check the arguments, choose an implementation, apply."""
 
-import math
-
 import torch
 
 from selfsup_kernels.byol import reference
@@ -49,7 +47,10 @@ def byol_loss(predictions, targets, *, eps=1e-12, reduction="mean", impl="auto")
     num, device, dtype = len(p), p[0].device, p[0].dtype
     autocast = check.autocasts(device)
     tensors = [*p, *t]
-    name = lambda i: f"predictions[{i}]" if i < num else f"targets[{i - num}]"  # noqa: E731
+
+    def name(i):
+        return f"predictions[{i}]" if i < num else f"targets[{i - num}]"
+
     check.same_dtype_and_device(tensors, name, not autocast)
     reduction = check.choice("reduction", reduction, ops.REDUCTIONS)
     eps = check.positive_number("eps", eps)
@@ -59,7 +60,7 @@ def byol_loss(predictions, targets, *, eps=1e-12, reduction="mean", impl="auto")
         tensors, _ = check.one_dtype(tensors, None)
     tensors[num:] = map(_constant, tensors[num:])
     constants = (eps, reduction, not pairs and num == 1, num)
-    if impl == "reference" and reference.takes(p[0], math.prod(shape[1:])):
+    if impl == "reference" and reference.takes(p[0], shape[1] * shape[2]):
         loss = reference.by_autograd(*constants, *tensors)
     else:
         loss = apply(BYOL, impl, *constants, *tensors)

@@ -130,7 +130,7 @@ class _Checked(NamedTuple):
     """Whether the views are one tensor (V, B, D)."""
     call: Call
     tensors: tuple
-    """The temperature as a tensor, labels and queue (each may be None), then the views as given."""
+    """The temperature as a tensor, labels and queue (each may be None), then the views as given, of one dtype."""
     autocast: bool
 
 
