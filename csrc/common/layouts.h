@@ -17,7 +17,9 @@ inline bool is_floating(torch::headeronly::ScalarType t) {
   return t == ScalarType::Float || t == ScalarType::Double || t == ScalarType::BFloat16 || t == ScalarType::Half;
 }
 
-inline bool same_shape(const torch::stable::Tensor& a, const torch::stable::Tensor& b) {
+// The functions of layouts take a Tensor, or anything else with dim(), size(), stride() and is_contiguous().
+template <typename T>
+bool same_shape(const T& a, const T& b) {
   if (a.dim() != b.dim()) return false;
   for (int64_t d = 0; d < a.dim(); ++d)
     if (a.size(d) != b.size(d)) return false;
@@ -25,7 +27,8 @@ inline bool same_shape(const torch::stable::Tensor& a, const torch::stable::Tens
 }
 
 // True if the elements fill their memory without gaps, in any order of the dimensions.
-inline bool is_dense(const torch::stable::Tensor& t) {
+template <typename T>
+bool is_dense(const T& t) {
   if (t.is_contiguous()) return true;
   std::vector<std::pair<int64_t, int64_t>> dims;  // (stride, size)
   for (int64_t d = 0; d < t.dim(); ++d)
@@ -40,7 +43,8 @@ inline bool is_dense(const torch::stable::Tensor& t) {
 }
 
 // True if two tensors of one shape have the same gap-free memory layout, so that both can be read as flat arrays.
-inline bool same_dense_layout(const torch::stable::Tensor& a, const torch::stable::Tensor& b) {
+template <typename T>
+bool same_dense_layout(const T& a, const T& b) {
   if (a.is_contiguous() && b.is_contiguous()) return true;
   for (int64_t d = 0; d < a.dim(); ++d)
     if (a.size(d) != 1 && a.stride(d) != b.stride(d)) return false;

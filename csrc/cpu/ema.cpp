@@ -1,11 +1,91 @@
-// The op ema_update_.cpu: one call for any list of tensors, one pass over their memory, no temporaries (except for
-// pairs in different memory layouts).
+// The moving average of lists of tensors: the op ema_update_.cpu, and two ops that check lists for their callers, so
+// that Python does not have to look at each tensor. An update takes one pass over memory, without temporaries (except
+// for pairs in different memory layouts).
+#include <Python.h>
+
 #include "common/layouts.h"
 #include "cpu/rows.h"
 
 namespace selfsup_kernels {
 
 namespace {
+
+using torch::stable::detail::from;
+using torch::stable::detail::to;
+
+enum class Kind : uint8_t { Other, Integer, Complex, Floating };
+struct Dtype {
+  Kind kind = Kind::Other;
+  Storage storage = Storage::Float;  // of a floating dtype
+};
+
+// Dtypes by the codes that aoti_torch_get_dtype returns.
+Dtype dtype_of(int32_t code) {
+  static const std::array<Dtype, 256> table = [] {
+    std::array<Dtype, 256> dtypes{};
+    for (int32_t integer :
+         {aoti_torch_dtype_bool(),
+          aoti_torch_dtype_uint8(),
+          aoti_torch_dtype_int8(),
+          aoti_torch_dtype_uint16(),
+          aoti_torch_dtype_int16(),
+          aoti_torch_dtype_uint32(),
+          aoti_torch_dtype_int32(),
+          aoti_torch_dtype_uint64(),
+          aoti_torch_dtype_int64()})
+      dtypes[integer] = {Kind::Integer};
+    for (int32_t pair : {aoti_torch_dtype_complex32(), aoti_torch_dtype_complex64(), aoti_torch_dtype_complex128()})
+      dtypes[pair] = {Kind::Complex};
+    dtypes[aoti_torch_dtype_float32()] = {Kind::Floating, Storage::Float};
+    dtypes[aoti_torch_dtype_float64()] = {Kind::Floating, Storage::Double};
+    dtypes[aoti_torch_dtype_bfloat16()] = {Kind::Floating, Storage::BFloat16};
+    dtypes[aoti_torch_dtype_float16()] = {Kind::Floating, Storage::Float16};
+    return dtypes;
+  }();
+  return code >= 0 && code < 256 ? table[code] : Dtype{};
+}
+
+// What checks and kernels need to know of a strided tensor, which it does not own.
+struct View {
+  AtenTensorHandle handle;
+  int32_t code;  // of the dtype
+  Dtype dtype;
+  int64_t dims, count;
+  int64_t *sizes, *strides;
+  bool contiguous;
+  void* address;
+
+  explicit View(AtenTensorHandle tensor) : handle(tensor) {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle, &code));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(handle, &dims));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_numel(handle, &count));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(handle, &sizes));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(handle, &strides));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_is_contiguous(handle, &contiguous));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(handle, &address));
+    dtype = dtype_of(code);
+  }
+
+  int64_t dim() const { return dims; }
+  int64_t size(int64_t d) const { return sizes[d]; }
+  int64_t stride(int64_t d) const { return strides[d]; }
+  bool is_contiguous() const { return contiguous; }
+  int64_t item_size() const { return static_cast<int64_t>(aoti_torch_dtype_element_size(code)); }
+
+  Tensor tensor() const {
+    AtenTensorHandle own;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(handle, &own));
+    return Tensor(own);
+  }
+};
+
+bool is_cpu(AtenTensorHandle tensor) {
+  int32_t device;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor, &device));
+  return device == aoti_torch_device_type_cpu();
+}
+
+// ---- the update ----
 
 // A range of a target and its source, short enough that threads share the work evenly.
 struct Span {
@@ -19,50 +99,57 @@ struct Span {
 
 constexpr int64_t span_length = 1 << 15;
 
-void copy(Tensor to, const Tensor& from) { torch::stable::copy_(to, from); }
+void copy_bytes(void* target, const void* source, int64_t n, double, const int64_t*, uint32_t, uint64_t) {
+  std::memcpy(target, source, n);
+}
 
-}  // namespace
-
-void ema_update_(
-    std::vector<Tensor> targets,
-    std::vector<Tensor> sources,
-    std::optional<Tensor> momentum_tensor,
-    double momentum,
-    std::optional<Tensor> seed_tensor) {
-  STD_TORCH_CHECK(targets.size() == sources.size(), "ema_update_: expected lists of one length");
-  const double weight = 1 - (momentum_tensor ? read_number(*momentum_tensor) : momentum);
-  const int64_t* seed = seed_tensor ? static_cast<const int64_t*>(seed_tensor->data_ptr()) : nullptr;
+// Averages the first `averaged` pairs, if they are floating; copies the others.
+void update(
+    const std::vector<View>& targets,
+    const std::vector<View>& sources,
+    size_t averaged,
+    double weight,
+    const int64_t* seed) {
   const KernelTable& table = kernel_table();
-
   std::vector<Span> spans;
-  std::vector<Tensor> keep;                           // the sources, or their packed copies, until the work is done
+  spans.reserve(targets.size());
+  std::vector<Tensor> keep;                           // packed copies, until the work is done
   std::vector<std::pair<Tensor, Tensor>> write_back;  // (target, its packed copy)
-  for (size_t i = 0; i < targets.size(); ++i) {
-    Tensor t = targets[i], s = sources[i];
-    STD_TORCH_CHECK(t.is_cpu() && s.is_cpu() && same_shape(t, s), "ema_update_: expected CPU tensors of one shape");
-    if (t.numel() == 0 || (t.data_ptr() == s.data_ptr() && t.scalar_type() == s.scalar_type())) continue;
-    if (!is_floating(t.scalar_type()) || !is_floating(s.scalar_type())) {
-      copy(t, s);
-      continue;
-    }
-    if (!same_dense_layout(t, s)) {
-      // Rare (channels_last against contiguous, a column of a matrix): use packed copies of both.
-      s = torch::stable::contiguous(s);
-      if (!t.is_contiguous()) {
-        t = torch::stable::contiguous(t);
-        write_back.push_back({targets[i], t});
-      }
-    }
-    const Storage to = storage_of(t.scalar_type()), from = storage_of(s.scalar_type());
-    keep.push_back(s);
-    for (int64_t k = 0; k < t.numel(); k += span_length)
+  auto add = [&](void* target, const void* source, int64_t count, int64_t to, int64_t from, size_t i, EmaSpan kernel) {
+    for (int64_t k = 0; k < count; k += span_length)
       spans.push_back(
-          {static_cast<char*>(t.mutable_data_ptr()) + k * item_size(to),
-           static_cast<const char*>(s.const_data_ptr()) + k * item_size(from),
-           std::min(span_length, t.numel() - k),
+          {static_cast<char*>(target) + k * to,
+           static_cast<const char*>(source) + k * from,
+           std::min(span_length, count - k),
            static_cast<uint32_t>(i),
            static_cast<uint64_t>(k),
-           table.ema[static_cast<int>(to)][static_cast<int>(from)]});
+           kernel});
+  };
+  for (size_t i = 0; i < targets.size(); ++i) {
+    const View &t = targets[i], &s = sources[i];
+    if (t.count == 0 || (t.address == s.address && t.code == s.code)) continue;
+    const bool average = i < averaged && t.dtype.kind == Kind::Floating && s.dtype.kind == Kind::Floating;
+    const bool flat = same_dense_layout(t, s);
+    if (!average) {
+      if (flat && t.code == s.code && t.dtype.kind != Kind::Other)
+        add(t.address, s.address, t.count * t.item_size(), 1, 1, i, copy_bytes);
+      else
+        write_back.push_back({t.tensor(), s.tensor()});
+      continue;
+    }
+    void *target = t.address, *source = s.address;
+    if (!flat) {
+      // Rare (channels_last against contiguous, a column of a matrix): use packed copies of both.
+      keep.push_back(torch::stable::contiguous(s.tensor()));
+      source = keep.back().data_ptr();
+      if (!t.contiguous) {
+        write_back.push_back({t.tensor(), torch::stable::contiguous(t.tensor())});
+        target = write_back.back().second.data_ptr();
+      }
+    }
+    const Storage to = t.dtype.storage, from = s.dtype.storage;
+    const EmaSpan kernel = table.ema[static_cast<int>(to)][static_cast<int>(from)];
+    add(target, source, t.count, item_size(to), item_size(from), i, kernel);
   }
 
   // Each thread takes consecutive spans, of about equal total length.
@@ -76,11 +163,205 @@ void ema_update_(
       span.update(span.target, span.source, span.count, weight, seed, span.stream, span.offset);
     }
   });
-  for (const auto& [target, values] : write_back) copy(target, values);
+  for (auto& [target, values] : write_back) torch::stable::copy_(target, values);
+}
+
+// ---- the checks ----
+
+// The list arguments of an op, taken from its stack.
+class Lists {
+ public:
+  std::vector<AtenTensorHandle> targets, sources;
+
+  explicit Lists(const StableIValue* stack) {
+    take(stack[0], targets);
+    take(stack[1], sources);
+  }
+  Lists(const Lists&) = delete;
+  ~Lists() {
+    // The last handle of a tensor lets go of its Python object. This would take the lock for every tensor.
+    const PyGILState_STATE lock = PyGILState_Ensure();
+    for (const auto* list : {&targets, &sources})
+      for (AtenTensorHandle tensor : *list) aoti_torch_delete_tensor_object(tensor);
+    PyGILState_Release(lock);
+  }
+
+ private:
+  static void take(StableIValue argument, std::vector<AtenTensorHandle>& tensors) {
+    const auto list = to<StableListHandle>(argument);
+    size_t size = 0;
+    TORCH_ERROR_CODE_CHECK(torch_list_size(list, &size));
+    tensors.resize(size);
+    for (size_t i = 0; i < size; ++i) {
+      StableIValue item;
+      TORCH_ERROR_CODE_CHECK(torch_list_get_item(list, i, &item));
+      tensors[i] = to<AtenTensorHandle>(item);
+    }
+    TORCH_ERROR_CODE_CHECK(torch_delete_list(list));
+  }
+};
+
+struct Range {
+  uintptr_t first, last;  // bytes [first, last)
+  bool written;
+};
+
+struct Checked {
+  std::vector<View> targets, sources;
+  int64_t empty = 0;  // pairs without elements
+};
+
+// Dense CPU or CUDA tensors have plain addresses.
+bool has_address(AtenTensorHandle tensor, int32_t& type, int32_t& index) {
+  int32_t layout;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(tensor, &layout));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor, &type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor, &index));
+  return layout == aoti_torch_layout_strided() &&
+         (type == aoti_torch_device_type_cpu() || type == aoti_torch_device_type_cuda());
+}
+
+// The address range of a tensor, which may have gaps.
+Range range_of(const View& t, bool written) {
+  int64_t count = t.count;
+  if (!t.contiguous) {
+    count = 1;
+    for (int64_t d = 0; d < t.dims; ++d) count += (t.sizes[d] - 1) * t.strides[d];
+  }
+  const auto first = reinterpret_cast<uintptr_t>(t.address);
+  return {first, first + count * t.item_size(), written};
+}
+
+// False if two elements may share memory: true if every dimension steps over all smaller ones.
+bool has_nested_strides(const View& t) {
+  std::vector<std::pair<int64_t, int64_t>> dims;  // (stride, last index)
+  for (int64_t d = 0; d < t.dims; ++d)
+    if (t.sizes[d] > 1) dims.push_back({t.strides[d], t.sizes[d] - 1});
+  std::sort(dims.begin(), dims.end());
+  int64_t extent = 0;
+  for (auto [stride, last] : dims) {
+    if (stride <= extent) return false;
+    extent += stride * last;
+  }
+  return true;
+}
+
+// Checks an update of pairs in any order, the first `averaged` of which are averaged and the others copied. Returns
+// nothing if a pair may be invalid, or needs operators of its own; Python then looks at each tensor.
+std::optional<Checked> check(const Lists& lists, size_t averaged) {
+  if (lists.targets.size() != lists.sources.size()) return {};
+  // Freed memory leaves an address which is an offset, lower than any allocator's addresses.
+  constexpr uintptr_t lowest = uintptr_t{1} << 32;
+  const size_t n = lists.targets.size();
+  Checked pairs;
+  std::vector<Range> ranges;
+  pairs.targets.reserve(n);
+  pairs.sources.reserve(n);
+  ranges.reserve(2 * n);
+  int32_t type = 0, index = 0;
+  for (size_t i = 0; i < n; ++i) {
+    for (AtenTensorHandle tensor : {lists.targets[i], lists.sources[i]}) {
+      int32_t own_type, own_index;
+      if (!has_address(tensor, own_type, own_index)) return {};
+      if (ranges.empty() && pairs.targets.empty()) type = own_type, index = own_index;
+      if (own_type != type || own_index != index) return {};
+    }
+    const View& t = pairs.targets.emplace_back(lists.targets[i]);
+    const View& s = pairs.sources.emplace_back(lists.sources[i]);
+    const Kind kind = t.dtype.kind;
+    const bool one_kind = kind == Kind::Floating ? s.dtype.kind == kind : t.code == s.code;
+    if (!one_kind || kind == Kind::Other || (kind == Kind::Complex && i < averaged) || !same_shape(t, s)) return {};
+    if (t.count == 0) {
+      ++pairs.empty;
+      continue;
+    }
+    if (!t.contiguous && !has_nested_strides(t)) return {};
+    ranges.push_back(range_of(t, true));
+    ranges.push_back(range_of(s, false));
+  }
+  std::sort(ranges.begin(), ranges.end(), [](const Range& a, const Range& b) { return a.first < b.first; });
+  uintptr_t written = lowest, used = lowest;  // the ends of the ranges so far
+  for (const Range& range : ranges) {
+    if (range.first < (range.written ? used : written)) return {};
+    used = std::max(used, range.last);
+    if (range.written) written = std::max(written, range.last);
+  }
+  return pairs;
+}
+
+// Boxed kernels by hand: a vector of Tensors would take an allocation for each tensor.
+void ema_check_pairs(StableIValue* stack, uint64_t, uint64_t) {
+  const Lists lists(stack);
+  const auto pairs = check(lists, to<bool>(stack[2]) ? lists.targets.size() : 0);
+  stack[0] = from(pairs ? pairs->empty : int64_t{-1});
+}
+
+void ema_update_pairs_(StableIValue* stack, uint64_t, uint64_t) {
+  const Lists lists(stack);
+  const auto averaged = static_cast<size_t>(to<int64_t>(stack[2]));
+  const double momentum = to<double>(stack[3]);
+  const auto pairs = check(lists, averaged);
+  if (pairs && !pairs->targets.empty()) {
+    STD_TORCH_CHECK(is_cpu(pairs->targets[0].handle), "ema_update_pairs_: expected CPU tensors");
+    update(pairs->targets, pairs->sources, averaged, 1 - momentum, nullptr);
+  }
+  stack[0] = from(pairs.has_value());
+}
+
+// Tensors whose memory holds other numbers than theirs.
+void refuse_check(StableIValue* stack, uint64_t, uint64_t) {
+  {
+    const Lists lists(stack);
+  }
+  stack[0] = from(int64_t{-1});
+}
+void refuse_update(StableIValue* stack, uint64_t, uint64_t) {
+  {
+    const Lists lists(stack);
+  }
+  stack[0] = from(false);
+}
+
+}  // namespace
+
+void ema_update_(
+    std::vector<Tensor> targets,
+    std::vector<Tensor> sources,
+    std::optional<Tensor> momentum_tensor,
+    double momentum,
+    std::optional<Tensor> seed_tensor) {
+  STD_TORCH_CHECK(targets.size() == sources.size(), "ema_update_: expected lists of one length");
+  std::vector<View> to, from;
+  for (size_t i = 0; i < targets.size(); ++i) {
+    STD_TORCH_CHECK(
+        targets[i].is_cpu() && sources[i].is_cpu() && same_shape(targets[i], sources[i]),
+        "ema_update_: expected CPU tensors of one shape");
+    to.emplace_back(targets[i].get());
+    from.emplace_back(sources[i].get());
+  }
+  const double weight = 1 - (momentum_tensor ? read_number(*momentum_tensor) : momentum);
+  const int64_t* seed = seed_tensor ? static_cast<const int64_t*>(seed_tensor->data_ptr()) : nullptr;
+  update(to, from, to.size(), weight, seed);
 }
 
 }  // namespace selfsup_kernels
 
 STABLE_TORCH_LIBRARY_IMPL(selfsup_kernels, CPU, m) {
   m.impl("ema_update_.cpu", TORCH_BOX(&selfsup_kernels::ema_update_));
+}
+STABLE_TORCH_LIBRARY_IMPL(selfsup_kernels, CompositeExplicitAutograd, m) {
+  m.impl("ema_check_pairs", &selfsup_kernels::ema_check_pairs);
+  m.impl("ema_update_pairs_", &selfsup_kernels::ema_update_pairs_);
+}
+STABLE_TORCH_LIBRARY_IMPL(selfsup_kernels, Conjugate, m) {
+  m.impl("ema_check_pairs", &selfsup_kernels::refuse_check);
+  m.impl("ema_update_pairs_", &selfsup_kernels::refuse_update);
+}
+STABLE_TORCH_LIBRARY_IMPL(selfsup_kernels, Negative, m) {
+  m.impl("ema_check_pairs", &selfsup_kernels::refuse_check);
+  m.impl("ema_update_pairs_", &selfsup_kernels::refuse_update);
+}
+STABLE_TORCH_LIBRARY_IMPL(selfsup_kernels, ZeroTensor, m) {
+  m.impl("ema_check_pairs", &selfsup_kernels::refuse_check);
+  m.impl("ema_update_pairs_", &selfsup_kernels::refuse_update);
 }

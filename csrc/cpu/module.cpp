@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include "cpu/kernels.h"
+#include "cpu/module_tree.h"
 #include "launch/bind.h"
 
 #define SK_STRING_(x) #x
@@ -32,4 +33,16 @@ PYBIND11_MODULE(_C, m) {
         return info;
       },
       "How this library was compiled.");
+  pybind11::class_<selfsup_kernels::ModuleTree>(
+      m, "ModuleTree", "The tensors of a tree of modules, found again without a walk while the tree is the same.")
+      .def(
+          pybind11::init<const pybind11::list&, const pybind11::dict&, const pybind11::tuple&>(),
+          pybind11::arg("modules"),
+          pybind11::arg("positions"),
+          pybind11::arg("classes"))
+      .def(
+          "tensors",
+          &selfsup_kernels::ModuleTree::tensors,
+          pybind11::arg("root"),
+          "Return the tensors by position, or None if anything has changed.");
 }

@@ -78,6 +78,12 @@ def ema_update_pairs_(
 
     For ``as_torch`` and ``own_memory`` see :func:`selfsup_kernels.ema.checks.check_update`.
     """
+    if (
+        lists.are_plain(targets)
+        and lists.are_plain(sources)
+        and update_at_once(targets, sources, len(targets), momentum, stochastic_rounding, impl)
+    ):
+        return
     momentum_tensor, momentum = check.momentum(momentum)
     targets, sources, others = lists.check_update(targets, sources, names, as_torch=as_torch, own_memory=own_memory)
     if targets:
@@ -99,8 +105,35 @@ def ema_update_pairs_(
         seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=device, generator=generator)
     ops.overload("ema_update_", impl)(targets, sources, momentum_tensor, momentum, seed)
     if impl != "reference" and not torch.compiler.is_compiling():
-        # Backward must detect that saved targets have changed. Eager operations increment the version themselves.
-        try:
-            torch.autograd.graph.increment_version(targets)
-        except RuntimeError:  # inference tensors have no version; incrementing the others twice is harmless
-            torch.autograd.graph.increment_version([t for t in targets if not t.is_inference()])
+        _increment_version(targets)
+
+
+def update_at_once(targets, sources, averaged, momentum, stochastic_rounding, impl) -> bool:
+    """Average the first ``averaged`` pairs and copy the others, in one call that checks them too; return True if done.
+
+    False changes nothing: other implementations and options, and lists that an op cannot judge (invalid ones among
+    them) are left to :func:`ema_update_pairs_`. The tensors must be of the usual classes.
+    """
+    if (
+        not targets
+        or len(targets) != len(sources)
+        or stochastic_rounding
+        or impl not in ("auto", "cpu")
+        or torch.compiler.is_compiling()
+        or targets[0].device.type != "cpu"
+        or backends.unavailable("cpu") is not None
+    ):
+        return False
+    tensor, momentum = check.momentum(momentum)
+    if tensor is not None or not torch.ops.selfsup_kernels.ema_update_pairs_(targets, sources, averaged, momentum):
+        return False
+    _increment_version(targets)
+    return True
+
+
+def _increment_version(tensors) -> None:
+    """Let backward detect that saved tensors have changed. Eager operations do this themselves."""
+    try:
+        torch.autograd.graph.increment_version(tensors)
+    except RuntimeError:  # inference tensors have no version; incrementing the others twice is harmless
+        torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])

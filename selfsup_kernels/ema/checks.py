@@ -1,7 +1,7 @@
 """Check the lists of tensors of a multi-tensor update, and choose how each pair is updated.
 
-The checks run on every step for hundreds of tensors. A fast test made of C calls first decides whether a list is fine;
-if not, a slow one checks pair by pair and names the tensor. No check reads values.
+The checks run on every step for hundreds of tensors. An op of the C++ extension first decides whether the lists are
+fine; if not, Python checks pair by pair and names the tensor. No check reads values.
 """
 
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from selfsup_kernels.core import shards
+from selfsup_kernels.core import backends, shards
 from selfsup_kernels.core import validate as check
 from selfsup_kernels.ema import overlap
 
@@ -79,7 +79,7 @@ def check_update(
     if torch.compiler.is_compiling():
         # Shape guards make these checks run once per graph. Tensors have no addresses while tracing.
         return _lanes(targets, sources, _traced_plan(targets, sources, rules))
-    if _PLAIN.issuperset(map(type, targets)) and _PLAIN.issuperset(map(type, sources)):
+    if are_plain(targets) and are_plain(sources):
         return _plain_lanes(targets, sources, rules)
     local = shards.local(targets, sources, rules.labels)
     if local is not None:
@@ -144,26 +144,17 @@ def _lanes(targets, sources, plan) -> Lanes:
     return Lanes([targets[i] for i in plan.together], [sources[i] for i in plan.together], others)
 
 
-_accepted: dict[tuple[int, int], tuple] = {}
-"""(signature, plan) of accepted lists, by length and first address: a training loop passes the same ones each step."""
-_MOST_ACCEPTED = 16
-
-
 def _plain_lanes(targets, sources, rules) -> Lanes:
     if not targets:
         return Lanes(targets, sources, [])
-    signature = _signature(targets, sources, rules)
-    key = (len(targets), signature[1][0]) if signature is not None else None
-    known = _accepted.get(key)
-    if known is not None and known[0] == signature:
-        return _lanes(targets, sources, known[1])
+    if backends.unavailable("cpu") is None:
+        empty = torch.ops.selfsup_kernels.ema_check_pairs(targets, sources, rules.averaged)
+        if empty >= 0:
+            together = [i for i, target in enumerate(targets) if target.numel()] if empty else range(len(targets))
+            return _lanes(targets, sources, _Plan(together, []))
     plan = _plan(targets, sources, rules)
     if rules.own_memory and _give_memory(targets, sources):
         return _plain_lanes(targets, sources, rules)
-    if key is not None and targets[0].device.type != "meta":
-        if len(_accepted) >= _MOST_ACCEPTED:
-            _accepted.clear()
-        _accepted[key] = signature, plan
     return _lanes(targets, sources, plan)
 
 
@@ -182,25 +173,6 @@ def _give_memory(targets, sources) -> bool:
     for target in shared:
         target.data = target.detach().clone()
     return bool(shared)
-
-
-def _signature(targets, sources, rules):
-    """Return all that a plan depends on; None if a tensor has no address or a conjugate or negative bit."""
-    both = targets + sources
-    dtypes = list(map(_dtype, both))
-    if any(map(Tensor.is_neg, both)) or (not _COMPLEX.isdisjoint(dtypes) and any(map(Tensor.is_conj, both))):
-        return None
-    try:
-        # Devices need no entry: addresses differ between devices.
-        return (
-            rules[:3],
-            list(map(Tensor.data_ptr, both)),
-            list(map(Tensor.size, both)),
-            list(map(Tensor.stride, both)),
-            dtypes,
-        )
-    except RuntimeError:  # sparse tensors
-        return None
 
 
 def _mixed_lanes(targets, sources, rules) -> Lanes:
@@ -232,8 +204,14 @@ def _mixed_lanes(targets, sources, rules) -> Lanes:
 
 
 _device, _dtype, _layout, _nbytes = map(attrgetter, ("device", "dtype", "layout", "nbytes"))
-_PLAIN = {Tensor, torch.nn.Parameter}
-_COMPLEX = {torch.complex32, torch.complex64, torch.complex128}
+PLAIN = (Tensor, torch.nn.Parameter)
+"""The usual classes of tensors that do not override PyTorch's operators."""
+_PLAIN = frozenset(PLAIN)
+
+
+def are_plain(tensors: list) -> bool:
+    """Return True if every item is of one of the usual classes."""
+    return _PLAIN.issuperset(map(type, tensors))
 
 
 def is_plain(cls: type) -> bool:

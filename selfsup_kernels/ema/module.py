@@ -2,8 +2,10 @@
 
 import math
 import warnings
+import weakref
 from collections import OrderedDict
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -11,9 +13,9 @@ from torch import nn
 from selfsup_kernels.core import backends, shards, wrappers
 from selfsup_kernels.core import validate as check
 from selfsup_kernels.ema import checks as lists
-from selfsup_kernels.ema.api import ema_update_pairs_
+from selfsup_kernels.ema.api import ema_update_pairs_, update_at_once
 from selfsup_kernels.ema.model_copy import copy_of, unchanged_on_error
-from selfsup_kernels.ema.named_tensors import match, named_tensors, optional_names
+from selfsup_kernels.ema.named_tensors import fits, match, named_tensors, optional_names
 
 BUFFERS = ("copy", "average", "ignore")
 
@@ -124,28 +126,36 @@ class EMA(nn.Module):
         Raises:
             ValueError: the model's names, shapes or device no longer match the copy's; nothing has changed.
         """
-        pairs, copies = self._pairs()
-        ema_update_pairs_(
-            *pairs,
-            self.momentum if momentum is None else momentum,
-            self.stochastic_rounding,
-            impl=self.impl,
-            own_memory=True,
-        )
+        momentum = self.momentum if momentum is None else momentum
+        kept = None if torch.compiler.is_compiling() else _kept.get(self)
+        pairs = None if kept is None else kept.pairs(self)
+        if pairs is None:
+            averages, copies = self._pairs(keep=True)
+        elif update_at_once(*pairs, kept.averaged, momentum, self.stochastic_rounding, self.impl):
+            return
+        else:
+            averages, copies = kept.split(*pairs)
+        ema_update_pairs_(*averages, momentum, self.stochastic_rounding, impl=self.impl, own_memory=True)
         lists.copy_(copies)
 
-    def _pairs(self, own_memory=True):
-        """Return the tensors of an update, ``((targets, sources, names), copies)``; checks names and copies."""
+    def _pairs(self, own_memory=True, keep=False):
+        """Return the tensors of an update, ``((targets, sources, names), copies)``; checks names and copies.
+
+        With ``keep``, the next update finds them without a walk over the modules.
+        """
         own, theirs = named_tensors(self.module), named_tensors(self._model)
         optional = optional_names(own, theirs)
+        copied, copies = ([], [], []), _NOTHING
         if self.buffer_policy == "average":
-            return match(own.parameters | own.buffers, theirs.parameters | theirs.buffers, optional), _NOTHING
-        copies = _NOTHING
-        if self.buffer_policy == "copy":
-            copies = lists.check_update(
-                *match(own.buffers, theirs.buffers, optional), averaged=False, own_memory=own_memory
-            )
-        return match(own.parameters, theirs.parameters), copies
+            averaged = match(own.parameters | own.buffers, theirs.parameters | theirs.buffers, optional)
+        else:
+            if self.buffer_policy == "copy":
+                copied = match(own.buffers, theirs.buffers, optional)
+                copies = lists.check_update(*copied, averaged=False, own_memory=own_memory)
+            averaged = match(own.parameters, theirs.parameters)
+        if keep and not torch.compiler.is_compiling():
+            _kept[self] = _Kept.of(self.buffer_policy, averaged, copied, own, theirs, optional)
+        return averaged, copies
 
     def _check_module(self):
         """Raise unless ``module`` matches the model and has its own memory."""
@@ -212,6 +222,55 @@ class EMA(nn.Module):
 
 
 _NOTHING = lists.Lanes([], [], [])
+
+
+class _Kept(NamedTuple):
+    """How the next update finds its pairs, the averaged ones first: two trees of modules return the tensors."""
+
+    policy: str
+    trees: list
+    names: list[str]
+    averaged: int
+    optional: list[int]
+    """The positions of pairs that are left out as soon as they do not fit."""
+
+    @classmethod
+    def of(cls, policy, averaged, copied, own, theirs, optional):
+        """Return what finds these pairs again; None if nothing can."""
+        targets, sources, names = (a + b for a, b in zip(averaged, copied, strict=True))
+        extension, _ = backends.load_extension()
+        if extension is None or own.modules is None or theirs.modules is None:
+            return None
+        if policy != "ignore" and optional & own.buffers.keys() & theirs.buffers.keys() - set(names):
+            return None  # these buffers may fit the next time, though the modules hold the same tensors
+        # A tensor that both modules hold is its own average.
+        places = [i for i, (t, s) in enumerate(zip(targets, sources, strict=True)) if t is not s]
+        trees = [
+            extension.ModuleTree(named.modules, {id(tensors[i]): k for k, i in enumerate(places)}, lists.PLAIN)
+            for named, tensors in ((own, targets), (theirs, sources))
+        ]
+        names = [names[i] for i in places]
+        first_copied = sum(i < len(averaged[0]) for i in places)
+        return cls(policy, trees, names, first_copied, [k for k, name in enumerate(names) if name in optional])
+
+    def pairs(self, ema):
+        """Return ``(targets, sources)``, or None if a module or the policy has changed."""
+        if self.policy != ema.buffer_policy:
+            return None
+        targets, sources = (tree.tensors(root) for tree, root in zip(self.trees, (ema.module, ema._model), strict=True))
+        if targets is None or sources is None or not all(fits(targets[k], sources[k]) for k in self.optional):
+            return None
+        return targets, sources
+
+    def split(self, targets, sources):
+        """Return what :meth:`EMA._pairs` does."""
+        parts = slice(self.averaged), slice(self.averaged, None)
+        averaged, copied = ([x[part] for x in (targets, sources, self.names)] for part in parts)
+        return averaged, lists.check_update(*copied, averaged=False, own_memory=True)
+
+
+_kept: weakref.WeakKeyDictionary[EMA, _Kept | None] = weakref.WeakKeyDictionary()
+"""Not attributes of the averages: copies and pickles would take them along."""
 
 
 def _copy(model: nn.Module) -> nn.Module:

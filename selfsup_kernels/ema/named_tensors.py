@@ -19,6 +19,8 @@ class Named(NamedTuple):
     """The names of non-persistent buffers."""
     tied: bool
     """True if a tensor, or a non-empty submodule, has several names."""
+    modules: list[torch.nn.Module] | None
+    """The modules, parents first; None if FSDP2 holds some of their parameters, which every walk has to reshard."""
 
 
 def named_tensors(module: torch.nn.Module) -> Named:
@@ -33,7 +35,7 @@ def named_tensors(module: torch.nn.Module) -> Named:
     parameters: dict[str, Tensor] = {}
     buffers: dict[str, Tensor] = {}
     scratch: set[str] = set()
-    seen, visited, tied = set(), set(), False
+    seen, visited, tied, managed = set(), {}, False, False
     fsdp, wrapped = shards.fsdp_module_type(), wrappers.CHILDREN
     ahead = [("", module)]  # a stack is faster than the nested generators of named_modules
     while ahead:
@@ -41,8 +43,9 @@ def named_tensors(module: torch.nn.Module) -> Named:
         if owner in visited:
             tied = tied or bool(owner._parameters or owner._buffers or owner._modules)
             continue
-        visited.add(owner)
+        visited[owner] = None
         if fsdp is not None and isinstance(owner, fsdp):
+            managed = True
             owner.reshard()  # before its submodules are visited: it may manage their parameters too
         parts = owner._modules
         for found, own in ((parameters, owner._parameters), (buffers, owner._buffers)):
@@ -61,7 +64,7 @@ def named_tensors(module: torch.nn.Module) -> Named:
                 if part is not None:
                     transparent = key in wrapped and wrappers.is_transparent(owner, key)
                     ahead.append((prefix if transparent else f"{prefix}{key}.", part))
-    return Named(parameters, buffers, scratch, tied)
+    return Named(parameters, buffers, scratch, tied, None if managed else list(visited))
 
 
 def match(
@@ -75,7 +78,7 @@ def match(
         ValueError: one module has a name that the other lacks.
     """
     if optional:
-        left = {name for name in optional if not _fits(targets.get(name), sources.get(name))}
+        left = {name for name in optional if not fits(targets.get(name), sources.get(name))}
         targets, sources = ({k: x for k, x in named.items() if k not in left} for named in (targets, sources))
     if targets.keys() != sources.keys():
         only_target = [name for name in targets if name not in sources]
@@ -95,7 +98,8 @@ def optional_names(targets: Named, sources: Named) -> set[str]:
     return (targets.scratch | sources.scratch) - saved
 
 
-def _fits(target: Tensor | None, source: Tensor | None) -> bool:
+def fits(target: Tensor | None, source: Tensor | None) -> bool:
+    """Return True if both exist and one can be averaged or copied to the other."""
     return (
         target is not None
         and source is not None

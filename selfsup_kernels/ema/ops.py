@@ -1,6 +1,8 @@
-"""The ops ``ema_update_``, ``fused_sgd_`` and ``fused_adamw_``."""
+"""The ops ``ema_update_``, ``fused_sgd_`` and ``fused_adamw_``, and the checks of lists that the extension implements."""
 
-from selfsup_kernels.core.ops import define
+import torch
+
+from selfsup_kernels.core.ops import NAMESPACE, define
 from selfsup_kernels.ema import optim_reference, reference
 
 
@@ -36,3 +38,11 @@ define(
     reference=optim_reference.adamw_,
     fake=_in_place,
 )
+
+# Only the C++ extension implements these two; they have no fake, because nothing calls them while tracing.
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+# Return the number of pairs without elements; -1 if the pairs need a closer look or operators of their own.
+_library.define("ema_check_pairs(Tensor[] targets, Tensor[] sources, bool averaged) -> int")
+# Check, and if there is nothing to look at, average the first `averaged` pairs (CPU tensors) and copy the others.
+# Return False, without a write, if there is.
+_library.define("ema_update_pairs_(Tensor(a!)[] targets, Tensor[] sources, int averaged, float momentum) -> bool")

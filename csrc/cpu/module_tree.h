@@ -1,0 +1,119 @@
+// The tensors of a tree of modules, found again without a walk while the tree is the same.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <vector>
+
+namespace selfsup_kernels {
+
+// Remembers each module's class and the entries of its dictionaries, by address. The modules and tensors themselves are
+// not kept alive: a new object at the address of a deleted one, under the same name, is as good as the old one. (Where
+// several names share an object, they still do.) An address is only followed after the parent's entry has matched it.
+class ModuleTree {
+ public:
+  // `modules`: every module once, parents first. `positions`: the position in the result by id(tensor).
+  // `classes`: those of tensors without operators of their own; a tree where others are wanted never matches.
+  ModuleTree(const pybind11::list& modules, const pybind11::dict& positions, const pybind11::tuple& classes)
+      : size_(positions.size()) {
+    std::vector<bool> taken(size_, false);
+    for (const pybind11::handle module : modules) {
+      const auto type = pybind11::type::handle_of(module);
+      Node node{module.ptr(), pybind11::reinterpret_borrow<pybind11::object>(type), {}, {}};
+      const pybind11::object attributes = attributes_of(module.ptr());
+      for (int d = 0; d < 3; ++d) {
+        PyObject* entries = entries_of(attributes.ptr(), d);
+        usable_ = usable_ && entries != nullptr && module.attr(names()[d]).ptr() == entries;
+        if (!usable_) return;
+        node.sizes[d] = PyDict_GET_SIZE(entries);
+        PyObject *key, *value;
+        for (Py_ssize_t at = 0; PyDict_Next(entries, &at, &key, &value);) {
+          Py_ssize_t position = -1;
+          if (d > 0 && value != Py_None) {
+            const auto id = pybind11::reinterpret_steal<pybind11::object>(PyLong_FromVoidPtr(value));
+            if (positions.contains(id)) position = positions[id].cast<Py_ssize_t>();
+            if (position >= 0 && taken[position]) position = -1;  // a second name
+            if (position >= 0) {
+              taken[position] = true;
+              usable_ = usable_ && classes.contains(pybind11::type::handle_of(value));
+            }
+          }
+          entries_.push_back({pybind11::reinterpret_borrow<pybind11::object>(key), value, Py_TYPE(value), position});
+        }
+      }
+      node.scratch = pybind11::reinterpret_steal<pybind11::object>(PyFrozenSet_New(scratch_of(attributes.ptr())));
+      nodes_.push_back(std::move(node));
+    }
+    for (const bool one : taken) usable_ = usable_ && one;
+  }
+
+  // The tensors by position, or None if anything has changed.
+  pybind11::object tensors(const pybind11::object& root) const {
+    if (!usable_ || nodes_.empty() || root.ptr() != nodes_[0].module) return pybind11::none();
+    pybind11::list found(size_);
+    auto entry = entries_.begin();
+    for (const Node& node : nodes_) {
+      if (reinterpret_cast<PyObject*>(Py_TYPE(node.module)) != node.type.ptr()) return pybind11::none();
+      const pybind11::object attributes = attributes_of(node.module);
+      for (int d = 0; d < 3; ++d) {
+        PyObject* entries = entries_of(attributes.ptr(), d);
+        if (entries == nullptr || PyDict_GET_SIZE(entries) != node.sizes[d]) return pybind11::none();
+        PyObject *key, *value;
+        for (Py_ssize_t at = 0; PyDict_Next(entries, &at, &key, &value); ++entry) {
+          if (key != entry->key.ptr() || value != entry->value || Py_TYPE(value) != entry->type)
+            return pybind11::none();
+          if (entry->position >= 0) PyList_SET_ITEM(found.ptr(), entry->position, Py_NewRef(value));
+        }
+      }
+      if (!same_set(scratch_of(attributes.ptr()), node.scratch.ptr())) return pybind11::none();
+    }
+    return found;
+  }
+
+ private:
+  struct Node {
+    PyObject* module;
+    pybind11::object type;
+    Py_ssize_t sizes[3];
+    pybind11::object scratch;
+  };
+  struct Entry {
+    pybind11::object key;
+    PyObject* value;
+    PyTypeObject* type;
+    Py_ssize_t position;  // -1 for a submodule, None and a tensor that is not wanted
+  };
+
+  static const pybind11::str* names() {
+    // Not freed: static objects outlive the interpreter.
+    static const auto* all = new pybind11::str[4]{
+        interned("_modules"), interned("_parameters"), interned("_buffers"), interned("_non_persistent_buffers_set")};
+    return all;
+  }
+  static pybind11::str interned(const char* name) {
+    return pybind11::reinterpret_steal<pybind11::str>(PyUnicode_InternFromString(name));
+  }
+  static pybind11::object attributes_of(PyObject* module) {
+    auto found = pybind11::reinterpret_steal<pybind11::object>(PyObject_GenericGetDict(module, nullptr));
+    if (!found) throw pybind11::error_already_set();
+    return found;
+  }
+  // A plain dictionary, or null: subclasses iterate in ways of their own.
+  static PyObject* entries_of(PyObject* attributes, int d) {
+    PyObject* found = PyDict_GetItemWithError(attributes, names()[d].ptr());
+    return found != nullptr && PyDict_CheckExact(found) ? found : nullptr;
+  }
+  static PyObject* scratch_of(PyObject* attributes) { return PyDict_GetItemWithError(attributes, names()[3].ptr()); }
+  static bool same_set(PyObject* set, PyObject* before) {
+    if (set == nullptr || !PyAnySet_Check(set)) return false;
+    if (PySet_GET_SIZE(set) != PySet_GET_SIZE(before)) return false;
+    return PySet_GET_SIZE(set) == 0 || PyObject_RichCompareBool(set, before, Py_EQ) == 1;
+  }
+
+  Py_ssize_t size_;
+  bool usable_ = true;
+  std::vector<Node> nodes_;
+  std::vector<Entry> entries_;
+};
+
+}  // namespace selfsup_kernels
