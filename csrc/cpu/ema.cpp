@@ -55,15 +55,18 @@ struct View {
   bool contiguous;
   void* address;
 
-  explicit View(AtenTensorHandle tensor) : handle(tensor) {
+  explicit View(AtenTensorHandle tensor) : handle(tensor), count(1), contiguous(true) {
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle, &code));
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(handle, &dims));
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_numel(handle, &count));
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(handle, &sizes));
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(handle, &strides));
-    TORCH_ERROR_CODE_CHECK(aoti_torch_is_contiguous(handle, &contiguous));
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(handle, &address));
     dtype = dtype_of(code);
+    for (int64_t d = dims; d-- > 0;) {
+      contiguous = contiguous && (sizes[d] == 1 || strides[d] == count);
+      count *= sizes[d];
+    }
+    contiguous = contiguous || count == 0;
   }
 
   int64_t dim() const { return dims; }
@@ -211,14 +214,15 @@ struct Checked {
   int64_t empty = 0;  // pairs without elements
 };
 
-// Dense CPU or CUDA tensors have plain addresses.
-bool has_address(AtenTensorHandle tensor, int32_t& type, int32_t& index) {
-  int32_t layout;
+// The number of the device of a tensor that has plain addresses: dense, on the CPU (-1) or on a GPU. Else nothing.
+std::optional<int32_t> device_of(AtenTensorHandle tensor) {
+  int32_t layout, type, index = -1;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(tensor, &layout));
+  if (layout != aoti_torch_layout_strided()) return {};
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor, &type));
+  if (type == aoti_torch_device_type_cpu()) return index;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor, &index));
-  return layout == aoti_torch_layout_strided() &&
-         (type == aoti_torch_device_type_cpu() || type == aoti_torch_device_type_cuda());
+  return type == aoti_torch_device_type_cuda() ? std::optional(index) : std::nullopt;
 }
 
 // The address range of a tensor, which may have gaps.
@@ -258,14 +262,10 @@ std::optional<Checked> check(const Lists& lists, size_t averaged) {
   pairs.targets.reserve(n);
   pairs.sources.reserve(n);
   ranges.reserve(2 * n);
-  int32_t type = 0, index = 0;
+  const auto device = n > 0 ? device_of(lists.targets[0]) : std::nullopt;
   for (size_t i = 0; i < n; ++i) {
-    for (AtenTensorHandle tensor : {lists.targets[i], lists.sources[i]}) {
-      int32_t own_type, own_index;
-      if (!has_address(tensor, own_type, own_index)) return {};
-      if (ranges.empty() && pairs.targets.empty()) type = own_type, index = own_index;
-      if (own_type != type || own_index != index) return {};
-    }
+    for (AtenTensorHandle tensor : {lists.targets[i], lists.sources[i]})
+      if (!device || device_of(tensor) != device) return {};
     const View& t = pairs.targets.emplace_back(lists.targets[i]);
     const View& s = pairs.sources.emplace_back(lists.sources[i]);
     const Kind kind = t.dtype.kind;

@@ -19,10 +19,11 @@ class ModuleTree {
     std::vector<bool> taken(size_, false);
     for (const pybind11::handle module : modules) {
       const auto type = pybind11::type::handle_of(module);
-      Node node{module.ptr(), pybind11::reinterpret_borrow<pybind11::object>(type), {}, {}};
+      Node node{module.ptr(), pybind11::reinterpret_borrow<pybind11::object>(type), {}, {}, {}};
       const pybind11::object attributes = attributes_of(module.ptr());
       for (int d = 0; d < 3; ++d) {
-        PyObject* entries = entries_of(attributes.ptr(), d);
+        node.places[d] = place_of(attributes.ptr(), d);
+        PyObject* entries = entries_of(attributes.ptr(), d, node.places[d]);
         usable_ = usable_ && entries != nullptr && module.attr(names()[d]).ptr() == entries;
         if (!usable_) return;
         node.sizes[d] = PyDict_GET_SIZE(entries);
@@ -41,7 +42,11 @@ class ModuleTree {
           entries_.push_back({pybind11::reinterpret_borrow<pybind11::object>(key), value, Py_TYPE(value), position});
         }
       }
-      node.scratch = pybind11::reinterpret_steal<pybind11::object>(PyFrozenSet_New(scratch_of(attributes.ptr())));
+      node.places[3] = place_of(attributes.ptr(), 3);
+      PyObject* scratch = attribute(attributes.ptr(), 3, node.places[3]);
+      usable_ = usable_ && scratch != nullptr;
+      if (!usable_) return;
+      node.scratch = pybind11::reinterpret_steal<pybind11::object>(PyFrozenSet_New(scratch));
       nodes_.push_back(std::move(node));
     }
     for (const bool one : taken) usable_ = usable_ && one;
@@ -56,16 +61,18 @@ class ModuleTree {
       if (reinterpret_cast<PyObject*>(Py_TYPE(node.module)) != node.type.ptr()) return pybind11::none();
       const pybind11::object attributes = attributes_of(node.module);
       for (int d = 0; d < 3; ++d) {
-        PyObject* entries = entries_of(attributes.ptr(), d);
+        PyObject* entries = entries_of(attributes.ptr(), d, node.places[d]);
         if (entries == nullptr || PyDict_GET_SIZE(entries) != node.sizes[d]) return pybind11::none();
         PyObject *key, *value;
-        for (Py_ssize_t at = 0; PyDict_Next(entries, &at, &key, &value); ++entry) {
+        Py_ssize_t at = 0;
+        for (Py_ssize_t k = 0; k < node.sizes[d]; ++k, ++entry) {
+          PyDict_Next(entries, &at, &key, &value);
           if (key != entry->key.ptr() || value != entry->value || Py_TYPE(value) != entry->type)
             return pybind11::none();
           if (entry->position >= 0) PyList_SET_ITEM(found.ptr(), entry->position, Py_NewRef(value));
         }
       }
-      if (!same_set(scratch_of(attributes.ptr()), node.scratch.ptr())) return pybind11::none();
+      if (!same_set(attribute(attributes.ptr(), 3, node.places[3]), node.scratch.ptr())) return pybind11::none();
     }
     return found;
   }
@@ -75,6 +82,7 @@ class ModuleTree {
     PyObject* module;
     pybind11::object type;
     Py_ssize_t sizes[3];
+    Py_ssize_t places[4];  // where PyDict_Next finds the attributes
     pybind11::object scratch;
   };
   struct Entry {
@@ -98,16 +106,29 @@ class ModuleTree {
     if (!found) throw pybind11::error_already_set();
     return found;
   }
-  // A plain dictionary, or null: subclasses iterate in ways of their own.
-  static PyObject* entries_of(PyObject* attributes, int d) {
-    PyObject* found = PyDict_GetItemWithError(attributes, names()[d].ptr());
+  static Py_ssize_t place_of(PyObject* attributes, int name) {
+    PyObject* key;
+    for (Py_ssize_t place = 0, at = 0; PyDict_Next(attributes, &at, &key, nullptr); place = at)
+      if (key == names()[name].ptr()) return place;
+    return 0;
+  }
+  // Returns the attribute, or null. Looks at its last place first, which takes a third of the time of a lookup.
+  static PyObject* attribute(PyObject* attributes, int name, Py_ssize_t place) {
+    PyObject *key, *value;
+    if (PyDict_Next(attributes, &place, &key, &value) && key == names()[name].ptr()) return value;
+    return PyDict_GetItemWithError(attributes, names()[name].ptr());
+  }
+  // Returns a plain dictionary, or null: subclasses iterate in ways of their own.
+  static PyObject* entries_of(PyObject* attributes, int name, Py_ssize_t place) {
+    PyObject* found = attribute(attributes, name, place);
     return found != nullptr && PyDict_CheckExact(found) ? found : nullptr;
   }
-  static PyObject* scratch_of(PyObject* attributes) { return PyDict_GetItemWithError(attributes, names()[3].ptr()); }
   static bool same_set(PyObject* set, PyObject* before) {
     if (set == nullptr || !PyAnySet_Check(set)) return false;
     if (PySet_GET_SIZE(set) != PySet_GET_SIZE(before)) return false;
-    return PySet_GET_SIZE(set) == 0 || PyObject_RichCompareBool(set, before, Py_EQ) == 1;
+    const int same = PySet_GET_SIZE(set) == 0 ? 1 : PyObject_RichCompareBool(set, before, Py_EQ);
+    if (same < 0) throw pybind11::error_already_set();
+    return same == 1;
   }
 
   Py_ssize_t size_;

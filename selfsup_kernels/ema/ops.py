@@ -1,4 +1,4 @@
-"""The ops ``ema_update_``, ``fused_sgd_`` and ``fused_adamw_``, and the checks of lists that the extension implements."""
+"""The ops ``ema_update_``, ``fused_sgd_`` and ``fused_adamw_``, and two that check lists of tensors."""
 
 import torch
 
@@ -46,3 +46,6 @@ _library.define("ema_check_pairs(Tensor[] targets, Tensor[] sources, bool averag
 # Check, and if there is nothing to look at, average the first `averaged` pairs (CPU tensors) and copy the others.
 # Return False, without a write, if there is.
 _library.define("ema_update_pairs_(Tensor(a!)[] targets, Tensor[] sources, int averaged, float momentum) -> bool")
+for _name in ("ema_check_pairs", "ema_update_pairs_"):
+    # They are called without gradients, so the autograd keys would only look at each tensor once more.
+    _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
