@@ -106,68 +106,70 @@ void copy_bytes(void* target, const void* source, int64_t n, double, const int64
   std::memcpy(target, source, n);
 }
 
-// Averages the first `averaged` pairs, if they are floating; copies the others.
-void update(
-    const std::vector<View>& targets,
-    const std::vector<View>& sources,
-    size_t averaged,
-    double weight,
-    const int64_t* seed) {
-  const KernelTable& table = kernel_table();
-  std::vector<Span> spans;
-  spans.reserve(targets.size());
-  std::vector<Tensor> keep;                           // packed copies, until the work is done
-  std::vector<std::pair<Tensor, Tensor>> write_back;  // (target, its packed copy)
-  auto add = [&](void* target, const void* source, int64_t count, int64_t to, int64_t from, size_t i, EmaSpan kernel) {
-    for (int64_t k = 0; k < count; k += span_length)
-      spans.push_back(
-          {static_cast<char*>(target) + k * to,
-           static_cast<const char*>(source) + k * from,
-           std::min(span_length, count - k),
-           static_cast<uint32_t>(i),
-           static_cast<uint64_t>(k),
-           kernel});
-  };
-  for (size_t i = 0; i < targets.size(); ++i) {
-    const View &t = targets[i], &s = sources[i];
-    if (t.count == 0 || (t.address == s.address && t.code == s.code)) continue;
-    const bool average = i < averaged && t.dtype.kind == Kind::Floating && s.dtype.kind == Kind::Floating;
+// The work of an update. Nothing is written before run().
+class Work {
+ public:
+  explicit Work(size_t pairs) { spans_.reserve(pairs); }
+
+  // Averages a pair of floating tensors if `average`; copies other pairs. `stream` identifies the target.
+  void add(const View& t, const View& s, uint32_t stream, bool average) {
+    if (t.count == 0 || (t.address == s.address && t.code == s.code)) return;
+    average = average && t.dtype.kind == Kind::Floating && s.dtype.kind == Kind::Floating;
     const bool flat = same_dense_layout(t, s);
     if (!average) {
       if (flat && t.code == s.code && t.dtype.kind != Kind::Other)
-        add(t.address, s.address, t.count * t.item_size(), 1, 1, i, copy_bytes);
+        add_spans(t.address, s.address, t.count * t.item_size(), 1, 1, stream, copy_bytes);
       else
-        write_back.push_back({t.tensor(), s.tensor()});
-      continue;
+        write_back_.push_back({t.tensor(), s.tensor()});
+      return;
     }
+    const Storage to = t.dtype.storage, from = s.dtype.storage;
+    const EmaSpan kernel = kernel_table().ema[static_cast<int>(to)][static_cast<int>(from)];
     void *target = t.address, *source = s.address;
     if (!flat) {
       // Rare (channels_last against contiguous, a column of a matrix): use packed copies of both.
-      keep.push_back(torch::stable::contiguous(s.tensor()));
-      source = keep.back().data_ptr();
+      keep_.push_back(torch::stable::contiguous(s.tensor()));
+      source = keep_.back().data_ptr();
       if (!t.contiguous) {
-        write_back.push_back({t.tensor(), torch::stable::contiguous(t.tensor())});
-        target = write_back.back().second.data_ptr();
+        write_back_.push_back({t.tensor(), torch::stable::contiguous(t.tensor())});
+        target = write_back_.back().second.data_ptr();
       }
     }
-    const Storage to = t.dtype.storage, from = s.dtype.storage;
-    const EmaSpan kernel = table.ema[static_cast<int>(to)][static_cast<int>(from)];
-    add(target, source, t.count, item_size(to), item_size(from), i, kernel);
+    add_spans(target, source, t.count, item_size(to), item_size(from), stream, kernel);
   }
 
-  // Each thread takes consecutive spans, of about equal total length.
-  std::vector<int64_t> before(spans.size() + 1, 0);
-  for (size_t k = 0; k < spans.size(); ++k) before[k + 1] = before[k] + spans[k].count;
-  const int64_t total = before.back();
-  torch::stable::parallel_for(0, total, span_length, [&](int64_t begin, int64_t end) {
-    size_t k = std::lower_bound(before.begin(), before.end(), begin) - before.begin();
-    for (; k < spans.size() && before[k] < end; ++k) {
-      const Span& span = spans[k];
-      span.update(span.target, span.source, span.count, weight, seed, span.stream, span.offset);
-    }
-  });
-  for (auto& [target, values] : write_back) torch::stable::copy_(target, values);
-}
+  void run(double weight, const int64_t* seed) {
+    // Each thread takes consecutive spans, of about equal total length.
+    std::vector<int64_t> before(spans_.size() + 1, 0);
+    for (size_t k = 0; k < spans_.size(); ++k) before[k + 1] = before[k] + spans_[k].count;
+    const int64_t total = before.back();
+    torch::stable::parallel_for(0, total, span_length, [&](int64_t begin, int64_t end) {
+      size_t k = std::lower_bound(before.begin(), before.end(), begin) - before.begin();
+      for (; k < spans_.size() && before[k] < end; ++k) {
+        const Span& span = spans_[k];
+        span.update(span.target, span.source, span.count, weight, seed, span.stream, span.offset);
+      }
+    });
+    for (auto& [target, values] : write_back_) torch::stable::copy_(target, values);
+  }
+
+ private:
+  void add_spans(
+      void* target, const void* source, int64_t count, int64_t to, int64_t from, uint32_t stream, EmaSpan kernel) {
+    for (int64_t k = 0; k < count; k += span_length)
+      spans_.push_back(
+          {static_cast<char*>(target) + k * to,
+           static_cast<const char*>(source) + k * from,
+           std::min(span_length, count - k),
+           stream,
+           static_cast<uint64_t>(k),
+           kernel});
+  }
+
+  std::vector<Span> spans_;
+  std::vector<Tensor> keep_;                           // packed copies
+  std::vector<std::pair<Tensor, Tensor>> write_back_;  // (target, its packed copy or its source)
+};
 
 // ---- the checks ----
 
@@ -204,14 +206,11 @@ class Lists {
   }
 };
 
+// Bytes [first, last).
 struct Range {
-  uintptr_t first, last;  // bytes [first, last)
-  bool written;
-};
-
-struct Checked {
-  std::vector<View> targets, sources;
-  int64_t empty = 0;  // pairs without elements
+  uintptr_t first;
+  uintptr_t last : 63;
+  uintptr_t written : 1;
 };
 
 // The number of the device of a tensor that has plain addresses: dense, on the CPU (-1) or on a GPU. Else nothing.
@@ -250,62 +249,60 @@ bool has_nested_strides(const View& t) {
   return true;
 }
 
-// Checks an update of pairs in any order, the first `averaged` of which are averaged and the others copied. Returns
-// nothing if a pair may be invalid, or needs operators of its own; Python then looks at each tensor.
-std::optional<Checked> check(const Lists& lists, size_t averaged) {
-  if (lists.targets.size() != lists.sources.size()) return {};
+// Checks an update of pairs in any order, the first `averaged` of which are averaged and the others copied, and adds
+// the pairs to `work`. Returns the number of pairs without elements; nothing if a pair may be invalid, or needs
+// operators of its own: Python then looks at each tensor.
+std::optional<int64_t> check(const Lists& lists, size_t averaged, Work* work) {
   // Freed memory leaves an address which is an offset, lower than any allocator's addresses.
   constexpr uintptr_t lowest = uintptr_t{1} << 32;
   const size_t n = lists.targets.size();
-  Checked pairs;
+  if (n != lists.sources.size()) return {};
+  int64_t empty = 0;
   std::vector<Range> ranges;
-  pairs.targets.reserve(n);
-  pairs.sources.reserve(n);
   ranges.reserve(2 * n);
   const auto device = n > 0 ? device_of(lists.targets[0]) : std::nullopt;
   for (size_t i = 0; i < n; ++i) {
     for (AtenTensorHandle tensor : {lists.targets[i], lists.sources[i]})
       if (!device || device_of(tensor) != device) return {};
-    const View& t = pairs.targets.emplace_back(lists.targets[i]);
-    const View& s = pairs.sources.emplace_back(lists.sources[i]);
+    const View t(lists.targets[i]), s(lists.sources[i]);
     const Kind kind = t.dtype.kind;
     const bool one_kind = kind == Kind::Floating ? s.dtype.kind == kind : t.code == s.code;
     if (!one_kind || kind == Kind::Other || (kind == Kind::Complex && i < averaged) || !same_shape(t, s)) return {};
     if (t.count == 0) {
-      ++pairs.empty;
+      ++empty;
       continue;
     }
     if (!t.contiguous && !has_nested_strides(t)) return {};
     ranges.push_back(range_of(t, true));
     ranges.push_back(range_of(s, false));
+    if (work) work->add(t, s, static_cast<uint32_t>(i), i < averaged);
   }
   std::sort(ranges.begin(), ranges.end(), [](const Range& a, const Range& b) { return a.first < b.first; });
   uintptr_t written = lowest, used = lowest;  // the ends of the ranges so far
   for (const Range& range : ranges) {
     if (range.first < (range.written ? used : written)) return {};
-    used = std::max(used, range.last);
-    if (range.written) written = std::max(written, range.last);
+    used = std::max<uintptr_t>(used, range.last);
+    if (range.written) written = std::max<uintptr_t>(written, range.last);
   }
-  return pairs;
+  return empty;
 }
 
 // Boxed kernels by hand: a vector of Tensors would take an allocation for each tensor.
 void ema_check_pairs(StableIValue* stack, uint64_t, uint64_t) {
   const Lists lists(stack);
-  const auto pairs = check(lists, to<bool>(stack[2]) ? lists.targets.size() : 0);
-  stack[0] = from(pairs ? pairs->empty : int64_t{-1});
+  stack[0] = from(check(lists, to<bool>(stack[2]) ? lists.targets.size() : 0, nullptr).value_or(-1));
 }
 
 void ema_update_pairs_(StableIValue* stack, uint64_t, uint64_t) {
   const Lists lists(stack);
   const auto averaged = static_cast<size_t>(to<int64_t>(stack[2]));
   const double momentum = to<double>(stack[3]);
-  const auto pairs = check(lists, averaged);
-  if (pairs && !pairs->targets.empty()) {
-    STD_TORCH_CHECK(is_cpu(pairs->targets[0].handle), "ema_update_pairs_: expected CPU tensors");
-    update(pairs->targets, pairs->sources, averaged, 1 - momentum, nullptr);
-  }
-  stack[0] = from(pairs.has_value());
+  for (AtenTensorHandle target : lists.targets)
+    STD_TORCH_CHECK(is_cpu(target), "ema_update_pairs_: expected CPU tensors");
+  Work work(lists.targets.size());
+  const bool fine = check(lists, averaged, &work).has_value();
+  if (fine) work.run(1 - momentum, nullptr);
+  stack[0] = from(fine);
 }
 
 // Tensors whose memory holds other numbers than theirs.
@@ -331,17 +328,15 @@ void ema_update_(
     double momentum,
     std::optional<Tensor> seed_tensor) {
   STD_TORCH_CHECK(targets.size() == sources.size(), "ema_update_: expected lists of one length");
-  std::vector<View> to, from;
-  for (size_t i = 0; i < targets.size(); ++i) {
-    STD_TORCH_CHECK(
-        targets[i].is_cpu() && sources[i].is_cpu() && same_shape(targets[i], sources[i]),
-        "ema_update_: expected CPU tensors of one shape");
-    to.emplace_back(targets[i].get());
-    from.emplace_back(sources[i].get());
-  }
   const double weight = 1 - (momentum_tensor ? read_number(*momentum_tensor) : momentum);
   const int64_t* seed = seed_tensor ? static_cast<const int64_t*>(seed_tensor->data_ptr()) : nullptr;
-  update(to, from, to.size(), weight, seed);
+  Work work(targets.size());
+  for (size_t i = 0; i < targets.size(); ++i) {
+    const Tensor &t = targets[i], &s = sources[i];
+    STD_TORCH_CHECK(t.is_cpu() && s.is_cpu() && same_shape(t, s), "ema_update_: expected CPU tensors of one shape");
+    work.add(View(t.get()), View(s.get()), static_cast<uint32_t>(i), true);
+  }
+  work.run(weight, seed);
 }
 
 }  // namespace selfsup_kernels

@@ -80,7 +80,8 @@ def ema_update_pairs_(
     For ``as_torch`` and ``own_memory`` see :func:`selfsup_kernels.ema.checks.check_update`.
     """
     if (
-        lists.are_plain(targets)
+        not torch.compiler.is_compiling()
+        and lists.are_plain(targets)
         and lists.are_plain(sources)
         and update_at_once(targets, sources, len(targets), momentum, stochastic_rounding, impl)
     ):
@@ -113,21 +114,21 @@ def update_at_once(targets, sources, averaged, momentum, stochastic_rounding, im
     """Average the first ``averaged`` pairs and copy the others, in one call that checks them too; return True if done.
 
     False changes nothing: other implementations and options, and lists that an op cannot judge (invalid ones among
-    them) are left to :func:`ema_update_pairs_`. The tensors must be of the usual classes.
+    them) are left to :func:`ema_update_pairs_`. The tensors must be of the usual classes. Not for ``torch.compile``.
     """
     if (
         not targets
         or len(targets) != len(sources)
         or stochastic_rounding
         or impl not in ("auto", "cpu")
-        or torch.compiler.is_compiling()
         or is_in_torch_dispatch_mode()  # a recorded call would have to test its result
         or targets[0].device.type != "cpu"
         or backends.unavailable("cpu") is not None
     ):
         return False
     tensor, momentum = check.momentum(momentum)
-    if tensor is not None or not torch.ops.selfsup_kernels.ema_update_pairs_(targets, sources, averaged, momentum):
+    update = ops.overload("ema_update_pairs_", "default")
+    if tensor is not None or not update(targets, sources, averaged, momentum):
         return False
     _increment_version(targets)
     return True

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from selfsup_kernels.core import backends, shards
+from selfsup_kernels.core import backends, ops, shards
 from selfsup_kernels.core import validate as check
 from selfsup_kernels.ema import overlap
 
@@ -148,7 +148,7 @@ def _plain_lanes(targets, sources, rules) -> Lanes:
     if not targets:
         return Lanes(targets, sources, [])
     if backends.unavailable("cpu") is None:
-        empty = torch.ops.selfsup_kernels.ema_check_pairs(targets, sources, rules.averaged)
+        empty = ops.overload("ema_check_pairs", "default")(targets, sources, rules.averaged)
         if empty >= 0:
             together = [i for i, target in enumerate(targets) if target.numel()] if empty else range(len(targets))
             return _lanes(targets, sources, _Plan(together, []))

@@ -127,6 +127,7 @@ class EMA(nn.Module):
             ValueError: the model's names, shapes or device no longer match the copy's; nothing has changed.
         """
         momentum = self.momentum if momentum is None else momentum
+        # The modules may have changed: the tensors are asked for each time, and checked.
         kept = None if torch.compiler.is_compiling() else _kept.get(self)
         pairs = None if kept is None else kept.pairs(self)
         if pairs is None:
