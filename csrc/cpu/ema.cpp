@@ -82,12 +82,6 @@ struct View {
   }
 };
 
-bool is_cpu(AtenTensorHandle tensor) {
-  int32_t device;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor, &device));
-  return device == aoti_torch_device_type_cpu();
-}
-
 // ---- the update ----
 
 // A range of a target and its source, short enough that threads share the work evenly.
@@ -261,6 +255,7 @@ std::optional<int64_t> check(const Lists& lists, size_t averaged, Work* work) {
   std::vector<Range> ranges;
   ranges.reserve(2 * n);
   const auto device = n > 0 ? device_of(lists.targets[0]) : std::nullopt;
+  if (work && device != -1) return {};  // the kernels take CPU tensors
   for (size_t i = 0; i < n; ++i) {
     for (AtenTensorHandle tensor : {lists.targets[i], lists.sources[i]})
       if (!device || device_of(tensor) != device) return {};
@@ -297,8 +292,6 @@ void ema_update_pairs_(StableIValue* stack, uint64_t, uint64_t) {
   const Lists lists(stack);
   const auto averaged = static_cast<size_t>(to<int64_t>(stack[2]));
   const double momentum = to<double>(stack[3]);
-  for (AtenTensorHandle target : lists.targets)
-    STD_TORCH_CHECK(is_cpu(target), "ema_update_pairs_: expected CPU tensors");
   Work work(lists.targets.size());
   const bool fine = check(lists, averaged, &work).has_value();
   if (fine) work.run(1 - momentum, nullptr);
