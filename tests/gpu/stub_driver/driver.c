@@ -1,6 +1,6 @@
-// The part of the CUDA driver that Triton and csrc/launch use, without a device: `stub_driver.py` loads it as libcuda.so.1. Loading a
-// kernel, making a tensor map and launching a kernel call functions in Python, which check the arguments and return
-// what the driver would return; all other functions return success. Nothing is launched.
+// The part of the CUDA driver that Triton and csrc/launch use, without a device: `stub_driver.py` loads it as
+// libcuda.so.1. Loading a kernel, making a tensor map and launching a kernel call functions in Python, which check the
+// arguments and return what the driver would return; all other functions return success. Nothing is launched.
 
 #include <cuda.h>
 #include <string.h>
