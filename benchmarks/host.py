@@ -1,16 +1,19 @@
 """Measure the host's time per call of the losses and the EMA, on tensors so small that nothing else counts.
 
-    python benchmarks/host.py [--device cuda] [--rounds N] [--calls N] [--only TEXT] [--json FILE]
+    python benchmarks/host.py [--device cuda|stub] [--rounds N] [--calls N] [--only TEXT] [--json FILE]
 
 Each call has a baseline with the same tensors: an autograd Function that computes nothing, or the one operator of
 PyTorch that does the same work. The calls take turns, so that a disturbance of the machine affects all alike; a ratio
 is that of the medians. On a GPU the host does not wait inside a call, and the GPU's own time is measured apart.
+The stub is the CUDA driver of the tests, which launches nothing: with it InfoNCE on CPU tensors takes the way of the
+GPU.
 """
 
 import argparse
 import functools
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -97,6 +100,25 @@ def cases(device):
     ]
 
 
+def stub_cases():
+    """Return InfoNCE's calls as on a GPU, and how many kernels each launches."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/gpu/stub_driver"))
+    import stub_driver
+
+    stub = stub_driver.install(Path(tempfile.mkdtemp()))
+    found, launches = [], []
+    for shown, dim in (("", 128), (", long rows", 600)):
+        inputs = [torch.randn(256, dim, dtype=torch.bfloat16).requires_grad_() for _ in range(VIEWS)]
+        call = functools.partial(step, lambda *x: sk.info_nce_loss(x, impl="triton"), inputs)
+        call()  # through Python, and recorded
+        launches.append(len(stub.launches) - sum(launches))
+        baseline = f"empty autograd.Function{shown}"
+        found.append(Case(baseline, functools.partial(step, Empty.apply, inputs)))
+        found.append(Case(f"info_nce_loss, {launches[-1]} launches{shown}", call, baseline, 2.0))
+    stub.watch(False)
+    return found, launches
+
+
 def measure(found, device, rounds, calls):
     """Return a row for each case: the host's times per call in us and, on a GPU, the GPU's."""
     times = {case.name: [] for case in found}
@@ -154,7 +176,7 @@ def table(rows):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu", help="where the tensors are: cpu or cuda (default: cpu)")
+    parser.add_argument("--device", default="cpu", help="where the tensors are: cpu, cuda, stub (default: cpu)")
     parser.add_argument("--rounds", type=int, default=200, help="how often all calls take turns (default: 200)")
     parser.add_argument("--calls", type=int, default=20, help="how many calls one turn has (default: 20)")
     parser.add_argument("--threads", type=int, default=1, help="how many threads PyTorch may use (default: 1)")
@@ -162,10 +184,15 @@ def main(arguments=None):
     parser.add_argument("--json", type=Path, help="write what was measured, and on what, to this file")
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
-    device = torch.device(args.device)
-    found = [case for case in cases(device) if case.baseline is None or args.only in case.name]
+    on_stub = args.device == "stub"
+    device = torch.device("cpu" if on_stub else args.device)
+    found, launches = stub_cases() if on_stub else (cases(device), None)
+    found = [case for case in found if case.baseline is None or args.only in case.name]
     rows = measure(found, device, args.rounds, args.calls)
     print(*table(rows), sep="\n")
+    if launches:
+        few, many = (row["minimum_us"] for row in rows if row["baseline"])
+        print(f"\nA launch more takes {(many - few) / (launches[1] - launches[0]):.2f} us (of the minima; goal: 4).")
     if args.json:
         results.write_json(args.json, results.header(timing.Clock(device)), rows)
     return rows

@@ -1,12 +1,18 @@
 """The benchmark of the host's time: it runs, and its ratios are those of its own times."""
 
 import json
+import os
+import re
 import statistics
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import benchmarks_script
+
+from selfsup_kernels.core import backends
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -44,6 +50,20 @@ def test_it_measures_every_case(host, tmp_path, capsys):
         "ema_update_",
         "EMA.update",
     }
+
+
+@pytest.mark.skipif(backends.unavailable("cpu") is not None, reason="needs the C++ extension")
+def test_the_stub_replays_the_launches_of_a_gpu():
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "host.py", "--device", "stub", "--rounds", "1", "--calls", "1"],
+        capture_output=True,
+        text=True,
+        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
+    )
+    assert done.returncode == 0, done.stderr
+    few, many = map(int, re.findall(r"info_nce_loss, (\d+) launches", done.stdout))
+    assert few < many
+    assert "A launch more takes" in done.stdout
 
 
 def test_a_ratio_is_that_of_the_medians(host):
