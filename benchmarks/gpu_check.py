@@ -6,8 +6,9 @@ Build, tests, benchmarks, compute-sanitizer and machine code, the most important
 own and is killed at it; one that fails does not hide the later ones. A table of the steps is printed last.
 
 ``--skip build`` takes the libraries that are there: a CUDA library serves any Python, and can come from a machine
-without a GPU. ``--smoke`` calls every op once, forward and backward, and no more: compute-sanitizer runs that. The
-shapes are the smallest that reach every kernel and every edge of it, and the results only have to be finite.
+without a GPU. ``--smoke`` calls every op twice, forward and backward, and no more: compute-sanitizer runs that. The
+second call of InfoNCE replays the launches of the first. The shapes are the smallest that reach every kernel and every
+edge of it, and the results only have to be finite.
 """
 
 import argparse
@@ -104,12 +105,14 @@ def all_steps(folder: Path, architecture: int, processes: int = 1) -> list[Step]
         return Step(tool, command, limit, missing, environment=environment)
 
     # It begins nothing new in the last 45 s of its limit.
+    host = [python, "benchmarks/host.py", "--rounds", "50"]
     measure = [python, "benchmarks/gpu.py", "--out", str(folder), "--minutes", "3.2"]
     return [
         Step("build", [python, "setup.py", "build_ext", "--inplace"], 180, environment=compiling),
-        Step("every op once", smoke, 90),
+        Step("every op", smoke, 90),
         Step("tests of the kernels", tests, 210, environment=sharing),
         Step("benchmarks", measure, 240),
+        Step("the host's time", [*host, "--device", "cuda", "--json", str(folder / "host.json")], 30),
         sanitized("memcheck", 60),
         sanitized("initcheck", 45, "initcheck"),
         sanitized("racecheck", 60, environment={}),
@@ -133,7 +136,7 @@ def choose(steps: list[Step], only: list[str], skip: list[str]) -> list[Step]:
     return [step if wanted(step.name) else step._replace(skip="not asked for") for step in steps]
 
 
-# ---------------------------------------------------------------- every op once
+# ---------------------------------------------------------------- every op
 
 
 def info_nce(batch, dim, device, deterministic=False, labels=False, queue=False, learned=False, **arguments):
@@ -202,8 +205,9 @@ def smoke(initcheck, device="cuda") -> int:
     failed = 0
     for name, call in calls(initcheck):
         try:
-            if not all(bool(x.isfinite().all()) for x in call(device=torch.device(device))):
-                raise ArithmeticError("a result is not finite")
+            for _ in range(2):
+                if not all(bool(x.isfinite().all()) for x in call(device=torch.device(device))):
+                    raise ArithmeticError("a result is not finite")
         except Exception as error:  # the other calls run all the same
             failed += 1
             print(f"FAILED {name}: {type(error).__name__}: {error}", flush=True)
@@ -217,7 +221,7 @@ def main(arguments=None) -> int:
     parser.add_argument("--minutes", type=float, default=8.7, help="of all steps (default: %(default)s)")
     parser.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="steps whose name holds one of these")
     parser.add_argument("--skip", nargs="+", default=[], metavar="TEXT", help="steps to leave out, likewise")
-    parser.add_argument("--smoke", nargs="?", const="all", choices=("all", "initcheck"), help="call every op once")
+    parser.add_argument("--smoke", nargs="?", const="all", choices=("all", "initcheck"), help="call every op twice")
     options = parser.parse_args(arguments)
     if options.smoke:
         return smoke(options.smoke == "initcheck")
