@@ -268,6 +268,7 @@ std::optional<int64_t> check(const Lists& lists, size_t averaged, Work* work) {
       continue;
     }
     if (!t.contiguous && !has_nested_strides(t)) return {};
+    if (work && !same_dense_layout(t, s)) return {};  // PyTorch copies these, and may refuse after other writes
     ranges.push_back(range_of(t, true));
     ranges.push_back(range_of(s, false));
     if (work) work->add(t, s, static_cast<uint32_t>(i), i < averaged);

@@ -7,9 +7,9 @@
 
 namespace selfsup_kernels {
 
-// Remembers each module's class and the entries of its dictionaries, by address. The modules and tensors themselves are
-// not kept alive: a new object at the address of a deleted one, under the same name, is as good as the old one. (Where
-// several names share an object, they still do.) An address is only followed after the parent's entry has matched it.
+// Remembers each module's class and the entries of its dictionaries, by address. None of these objects are kept alive:
+// a new one at the address of a deleted one, under the same name, is as good as the old one. (Where several names share
+// an object, they still do.) An address is only followed after the parent's entry has matched it.
 class ModuleTree {
  public:
   // `modules`: every module once, parents first. `positions`: the position in the result by id(tensor).
@@ -18,8 +18,7 @@ class ModuleTree {
       : size_(positions.size()) {
     std::vector<bool> taken(size_, false);
     for (const pybind11::handle module : modules) {
-      const auto type = pybind11::type::handle_of(module);
-      Node node{module.ptr(), pybind11::reinterpret_borrow<pybind11::object>(type), {}, {}, {}};
+      Node node{module.ptr(), Py_TYPE(module.ptr()), {}, {}, {}};
       const pybind11::object attributes = attributes_of(module.ptr());
       for (int d = 0; d < 3; ++d) {
         node.places[d] = place_of(attributes.ptr(), d);
@@ -29,6 +28,7 @@ class ModuleTree {
         node.sizes[d] = PyDict_GET_SIZE(entries);
         PyObject *key, *value;
         for (Py_ssize_t at = 0; PyDict_Next(entries, &at, &key, &value);) {
+          usable_ = usable_ && PyUnicode_CheckExact(key);  // owned, so it must not lead to other objects
           Py_ssize_t position = -1;
           if (d > 0 && value != Py_None) {
             const auto id = pybind11::reinterpret_steal<pybind11::object>(PyLong_FromVoidPtr(value));
@@ -44,7 +44,7 @@ class ModuleTree {
       }
       node.places[3] = place_of(attributes.ptr(), 3);
       PyObject* scratch = attribute(attributes.ptr(), 3, node.places[3]);
-      usable_ = usable_ && scratch != nullptr;
+      usable_ = usable_ && scratch != nullptr && PyAnySet_Check(scratch);
       if (!usable_) return;
       node.scratch = pybind11::reinterpret_steal<pybind11::object>(PyFrozenSet_New(scratch));
       nodes_.push_back(std::move(node));
@@ -58,7 +58,7 @@ class ModuleTree {
     pybind11::list found(size_);
     auto entry = entries_.begin();
     for (const Node& node : nodes_) {
-      if (reinterpret_cast<PyObject*>(Py_TYPE(node.module)) != node.type.ptr()) return pybind11::none();
+      if (Py_TYPE(node.module) != node.type) return pybind11::none();
       const pybind11::object attributes = attributes_of(node.module);
       for (int d = 0; d < 3; ++d) {
         PyObject* entries = entries_of(attributes.ptr(), d, node.places[d]);
@@ -80,7 +80,7 @@ class ModuleTree {
  private:
   struct Node {
     PyObject* module;
-    pybind11::object type;
+    PyTypeObject* type;
     Py_ssize_t sizes[3];
     Py_ssize_t places[4];  // where PyDict_Next finds the attributes
     pybind11::object scratch;

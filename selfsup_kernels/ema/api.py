@@ -1,7 +1,6 @@
 """``ema_update_``: check the tensors, choose an implementation, update."""
 
 import torch
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 import selfsup_kernels.ema.ops  # noqa: F401  defines the ops
 from selfsup_kernels.core import backends, ops
@@ -121,7 +120,7 @@ def update_at_once(targets, sources, averaged, momentum, stochastic_rounding, im
         or len(targets) != len(sources)
         or stochastic_rounding
         or impl not in ("auto", "cpu")
-        or is_in_torch_dispatch_mode()  # a recorded call would have to test its result
+        or lists.is_recorded()  # a recorded call would have to test its result
         or targets[0].device.type != "cpu"
         or backends.unavailable("cpu") is not None
     ):

@@ -9,6 +9,7 @@ from operator import add, attrgetter, eq, gt
 from typing import NamedTuple
 
 import torch
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from selfsup_kernels.core import backends, ops, shards
 from selfsup_kernels.core import validate as check
@@ -147,7 +148,7 @@ def _lanes(targets, sources, plan) -> Lanes:
 def _plain_lanes(targets, sources, rules) -> Lanes:
     if not targets:
         return Lanes(targets, sources, [])
-    if backends.unavailable("cpu") is None:
+    if backends.unavailable("cpu") is None and not is_recorded():
         empty = ops.overload("ema_check_pairs", "default")(targets, sources, rules.averaged)
         if empty >= 0:
             together = [i for i, target in enumerate(targets) if target.numel()] if empty else range(len(targets))
@@ -207,6 +208,11 @@ _device, _dtype, _layout, _nbytes = map(attrgetter, ("device", "dtype", "layout"
 PLAIN = (Tensor, torch.nn.Parameter)
 """The usual classes of tensors that do not override PyTorch's operators."""
 _PLAIN = frozenset(PLAIN)
+
+
+def is_recorded() -> bool:
+    """Return True if operators are recorded, by ``torch.jit.trace`` or a dispatch mode: checks do not belong there."""
+    return torch.jit.is_tracing() or is_in_torch_dispatch_mode()
 
 
 def are_plain(tensors: list) -> bool:

@@ -2,7 +2,6 @@
 
 import math
 import warnings
-import weakref
 from collections import OrderedDict
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -115,6 +114,12 @@ class EMA(nn.Module):
                 stacklevel=2,
             )
 
+    _kept = None
+    """How the next update finds its tensors (:class:`_Kept`)."""
+
+    def __getstate__(self):
+        return {name: value for name, value in self.__dict__.items() if name != "_kept"}
+
     @torch.no_grad()
     def update(self, momentum=None):
         """Move the copy one step towards the model.
@@ -128,7 +133,7 @@ class EMA(nn.Module):
         """
         momentum = self.momentum if momentum is None else momentum
         # The modules may have changed: the tensors are asked for each time, and checked.
-        kept = None if torch.compiler.is_compiling() else _kept.get(self)
+        kept = None if torch.compiler.is_compiling() else self._kept
         pairs = None if kept is None else kept.pairs(self)
         if pairs is None:
             averages, copies = self._pairs(keep=True)
@@ -155,7 +160,8 @@ class EMA(nn.Module):
                 copies = lists.check_update(*copied, averaged=False, own_memory=own_memory)
             averaged = match(own.parameters, theirs.parameters)
         if keep and not torch.compiler.is_compiling():
-            _kept[self] = _Kept.of(self.buffer_policy, averaged, copied, own, theirs, optional)
+            kept = _Kept.of(self.buffer_policy, averaged, copied, own, theirs, optional)
+            object.__setattr__(self, "_kept", kept)
         return averaged, copies
 
     def _check_module(self):
@@ -268,10 +274,6 @@ class _Kept(NamedTuple):
         parts = slice(self.averaged), slice(self.averaged, None)
         averaged, copied = ([x[part] for x in (targets, sources, self.names)] for part in parts)
         return averaged, lists.check_update(*copied, averaged=False, own_memory=True)
-
-
-_kept: weakref.WeakKeyDictionary[EMA, _Kept | None] = weakref.WeakKeyDictionary()
-"""Not attributes of the averages: copies and pickles would take them along."""
 
 
 def _copy(model: nn.Module) -> nn.Module:
