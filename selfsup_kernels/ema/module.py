@@ -95,6 +95,7 @@ class EMA(nn.Module):
 
         model = wrappers.inner(model)
         object.__setattr__(self, "_model", model)  # nn.Module's __setattr__ would register it
+        self._kept = None
         if module is None:
             self.module = _copy(model)
         else:
@@ -115,10 +116,10 @@ class EMA(nn.Module):
             )
 
     _kept = None
-    """How the next update finds its tensors (:class:`_Kept`)."""
+    """How the next update finds its tensors (:class:`_Kept`). Here for averages that an older version pickled."""
 
     def __getstate__(self):
-        return {name: value for name, value in self.__dict__.items() if name != "_kept"}
+        return self.__dict__ | {"_kept": None}
 
     @torch.no_grad()
     def update(self, momentum=None):
@@ -160,8 +161,7 @@ class EMA(nn.Module):
                 copies = lists.check_update(*copied, averaged=False, own_memory=own_memory)
             averaged = match(own.parameters, theirs.parameters)
         if keep and not torch.compiler.is_compiling():
-            kept = _Kept.of(self.buffer_policy, averaged, copied, own, theirs, optional)
-            object.__setattr__(self, "_kept", kept)
+            self._kept = _Kept.of(self.buffer_policy, averaged, copied, own, theirs, optional)
         return averaged, copies
 
     def _check_module(self):
