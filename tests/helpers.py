@@ -1,10 +1,15 @@
 """Code shared by the tests: implementations, random inputs, a brute force in loops, and error bounds."""
 
 import importlib.util
+import json
 import math
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from selfsup_kernels import info_nce_loss, spec
@@ -227,3 +232,24 @@ def info_nce_call(
         reduction=REDUCTIONS.index(reduction),
         **facts,
     )
+
+
+def on_the_stub(script: str) -> dict:
+    """Run a script of tests/gpu/stub_driver and return the JSON that it prints.
+
+    It is a process of its own, since this one may be interpreting Triton's kernels.
+    """
+    if shutil.which(os.environ.get("CC", "gcc")) is None:
+        pytest.skip("needs a C compiler")
+    root = Path(__file__).resolve().parents[1]
+    done = subprocess.run(
+        [sys.executable, root / "tests/gpu/stub_driver" / script],
+        capture_output=True,
+        text=True,
+        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(root)},
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    if "skip" in result:
+        pytest.skip(result["skip"])
+    return result

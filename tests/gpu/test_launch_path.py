@@ -4,34 +4,13 @@ Only the CUDA driver is a stub, which checks its arguments and launches nothing.
 The calls run in a separate process, since this one may be interpreting.
 """
 
-import json
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-
-ROOT = Path(__file__).resolve().parents[2]
+from helpers import on_the_stub
 
 
 @pytest.fixture(scope="module")
 def calls():
-    if shutil.which(os.environ.get("CC", "gcc")) is None:
-        pytest.skip("needs a C compiler")
-    kept = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, ROOT / "tests/gpu/stub_driver/calls.py"],
-        capture_output=True,
-        text=True,
-        env=kept | {"PYTHONPATH": str(ROOT)},
-    )
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
-    if "skip" in result:
-        pytest.skip(result["skip"])
-    return result
+    return on_the_stub("calls.py")
 
 
 def test_the_driver_refuses_nothing(calls):

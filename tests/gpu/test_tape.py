@@ -6,42 +6,21 @@ The calls run in a separate process, since this one may be interpreting.
 import contextlib
 import functools
 import gc
-import json
-import os
-import shutil
-import subprocess
-import sys
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
-from helpers import info_nce_call
+from helpers import info_nce_call, on_the_stub
 
 import selfsup_kernels as sk
 from selfsup_kernels.core import backends, ops
-
-ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = pytest.mark.skipif(backends.unavailable("cpu") is not None, reason="needs the C++ extension")
 
 
 @pytest.fixture(scope="module")
 def found():
-    if shutil.which(os.environ.get("CC", "gcc")) is None:
-        pytest.skip("needs a C compiler")
-    kept = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, ROOT / "tests/gpu/stub_driver/tapes.py"],
-        capture_output=True,
-        text=True,
-        env=kept | {"PYTHONPATH": str(ROOT)},
-    )
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
-    if "skip" in result:
-        pytest.skip(result["skip"])
-    return result
+    return on_the_stub("tapes.py")
 
 
 def test_a_replay_makes_the_launches_of_the_first_call(found):
