@@ -102,7 +102,14 @@ def altered(module, part, library: str) -> list[str]:
     The originals call their parts; the drop-ins do not. The result lists the methods replaced in the part or its class,
     and ``"hooks"`` if the part has any or, under ``compat.patch``, if there are hooks of all modules.
     """
-    found = overridden(part, _methods_of.get(type(part)) or _methods(type(part), library))
+    kind = type(part)
+    if (methods := _methods_of.get(kind)) is not None:
+        found = overridden(part, methods)
+    else:
+        names, foreign = _method_names(kind, library)
+        found = [name for name in names if name in foreign or name in part.__dict__]
+        if not foreign and not torch.compiler.is_compiling():
+            _methods_of[kind] = {name: getattr(kind, name) for name in names}
     every = not isinstance(module, DropIn) and torch_module._has_any_global_hook()
     if every or any(getattr(part, name, None) for name in _HOOKS):
         found.append("hooks")
@@ -110,22 +117,23 @@ def altered(module, part, library: str) -> list[str]:
 
 
 @constant
-def _methods(kind, library):
-    """Return name -> function of a class's methods except nn.Module's; None for one that is not the library's."""
+def _method_names(kind, library) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the names of a class's methods except nn.Module's, and which of them are not the library's.
+
+    Names, not functions: torch.compile cannot guard a function that a constant contains.
+    """
     methods = {}
     for base in kind.__mro__:
         if base not in (nn.Module, object):
             methods |= {name: getattr(kind, name, None) for name in vars(base)}
     methods = {
-        name: method if is_own(library, method) else None
+        name: method
         for name, method in methods.items()
         if (name == "__call__" or not name.startswith("__"))
         and callable(method)
         and not isinstance(method, (types.MethodType, type))
     }
-    if None not in methods.values():
-        _methods_of[kind] = methods
-    return methods
+    return tuple(methods), tuple(name for name, method in methods.items() if not is_own(library, method))
 
 
 def pair(first_name: str, first, second_name: str, second) -> None:
