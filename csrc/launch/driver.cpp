@@ -31,6 +31,10 @@ Driver Driver::load() {
   Driver driver;
   find(library, "cuLaunchKernel", driver.launch_kernel);
   find(library, "cuTensorMapEncodeTiled", driver.encode_map);
+  find(library, "cuModuleLoadData", driver.module_load);
+  find(library, "cuModuleGetFunction", driver.module_function);
+  find(library, "cuFuncSetAttribute", driver.set_attribute);
+  find(library, "cuFuncSetCacheConfig", driver.prefer_cache);
   find(library, "cuCtxGetCurrent", driver.context_get);
   find(library, "cuCtxSetCurrent", driver.context_set);
   find(library, "cuDevicePrimaryCtxRetain", driver.context_retain);

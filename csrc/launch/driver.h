@@ -1,4 +1,4 @@
-// The functions of the CUDA driver that a replay needs, found in libcuda.so.1 at run time: the extension is built and
+// The functions of the CUDA driver that launches need, found in libcuda.so.1 at run time: the extension is built and
 // loaded without CUDA.
 #pragma once
 
@@ -36,6 +36,11 @@ struct Driver {
       int swizzle,
       int promotion,
       int fill);
+
+  Status (*module_load)(void** module, const void* image);
+  Status (*module_function)(void** function, void* module, const char* name);
+  Status (*set_attribute)(void* function, int attribute, int value);
+  Status (*prefer_cache)(void* function, int preference);
 
   // Loads the library in the first call. Raises if there is none, or if this process was forked from one that used it.
   static const Driver& get();

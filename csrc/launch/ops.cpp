@@ -5,6 +5,7 @@
 // and the arguments' shapes, strides, dtypes, device and alignment, exactly and not as a hash.
 #include <pybind11/gil_safe_call_once.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -264,12 +265,28 @@ void store(const py::object& described) {
   cache.store(*awaited, std::move(tape));
 }
 
+// Makes one launch on the current stream of a device, its addresses absolute. `number` as in a replay.
+void start_described(const py::object& described, double number, int device, bool on_gpu) {
+  std::optional<torch::stable::accelerator::DeviceGuard> guard;
+  if (on_gpu) guard.emplace(device);
+  Driver::get().ensure_context(device);
+  start(launch_of(described), {nullptr}, number, on_gpu ? current_stream(device) : nullptr);
+}
+
+uintptr_t load_image(const py::bytes& image, const std::string& name, unsigned shared_bytes, int device, bool on_gpu) {
+  std::optional<torch::stable::accelerator::DeviceGuard> guard;
+  if (on_gpu) guard.emplace(device);
+  return reinterpret_cast<uintptr_t>(load(image, name, shared_bytes, device));
+}
+
 }  // namespace
 
 void bind(py::module_& m) {
   m.doc() = "Tapes of the launches of calls on a GPU.";
   m.def("awaited", [] { return awaited != nullptr; }, "Return whether the current call can be recorded.");
   m.def("store", &store, "Store the tape of the current call; None if calls like it cannot be replayed.");
+  m.def("load", &load_image, "Load a kernel from machine code; return its CUfunction.");
+  m.def("start", &start_described, "Make a launch whose addresses are absolute.");
   m.def("size", [] { return cache.size(); }, "Return the number of known signatures.");
   m.def("clear", [] { cache.clear(); }, "Forget all tapes.");
 }

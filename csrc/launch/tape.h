@@ -55,13 +55,20 @@ struct Launch {
   std::vector<Map> maps;
 };
 
+// Makes a launch on a stream. `slots` are what addresses are relative to, `number` is the value of the parameters that
+// change from call to call.
+void start(const Launch& launch, const std::vector<char*>& slots, double number, void* stream);
+
+// Loads the kernel `name` of an image of machine code into the context of `device`, for good. Returns a CUfunction.
+void* load(const std::string& image, const std::string& name, unsigned shared_bytes, int device);
+
 struct Tape {
   std::vector<Output> outputs;
   int64_t workspace_bytes = 0;
   std::vector<Launch> launches;
 
   // Allocates the outputs, makes the launches on the current stream of the device of `inputs`, and returns the outputs;
-  // nothing if there is not enough memory. `number` is the value of the parameters that change from call to call.
+  // nothing if there is not enough memory.
   std::optional<std::vector<Tensor>> replay(const Inputs& inputs, double number) const;
 };
 

@@ -108,6 +108,29 @@ def _driver(architecture):
 
 
 @contextlib.contextmanager
+def compiling(architecture: int, record: Callable):
+    """Let launchers call ``record(kernel, grid, *args, **options)`` instead of launching, and Triton compile for
+    ``architecture``. Public functions then take CPU tensors, and return memory that nothing has written."""
+    launchers = {
+        "launch": lambda kernel, *args, **options: record(launcher.kernel_of(kernel), *args, **options),
+        "arch_of": lambda tensor: architecture,
+        "sms_of": lambda tensor: RESOURCES[architecture].sms,
+    }
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    # The workspaces of a large call are never written to: filling them would be all the time this takes.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        with (
+            mock.patch.multiple(launcher, **launchers),
+            mock.patch.multiple(backends, select=lambda *_, **__: "triton"),
+            mock.patch.object(driver, "_active", _driver(architecture)),
+        ):
+            yield
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+@contextlib.contextmanager
 def recording(architecture: int, wanted: Callable[[str], bool] = lambda kernel: True):
     """Let launchers compile for ``architecture`` and launch nothing. Yields a list that fills with one
     :class:`Launch` for every kernel that is ``wanted`` and that differs from those before it. Their machine code is
@@ -121,23 +144,8 @@ def recording(architecture: int, wanted: Callable[[str], bool] = lambda kernel: 
                 compiled[launch.key] = result
                 launches.append(launch)
 
-    launchers = {
-        "launch": record,
-        "arch_of": lambda tensor: architecture,
-        "sms_of": lambda tensor: RESOURCES[architecture].sms,
-    }
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    # The workspaces of a large call are never written to: filling them would be all the time this takes.
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    try:
-        with (
-            mock.patch.multiple(launcher, **launchers),
-            mock.patch.multiple(backends, select=lambda *_, **__: "triton"),
-            mock.patch.object(driver, "_active", _driver(architecture)),
-        ):
-            yield launches
-    finally:
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+    with compiling(architecture, record):
+        yield launches
     codes = read([result for result in compiled.values() if result is not None], architecture)
     launches[:] = [launch._replace(code=codes.get(launch.key)) for launch in launches]
 
@@ -152,7 +160,7 @@ def compile_kernel(kernel, grid, *args, **options):
         constants |= value._asdict() if hasattr(value, "_asdict") else {name: value}
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # where ptxas refuses, Triton prints the whole listing
-            compiled = kernel.warmup(*args, grid=grid, **options)
+            compiled = kernel.warmup(*map(launcher.for_triton, args), grid=grid, **options)
         return Launch(kernel.__name__, constants, others, compiled.hash, None, None), compiled
     except Exception as error:  # a compiler fails in many ways
         refused = re.search(r"ptxas (?:fatal|error)\s*: .*", str(error))

@@ -193,8 +193,8 @@ def measure(task: Task, config: configs.Config, rows: int) -> float:
 
     def keep(kernel, grid, *args, **options):
         kernel[grid](*args, **options)
-        if task.launches(kernel.__name__, options):
-            launches.append((kernel[grid], args, options))
+        if task.launches(kernel, options):
+            launches.append((launcher.kernel_of(kernel)[grid], [*map(launcher.for_triton, args)], options))
 
     with mock.patch.object(launcher, "launch", keep), task.overriding(config):
         run_op(task, rows, "cuda")

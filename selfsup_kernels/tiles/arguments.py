@@ -94,6 +94,71 @@ class RowTile(NamedTuple):
     """``input_precision`` of ``tl.dot``."""
 
 
+class Source(NamedTuple):
+    """The user's rows that a launch loads: those of the views, or of the queue."""
+
+    padded: int
+    """Stored rows of one view, or of the queue."""
+    samples: int
+    """B, or K."""
+    rows: int
+    """Stored rows, padding included."""
+    first_row: int
+    """The first of them."""
+
+
+class Finish(NamedTuple):
+    """The rows whose gradient a launch finishes, and where their sums lie."""
+
+    padded: int
+    """Stored rows of one view."""
+    samples: int
+    """B."""
+    rows: int
+    """M."""
+    splits: int
+    """Slots of ``partial`` that hold pairs of the batch."""
+    first: int
+    """The first sample of this process."""
+    own: int
+    part_first: int
+    """The first row of each view that ``partial`` has."""
+    part_rows: int
+
+
+class SumsWork(NamedTuple):
+    """The division of the tiles among the programs of one launch."""
+
+    items: int
+    chunk: int
+    """Blocks that stream past one block that stays, in one item."""
+    first_block: int
+    """The first block of this process's rows in each view."""
+    own_blocks: int
+    """The number of its blocks in each view."""
+
+
+class GradientWork(NamedTuple):
+    """One launch's part of the sums, and where it writes them."""
+
+    shares: int
+    """The number of programs that share the columns of a block of rows."""
+    slot: int
+    """The first slot of ``partial`` for pairs of the batch."""
+    queue_slot: int
+    """The slot for pairs with the queue."""
+    first_block: int
+    """The first block of this process's rows in each view."""
+    own_blocks: int
+    """The number of its blocks in each view."""
+    part_first: int
+    """The first row of each view that ``partial`` has."""
+    part_rows: int
+    begin: int
+    """The first block of each view that a launch visits, counted in visiting order, and the one after the last."""
+    end: int
+
+
 class Scale(NamedTuple):
     """Made in a kernel: what turns inner products into scores, and these into exponentials."""
 

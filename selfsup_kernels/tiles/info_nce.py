@@ -10,17 +10,17 @@ from selfsup_kernels.core.ops import REDUCTIONS
 from selfsup_kernels.info_nce.call import Call, unpack_backward
 from selfsup_kernels.tiles import configs, launcher
 from selfsup_kernels.tiles.arguments import given
-from selfsup_kernels.tiles.classes import class_tables, sort_by_class
+from selfsup_kernels.tiles.code import Input
 from selfsup_kernels.tiles.gradient import gradient
 from selfsup_kernels.tiles.layout import Layout, check_size, half_factor
 from selfsup_kernels.tiles.rows import finish_rows, load_rows, sum_to, upstream_of_rows
 from selfsup_kernels.tiles.sums import pair_sums
-from selfsup_kernels.tiles.tables import view_tables
+from selfsup_kernels.tiles.tables import class_tables, sort_by_class, view_tables
 
 
 def forward(views, labels, queue, temperature_tensor, *call):
     call = Call(*call)
-    layout = Layout(call._replace(temperature=launcher.Input(call.temperature)))
+    layout = Layout(call._replace(temperature=Input(call.temperature)))
     check_size("triton", layout)
     with launcher.on_device_of(views[0]):
         if call.labelled:

@@ -2,21 +2,18 @@
 
 import contextlib
 import functools
+import importlib
+import sys
 import threading
 
 import torch
-import triton
-import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-INTERPRETED = triton.knobs.runtime.interpret
+from selfsup_kernels.core import backends
+from selfsup_kernels.tiles import archive, code
+from selfsup_kernels.tiles.code import Descriptor
+
+INTERPRETED = backends.triton_is_interpreted()
 """Kernels run in Triton's interpreter, on CPU tensors. Decided once, when the kernels are decorated."""
-
-DTYPES = {torch.float64: tl.float64, torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-
-
-class Input(float):
-    """A number that may differ in each replay of a tape; any other is the same for all calls with one signature."""
 
 
 class _Recording(threading.local):
@@ -27,12 +24,83 @@ recording = _Recording()
 """``recorder``: what this thread tells its launches and allocations, a :class:`selfsup_kernels.tiles.tape.Recorder`."""
 
 
-def launch(kernel, grid, *args, **options):
-    """``kernel[grid](*args, **options)``. Every launch of the package goes through here, so that tools can watch it
-    (``launch`` is looked up in this module at each call, and may be replaced)."""
-    compiled = kernel[grid](*args, **options)
-    if recording.recorder is not None:
-        recording.recorder.launched(kernel, grid, args, options, compiled)
+def launch(kernel: str, grid: tuple, *args, **options):
+    """Launch a kernel of :mod:`selfsup_kernels.tiles.kernels`: its machine code from the archive, else Triton's
+    ``kernel[grid](*args, **options)``. ``options`` are the kernel's constants, and Triton's own options.
+
+    Every launch of the package goes through here, so that tools can watch it (``launch`` is looked up in this module at
+    each call, and may be replaced)."""
+    found, recorder = _from_archive(kernel, args, options), recording.recorder
+    if found is None:
+        compiled = kernel_of(kernel)[grid](*map(for_triton, args), **options)
+        if recorder is not None:
+            recorder.launched_by_triton(compiled, grid, args)
+    elif 0 not in grid:
+        extension, _ = backends.load_extension()
+        tensor, number = _first_tensor(args), next((float(x) for x in args if isinstance(x, code.Input)), 0.0)
+        made = code.launch_of(found, grid, args, _absolute)
+        extension.tape.start(made, number, tensor.device.index or 0, tensor.is_cuda)
+        if recorder is not None:
+            recorder.launched(found, grid, args)
+
+
+def _from_archive(kernel, args, options):
+    """Return the code of a launch, or None if Triton is to make it."""
+    if INTERPRETED or hooked() or (opened := archive.opened()) is None:
+        return None
+    tensor = _first_tensor(args)
+    return opened.find(kernel, arch_of(tensor), tensor.device, args, options)
+
+
+def _first_tensor(args):
+    """Return a tensor of a launch: each has one among its first argument."""
+    first = args[0]
+    while isinstance(first, tuple):  # a descriptor is one, too
+        first = first[0]
+    return first
+
+
+def _absolute(tensor):
+    return code.Address(0, tensor.data_ptr())
+
+
+def kernel_of(name):
+    """Return a kernel as Triton's decorator makes it, given its name; a tool's own kernel comes as it is.
+
+    Raises:
+        RuntimeError: Triton is not installed.
+    """
+    if not isinstance(name, str):
+        return name
+    try:
+        kernels = importlib.import_module("selfsup_kernels.tiles.kernels")
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        raise RuntimeError(
+            f"impl='triton': this package has no machine code of {name} for this call and this GPU, and Triton, which"
+            " compiles it, is not installed. Run: pip install 'triton>=3.6'"
+        ) from None
+    return getattr(kernels, name)
+
+
+def for_triton(value):
+    """Return an argument as Triton takes it."""
+    if not isinstance(value, Descriptor):
+        return value
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    base = value.base
+    return TensorDescriptor(base, list(base.shape), [base.stride(0), 1], list(value.block))
+
+
+def hooked() -> bool:
+    """Return whether a tool has set one of Triton's hooks, which only its own launches call."""
+    knobs = getattr(sys.modules.get("triton"), "knobs", None)
+    if knobs is None:
+        return False
+    hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    return any(getattr(hook, "calls", hook) for hook in hooks)  # a chain of hooks, or as in older versions one, or None
 
 
 def on_device_of(tensor):
@@ -56,6 +124,11 @@ def cdiv(a: int, b: int) -> int:
 def next_power_of_2(n: int) -> int:
     """``triton.next_power_of_2`` for the host; ``n`` is positive."""
     return 1 << (n - 1).bit_length()
+
+
+def partial_sums(layout, splits, queues, stored):
+    """Allocate ``partial`` (splits + queues, own rows, S), which ``finish_rows`` adds up."""
+    return empty((splits + queues, layout.views * layout.part[1], layout.stride), torch.float32, stored.device)
 
 
 _launch, _empty = launch, empty
@@ -100,8 +173,8 @@ def tile_sources(stored, config):
     descriptors, or the tensor itself twice."""
     if not config.descriptor:
         return stored, stored
-    shapes = ([rows, config.block_k] for rows in (config.block_m, config.block_n))
-    return tuple(TensorDescriptor(stored, list(stored.shape), [stored.stride(0), 1], shape) for shape in shapes)
+    shapes = ((rows, config.block_k) for rows in (config.block_m, config.block_n))
+    return tuple(Descriptor(stored, shape) for shape in shapes)
 
 
 def product_sources(left, right, config):
@@ -109,7 +182,5 @@ def product_sources(left, right, config):
     (block_k, block_n) of ``right``."""
     if not config.descriptor:
         return left, right
-    shapes = ([config.block_m, config.block_k], [config.block_k, config.block_n])
-    return tuple(
-        TensorDescriptor(t, list(t.shape), [t.stride(0), 1], s) for t, s in zip((left, right), shapes, strict=True)
-    )
+    shapes = (config.block_m, config.block_k), (config.block_k, config.block_n)
+    return tuple(Descriptor(t, shape) for t, shape in zip((left, right), shapes, strict=True))

@@ -1,140 +1,10 @@
-"""The first and the last pass over the rows: normalise them; turn the gradient of unit rows into that of the input."""
-
-from typing import NamedTuple
+"""Launches of the first and the last pass over the rows (:mod:`selfsup_kernels.tiles.kernels.rows`)."""
 
 import torch
-import triton
-import triton.language as tl
 
-from selfsup_kernels.info_nce.call import Saved
+from selfsup_kernels.info_nce.call import LONGEST, Saved
 from selfsup_kernels.tiles import launcher
-from selfsup_kernels.tiles.arguments import RowTile, only
-from selfsup_kernels.tiles.tile import FINISHED, LONGEST, SCALE, SLOW
-
-
-@triton.jit
-def _source_rows(sources, strides, order, row, padded, samples, NUM_VIEWS: tl.constexpr):
-    """Return pointers to the user's rows that the stored rows ``row`` hold, and a mask of those that hold one."""
-    if order is not None:  # row = place in the order of the classes * views + view
-        view = row % NUM_VIEWS
-        valid = row < samples * NUM_VIEWS
-        sample = tl.load(order + row // NUM_VIEWS, mask=valid, other=0)
-    else:
-        view = row // padded
-        sample = row % padded
-        valid = (sample < samples) & (view < NUM_VIEWS)
-    sample = sample.to(tl.int64)
-    pointers = sources[0] + sample * strides[0]
-    for v in tl.static_range(1, NUM_VIEWS):
-        pointers = tl.where(view == v, sources[v] + sample * strides[v], pointers)
-    return pointers, valid
-
-
-class Source(NamedTuple):
-    """The user's rows that a launch loads: those of the views, or of the queue."""
-
-    padded: int
-    """Stored rows of one view, or of the queue."""
-    samples: int
-    """B, or K."""
-    rows: int
-    """Stored rows, padding included."""
-    first_row: int
-    """The first of them."""
-
-
-@triton.jit(do_not_specialize_on_alignment=["out"])
-def clear_kernel(out):
-    """out[0] <- 0."""
-    tl.store(out, 0.0)
-
-
-# temperature_tensor and grad_scale may point into a larger tensor. Their alignment must not compile another variant.
-@triton.jit(do_not_specialize=Source._fields, do_not_specialize_on_alignment=["temperature_tensor"])
-def load_rows_kernel(
-    sources, strides, order, saved, sums, temperature_tensor, temperature: tl.float64, eps: tl.float64,
-    padded, samples, rows, first_row,
-    NUM_VIEWS: tl.constexpr, COLUMNS: tl.constexpr, NORMALIZE: tl.constexpr, tile: tl.constexpr,
-):  # fmt: skip
-    """saved.rows <- unit rows, zeros in the padding; saved.inverse_norms <- 1 / norm, negative at the floor; sums <- 0.
-
-    ``sources``: V matrices (B, D) of row strides ``strides``; ``order``: ``Saved.order``, or None. The first program
-    writes the scale. COLUMNS: C, or 0 for the rows of the queue."""
-    BLOCK: tl.constexpr = tile.BLOCK
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    d = tl.arange(0, tile.BLOCK_K)
-    pointers, valid = _source_rows(sources, strides, order, row, padded, samples, NUM_VIEWS)
-    mask = valid[:, None] & (d < tile.DIM)[None, :]
-    h = tl.load(pointers[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float64)
-    square = tl.sum(h * h, 1)
-    if NORMALIZE:
-        norm = tl.sqrt(square)
-        reciprocal = tl.where(norm < eps, -1.0 / eps, 1.0 / norm)
-        h = h * tl.abs(reciprocal)[:, None]
-    else:
-        reciprocal = square * 0.0 + 1.0
-        longest = tl.where(square < float("inf"), tl.where(square < 3.4e38, square, 3.4e38), 0.0).to(tl.float32)
-        tl.atomic_max(saved.scalars + LONGEST, tl.max(longest), sem="relaxed")
-    h = tl.where(valid[:, None], h, 0.0)  # padding is zeros whatever 1 / eps is
-    at = saved.rows + (first_row + row).to(tl.int64)[:, None] * tile.STRIDE + d[None, :]
-    tl.store(at, h.to(saved.rows.dtype.element_ty), mask=(row < rows)[:, None] & (d < tile.STRIDE)[None, :])
-    # The queue's part of inverse_norms has no padding: the backward derives K from its length.
-    kept = row < (rows if COLUMNS > 0 else samples)
-    tl.store(saved.inverse_norms + first_row + row, reciprocal.to(tl.float32), mask=kept)
-    if COLUMNS > 0:
-        for c in tl.static_range(COLUMNS):
-            tl.store(sums + c * rows + row, tl.zeros((BLOCK,), tl.float32), mask=row < rows)
-        if tl.program_id(0) == 0:
-            if temperature_tensor is None:
-                t = temperature
-            else:
-                t = tl.load(temperature_tensor).to(tl.float64)
-            good = (t > 0) & (t < float("inf"))
-            tl.store(saved.scalars + SCALE, tl.where(good, 1.0 / t, float("nan")).to(tl.float32))
-            tl.store(saved.scalars + SLOW, 0.0)
-            tl.store(saved.scalars + FINISHED, 0.0)
-
-
-@triton.jit(
-    do_not_specialize=["view_stride", "sample_stride", "samples", "padded", "rows"],
-    do_not_specialize_on_alignment=["grad"],
-)
-def upstream_kernel(
-    grad, order, upstream, grad_scale, view_stride, sample_stride, samples, padded, rows,
-    NUM_VIEWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """grad_scale () <- the largest of the gradients ``grad`` (V, samples), 1 if all are 0; upstream (M,) <- the
-    gradients divided by it, in the order of the stored rows, 0 in the padding. One program reads ``grad`` twice."""
-    largest = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, rows, BLOCK):
-        g = _gradients(grad, order, start, view_stride, sample_stride, samples, padded, rows, NUM_VIEWS, BLOCK)
-        largest = tl.maximum(largest, tl.abs(g))
-    scale = tl.max(largest, 0)
-    scale = tl.where(scale == 0, 1.0, scale)
-    tl.store(grad_scale, scale)
-    for start in range(0, rows, BLOCK):
-        g = _gradients(grad, order, start, view_stride, sample_stride, samples, padded, rows, NUM_VIEWS, BLOCK)
-        row = start + tl.arange(0, BLOCK)
-        tl.store(upstream + row, g / scale, mask=row < rows)
-
-
-@triton.jit
-def _gradients(
-    grad, order, start, view_stride, sample_stride, samples, padded, rows, NUM_VIEWS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Return the gradients of BLOCK stored rows from ``start`` on, 0 for rows of the padding."""
-    row = start + tl.arange(0, BLOCK)
-    if order is not None:
-        view = row % NUM_VIEWS
-        valid = row < samples * NUM_VIEWS
-        sample = tl.load(order + row // NUM_VIEWS, mask=valid, other=0)
-    else:
-        view = row // padded
-        sample = (row % padded).to(tl.int64)
-        valid = (sample < samples) & (row < rows)
-    at = view.to(tl.int64) * view_stride + sample * sample_stride
-    return tl.load(grad + at, mask=valid, other=0.0).to(tl.float32)
-
+from selfsup_kernels.tiles.arguments import Finish, RowTile, Source, only
 
 UPSTREAM_BLOCK = 8192
 
@@ -145,7 +15,7 @@ def upstream_of_rows(layout, grad, order):
     upstream = launcher.empty(layout.rows, torch.float32, grad.device)
     grad_scale = launcher.empty((), torch.float32, grad.device)
     launcher.launch(
-        upstream_kernel,
+        "upstream_kernel",
         (1,),
         grad,
         order if layout.call.labelled else None,
@@ -162,122 +32,12 @@ def upstream_of_rows(layout, grad, order):
     return upstream, grad_scale
 
 
-@triton.jit(do_not_specialize=["count"])
-def sum_kernel(values, out, count, BLOCK: tl.constexpr):
-    """out () <- the sum of ``values`` (count,) float64, added in a fixed order by one program."""
-    i = tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), tl.float64)
-    for start in range(0, count, BLOCK):
-        total += tl.load(values + start + i, mask=start + i < count, other=0.0)
-    tl.store(out, tl.sum(total, 0))
-
-
 SUM_BLOCK = 8192
 
 
 def sum_to(values, out):
     """Write the sum of ``values`` to ``out`` ()."""
-    launcher.launch(sum_kernel, (1,), values, out, values.numel(), BLOCK=SUM_BLOCK, num_warps=16)
-
-
-class Finish(NamedTuple):
-    """The rows whose gradient a launch finishes, and where their sums lie."""
-
-    padded: int
-    """Stored rows of one view."""
-    samples: int
-    """B."""
-    rows: int
-    """M."""
-    splits: int
-    """Slots of ``partial`` that hold pairs of the batch."""
-    first: int
-    """The first sample of this process."""
-    own: int
-    part_first: int
-    """The first row of each view that ``partial`` has."""
-    part_rows: int
-
-
-@triton.jit(do_not_specialize=Finish._fields, do_not_specialize_on_alignment=["grad_scale"])
-def finish_rows_kernel(
-    partial, saved, upstream, grad_scale, out, grad_temperature, scale_gradient, constant: tl.float64,
-    padded, samples, rows, splits, first, own, part_first, part_rows,
-    NUM_VIEWS: tl.constexpr, LABELLED: tl.constexpr, QUEUES: tl.constexpr, NORMALIZE: tl.constexpr,
-    FACTOR: tl.constexpr, LIMIT: tl.constexpr, tile: tl.constexpr,
-):  # fmt: skip
-    """out (V, own, D) <- the gradient of samples first .. first + own, in the order of the user's rows.
-
-    Adds the partial sums over pairs of different samples in a fixed order; recomputes the part of the positives from
-    the rows, in float32. ``partial`` is (splits + QUEUES, rows from part_first on of each view, S), multiplied by
-    FACTOR. ``scale_gradient`` (M,) float64 <- each row's part of the temperature's gradient; if it is None,
-    ``grad_temperature`` () <- 0.
-    """
-    BLOCK: tl.constexpr = tile.BLOCK
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    d = tl.arange(0, tile.BLOCK_K)
-    if LABELLED:
-        view = row % NUM_VIEWS
-        valid = row < samples * NUM_VIEWS
-        sample = tl.load(saved.order + row // NUM_VIEWS, mask=valid, other=0).to(tl.int32)
-        place = row
-        size = part_rows.to(tl.int64) * tile.STRIDE
-    else:
-        view = row // padded
-        sample = row % padded
-        valid = (sample < samples) & (view < NUM_VIEWS)
-        place = view * part_rows + sample - part_first
-        size = NUM_VIEWS * part_rows.to(tl.int64) * tile.STRIDE
-    valid = valid & (sample >= first) & (sample < first + own)
-    mask = valid[:, None] & (d < tile.DIM)[None, :]
-    at = row.to(tl.int64)[:, None] * tile.STRIDE + d[None, :]
-    sums = partial + place.to(tl.int64)[:, None] * tile.STRIDE + d[None, :]
-    z = tl.load(saved.rows + at, mask=mask, other=0.0).to(tl.float32)
-
-    in_batch = tl.load(sums, mask=mask, other=0.0)
-    for k in range(1, splits):
-        in_batch += tl.load(sums + k * size, mask=mask, other=0.0)
-    in_batch *= 1.0 / FACTOR
-    if not LABELLED:
-        here = 1.0
-        if upstream is not None:
-            here = tl.load(upstream + row, mask=valid, other=0.0)
-        for v in range(NUM_VIEWS):
-            other = v * padded + sample
-            there = valid & (view != v)
-            c = here * tl.load(saved.positives + v * rows + row, mask=there, other=0.0)
-            back = tl.load(saved.positives + view * rows + other, mask=there, other=0.0)
-            if upstream is not None:
-                back *= tl.load(upstream + other, mask=there, other=0.0)
-            at_v = other.to(tl.int64)[:, None] * tile.STRIDE + d[None, :]
-            zv = tl.load(saved.rows + at_v, mask=mask & there[:, None], other=0.0)
-            in_batch += (c + back)[:, None] * zv.to(tl.float32)
-    total = in_batch
-    for k in range(splits, splits + QUEUES):
-        total += tl.load(sums + k * size, mask=mask, other=0.0) * (1.0 / FACTOR)
-
-    scale = tl.load(saved.scalars + SCALE)
-    weight = (constant * tl.load(grad_scale).to(tl.float64)).to(tl.float32)
-    if scale_gradient is not None:
-        # A score of the batch has both its rows here, and each of them all of its gradient; one with the queue has one.
-        inside = tl.sum(z.to(tl.float64) * in_batch.to(tl.float64), 1)
-        outside = tl.sum(z.to(tl.float64) * (total - in_batch).to(tl.float64), 1) if QUEUES > 0 else inside * 0.0
-        wide = scale.to(tl.float64)
-        part = -(wide * wide) * (0.5 * inside + outside) * weight.to(tl.float64)
-        tl.store(scale_gradient + row, tl.where(valid, part, 0.0), mask=row < rows)
-    elif tl.program_id(0) == 0:
-        tl.store(grad_temperature, 0.0)
-
-    dz = total * (scale * weight)
-    if NORMALIZE:
-        r = tl.load(saved.inverse_norms + row, mask=valid, other=1.0)
-        along = tl.where(r > 0, tl.sum(z * dz, 1), 0.0)  # below the floor the norm is a constant: no projection
-        dz = (dz - z * along[:, None]) * tl.abs(r)[:, None]
-        if LIMIT > 0:  # dz / eps of a zero row is finite in float32 only
-            clamped = tl.where(dz > LIMIT, LIMIT, tl.where(dz < -LIMIT, -LIMIT, dz))
-            dz = tl.where((r < 0)[:, None], clamped, dz)
-    to = (view.to(tl.int64) * own + sample - first) * tile.DIM
-    tl.store(out + to[:, None] + d[None, :], dz.to(out.dtype.element_ty), mask=mask)
+    launcher.launch("sum_kernel", (1,), values, out, values.numel(), BLOCK=SUM_BLOCK, num_warps=16)
 
 
 def _tile(layout):
@@ -309,7 +69,7 @@ def load_rows(layout, views, queue, order, classes, temperature_tensor):
     )
     sums = new(columns, layout.rows)
     if not call.normalize:
-        launcher.launch(clear_kernel, (1,), saved.scalars[LONGEST.value :])  # a maximum is taken in it
+        launcher.launch("clear_kernel", (1,), saved.scalars[LONGEST:])  # a maximum is taken in it
     if temperature_tensor is not None and temperature_tensor.device != device:
         temperature, temperature_tensor = float(temperature_tensor), None  # on the CPU: no synchronisation
     tile, warps = _tile(layout)
@@ -317,7 +77,7 @@ def load_rows(layout, views, queue, order, classes, temperature_tensor):
 
     def fill(sources, order, source, columns):
         launcher.launch(
-            load_rows_kernel,
+            "load_rows_kernel",
             (launcher.cdiv(source.rows, tile.BLOCK),),
             tuple(sources),
             tuple(s.stride(0) for s in sources),
@@ -353,7 +113,7 @@ def finish_rows(layout, partial, splits, saved, upstream, grad_scale, constant, 
     tile, warps = _tile(layout)
     order = ("order",) if call.labelled else ()
     launcher.launch(
-        finish_rows_kernel,
+        "finish_rows_kernel",
         (launcher.cdiv(layout.rows, tile.BLOCK),),
         partial,
         only(saved, "rows", "inverse_norms", "positives", "scalars", *order),

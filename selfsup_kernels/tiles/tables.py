@@ -1,178 +1,13 @@
-"""From the sums over negatives to the losses and the weights of the backward, for the objectives by views.
-
-Weights are stored relative to the score reference r of the kernels, as ``w = exp(logw + r)``: a pair's gradient is then
-``exp(S - r) (w_i + w_j)``, one exponential for both directions. Where a weight is out of range for that (temperatures
-below 0.013) a flag sends the backward to a path that adds the logarithms.
-"""
+"""Launches that make losses and weights from the sums (:mod:`selfsup_kernels.tiles.kernels.tables`, and with labels
+:mod:`selfsup_kernels.tiles.kernels.classes`)."""
 
 import math
-from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 
 from selfsup_kernels.core.ops import REDUCTIONS
 from selfsup_kernels.tiles import launcher
-from selfsup_kernels.tiles.arguments import RowTile, Sizes, only
-from selfsup_kernels.tiles.objectives import anchor_tables
-from selfsup_kernels.tiles.tile import FINISHED, SLOW, finite_or_zero, negatives_meet, score_reference
-
-FAST_WEIGHT = tl.constexpr(60.0)
-"""All scores of a row with a weight above exp(60) lie below reference - 60: exp(S - reference) would flush terms to
-zero that are 1e-12 of the sum."""
-
-LOST_SHARE = tl.constexpr(1.2e-31)
-"""float32 flushes terms below 1.2e-38 to zero, so a sum of n terms has a relative error below 1e-7 above n times this.
-"""
-
-
-class Anchors(NamedTuple):
-    """Made in a kernel: BLOCK rows. All fields are (BLOCK,)."""
-
-    row: int
-    own: int
-    """The sample of each row, with labels its class: negatives differ in it."""
-    valid: bool
-
-
-class Column(NamedTuple):
-    """Made in a kernel: the rows that hold the negatives of one column of the tables."""
-
-    number: int
-    first_row: int
-    length: int
-    exclude: bool
-    """An anchor's own sample, with labels its own class, is among them and does not count."""
-
-
-@triton.jit
-def block_scores(stored, row, other, limit, scale, tile: tl.constexpr):
-    """Return the scores of BLOCK stored rows with BLOCK others; rows from ``limit`` on are not read."""
-    BLOCK: tl.constexpr = tile.BLOCK
-    s = tl.zeros((BLOCK, BLOCK), tl.float32)
-    k = tl.arange(0, tile.BLOCK_K)
-    at_x = stored + row.to(tl.int64)[:, None] * tile.STRIDE
-    at_y = stored + other.to(tl.int64)[:, None] * tile.STRIDE
-    for start in range(0, tile.DIM, tile.BLOCK_K):
-        inside = (start + k < tile.DIM)[None, :]
-        x = tl.load(at_x + (start + k)[None, :], mask=inside, other=0.0)
-        y = tl.load(at_y + (start + k)[None, :], mask=(other < limit)[:, None] & inside, other=0.0)
-        s = tl.dot(x, tl.trans(y), s, input_precision=tile.PRECISION)
-    return s * scale.factor
-
-
-@triton.jit
-def running_log_sum(saved, anchors, column, scale, LABELLED: tl.constexpr, tile: tl.constexpr):
-    """Return the log-sum-exp, with a running maximum, of the scores of anchors with the negatives of a column."""
-    BLOCK: tl.constexpr = tile.BLOCK
-    top = tl.full((BLOCK,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, column.length, BLOCK):
-        other = start + tl.arange(0, BLOCK)
-        s = block_scores(
-            saved.rows, anchors.row, column.first_row + other, column.first_row + column.length, scale, tile
-        )
-        theirs = tl.load(saved.classes.first + other, mask=other < column.length, other=-1) if LABELLED else other
-        keep = (other < column.length)[None, :] & ((not column.exclude) | (anchors.own[:, None] != theirs[None, :]))
-        high = tl.maximum(top, tl.max(tl.where(keep, s, float("-inf")), 1))
-        safe = finite_or_zero(high)
-        part = tl.sum(tl.where(keep, tl.exp(s - safe[:, None]), 0.0), 1)
-        total = total * tl.exp(tl.where(top == high, 0.0, top - safe)) + part
-        top = high
-    return tl.log(total.to(tl.float64)) + finite_or_zero(top).to(tl.float64)
-
-
-@triton.jit
-def negatives(sums, saved, anchors, column, scale, sizes, LABELLED: tl.constexpr, tile: tl.constexpr):
-    """Return the log-sum-exp N of the anchors' negatives of a column, in float64. Sums that are too small to be
-    accurate are computed again with a running maximum: relative to the reference that all rows share, the scores of a
-    row may all underflow."""
-    total = tl.load(sums + column.number * sizes.rows + anchors.row, mask=anchors.valid, other=1.0)
-    n = tl.log(total.to(tl.float64)) + scale.reference.to(tl.float64)
-    doubtful = anchors.valid & (total < tl.maximum(column.length * LOST_SHARE, 1e-30))
-    if tl.sum(doubtful.to(tl.int32), 0) > 0:
-        n = tl.where(doubtful, running_log_sum(saved, anchors, column, scale, LABELLED, tile), n)
-    return n
-
-
-@triton.jit
-def store_weights(saved, logw, scale, at, mask):
-    """Store exp(logw + reference), and logw for the path that adds logarithms."""
-    relative = logw + scale.reference.to(tl.float64)
-    tl.store(saved.weights + at, tl.exp(tl.where(relative > 80.0, 80.0, relative)).to(tl.float32), mask=mask)
-    tl.store(saved.log_weights + at, logw.to(tl.float32), mask=mask)
-    if tl.sum((mask & (relative > FAST_WEIGHT)).to(tl.int32)) > 0:
-        tl.atomic_max(saved.scalars + SLOW, 1.0, sem="relaxed")
-
-
-@triton.jit
-def total_loss(value, parts, total, scalars, factor, BLOCK: tl.constexpr):
-    """total () <- factor times the sum of the programs' ``value``, which the last program to get here adds up in the
-    order of the programs. ``parts``: (programs,) float64."""
-    programs = tl.num_programs(0) * tl.num_programs(1)
-    tl.store(parts + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), value)
-    # The one step of the launch with an order: it publishes this program's value, and shows it those of the others.
-    before = tl.atomic_add(scalars + FINISHED, 1.0, sem="acq_rel")
-    if before == (programs - 1).to(tl.float32):
-        i = tl.arange(0, BLOCK)
-        added = tl.zeros((BLOCK,), tl.float64)
-        for start in range(0, programs, BLOCK):
-            added += tl.load(parts + start + i, mask=start + i < programs, other=0.0)
-        tl.store(total, (factor * tl.sum(added, 0)).to(tl.float32))
-
-
-@triton.jit(do_not_specialize=["rows", "batch", "padded", "queue", "core_view", "first", "own"])
-def view_tables_kernel(
-    sums, saved, loss, parts, loss_factor: tl.float64,
-    rows, batch, padded, queue, views: tl.constexpr, core_view, first, own,
-    HAS_QUEUE: tl.constexpr, WIDTH: tl.constexpr, rules: tl.constexpr, tile: tl.constexpr,
-):  # fmt: skip
-    """Program (samples of first .. first + own, view u): the losses of these anchors, and their ``weights``,
-    ``log_weights`` and ``positives``, which are inner products of the rows in float32. WIDTH: C, or the power of 2
-    above it. ``loss``: (V, own), or () for loss_factor times the sum, with ``parts`` (:func:`total_loss`)."""
-    BLOCK: tl.constexpr = tile.BLOCK
-    BLOCK_K: tl.constexpr = tile.BLOCK_K
-    sizes = Sizes(rows, batch, padded, queue, views, core_view)
-    u = tl.program_id(1)
-    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    valid = place < own
-    sample = first + tl.minimum(place, own - 1)  # rows past the last are read, too
-    row = u * padded + sample
-    column = tl.arange(0, WIDTH)
-    k = tl.arange(0, BLOCK_K)
-    scale = score_reference(saved.scalars, rules.normalize)
-    n = tl.full((BLOCK, WIDTH), float("-inf"), tl.float64)
-    p = tl.zeros((BLOCK, WIDTH), tl.float64)
-    for v in range(views + HAS_QUEUE):
-        is_queue = v == views
-        if negatives_meet(u, v, is_queue, core_view, rules.columns):
-            there = Column(v, v * padded, tl.where(is_queue, queue, batch), v != views)
-            value = negatives(sums, saved, Anchors(row, sample, valid), there, scale, sizes, False, tile)
-            n = tl.where((column == v)[None, :], value[:, None], n)
-        if (v != u) & (v < views):
-            dot = tl.zeros((BLOCK,), tl.float32)
-            for at in range(0, tile.DIM, BLOCK_K):
-                mask = valid[:, None] & (at + k < tile.DIM)[None, :]
-                here = row.to(tl.int64)[:, None] * tile.STRIDE + (at + k)[None, :]
-                x = tl.load(saved.rows + here, mask=mask, other=0.0)
-                other = (v * padded + sample).to(tl.int64)
-                y = tl.load(saved.rows + other[:, None] * tile.STRIDE + (at + k)[None, :], mask=mask, other=0.0)
-                dot += tl.sum(x.to(tl.float32) * y.to(tl.float32), 1)
-            p = tl.where((column == v)[None, :], (dot.to(tl.float64) * scale.factor.to(tl.float64))[:, None], p)
-    value, logw, c = anchor_tables(n, p, u, column, core_view, views, HAS_QUEUE, rules)
-    if parts is None:
-        tl.store(loss + u.to(tl.int64) * own + place, value.to(tl.float32), mask=valid)
-    else:
-        total_loss(tl.sum(tl.where(valid, value, 0.0), 0), parts, loss, saved.scalars, loss_factor, PARTS_BLOCK)
-    # (BLOCK, WIDTH) tables, a few columns: element (i, v) goes to [v][i].
-    at = column[None, :] * rows + row[:, None]
-    mask = valid[:, None] & (column < views + HAS_QUEUE)[None, :]
-    store_weights(saved, logw, scale, at, mask)
-    tl.store(saved.positives + at, c.to(tl.float32), mask=mask & (column < views)[None, :])
-
-
-PARTS_BLOCK = tl.constexpr(1024)
+from selfsup_kernels.tiles.arguments import Classes, RowTile, only
 
 
 def loss_and_parts(layout, programs, device):
@@ -191,7 +26,7 @@ def view_tables(layout, saved, sums, precision):
     grid = launcher.cdiv(call.own, TABLE_BLOCK), layout.views
     loss, parts, factor = loss_and_parts(layout, math.prod(grid), saved.rows.device)
     launcher.launch(
-        view_tables_kernel,
+        "view_tables_kernel",
         grid,
         sums,
         only(saved, "rows", "log_weights", "weights", "positives", "scalars"),
@@ -219,3 +54,52 @@ def table_tile(layout, dtype, precision):
     """Fewer numbers of a row are loaded at a time in float32, whose exact products need more registers."""
     width = min(32 if dtype == torch.float32 else 64, max(16, launcher.next_power_of_2(layout.stride)))
     return RowTile(TABLE_BLOCK, width, layout.call.dim, layout.stride, precision)
+
+
+def sort_by_class(layout, labels):
+    """Return ``Saved.order`` and ``Saved.classes``, the samples sorted by label."""
+    samples = layout.call.batch
+    order = launcher.empty(samples, torch.int64, labels.device)
+    classes = launcher.empty((2, layout.rows), torch.int32, labels.device)
+    launcher.launch(
+        "sort_kernel",
+        (launcher.cdiv(samples, SORT_BLOCK),),
+        labels,
+        order,
+        Classes(*classes),
+        labels.stride(0),
+        samples,
+        layout.rows,
+        NUM_VIEWS=layout.call.num_views,
+        BLOCK=SORT_BLOCK,
+        STEP=SORT_STEP,
+    )
+    return order, classes
+
+
+SORT_BLOCK, SORT_STEP = 32, 128
+
+
+def class_tables(layout, saved, sums, precision):
+    """Write log_weights, weights and positives; return the loss of this process's anchors, by the call's reduction."""
+    call = layout.call
+    programs = launcher.cdiv(layout.batch, TABLE_BLOCK)
+    loss, parts, factor = loss_and_parts(layout, programs, saved.rows.device)
+    launcher.launch(
+        "class_tables_kernel",
+        (programs,),
+        sums,
+        saved._replace(inverse_norms=None),
+        loss,
+        parts,
+        factor,
+        *layout.sizes,
+        call.first,
+        call.own,
+        NUM_VIEWS=call.num_views,
+        HAS_QUEUE=int(call.queue_rows > 0),
+        rules=layout.rules,
+        tile=table_tile(layout, saved.rows.dtype, precision),
+        num_warps=8,
+    )
+    return loss

@@ -8,57 +8,15 @@ tape, and always goes through Python.
 """
 
 import os
-import struct
 from typing import NamedTuple
 
 import torch
-import triton
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from selfsup_kernels.core import backends
-from selfsup_kernels.tiles import configs, launcher
+from selfsup_kernels.tiles import code, configs, launcher
+from selfsup_kernels.tiles.code import Address, Launch, Unsupported
 from selfsup_kernels.tiles.layout import takes_tf32
-
-
-class Address(NamedTuple):
-    """A place in the memory of a call."""
-
-    slot: int
-    """An input of the call, then its outputs, then the workspace, which holds all other tensors."""
-    offset: int
-    """In bytes."""
-
-
-class Map(NamedTuple):
-    """The arguments of cuTensorMapEncodeTiled; the innermost dimension comes first."""
-
-    address: Address
-    type: int
-    swizzle: int
-    fill: int
-    sizes: list[int]
-    strides: list[int]
-    """In bytes, without that of the innermost dimension."""
-    box: list[int]
-
-
-class Parameter(NamedTuple):
-    """One parameter of a kernel."""
-
-    kind: str
-    """"constant", "pointer", "map", or the type of a number that is an input: "float32", "float64"."""
-    value: bytes | Address | Map | None
-
-
-class Launch(NamedTuple):
-    name: str
-    function: int
-    """The CUfunction."""
-    grid: tuple[int, int, int]
-    threads: int
-    shared_bytes: int
-    parameters: list[Parameter]
 
 
 class Tape(NamedTuple):
@@ -68,20 +26,8 @@ class Tape(NamedTuple):
     launches: list[Launch]
 
 
-class _NotReplayable(Exception):
-    """A call did something that a tape cannot repeat."""
-
-
-FORMATS = {
-    "i1": "b", "i8": "b", "i16": "h", "i32": "i", "i64": "q",
-    "u1": "B", "u8": "B", "u16": "H", "u32": "I", "u64": "Q", "fp32": "f", "fp64": "d",
-}  # fmt: skip
-"""The types of Triton's signatures as ``struct`` names them."""
-
 ALIGNMENT = 512
 """Of each tensor in the workspace: that of PyTorch's allocator, so that a kernel's assumptions hold."""
-
-WARP = 32
 
 _loaded: dict[int, object] = {}
 """Triton's kernels by CUfunction: kept, so that none is unloaded while a tape launches it."""
@@ -92,17 +38,12 @@ OFF = launcher.INTERPRETED or os.environ.get("SELFSUP_KERNELS_TAPE") == "0"
 MOST_LAUNCHES = 256
 """Of a tape. A call with more keeps the GPU so busy that the host does not matter."""
 
-_hooks = triton.knobs.runtime
-
 
 def settings() -> int:
     """Return PyTorch's settings that launches depend on, as bits; negative where no tape may be used: where kernels are
     interpreted, configurations are overridden, or a tool or a hook of Triton watches the launches."""
-    if OFF or launcher.watched() or configs.overridden():
+    if OFF or launcher.watched() or configs.overridden() or launcher.hooked():
         return -1
-    for hook in (_hooks.launch_enter_hook, _hooks.launch_exit_hook):
-        if getattr(hook, "calls", hook):  # a chain of hooks, or as in older versions one, or None
-            return -1
     return launcher.deterministic() + 2 * takes_tf32(torch.float32)
 
 
@@ -132,13 +73,25 @@ class Recorder(TorchDispatchMode):
             self.refusal = str(func)
         return result
 
-    def launched(self, kernel, grid, arguments, options, compiled):
-        """Note a launch. Triton leaves out those with an empty grid."""
-        if self.refusal is None and 0 not in grid:
+    def launched(self, found: code.Code, grid, arguments):
+        """Note a launch."""
+        if self.refusal is None:
             try:
-                self.launches.append(self._launch(kernel, grid, arguments, options, compiled))
-            except _NotReplayable as reason:
+                self.launches.append(code.launch_of(found, grid, arguments, self._address))
+            except Unsupported as reason:
                 self.refusal = str(reason)
+
+    def launched_by_triton(self, compiled, grid, arguments):
+        """Note a launch of a kernel that Triton has compiled. Triton leaves out those with an empty grid."""
+        if self.refusal is not None or 0 in grid:
+            return
+        try:
+            found = code.of_compiled(compiled)._replace(function=compiled.function)
+        except Unsupported as reason:
+            self.refusal = str(reason)
+            return
+        _loaded[compiled.function] = compiled
+        self.launched(found, grid, arguments)
 
     def tape(self, returned) -> Tape | None:
         """Return the tape of a call that returned these tensors, or None if it cannot be replayed."""
@@ -175,63 +128,6 @@ class Recorder(TorchDispatchMode):
     def _number(self, result):
         return next((i for i, tensor in enumerate(self.made) if tensor is result), None)
 
-    def _launch(self, kernel, grid, arguments, options, compiled):
-        facts = compiled.metadata
-        scratch = facts.global_scratch_size or facts.profile_scratch_size
-        if scratch or facts.num_ctas != 1 or facts.launch_cooperative_grid or facts.launch_pdl:
-            raise _NotReplayable(f"{kernel.__name__}: a launch with attributes or scratch memory")
-        values = dict(zip(kernel.arg_names, arguments, strict=False))
-        descriptors = iter(facts.tensordesc_meta or ())
-        parameters = [
-            parameter
-            for name, kind in compiled.src.signature.items()
-            for parameter in self._parameters(kind, values.get(name), descriptors)
-        ]
-        null = Parameter("constant", bytes(8))
-        parameters += [null, null]  # the two kinds of scratch memory
-        _loaded[compiled.function] = compiled
-        grid = (*grid, 1, 1)[:3]
-        return Launch(facts.name, compiled.function, grid, WARP * facts.num_warps, facts.shared, parameters)
-
-    def _parameters(self, kind, value, descriptors):
-        """Yield the parameters that one argument of Triton's signature becomes."""
-        if kind == "constexpr":
-            return
-        if isinstance(kind, tuple):
-            for k, v in zip(kind, value, strict=True):
-                yield from self._parameters(k, v, descriptors)
-        elif isinstance(value, TensorDescriptor):
-            yield Parameter("map", self._map(value, next(descriptors, None)))
-            yield from (_constant("i32", n) for n in value.shape)
-            yield from (_constant("i64", n) for n in value.strides)
-        elif isinstance(value, torch.Tensor):
-            yield Parameter("pointer", self._address(value)) if value.numel() else Parameter("constant", bytes(8))
-        elif isinstance(value, launcher.Input):
-            if kind not in ("fp32", "fp64"):
-                raise _NotReplayable(f"an input of type {kind}")
-            yield Parameter("float32" if kind == "fp32" else "float64", None)
-        else:
-            yield _constant(kind, value)
-
-    def _map(self, descriptor, facts):
-        try:
-            from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST
-        except ImportError:
-            raise _NotReplayable("a version of Triton that numbers types in another way") from None
-        if facts is None or facts["fp4_padded"]:
-            raise _NotReplayable("a tensor descriptor without a tensor map")
-        if getattr(descriptor, "round_f32_to_tf32", False):
-            raise _NotReplayable("a tensor map that rounds")
-        return Map(
-            address=self._address(descriptor.base),
-            type=TMA_DTYPE_DEVICE_TO_HOST[facts["elem_type"]],
-            swizzle=facts["swizzle"],
-            fill=int(descriptor.padding == "nan"),
-            sizes=list(descriptor.shape[::-1]),
-            strides=[facts["elem_size"] * n for n in descriptor.strides[-2::-1]],
-            box=list(facts["block_size"][::-1]),
-        )
-
     def _address(self, tensor):
         """Return the slot and the offset of a tensor. Until the call has returned, and shown which tensors are its
         outputs, each tensor that it made is a slot."""
@@ -247,17 +143,8 @@ class Recorder(TorchDispatchMode):
         memory = tensor.untyped_storage()._cdata
         views = [Address(i, offset) for i, offset, t in given if t.untyped_storage()._cdata == memory]
         if len(views) != 1 or views[0].offset < 0:
-            raise _NotReplayable("a tensor that the call neither got nor allocated")
+            raise Unsupported("a tensor that the call neither got nor allocated")
         return views[0]
-
-
-def _constant(kind, value):
-    if kind not in FORMATS:
-        raise _NotReplayable(f"a number of type {kind}")
-    try:
-        return Parameter("constant", struct.pack(FORMATS[kind], value))
-    except (struct.error, OverflowError) as error:
-        raise _NotReplayable(str(error)) from None
 
 
 def _is_view(func, arguments, result):

@@ -1,74 +1,8 @@
-"""The quadratic part of the backward for rows that are too long for an accumulator in registers. It goes in waves: one
-kernel writes a block of G to a workspace, and a plain matrix product reads it."""
-
-import triton
-import triton.language as tl
+"""Launches of the backward's quadratic part for rows that are too long for an accumulator in registers
+(:mod:`selfsup_kernels.tiles.kernels.waves`)."""
 
 from selfsup_kernels.info_nce.objectives import negative_views
 from selfsup_kernels.tiles import configs, launcher
-from selfsup_kernels.tiles.arguments import Block, Sizes
-from selfsup_kernels.tiles.pairs import masked_blocks, pair_gradient, partial_sums
-from selfsup_kernels.tiles.tile import SLOW, load_tile, score_reference, tile_products
-
-
-# ``width``, a multiple of 256, is no constant: it follows the size of the batch, and each would be a kernel of its own.
-@triton.jit(do_not_specialize=[*Sizes._fields, "u", "v", "x_first", "y_first"])
-def wave_kernel(
-    source_x, source_y, saved, upstream, workspace,
-    rows, batch, padded, queue, views, core_view,
-    u, v, x_first, y_first, width, rules: tl.constexpr, tile: tl.constexpr,
-):  # fmt: skip
-    """workspace[i, j] <- G of rows of view u from x_first on and rows of view v from y_first on.
-
-    ``workspace``: (rows, width) in the dtype of the views.
-    """
-    sizes = Sizes(rows, batch, padded, queue, views, core_view)
-    x_local = x_first + tl.program_id(1) * tile.BLOCK_M
-    y_local = y_first + tl.program_id(0) * tile.BLOCK_N
-    x, y = Block(u, x_local, u * padded + x_local), Block(v, y_local, v * padded + y_local)
-    scale = score_reference(saved.scalars, rules.normalize)
-    s = tile_products(source_x, source_y, None, None, x.row, y.row, tile)
-    limit = tl.where(v == views, queue, batch)
-    low, high = masked_blocks(saved.classes, x_local, sizes, rules.labelled, tile)
-    block = y_local // tile.BLOCK_N
-    mixed = (v != views) & (block >= low) & (block < high)
-    if mixed | (tl.load(saved.scalars + SLOW) > 0):
-        g = pair_gradient(s, x, y, limit, saved, upstream, scale, sizes, True, rules, tile)
-    else:
-        g = pair_gradient(s, x, y, limit, saved, upstream, scale, sizes, False, rules, tile)
-    i = tl.program_id(1) * tile.BLOCK_M + tl.arange(0, tile.BLOCK_M)
-    j = tl.program_id(0) * tile.BLOCK_N + tl.arange(0, tile.BLOCK_N)
-    tl.store(workspace + i[:, None] * width + j[None, :], g.to(workspace.dtype.element_ty))
-
-
-@triton.jit(do_not_specialize=["x_row", "y_row", "x_count", "columns"])
-def product_kernel(
-    source_g, source_y, partial, x_row, y_row, x_count, columns, width, FIRST: tl.constexpr, tile: tl.constexpr
-):
-    """partial[x_row + i, d] (+)= sum over the columns j of the workspace of workspace[i, j] z[y_row + j, d].
-
-    ``source_g``: the workspace (rows, width), as a pointer or a TMA descriptor. FIRST: overwrite ``partial``.
-    """
-    BLOCK_M: tl.constexpr = tile.BLOCK_M
-    BLOCK_N: tl.constexpr = tile.BLOCK_N
-    BLOCK_K: tl.constexpr = tile.BLOCK_K
-    i = tl.program_id(1) * BLOCK_M
-    d = tl.program_id(0) * BLOCK_N
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for j in range(0, columns, BLOCK_K):
-        if tile.DESCRIPTOR:
-            g = source_g.load([i, j])
-        else:
-            g = tl.load(source_g + (i + tl.arange(0, BLOCK_M))[:, None] * width + (j + tl.arange(0, BLOCK_K))[None, :])
-        y = load_tile(source_y, y_row + j, d, BLOCK_K, BLOCK_N, tile)
-        total = tl.dot(g, y, total, input_precision=tile.PRECISION)
-    at, k = i + tl.arange(0, BLOCK_M), d + tl.arange(0, BLOCK_N)
-    to = partial + (x_row + at).to(tl.int64)[:, None] * tile.STRIDE + k[None, :]
-    mask = (at < x_count)[:, None] & (k < tile.STRIDE)[None, :]
-    if not FIRST:
-        total += tl.load(to, mask=mask, other=0.0)
-    tl.store(to, total, mask=mask)
-
 
 WORKSPACE_BYTES = 128 << 20
 """A block of G at a time. Larger than the L2 cache: its passes through memory cost less than the host's 70 us for each
@@ -90,7 +24,7 @@ def in_waves(layout, stored, tables, upstream, factor, precision):
     # Enough rows for one tile of the product per SM.
     filling = launcher.sms_of(stored) // launcher.cdiv(layout.stride, product.block_n) * product.block_m
     height, width = wave_shape(padded, part_rows, stored.element_size(), filling)
-    partial = partial_sums(layout, 1, int(layout.call.queue_rows > 0), stored)
+    partial = launcher.partial_sums(layout, 1, int(layout.call.queue_rows > 0), stored)
     workspace = launcher.empty((height, width), stored.dtype, stored.device)
     x, y = launcher.tile_sources(stored, pairs)
     # Rows are too wide to stay loaded.
@@ -106,7 +40,7 @@ def in_waves(layout, stored, tables, upstream, factor, precision):
             for y_first in range(0, limit, width):
                 y_count = min(width, limit - y_first)
                 launcher.launch(
-                    wave_kernel,
+                    "wave_kernel",
                     (launcher.cdiv(y_count, pairs.block_n), launcher.cdiv(x_count, pairs.block_m)),
                     x,
                     y,
@@ -125,7 +59,7 @@ def in_waves(layout, stored, tables, upstream, factor, precision):
                 )
                 first = y_first == 0 and (slot or v == next(w for t, w in visits(layout) if t == u))
                 launcher.launch(
-                    product_kernel,
+                    "product_kernel",
                     (launcher.cdiv(layout.stride, product.block_n), launcher.cdiv(x_count, product.block_m)),
                     *product_sources,
                     partial[slot],

@@ -12,16 +12,10 @@ from helpers import info_nce_call, random_labels
 from selfsup_kernels.core import ops
 from selfsup_kernels.info_nce.objectives import Columns
 from selfsup_kernels.info_nce.ops import forward_fake_triton
-from selfsup_kernels.tiles import configs, launcher, waves
-from selfsup_kernels.tiles.arguments import Sizes
-from selfsup_kernels.tiles.classes import class_tables_kernel
-from selfsup_kernels.tiles.gradient import MOST_COLUMNS, gradient_kernel
-from selfsup_kernels.tiles.gradient import Work as GradientWork
+from selfsup_kernels.tiles import configs, kernels, launcher, waves
+from selfsup_kernels.tiles.arguments import Finish, GradientWork, Sizes, Source, SumsWork
+from selfsup_kernels.tiles.gradient import MOST_COLUMNS
 from selfsup_kernels.tiles.layout import PADDING, Layout
-from selfsup_kernels.tiles.rows import Finish, Source, finish_rows_kernel, load_rows_kernel
-from selfsup_kernels.tiles.sums import Work as SumsWork
-from selfsup_kernels.tiles.sums import sums_kernel
-from selfsup_kernels.tiles.tables import view_tables_kernel
 
 H200 = 132
 IMPL = "triton"
@@ -31,8 +25,9 @@ class Launch:
     """A recorded launch, with its arguments by name."""
 
     def __init__(self, kernel, grid, args, options):
-        names = [p.name for p in kernel.params] if hasattr(kernel, "params") else kernel.arg_names
-        self.name = kernel.__name__.removesuffix("_kernel")
+        function = getattr(kernels, kernel)
+        names = [p.name for p in function.params] if hasattr(function, "params") else function.arg_names
+        self.name = kernel.removesuffix("_kernel")
         self.grid, self.options = grid, options
         self.given = named(dict(zip(names, args, strict=False)) | options)
 
@@ -77,18 +72,17 @@ def call(record, size, dtype=torch.bfloat16, labels=None, queue=0, part=(0, -1),
 @pytest.mark.parametrize(
     ("kernel", "numbers"),
     [
-        (sums_kernel, (Sizes, SumsWork)),
-        (gradient_kernel, (Sizes, GradientWork)),
-        (waves.wave_kernel, (Sizes,)),
-        (view_tables_kernel, (Sizes,)),
-        (class_tables_kernel, (Sizes,)),
-        (load_rows_kernel, (Source,)),
-        (finish_rows_kernel, (Finish,)),
+        ("sums_kernel", (Sizes, SumsWork)),
+        ("gradient_kernel", (Sizes, GradientWork)),
+        ("wave_kernel", (Sizes,)),
+        ("view_tables_kernel", (Sizes,)),
+        ("class_tables_kernel", (Sizes,)),
+        ("load_rows_kernel", (Source,)),
+        ("finish_rows_kernel", (Finish,)),
     ],
-    ids=lambda x: getattr(x, "__name__", None),
 )
 def test_kernels_take_the_numbers_in_the_order_of_their_tuples(kernel, numbers):
-    names = list(inspect.signature(kernel.fn).parameters)
+    names = list(inspect.signature(getattr(kernels, kernel).fn).parameters)
     for record in numbers:
         begin = names.index(record._fields[0])
         assert names[begin : begin + len(record._fields)] == list(record._fields)

@@ -12,7 +12,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import selfsup_kernels as sk
-from selfsup_kernels.tiles import gradient, rows, tables, waves
+from selfsup_kernels.tiles import kernels
 
 torch.set_num_threads(1)
 torch.manual_seed(0)
@@ -60,13 +60,9 @@ queue = torch.randn(70, 64, dtype=torch.bfloat16)
 some = launched(lambda: info_nce(100, core_view=1, queue=queue))
 found["other core"] = some["sums_kernel"].values["core_view"]
 # A training step does not recompile because a size or the alignment of a pointer changes.
-gradient = [gradient.gradient_kernel]
-waves = [waves.wave_kernel, waves.product_kernel]
-load, finish, tables = (
-    rows.load_rows_kernel,
-    rows.finish_rows_kernel,
-    tables.view_tables_kernel,
-)
+gradient = [kernels.gradient_kernel]
+waves = [kernels.wave_kernel, kernels.product_kernel]
+load, finish, tables = kernels.load_rows_kernel, kernels.finish_rows_kernel, kernels.view_tables_kernel
 places = torch.linspace(0.1, 0.2, 3)
 fresh["batch"] = variants([*gradient, load, finish, tables], info_nce, 64, 1000, 257, 2)
 fresh["labels"] = variants(gradient, lambda n: info_nce(n, labels=torch.arange(n) % 3), 64, 65, 66, 67)

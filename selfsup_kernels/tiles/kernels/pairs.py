@@ -1,12 +1,10 @@
 """A tile of G, the gradient of pairs: G_ij = exp(S_ij - reference) (w_i + w_j), from both rows as anchors."""
 
-import torch
 import triton
 import triton.language as tl
 
-from selfsup_kernels.tiles import launcher
-from selfsup_kernels.tiles.classes import class_gradient
-from selfsup_kernels.tiles.tile import LOG2E, relative_exponential
+from selfsup_kernels.tiles.kernels.classes import class_gradient
+from selfsup_kernels.tiles.kernels.tile import LOG2E, relative_exponential
 
 
 @triton.jit
@@ -74,8 +72,3 @@ def pair_gradient(
             if y.local + tile.BLOCK_N > limit:  # only in float16, where it may be infinite
                 g = tl.where((ys < limit)[None, :], g, 0.0)
     return g
-
-
-def partial_sums(layout, splits, queues, stored):
-    """Allocate ``partial`` (splits + queues, own rows, S), which ``finish_rows`` adds up."""
-    return launcher.empty((splits + queues, layout.views * layout.part[1], layout.stride), torch.float32, stored.device)

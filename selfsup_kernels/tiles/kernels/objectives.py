@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from selfsup_kernels.info_nce.objectives import Columns, Numerator, Positives
-from selfsup_kernels.tiles.tile import log_add, log_ratio, log_sum_exp, negatives_meet, sigmoid
+from selfsup_kernels.tiles.kernels.tile import log_add, log_ratio, log_sum_exp, negatives_meet, sigmoid
 
 ALL, OWN_AND_OTHER = tl.constexpr(int(Columns.ALL)), tl.constexpr(int(Columns.OWN_AND_OTHER))
 ALL_INSIDE, ITSELF, NONE_INSIDE = (tl.constexpr(int(x)) for x in (Positives.ALL, Positives.ITSELF, Positives.NONE))

@@ -4,27 +4,22 @@ Rows are sorted by class, so that those of a block's classes are neighbours: a p
 class of a row is named by the row where it begins.
 """
 
-import torch
 import triton
 import triton.language as tl
 
-from selfsup_kernels.tiles import launcher
-from selfsup_kernels.tiles.arguments import Classes, Sizes
-from selfsup_kernels.tiles.layout import PADDING
-from selfsup_kernels.tiles.objectives import ALL_INSIDE, ITSELF, LOG_SUM, MEAN, NONE_INSIDE
-from selfsup_kernels.tiles.tables import (
+from selfsup_kernels.tiles.arguments import Sizes
+from selfsup_kernels.tiles.kernels.objectives import ALL_INSIDE, ITSELF, LOG_SUM, MEAN, NONE_INSIDE
+from selfsup_kernels.tiles.kernels.tables import (
     PARTS_BLOCK,
-    TABLE_BLOCK,
     Anchors,
     Column,
     block_scores,
-    loss_and_parts,
     negatives,
     store_weights,
-    table_tile,
     total_loss,
 )
-from selfsup_kernels.tiles.tile import LOG2E, finite_or_zero, log_add, log_ratio, score_reference, sigmoid
+from selfsup_kernels.tiles.kernels.tile import LOG2E, finite_or_zero, log_add, log_ratio, score_reference, sigmoid
+from selfsup_kernels.tiles.layout import PADDING
 
 
 @triton.jit
@@ -75,28 +70,6 @@ def sort_kernel(
         tl.store(classes.end + padding, zero, mask=padding < rows)
 
 
-def sort_by_class(layout, labels):
-    """Return ``Saved.order`` and ``Saved.classes``, the samples sorted by label."""
-    samples = layout.call.batch
-    order = launcher.empty(samples, torch.int64, labels.device)
-    classes = launcher.empty((2, layout.rows), torch.int32, labels.device)
-    launcher.launch(
-        sort_kernel,
-        (launcher.cdiv(samples, SORT_BLOCK),),
-        labels,
-        order,
-        Classes(*classes),
-        labels.stride(0),
-        samples,
-        layout.rows,
-        NUM_VIEWS=layout.call.num_views,
-        BLOCK=SORT_BLOCK,
-        STEP=SORT_STEP,
-    )
-    return order, classes
-
-
-SORT_BLOCK, SORT_STEP = 32, 128
 PADDED = tl.constexpr(PADDING)
 """More rows than the padding of the last block."""
 
@@ -109,7 +82,7 @@ def class_tables_kernel(
 ):  # fmt: skip
     """Write weights, log_weights and positives (:func:`pair_coefficient`) of BLOCK anchors, and the losses of those of
     this process, from ``first_sample`` on. An anchor without positives has loss 0 and no gradient. ``loss``: (V, own),
-    or () for loss_factor times the sum, with ``parts`` (:func:`selfsup_kernels.tiles.tables.total_loss`)."""
+    or () for loss_factor times the sum, with ``parts`` (:func:`selfsup_kernels.tiles.kernels.tables.total_loss`)."""
     BLOCK: tl.constexpr = tile.BLOCK
     sizes = Sizes(rows, batch, padded, queue, views, core_view)
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -223,28 +196,3 @@ def class_gradient(g, s, x, y, saved, upstream, sizes, rules: tl.constexpr, tile
         y_scale = tile.FACTOR * tl.load(upstream + y, mask=y_in, other=0.0)
         both = cx * x_scale[:, None] + cy * y_scale[None, :]
     return tl.where(same, tl.where(x[:, None] == y[None, :], 0.0, both), g)
-
-
-def class_tables(layout, saved, sums, precision):
-    """Write log_weights, weights and positives; return the loss of this process's anchors, by the call's reduction."""
-    call = layout.call
-    programs = launcher.cdiv(layout.batch, TABLE_BLOCK)
-    loss, parts, factor = loss_and_parts(layout, programs, saved.rows.device)
-    launcher.launch(
-        class_tables_kernel,
-        (programs,),
-        sums,
-        saved._replace(inverse_norms=None),
-        loss,
-        parts,
-        factor,
-        *layout.sizes,
-        call.first,
-        call.own,
-        NUM_VIEWS=call.num_views,
-        HAS_QUEUE=int(call.queue_rows > 0),
-        rules=layout.rules,
-        tile=table_tile(layout, saved.rows.dtype, precision),
-        num_warps=8,
-    )
-    return loss

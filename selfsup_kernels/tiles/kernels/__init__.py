@@ -1,0 +1,30 @@
+"""InfoNCE's kernels in Triton. The functions that launch them, in :mod:`selfsup_kernels.tiles`, know their names only:
+machine code that was compiled ahead of time needs no Triton, and this package is imported for any other."""
+
+from selfsup_kernels.tiles.kernels.classes import class_tables_kernel, sort_kernel
+from selfsup_kernels.tiles.kernels.gradient import gradient_kernel
+from selfsup_kernels.tiles.kernels.rows import (
+    clear_kernel,
+    finish_rows_kernel,
+    load_rows_kernel,
+    sum_kernel,
+    upstream_kernel,
+)
+from selfsup_kernels.tiles.kernels.sums import sums_kernel
+from selfsup_kernels.tiles.kernels.tables import view_tables_kernel
+from selfsup_kernels.tiles.kernels.waves import product_kernel, wave_kernel
+
+__all__ = [
+    "class_tables_kernel",
+    "clear_kernel",
+    "finish_rows_kernel",
+    "gradient_kernel",
+    "load_rows_kernel",
+    "product_kernel",
+    "sort_kernel",
+    "sum_kernel",
+    "sums_kernel",
+    "upstream_kernel",
+    "view_tables_kernel",
+    "wave_kernel",
+]
