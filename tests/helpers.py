@@ -234,7 +234,7 @@ def info_nce_call(
     )
 
 
-def on_the_stub(script: str) -> dict:
+def on_the_stub(script: str, **environment) -> dict:
     """Run a script of tests/gpu/stub_driver and return the JSON that it prints.
 
     It is a process of its own, since this one may be interpreting Triton's kernels.
@@ -246,7 +246,7 @@ def on_the_stub(script: str) -> dict:
         [sys.executable, root / "tests/gpu/stub_driver" / script],
         capture_output=True,
         text=True,
-        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(root)},
+        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment | {"PYTHONPATH": str(root)},
     )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)

@@ -22,9 +22,8 @@ from selfsup_kernels.tiles.code import Code, Descriptor, MapFacts
 
 PACKAGE = Path(__file__).resolve().parents[1]
 PATH = PACKAGE / "_kernels.zip"
-
-OFF = os.environ.get("SELFSUP_KERNELS_ARCHIVE") == "0"
-"""Triton compiles all kernels."""
+ENVIRONMENT = "SELFSUP_KERNELS_ARCHIVE"
+"""Names another file, or is "0": Triton compiles all kernels."""
 
 ARCHITECTURES = {80: 80, 86: 86, 89: 86, 90: 90, 100: 100, 120: 120}
 """Compute capability of a device -> that of the machine code that it runs."""
@@ -84,7 +83,7 @@ def _kind(value, constant=False, specialized=True, aligned=True):
 class Archive:
     """An open file."""
 
-    def __init__(self, path: Path = PATH):
+    def __init__(self, path: Path):
         self._file = zipfile.ZipFile(path)
         self._lock = threading.Lock()
         facts = json.loads(self._file.read("index.json"))
@@ -107,7 +106,9 @@ class Archive:
         if architecture is None or kernel not in self.kernels:
             return None
         name = key(kernel, self.kernels[kernel], arguments, options)
-        if (found := self._loaded.get((name, device))) is None and (entry := self.entries(architecture).get(name)):
+        if (found := self._loaded.get((name, architecture, device))) is None and (
+            entry := self.entries(architecture).get(name)
+        ):
             with self._lock:
                 image = self._file.read(entry["file"])
             maps = [MapFacts(*facts) for facts in entry["maps"]]
@@ -118,17 +119,18 @@ class Archive:
                     image, found.name, found.shared_bytes, device.index or 0, device.type == "cuda"
                 )
             )
-            self._loaded[name, device] = found
+            self._loaded[name, architecture, device] = found
         return found
 
 
 @functools.cache
 def opened() -> Archive | None:
     """Return the archive of this package; None if it has none, or one of other kernels."""
-    if OFF or backends.load_extension()[0] is None:
+    path = os.environ.get(ENVIRONMENT) or PATH
+    if path == "0" or backends.load_extension()[0] is None:
         return None
     try:
-        archive = Archive()
+        archive = Archive(Path(path))
     except (OSError, KeyError, ValueError, zipfile.BadZipFile):
         return None
     return archive if archive.source == source_digest() else None

@@ -6,6 +6,7 @@ machine code that was compiled ahead of time.
 
 import struct
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -55,7 +56,8 @@ class Input(float):
     """A number that may differ in each replay of a tape; any other is the same for all calls with one signature."""
 
 
-class Descriptor(NamedTuple):
+@dataclass(frozen=True)
+class Descriptor:
     """Rows that a kernel loads in blocks through a tensor map (TMA)."""
 
     base: torch.Tensor

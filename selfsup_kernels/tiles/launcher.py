@@ -54,10 +54,8 @@ def _from_archive(kernel, args, options):
 
 def _first_tensor(args):
     """Return a tensor of a launch: each has one among its first argument."""
-    first = args[0]
-    while isinstance(first, tuple):  # a descriptor is one, too
-        first = first[0]
-    return first
+    first = args[0][0] if isinstance(args[0], tuple) else args[0]
+    return first.base if isinstance(first, Descriptor) else first
 
 
 def _absolute(tensor):

@@ -51,6 +51,10 @@ class Recorder(TorchDispatchMode):
     """Watch the launches and allocations of a call. As a dispatch mode it sees PyTorch's own operators as well, which a
     tape cannot repeat: it refuses all but views and the allocations of :func:`selfsup_kernels.tiles.launcher.empty`."""
 
+    @classmethod
+    def _should_skip_dynamo(cls):
+        return False  # PyTorch's way to skip would import torch._dynamo, for seconds; no op is traced as it runs
+
     def __init__(self, inputs):
         super().__init__()
         self.inputs = inputs

@@ -7,6 +7,7 @@ separate process, before anything else loads libcuda.so.1.
 
 import contextlib
 import ctypes
+import hashlib
 import math
 import os
 import struct
@@ -45,8 +46,8 @@ class TensorMap(NamedTuple):
 
 class Launched(NamedTuple):
     kernel: str
-    variant: int
-    """The number of its machine code, in the order of loading."""
+    variant: str
+    """A digest of its instructions."""
     grid: tuple
     threads: int
     shared: int
@@ -80,6 +81,8 @@ class Cubin:
         counts = [v for a, v in self._attributes(image, sections[".nv.info"]) if a == 0x2F]  # EIATTR_REGCOUNT
         self.registers = max(struct.unpack("<2I", value)[1] for value in counts)
         self.static = sections.get(f".nv.shared.{self.name}", [0] * 6)[5]
+        _, _, _, _, at, size, *_ = sections[f".text.{self.name}"]
+        self.digest = hashlib.sha256(ctypes.string_at(image + at, size)).hexdigest()
 
     @staticmethod
     def _attributes(image, section):
@@ -182,7 +185,9 @@ class Stub:
         raw = [self.maps[struct.unpack_from("Q", data)[0] - 1] if len(data) == MAP_BYTES else data for data in raw]
         pointers = [i for i, (_, kind, *_) in enumerate(self.expected or ()) if kind[0] == "*"]
         self.expected = None
-        self.launches.append(Launched(cubin.name, kernel, (x, y, z), threads, shared, values, raw, pointers, replayed))
+        self.launches.append(
+            Launched(cubin.name, cubin.digest, (x, y, z), threads, shared, values, raw, pointers, replayed)
+        )
         return self._refuse(*(f"{cubin.name}: {reason}" for reason, is_so in wrong.items() if is_so))
 
     def _values(self, cubin, raw):
@@ -228,8 +233,13 @@ def _flat(name, kind, value, attributes, path):
         yield name, kind, value.data_ptr() if kind[0] == "*" else value, divisible
 
 
+stub: Stub | None = None
+"""The one of this process."""
+
+
 def install(folder: Path) -> Stub:
     """Make the stub Triton's driver; CPU tensors take the place of tensors on device 0, an H100."""
+    global stub
     stub = Stub(folder)
     from triton.backends.nvidia import driver as nvidia
 
