@@ -32,6 +32,8 @@ class Sizes(NamedTuple):
     """V; 1 with labels. The queue is view V."""
     core_view: int
     """Negative: none."""
+    columns: int
+    """:class:`selfsup_kernels.info_nce.objectives.Columns`."""
 
 
 class Classes(NamedTuple):
@@ -67,8 +69,6 @@ class Tile(NamedTuple):
     rows."""
     SPAN_N: int
     """Likewise BLOCK_N."""
-    STRIDE: int
-    """S, the numbers from one stored row to the next."""
     RESIDENT: bool
     """Rows are as wide as BLOCK_K, so that blocks of them stay loaded."""
     DESCRIPTOR: bool
@@ -86,10 +86,6 @@ class RowTile(NamedTuple):
     """Rows of a program."""
     BLOCK_K: int
     """Numbers of a row that are loaded at a time."""
-    DIM: int
-    """D."""
-    STRIDE: int
-    """S, the numbers from one stored row to the next."""
     PRECISION: str | None = None
     """``input_precision`` of ``tl.dot``."""
 
@@ -105,6 +101,8 @@ class Source(NamedTuple):
     """Stored rows, padding included."""
     first_row: int
     """The first of them."""
+    columns: int
+    """C, or 0 for the rows of the queue."""
 
 
 class Finish(NamedTuple):
@@ -124,6 +122,10 @@ class Finish(NamedTuple):
     part_first: int
     """The first row of each view that ``partial`` has."""
     part_rows: int
+    views: int
+    """V."""
+    queues: int
+    """Slots of ``partial`` that hold pairs with the queue, after the others."""
 
 
 class SumsWork(NamedTuple):

@@ -14,16 +14,13 @@ from typing import NamedTuple
 import torch
 
 from selfsup_kernels.tiles.arguments import Tile
-from selfsup_kernels.tiles.layout import takes_tf32
+from selfsup_kernels.tiles.layout import WIDTHS, takes_tf32
 
 TABLE = Path(__file__).with_name("configs.json")
 ENVIRONMENT = "SELFSUP_KERNELS_TRITON_CONFIGS"
 
 ARCHITECTURES = (80, 89, 90, 100, 120)
 """Those of the table. A device takes the entry of the last one that is not above it."""
-
-WIDTHS = (16, 32, 64, 128, 256)
-"""Rows of up to this many numbers have an entry of their own; "long" ones pass through shared memory in pieces."""
 
 
 class Config(NamedTuple):
@@ -103,9 +100,11 @@ def override(entries: dict[str, Config | None]):
 
 def tile(config: Config, stride: int, precision: str, spans: Config | None = None, factor: float = 1.0) -> Tile:
     """The constants of a kernel's tiles; ``spans``: the configuration of the launch without masks."""
+    if stride % config.block_k:
+        raise ValueError(f"{ENVIRONMENT}: block_k must divide the {stride} numbers of a row, got {config}")
     spans = spans or config
     blocks = config.block_m, config.block_n, config.block_k, spans.block_m, spans.block_n
-    return Tile(*blocks, stride, config.block_k >= stride, config.descriptor, precision, factor)
+    return Tile(*blocks, config.block_k == stride, config.descriptor, precision, factor)
 
 
 def check_divides(kernel: str, spans: Config, config: Config) -> None:

@@ -62,7 +62,7 @@ def gradient(layout, saved, upstream, factor, precision):
                 ),
                 PART=part,
                 ACCUMULATE=begin > 0,
-                rules=layout.rules,
+                rules=layout.pair_rules,
                 tile=tile,
                 **config.options,
             )

@@ -10,6 +10,11 @@ PADDING = 256
 into the next view."""
 
 
+WIDTHS = (16, 32, 64, 128, 256)
+"""Stored rows have one of these widths, which the table of configurations has an entry for each of; longer ones, which
+are "long" there, pass through shared memory in pieces."""
+
+
 class Layout:
     """The places of a call's rows. With labels all views form one, sorted by class, and ``views`` is 1."""
 
@@ -67,19 +72,27 @@ class Layout:
 
     @property
     def stride(self):
-        """Numbers from one stored row to the next: a multiple of 16 bytes for every dtype, and of what a product
-        takes."""
-        return _round_up(self.call.dim, 16)
+        """S, the numbers from one stored row to the next: the least width of the table of configurations that holds a
+        row, or for longer rows a multiple of 64, so that tiles need no masks and few widths have kernels of their own.
+        """
+        return next((width for width in WIDTHS if self.call.dim <= width), _round_up(self.call.dim, 64))
 
     @property
     def sizes(self):
         call = self.call
-        return Sizes(self.rows, self.batch, self.padded, call.queue_rows, self.views, call.core_view)
+        return Sizes(self.rows, self.batch, self.padded, call.queue_rows, self.views, call.core_view, call.columns)
 
     @property
     def rules(self):
         call = self.call
         return Rules(call.columns, call.inside, call.numerator, call.labelled, call.normalize)
+
+    @property
+    def pair_rules(self):
+        """The rules that kernels of pairs are compiled for: None for those that they do not depend on."""
+        if self.call.labelled:
+            return self.rules._replace(columns=None)
+        return self.rules._replace(columns=None, inside=None, numerator=None)
 
 
 def _round_up(x, multiple):

@@ -25,7 +25,7 @@ def upstream_of_rows(layout, grad, order):
         layout.call.batch,
         layout.padded,
         layout.rows,
-        NUM_VIEWS=layout.call.num_views,
+        layout.call.num_views,
         BLOCK=UPSTREAM_BLOCK,
         num_warps=16,
     )
@@ -44,7 +44,7 @@ def _tile(layout):
     """Return (blocks of rows, warps): about 4096 numbers in registers, whole rows."""
     width = max(16, launcher.next_power_of_2(layout.stride))
     rows = max(1, min(64, 4096 // width))
-    return RowTile(rows, width, layout.call.dim, layout.stride), 4 if width <= 4096 else 16
+    return RowTile(rows, width), 4 if width <= 4096 else 16
 
 
 def load_rows(layout, views, queue, order, classes, temperature_tensor):
@@ -75,7 +75,7 @@ def load_rows(layout, views, queue, order, classes, temperature_tensor):
     tile, warps = _tile(layout)
     to = only(saved, "rows", "inverse_norms", "scalars")
 
-    def fill(sources, order, source, columns):
+    def fill(sources, order, source):
         launcher.launch(
             "load_rows_kernel",
             (launcher.cdiv(source.rows, tile.BLOCK),),
@@ -88,8 +88,9 @@ def load_rows(layout, views, queue, order, classes, temperature_tensor):
             temperature,
             call.eps,
             *source,
+            call.dim,
+            layout.stride,
             NUM_VIEWS=len(sources),
-            COLUMNS=columns,
             NORMALIZE=call.normalize,
             tile=tile,
             num_warps=warps,
@@ -97,9 +98,9 @@ def load_rows(layout, views, queue, order, classes, temperature_tensor):
 
     if queue is not None and call.queue_rows:
         queue = queue if queue.stride(1) == 1 or queue.shape[1] == 1 else queue.contiguous()
-        fill([queue], None, Source(layout.queue_padded, call.queue_rows, layout.queue_padded, layout.rows), 0)
+        fill([queue], None, Source(layout.queue_padded, call.queue_rows, layout.queue_padded, layout.rows, 0))
     by_class = order if call.labelled else None
-    fill(views, by_class, Source(layout.padded, call.batch, layout.rows, 0), columns)
+    fill(views, by_class, Source(layout.padded, call.batch, layout.rows, 0, columns))
     return saved, sums
 
 
@@ -111,6 +112,7 @@ def finish_rows(layout, partial, splits, saved, upstream, grad_scale, constant, 
     grad_temperature = launcher.empty((), torch.float64, device)
     parts = launcher.empty(layout.rows, torch.float64, device) if need_temperature else None
     tile, warps = _tile(layout)
+    views, queues = call.num_views, partial.shape[0] - splits
     order = ("order",) if call.labelled else ()
     launcher.launch(
         "finish_rows_kernel",
@@ -123,10 +125,10 @@ def finish_rows(layout, partial, splits, saved, upstream, grad_scale, constant, 
         grad_temperature,
         parts,
         constant,
-        *Finish(layout.padded, call.batch, layout.rows, splits, call.first, call.own, *layout.part),
-        NUM_VIEWS=call.num_views,
+        *Finish(layout.padded, call.batch, layout.rows, splits, call.first, call.own, *layout.part, views, queues),
+        call.dim,
+        layout.stride,
         LABELLED=call.labelled,
-        QUEUES=partial.shape[0] - splits,
         NORMALIZE=call.normalize,
         FACTOR=factor,
         LIMIT=65504.0 if dtype == torch.float16 else 0.0,

@@ -8,7 +8,7 @@ from selfsup_kernels.tiles.arguments import SumsWork
 def pair_sums(layout, saved, sums, precision):
     """Launch :func:`sums_kernel` over all tiles."""
     call, stored = layout.call, saved.rows
-    rules = layout.rules._replace(inside=None, numerator=None)  # sums do not depend on them: no kernel of their own
+    rules = layout.pair_rules._replace(inside=None, numerator=None)  # sums do not depend on them
     clean, masked = (
         configs.lookup(k, launcher.arch_of(stored), stored.dtype, layout.stride) for k in ("sums", "masked_sums")
     )
@@ -55,6 +55,7 @@ def pair_sums(layout, saved, sums, precision):
             saved.classes,
             *layout.sizes,
             *SumsWork(items, chunk, first_block, own_blocks),
+            layout.stride,
             PART=part,
             PAIRED=launcher.arch_of(stored) // 10 != 10,
             SYMMETRIC=symmetric,

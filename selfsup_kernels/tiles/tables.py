@@ -36,7 +36,7 @@ def view_tables(layout, saved, sums, precision):
         *layout.sizes,
         call.first,
         call.own,
-        HAS_QUEUE=int(call.queue_rows > 0),
+        layout.stride,
         WIDTH=launcher.next_power_of_2(max(2, call.columns_of_tables)),
         rules=layout.rules,
         tile=table_tile(layout, saved.rows.dtype, precision),
@@ -53,7 +53,7 @@ TABLE_BLOCK = 32
 def table_tile(layout, dtype, precision):
     """Fewer numbers of a row are loaded at a time in float32, whose exact products need more registers."""
     width = min(32 if dtype == torch.float32 else 64, max(16, launcher.next_power_of_2(layout.stride)))
-    return RowTile(TABLE_BLOCK, width, layout.call.dim, layout.stride, precision)
+    return RowTile(TABLE_BLOCK, width, precision)
 
 
 def sort_by_class(layout, labels):
@@ -70,7 +70,7 @@ def sort_by_class(layout, labels):
         labels.stride(0),
         samples,
         layout.rows,
-        NUM_VIEWS=layout.call.num_views,
+        layout.call.num_views,
         BLOCK=SORT_BLOCK,
         STEP=SORT_STEP,
     )
@@ -96,8 +96,8 @@ def class_tables(layout, saved, sums, precision):
         *layout.sizes,
         call.first,
         call.own,
-        NUM_VIEWS=call.num_views,
-        HAS_QUEUE=int(call.queue_rows > 0),
+        call.num_views,
+        layout.stride,
         rules=layout.rules,
         tile=table_tile(layout, saved.rows.dtype, precision),
         num_warps=8,

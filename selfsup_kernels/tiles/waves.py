@@ -29,7 +29,7 @@ def in_waves(layout, stored, tables, upstream, factor, precision):
     x, y = launcher.tile_sources(stored, pairs)
     # Rows are too wide to stay loaded.
     wave_tile = configs.tile(pairs, layout.stride, precision, factor=factor)._replace(RESIDENT=False)
-    product_tile = configs.tile(product, layout.stride, precision)
+    product_tile = configs.tile(product, product.block_k, precision)  # its pieces are of rows of G
     _, x_end = layout.own_rows()
     product_sources = launcher.product_sources(workspace, stored, product)
     for u, v in visits(layout):
@@ -53,7 +53,8 @@ def in_waves(layout, stored, tables, upstream, factor, precision):
                     x_first,
                     y_first,
                     width,
-                    rules=layout.rules,
+                    layout.stride,
+                    rules=layout.pair_rules,
                     tile=wave_tile,
                     **pairs.options,
                 )
@@ -68,6 +69,7 @@ def in_waves(layout, stored, tables, upstream, factor, precision):
                     x_count,
                     y_count,
                     width,
+                    layout.stride,
                     FIRST=bool(first),
                     tile=product_tile,
                     **product.options,

@@ -144,7 +144,7 @@ def test_masked_and_clean_tiles_share_the_pairs(impl, device, monkeypatch, clean
 
     def chosen(kernel, architecture, kind, width):
         m, n = shapes.get(kernel, (32, 32))
-        return configs.Config(block_m=m, block_n=n, block_k=32, num_warps=4, num_stages=2)
+        return configs.Config(block_m=m, block_n=n, block_k=16, num_warps=4, num_stages=2)
 
     monkeypatch.setattr(configs, "_lookup", chosen)
     compare_info_nce(impl, randn(2, batch, 16).to(device), **arguments)

@@ -40,7 +40,11 @@ def named(given):
     flat = {}
     for name, value in given.items():
         if hasattr(value, "_asdict"):
-            flat |= {k if name in ("tile", "rules") else f"{name}.{k}": v for k, v in named(value._asdict()).items()}
+            fields = named(value._asdict())
+            if name in ("tile", "rules"):
+                flat |= {k: v for k, v in fields.items() if v is not None}  # None: the kernel does not depend on it
+            else:
+                flat |= {f"{name}.{k}": v for k, v in fields.items()}
         else:
             flat[name] = value
     return flat
@@ -108,7 +112,7 @@ def test_many_rows_leave_the_masks_to_kernels_of_their_own(record):
     clean, masked, finish = backward
     assert clean.grid == (2 * 8192 // clean["BLOCK_M"], 1)
     assert masked.grid == (2 * 8192 // masked["BLOCK_M"], 1)
-    assert (clean["slot"], masked["slot"], finish["splits"], finish["QUEUES"]) == (0, 1, 2, 0)
+    assert (clean["slot"], masked["slot"], finish["splits"], finish["queues"]) == (0, 1, 2, 0)
     assert finish["partial"].shape == (2, 2 * 8192, 128)
     # Only the clean part limits the registers, and so sets the number of programs per SM.
     config = configs.lookup("sums", 90, torch.bfloat16, 128)
@@ -297,18 +301,18 @@ def test_labels_make_one_view_of_all(record):
     assert names(backward) == ["gradient", "finish_rows"]
     assert forward[2]["views"] == 1
     assert forward[2]["batch"] == 200
-    assert backward[1]["NUM_VIEWS"] == 2
+    assert backward[1]["views"] == 2
 
 
 def test_the_queue_is_stored_behind_the_views(record):
     forward, backward = call(record, (2, 300, 32), queue=70)
     assert names(forward) == ["load_rows", "load_rows", "sums", "view_tables"]
     queue, views = forward[:2]
-    assert (queue["first_row"], queue["rows"], queue["COLUMNS"]) == (1024, 256, 0)
-    assert (views["first_row"], views["rows"], views["COLUMNS"]) == (0, 1024, 3)
+    assert (queue["first_row"], queue["rows"], queue["columns"]) == (1024, 256, 0)
+    assert (views["first_row"], views["rows"], views["columns"]) == (0, 1024, 3)
     assert views["saved.rows"].shape == (1280, 32)
     assert backward[0]["queue"] == 70  # without padding
-    assert backward[1]["QUEUES"] == 1
+    assert backward[1]["queues"] == 1
 
 
 def test_memory_is_linear_in_the_rows(record):

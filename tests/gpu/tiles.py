@@ -22,6 +22,8 @@ def small(way):
             "gradient": (rows, rows, 256 if width == "256" else 64),
             "masked_gradient": (16, 32, 256 if width == "256" else 64),
         }.get(kernel, (32, 32, 32))
+        if width != "long" and kernel != "product":
+            k = min(k, int(width))
         return Config(block_m=m, block_n=n, block_k=k, num_warps=4, num_stages=2)
 
     return lookup

@@ -33,10 +33,8 @@ def _count(below, up_to, labels, start, own, stride, samples, STEP: tl.constexpr
     return below, up_to
 
 
-@triton.jit(do_not_specialize=["stride", "samples", "rows"], do_not_specialize_on_alignment=["labels"])
-def sort_kernel(
-    labels, order, classes, stride, samples, rows, NUM_VIEWS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr
-):
+@triton.jit(do_not_specialize=["stride", "samples", "rows", "views"], do_not_specialize_on_alignment=["labels"])
+def sort_kernel(labels, order, classes, stride, samples, rows, views, BLOCK: tl.constexpr, STEP: tl.constexpr):
     """order, classes <- those of ``Saved``, from ``labels`` (samples,): samples with one label keep their order.
 
     A program finds the places of BLOCK samples by comparing their labels with all others, STEP at a time, which takes
@@ -59,12 +57,12 @@ def sort_kernel(
     first, end = tl.sum(below, 1), tl.sum(up_to, 1)
     place = first + before
     tl.store(order + place, i.to(tl.int64), mask=valid)
-    for view in tl.static_range(NUM_VIEWS):
-        row = place * NUM_VIEWS + view
-        tl.store(classes.first + row, first * NUM_VIEWS, mask=valid)
-        tl.store(classes.end + row, end * NUM_VIEWS, mask=valid)
+    for view in range(views):
+        row = place * views + view
+        tl.store(classes.first + row, first * views, mask=valid)
+        tl.store(classes.end + row, end * views, mask=valid)
     if tl.program_id(0) == 0:
-        padding = samples * NUM_VIEWS + tl.arange(0, PADDED)
+        padding = samples * views + tl.arange(0, PADDED)
         zero = tl.zeros((PADDED,), tl.int32)
         tl.store(classes.first + padding, zero, mask=padding < rows)
         tl.store(classes.end + padding, zero, mask=padding < rows)
@@ -74,17 +72,17 @@ PADDED = tl.constexpr(PADDING)
 """More rows than the padding of the last block."""
 
 
-@triton.jit(do_not_specialize=[*Sizes._fields, "first_sample", "own"])
+@triton.jit(do_not_specialize=[*Sizes._fields, "first_sample", "own", "num_views"])
 def class_tables_kernel(
     sums, saved, loss, parts, loss_factor: tl.float64,
-    rows, batch, padded, queue, views, core_view, first_sample, own,
-    NUM_VIEWS: tl.constexpr, HAS_QUEUE: tl.constexpr, rules: tl.constexpr, tile: tl.constexpr,
+    rows, batch, padded, queue, views, core_view, columns, first_sample, own, num_views, stride,
+    rules: tl.constexpr, tile: tl.constexpr,
 ):  # fmt: skip
     """Write weights, log_weights and positives (:func:`pair_coefficient`) of BLOCK anchors, and the losses of those of
     this process, from ``first_sample`` on. An anchor without positives has loss 0 and no gradient. ``loss``: (V, own),
     or () for loss_factor times the sum, with ``parts`` (:func:`selfsup_kernels.tiles.kernels.tables.total_loss`)."""
     BLOCK: tl.constexpr = tile.BLOCK
-    sizes = Sizes(rows, batch, padded, queue, views, core_view)
+    sizes = Sizes(rows, batch, padded, queue, views, core_view, columns)
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = row < batch
     group = tl.load(saved.classes.first + row, mask=valid, other=-2)
@@ -92,9 +90,9 @@ def class_tables_kernel(
     last = tl.load(saved.classes.end + tl.minimum(tl.program_id(0) * BLOCK + BLOCK, batch) - 1)
     scale = score_reference(saved.scalars, rules.normalize)
     n = tl.full((BLOCK,), float("-inf"), tl.float64)
-    for c in range(1 + HAS_QUEUE):
+    for c in range(1 + (queue > 0).to(tl.int32)):
         column = Column(c, tl.where(c == 1, rows, 0), tl.where(c == 1, queue, batch), c == 0)
-        n = log_add(n, negatives(sums, saved, Anchors(row, group, valid), column, scale, sizes, True, tile))
+        n = log_add(n, negatives(sums, saved, Anchors(row, group, valid), column, scale, sizes, stride, True, tile))
     near = n.to(tl.float32)
 
     top = tl.full((BLOCK,), float("-inf"), tl.float32)
@@ -103,7 +101,7 @@ def class_tables_kernel(
     share = tl.zeros((BLOCK,), tl.float64)
     for start in range(first, last, BLOCK):
         other = start + tl.arange(0, BLOCK)
-        s = block_scores(saved.rows, row, other, last, scale, tile)
+        s = block_scores(saved.rows, row, other, last, scale, stride, tile)
         theirs = tl.load(saved.classes.first + other, mask=other < last, other=-1)
         positive = (group[:, None] == theirs[None, :]) & (row[:, None] != other[None, :])
         if rules.inside == ITSELF:
@@ -140,7 +138,7 @@ def class_tables_kernel(
         value = den - linear / count
         weight = -den
         pivot, factor = den, tl.where(alone, 0.0, 1.0)
-    view, place = row % NUM_VIEWS, row // NUM_VIEWS
+    view, place = row % num_views, row // num_views
     sample = tl.load(saved.order + place, mask=valid, other=0)
     sample -= first_sample
     mine = valid & (sample >= 0) & (sample < own)
@@ -150,7 +148,7 @@ def class_tables_kernel(
     else:
         total_loss(tl.sum(tl.where(mine, value, 0.0), 0), parts, loss, saved.scalars, loss_factor, PARTS_BLOCK)
     weight = tl.where(alone, none, weight)
-    for c in range(1 + HAS_QUEUE):
+    for c in range(1 + (queue > 0).to(tl.int32)):
         store_weights(saved, weight, scale, c * rows + row, valid)
     tl.store(saved.positives + row, tl.where(alone, 0.0, pivot).to(tl.float32), mask=valid)
     tl.store(saved.positives + rows + row, tl.where(alone, 0.0, 1.0 / count).to(tl.float32), mask=valid)

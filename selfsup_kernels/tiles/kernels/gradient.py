@@ -16,7 +16,7 @@ from selfsup_kernels.tiles.kernels.tile import SLOW, load_tile, negatives_meet, 
 @triton.jit(do_not_specialize=[*Sizes._fields, *GradientWork._fields])
 def gradient_kernel(
     source_x, source_y, saved, upstream, partial,
-    rows, batch, padded, queue, views, core_view,
+    rows, batch, padded, queue, views, core_view, columns,
     shares, slot, queue_slot, first_block, own_blocks, part_first, part_rows, begin, end,
     PART: tl.constexpr, ACCUMULATE: tl.constexpr, rules: tl.constexpr, tile: tl.constexpr,
 ):  # fmt: skip
@@ -32,7 +32,7 @@ def gradient_kernel(
     BLOCK_M: tl.constexpr = tile.BLOCK_M
     BLOCK_N: tl.constexpr = tile.BLOCK_N
     BLOCK_K: tl.constexpr = tile.BLOCK_K
-    sizes = Sizes(rows, batch, padded, queue, views, core_view)
+    sizes = Sizes(rows, batch, padded, queue, views, core_view, columns)
     u = tl.program_id(0) // own_blocks
     x_local = (first_block + tl.program_id(0) % own_blocks) * BLOCK_M
     x_row = u * padded + x_local
@@ -40,7 +40,7 @@ def gradient_kernel(
     scale = score_reference(saved.scalars, rules.normalize)
     is_slow = tl.load(saved.scalars + SLOW) > 0
     low, high = masked_blocks(saved.classes, x_local, sizes, rules.labelled, tile)
-    x = load_tile(source_x, x_row, 0, BLOCK_M, BLOCK_K, tile)
+    x = load_tile(source_x, x_row, 0, BLOCK_K, BLOCK_M, BLOCK_K, tile)
     total = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     from_queue = share == shares
     limit = tl.where(from_queue, queue, batch)
@@ -60,14 +60,14 @@ def gradient_kernel(
         start, steps = low, high - low
     end = tl.minimum(end, steps)
     for v in range(tl.where(from_queue, views, 0), tl.where(from_queue, views + 1, views)):
-        if negatives_meet(u, v, from_queue, core_view, rules.columns):
+        if negatives_meet(u, v, from_queue, core_view, columns):
             for t in range(begin, end):
                 block = start + t
                 if PART == "clean":
                     block = tl.where(block < low, block, block + high - low)
                 y_local = block * BLOCK_N
                 y_row = v * padded + y_local
-                y = load_tile(source_y, y_row, 0, BLOCK_N, BLOCK_K, tile)
+                y = load_tile(source_y, y_row, 0, BLOCK_K, BLOCK_N, BLOCK_K, tile)
                 s = tl.dot(x, tl.trans(y), input_precision=tile.PRECISION)
                 xs, ys = Block(u, x_local, x_row), Block(v, y_local, y_row)
                 g = pair_gradient(s, xs, ys, limit, saved, upstream, scale, sizes, PART != "clean", rules, tile)
@@ -75,8 +75,8 @@ def gradient_kernel(
     to_slot = tl.where(from_queue, queue_slot, slot + share).to(tl.int64)
     at = (to_slot * views + u) * part_rows + x_local - part_first + tl.arange(0, BLOCK_M)
     k = tl.arange(0, BLOCK_K)
-    to = partial + at[:, None] * tile.STRIDE + k[None, :]
-    inside = (x_local + tl.arange(0, BLOCK_M) < batch)[:, None] & (k < tile.STRIDE)[None, :]
+    to = partial + at[:, None] * BLOCK_K + k[None, :]
+    inside = (x_local + tl.arange(0, BLOCK_M) < batch)[:, None]
     if ACCUMULATE:  # by atomics, which need no registers for the old sums; no other program adds here
         tl.atomic_add(to, total, mask=inside & (begin < end), sem="relaxed")
     else:

@@ -1,7 +1,7 @@
 """The arithmetic of the objectives for a block of anchors, as in ``csrc/cpu/objectives.h``.
 
 From N (log-sum-exp of the negatives in each column) and P (the positive in each view), both (anchors, columns) in
-float64, to the loss and the two tables of the backward, log_weights and positives. The queue is column VIEWS.
+float64, to the loss and the two tables of the backward, log_weights and positives. The queue is column views.
 """
 
 import triton
@@ -16,15 +16,15 @@ MEAN, LOG_SUM = tl.constexpr(int(Numerator.MEAN)), tl.constexpr(int(Numerator.LO
 
 
 @triton.jit
-def anchor_tables(n, p, u, column, core_view, VIEWS: tl.constexpr, HAS_QUEUE: tl.constexpr, rules: tl.constexpr):
+def anchor_tables(n, p, u, column, core_view, views, has_queue, rules: tl.constexpr):
     """(loss, log_weights, positives) of anchors of view ``u``; ``column`` numbers the last axis of ``n`` and ``p``."""
-    is_view = column < VIEWS
+    is_view = column < views
     meets = negatives_meet(u, column, False, core_view, ALL)
     positive = (is_view & (column != u) & meets)[None, :]
-    is_queue = (column == VIEWS) if HAS_QUEUE else (column < 0)
+    is_queue = (column == views) & has_queue
     is_own = column == u
     none = float("-inf")
-    count = tl.where((core_view < 0) | (u == core_view), VIEWS - 1, 1).to(tl.float64)
+    count = tl.where((core_view < 0) | (u == core_view), views - 1, 1).to(tl.float64)
     log_count = tl.log(count)
     p = tl.where(positive, p, 0.0)  # elsewhere it is not used, and must not be NaN
 

@@ -35,18 +35,18 @@ def clear_kernel(out):
 @triton.jit(do_not_specialize=Source._fields, do_not_specialize_on_alignment=["temperature_tensor"])
 def load_rows_kernel(
     sources, strides, order, saved, sums, temperature_tensor, temperature: tl.float64, eps: tl.float64,
-    padded, samples, rows, first_row,
-    NUM_VIEWS: tl.constexpr, COLUMNS: tl.constexpr, NORMALIZE: tl.constexpr, tile: tl.constexpr,
+    padded, samples, rows, first_row, columns, dim, stride,
+    NUM_VIEWS: tl.constexpr, NORMALIZE: tl.constexpr, tile: tl.constexpr,
 ):  # fmt: skip
     """saved.rows <- unit rows, zeros in the padding; saved.inverse_norms <- 1 / norm, negative at the floor; sums <- 0.
 
     ``sources``: V matrices (B, D) of row strides ``strides``; ``order``: ``Saved.order``, or None. The first program
-    writes the scale. COLUMNS: C, or 0 for the rows of the queue."""
+    writes the scale."""
     BLOCK: tl.constexpr = tile.BLOCK
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     d = tl.arange(0, tile.BLOCK_K)
     pointers, valid = _source_rows(sources, strides, order, row, padded, samples, NUM_VIEWS)
-    mask = valid[:, None] & (d < tile.DIM)[None, :]
+    mask = valid[:, None] & (d < dim)[None, :]
     h = tl.load(pointers[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float64)
     square = tl.sum(h * h, 1)
     if NORMALIZE:
@@ -58,13 +58,13 @@ def load_rows_kernel(
         longest = tl.where(square < float("inf"), tl.where(square < 3.4e38, square, 3.4e38), 0.0).to(tl.float32)
         tl.atomic_max(saved.scalars + LONGEST, tl.max(longest), sem="relaxed")
     h = tl.where(valid[:, None], h, 0.0)  # padding is zeros whatever 1 / eps is
-    at = saved.rows + (first_row + row).to(tl.int64)[:, None] * tile.STRIDE + d[None, :]
-    tl.store(at, h.to(saved.rows.dtype.element_ty), mask=(row < rows)[:, None] & (d < tile.STRIDE)[None, :])
+    at = saved.rows + (first_row + row).to(tl.int64)[:, None] * stride + d[None, :]
+    tl.store(at, h.to(saved.rows.dtype.element_ty), mask=(row < rows)[:, None] & (d < stride)[None, :])
     # The queue's part of inverse_norms has no padding: the backward derives K from its length.
-    kept = row < (rows if COLUMNS > 0 else samples)
+    kept = row < tl.where(columns > 0, rows, samples)
     tl.store(saved.inverse_norms + first_row + row, reciprocal.to(tl.float32), mask=kept)
-    if COLUMNS > 0:
-        for c in tl.static_range(COLUMNS):
+    if columns > 0:
+        for c in range(columns):
             tl.store(sums + c * rows + row, tl.zeros((BLOCK,), tl.float32), mask=row < rows)
         if tl.program_id(0) == 0:
             if temperature_tensor is None:
@@ -78,38 +78,35 @@ def load_rows_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["view_stride", "sample_stride", "samples", "padded", "rows"],
+    do_not_specialize=["view_stride", "sample_stride", "samples", "padded", "rows", "views"],
     do_not_specialize_on_alignment=["grad"],
 )
 def upstream_kernel(
-    grad, order, upstream, grad_scale, view_stride, sample_stride, samples, padded, rows,
-    NUM_VIEWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    grad, order, upstream, grad_scale, view_stride, sample_stride, samples, padded, rows, views, BLOCK: tl.constexpr
+):
     """grad_scale () <- the largest of the gradients ``grad`` (V, samples), 1 if all are 0; upstream (M,) <- the
     gradients divided by it, in the order of the stored rows, 0 in the padding. One program reads ``grad`` twice."""
     largest = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, rows, BLOCK):
-        g = _gradients(grad, order, start, view_stride, sample_stride, samples, padded, rows, NUM_VIEWS, BLOCK)
+        g = _gradients(grad, order, start, view_stride, sample_stride, samples, padded, rows, views, BLOCK)
         largest = tl.maximum(largest, tl.abs(g))
     scale = tl.max(largest, 0)
     scale = tl.where(scale == 0, 1.0, scale)
     tl.store(grad_scale, scale)
     for start in range(0, rows, BLOCK):
-        g = _gradients(grad, order, start, view_stride, sample_stride, samples, padded, rows, NUM_VIEWS, BLOCK)
+        g = _gradients(grad, order, start, view_stride, sample_stride, samples, padded, rows, views, BLOCK)
         row = start + tl.arange(0, BLOCK)
         tl.store(upstream + row, g / scale, mask=row < rows)
 
 
 @triton.jit
-def _gradients(
-    grad, order, start, view_stride, sample_stride, samples, padded, rows, NUM_VIEWS: tl.constexpr, BLOCK: tl.constexpr
-):
+def _gradients(grad, order, start, view_stride, sample_stride, samples, padded, rows, views, BLOCK: tl.constexpr):
     """Return the gradients of BLOCK stored rows from ``start`` on, 0 for rows of the padding."""
     row = start + tl.arange(0, BLOCK)
     if order is not None:
-        view = row % NUM_VIEWS
-        valid = row < samples * NUM_VIEWS
-        sample = tl.load(order + row // NUM_VIEWS, mask=valid, other=0)
+        view = row % views
+        valid = row < samples * views
+        sample = tl.load(order + row // views, mask=valid, other=0)
     else:
         view = row // padded
         sample = (row % padded).to(tl.int64)
@@ -131,14 +128,13 @@ def sum_kernel(values, out, count, BLOCK: tl.constexpr):
 @triton.jit(do_not_specialize=Finish._fields, do_not_specialize_on_alignment=["grad_scale"])
 def finish_rows_kernel(
     partial, saved, upstream, grad_scale, out, grad_temperature, scale_gradient, constant: tl.float64,
-    padded, samples, rows, splits, first, own, part_first, part_rows,
-    NUM_VIEWS: tl.constexpr, LABELLED: tl.constexpr, QUEUES: tl.constexpr, NORMALIZE: tl.constexpr,
-    FACTOR: tl.constexpr, LIMIT: tl.constexpr, tile: tl.constexpr,
+    padded, samples, rows, splits, first, own, part_first, part_rows, views, queues, dim, stride,
+    LABELLED: tl.constexpr, NORMALIZE: tl.constexpr, FACTOR: tl.constexpr, LIMIT: tl.constexpr, tile: tl.constexpr,
 ):  # fmt: skip
     """out (V, own, D) <- the gradient of samples first .. first + own, in the order of the user's rows.
 
     Adds the partial sums over pairs of different samples in a fixed order; recomputes the part of the positives from
-    the rows, in float32. ``partial`` is (splits + QUEUES, rows from part_first on of each view, S), multiplied by
+    the rows, in float32. ``partial`` is (splits + queues, rows from part_first on of each view, S), multiplied by
     FACTOR. ``scale_gradient`` (M,) float64 <- each row's part of the temperature's gradient; if it is None,
     ``grad_temperature`` () <- 0.
     """
@@ -146,21 +142,21 @@ def finish_rows_kernel(
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     d = tl.arange(0, tile.BLOCK_K)
     if LABELLED:
-        view = row % NUM_VIEWS
-        valid = row < samples * NUM_VIEWS
-        sample = tl.load(saved.order + row // NUM_VIEWS, mask=valid, other=0).to(tl.int32)
+        view = row % views
+        valid = row < samples * views
+        sample = tl.load(saved.order + row // views, mask=valid, other=0).to(tl.int32)
         place = row
-        size = part_rows.to(tl.int64) * tile.STRIDE
+        size = part_rows.to(tl.int64) * stride
     else:
         view = row // padded
         sample = row % padded
-        valid = (sample < samples) & (view < NUM_VIEWS)
+        valid = (sample < samples) & (view < views)
         place = view * part_rows + sample - part_first
-        size = NUM_VIEWS * part_rows.to(tl.int64) * tile.STRIDE
+        size = views * part_rows.to(tl.int64) * stride
     valid = valid & (sample >= first) & (sample < first + own)
-    mask = valid[:, None] & (d < tile.DIM)[None, :]
-    at = row.to(tl.int64)[:, None] * tile.STRIDE + d[None, :]
-    sums = partial + place.to(tl.int64)[:, None] * tile.STRIDE + d[None, :]
+    mask = valid[:, None] & (d < dim)[None, :]
+    at = row.to(tl.int64)[:, None] * stride + d[None, :]
+    sums = partial + place.to(tl.int64)[:, None] * stride + d[None, :]
     z = tl.load(saved.rows + at, mask=mask, other=0.0).to(tl.float32)
 
     in_batch = tl.load(sums, mask=mask, other=0.0)
@@ -171,18 +167,18 @@ def finish_rows_kernel(
         here = 1.0
         if upstream is not None:
             here = tl.load(upstream + row, mask=valid, other=0.0)
-        for v in range(NUM_VIEWS):
+        for v in range(views):
             other = v * padded + sample
             there = valid & (view != v)
             c = here * tl.load(saved.positives + v * rows + row, mask=there, other=0.0)
             back = tl.load(saved.positives + view * rows + other, mask=there, other=0.0)
             if upstream is not None:
                 back *= tl.load(upstream + other, mask=there, other=0.0)
-            at_v = other.to(tl.int64)[:, None] * tile.STRIDE + d[None, :]
+            at_v = other.to(tl.int64)[:, None] * stride + d[None, :]
             zv = tl.load(saved.rows + at_v, mask=mask & there[:, None], other=0.0)
             in_batch += (c + back)[:, None] * zv.to(tl.float32)
     total = in_batch
-    for k in range(splits, splits + QUEUES):
+    for k in range(splits, splits + queues):
         total += tl.load(sums + k * size, mask=mask, other=0.0) * (1.0 / FACTOR)
 
     scale = tl.load(saved.scalars + SCALE)
@@ -190,7 +186,7 @@ def finish_rows_kernel(
     if scale_gradient is not None:
         # A score of the batch has both its rows here, and each of them all of its gradient; one with the queue has one.
         inside = tl.sum(z.to(tl.float64) * in_batch.to(tl.float64), 1)
-        outside = tl.sum(z.to(tl.float64) * (total - in_batch).to(tl.float64), 1) if QUEUES > 0 else inside * 0.0
+        outside = tl.sum(z.to(tl.float64) * (total - in_batch).to(tl.float64), 1)
         wide = scale.to(tl.float64)
         part = -(wide * wide) * (0.5 * inside + outside) * weight.to(tl.float64)
         tl.store(scale_gradient + row, tl.where(valid, part, 0.0), mask=row < rows)
@@ -205,5 +201,5 @@ def finish_rows_kernel(
         if LIMIT > 0:  # dz / eps of a zero row is finite in float32 only
             clamped = tl.where(dz > LIMIT, LIMIT, tl.where(dz < -LIMIT, -LIMIT, dz))
             dz = tl.where((r < 0)[:, None], clamped, dz)
-    to = (view.to(tl.int64) * own + sample - first) * tile.DIM
+    to = (view.to(tl.int64) * own + sample - first) * dim
     tl.store(out + to[:, None] + d[None, :], dz.to(out.dtype.element_ty), mask=mask)

@@ -53,13 +53,13 @@ class Item(NamedTuple):
 
 
 @triton.jit
-def _decode(item, blocks, queue_blocks, sizes, work, SYMMETRIC: tl.constexpr, columns: tl.constexpr):
+def _decode(item, blocks, queue_blocks, sizes, work, SYMMETRIC: tl.constexpr):
     """Return, for a work item: the view u of the rows that stay, the view v of those that stream (V: the queue),
     the block of u, and the first offset on the circle and the one past the last."""
     if SYMMETRIC:
         own_length = blocks // 2 + 1
         own_chunks = tl.cdiv(own_length, work.chunk)
-        own = 0 if columns == OTHER else sizes.views * blocks * own_chunks
+        own = tl.where(sizes.columns == OTHER, 0, sizes.views * blocks * own_chunks)
         pairs = tl.where(sizes.core_view < 0, sizes.views * (sizes.views - 1) // 2, sizes.views - 1)
         cross_chunks = tl.cdiv(blocks, work.chunk)
         cross = pairs * blocks * cross_chunks
@@ -90,14 +90,14 @@ def _decode(item, blocks, queue_blocks, sizes, work, SYMMETRIC: tl.constexpr, co
         chunk = item // work.own_blocks // sizes.views % chunks
         v = item // work.own_blocks // sizes.views // chunks
         length = tl.where(v == sizes.views, queue_blocks, blocks)
-        length = tl.where(negatives_meet(u, v, v == sizes.views, sizes.core_view, columns), length, 0)
+        length = tl.where(negatives_meet(u, v, v == sizes.views, sizes.core_view, sizes.columns), length, 0)
         y_block = work.first_block + item % work.own_blocks
     return u, v, y_block, chunk * work.chunk, tl.minimum(chunk * work.chunk + work.chunk, length)
 
 
 @triton.jit
 def _stream(
-    source_x, source_y, y, item, sums, classes, scale, sizes,
+    source_x, source_y, y, item, sums, classes, scale, sizes, stride,
     MASKED: tl.constexpr, PAIRED: tl.constexpr, SYMMETRIC: tl.constexpr, rules: tl.constexpr, tile: tl.constexpr,
 ):  # fmt: skip
     """Stream blocks of view v past the rows of y. Add the row sums to memory; return the column sums.
@@ -122,8 +122,8 @@ def _stream(
         )
         x_local = x_block * tile.SPAN_N + t % STEPS * BLOCK_M
         x_row = item.v * sizes.padded + x_local
-        x = load_tile(source_x, x_row, 0, BLOCK_M, tile.BLOCK_K, tile) if tile.RESIDENT else None
-        s = tile_products(source_x, source_y, x, y, x_row, item.row, tile)
+        x = load_tile(source_x, x_row, 0, stride, BLOCK_M, tile.BLOCK_K, tile) if tile.RESIDENT else None
+        s = tile_products(source_x, source_y, x, y, x_row, item.row, stride, tile)
         e = relative_exponential(s, scale, rules.normalize)
         xs = x_local + tl.arange(0, BLOCK_M)
         if x_local + BLOCK_M > item.limit:
@@ -159,8 +159,8 @@ def _stream(
 @triton.jit(do_not_specialize=[*Sizes._fields, *SumsWork._fields])
 def sums_kernel(
     source_x, source_y, sums, scalars, classes,
-    rows, batch, padded, queue, views, core_view,
-    items, chunk, first_block, own_blocks,
+    rows, batch, padded, queue, views, core_view, columns,
+    items, chunk, first_block, own_blocks, stride,
     PART: tl.constexpr, PAIRED: tl.constexpr, SYMMETRIC: tl.constexpr, rules: tl.constexpr, tile: tl.constexpr,
 ):  # fmt: skip
     """sums[c, i] += sum of exp(S_ij - reference) over the negatives j of row i in column c (the queue is the last one).
@@ -170,7 +170,8 @@ def sums_kernel(
     views follow each other at a distance of sizes.padded rows, then the queue. PAIRED: a thread holds rows r and r + 8
     of a tile's product (mma and wgmma; with tcgen05 it holds one row).
     """
-    sizes, work = Sizes(rows, batch, padded, queue, views, core_view), SumsWork(items, chunk, first_block, own_blocks)
+    sizes = Sizes(rows, batch, padded, queue, views, core_view, columns)
+    work = SumsWork(items, chunk, first_block, own_blocks)
     SPAN: tl.constexpr = tile.SPAN_N
     PIECES: tl.constexpr = SPAN // tile.BLOCK_N
     MASKED: tl.constexpr = PART != "clean"
@@ -178,9 +179,7 @@ def sums_kernel(
     queue_blocks = tl.cdiv(sizes.queue, SPAN)
     scale = score_reference(scalars, rules.normalize)
     for number in range(tl.program_id(0), work.items, tl.num_programs(0)):
-        u, v, y_block, first, last = _decode(
-            number // PIECES, blocks, queue_blocks, sizes, work, SYMMETRIC, rules.columns
-        )
+        u, v, y_block, first, last = _decode(number // PIECES, blocks, queue_blocks, sizes, work, SYMMETRIC)
         span = y_block * SPAN
         y_local = span + number % PIECES * tile.BLOCK_N
         y_row = u * sizes.padded + y_local
@@ -207,10 +206,10 @@ def sums_kernel(
         else:
             start, steps, skipped = first, last - first, 0
         if steps > 0:
-            y = load_tile(source_y, y_row, 0, tile.BLOCK_N, tile.BLOCK_K, tile) if tile.RESIDENT else None
+            y = load_tile(source_y, y_row, 0, stride, tile.BLOCK_N, tile.BLOCK_K, tile) if tile.RESIDENT else None
             item = Item(u, v, y_block, y_local, y_row, start, steps, clean, skipped, count, limit)
             column_sums = _stream(
-                source_x, source_y, y, item, sums, classes, scale, sizes, MASKED, PAIRED, SYMMETRIC, rules, tile
+                source_x, source_y, y, item, sums, classes, scale, sizes, stride, MASKED, PAIRED, SYMMETRIC, rules, tile
             )
             ys = y_local + tl.arange(0, tile.BLOCK_N)
             at = sums + v * sizes.rows + y_row + tl.arange(0, tile.BLOCK_N)

@@ -43,15 +43,15 @@ class Column(NamedTuple):
 
 
 @triton.jit
-def block_scores(stored, row, other, limit, scale, tile: tl.constexpr):
+def block_scores(stored, row, other, limit, scale, stride, tile: tl.constexpr):
     """Return the scores of BLOCK stored rows with BLOCK others; rows from ``limit`` on are not read."""
     BLOCK: tl.constexpr = tile.BLOCK
     s = tl.zeros((BLOCK, BLOCK), tl.float32)
     k = tl.arange(0, tile.BLOCK_K)
-    at_x = stored + row.to(tl.int64)[:, None] * tile.STRIDE
-    at_y = stored + other.to(tl.int64)[:, None] * tile.STRIDE
-    for start in range(0, tile.DIM, tile.BLOCK_K):
-        inside = (start + k < tile.DIM)[None, :]
+    at_x = stored + row.to(tl.int64)[:, None] * stride
+    at_y = stored + other.to(tl.int64)[:, None] * stride
+    for start in range(0, stride, tile.BLOCK_K):
+        inside = (start + k < stride)[None, :]
         x = tl.load(at_x + (start + k)[None, :], mask=inside, other=0.0)
         y = tl.load(at_y + (start + k)[None, :], mask=(other < limit)[:, None] & inside, other=0.0)
         s = tl.dot(x, tl.trans(y), s, input_precision=tile.PRECISION)
@@ -59,7 +59,7 @@ def block_scores(stored, row, other, limit, scale, tile: tl.constexpr):
 
 
 @triton.jit
-def running_log_sum(saved, anchors, column, scale, LABELLED: tl.constexpr, tile: tl.constexpr):
+def running_log_sum(saved, anchors, column, scale, stride, LABELLED: tl.constexpr, tile: tl.constexpr):
     """Return the log-sum-exp, with a running maximum, of the scores of anchors with the negatives of a column."""
     BLOCK: tl.constexpr = tile.BLOCK
     top = tl.full((BLOCK,), float("-inf"), tl.float32)
@@ -67,7 +67,7 @@ def running_log_sum(saved, anchors, column, scale, LABELLED: tl.constexpr, tile:
     for start in range(0, column.length, BLOCK):
         other = start + tl.arange(0, BLOCK)
         s = block_scores(
-            saved.rows, anchors.row, column.first_row + other, column.first_row + column.length, scale, tile
+            saved.rows, anchors.row, column.first_row + other, column.first_row + column.length, scale, stride, tile
         )
         theirs = tl.load(saved.classes.first + other, mask=other < column.length, other=-1) if LABELLED else other
         keep = (other < column.length)[None, :] & ((not column.exclude) | (anchors.own[:, None] != theirs[None, :]))
@@ -80,7 +80,7 @@ def running_log_sum(saved, anchors, column, scale, LABELLED: tl.constexpr, tile:
 
 
 @triton.jit
-def negatives(sums, saved, anchors, column, scale, sizes, LABELLED: tl.constexpr, tile: tl.constexpr):
+def negatives(sums, saved, anchors, column, scale, sizes, stride, LABELLED: tl.constexpr, tile: tl.constexpr):
     """Return the log-sum-exp N of the anchors' negatives of a column, in float64. Sums that are too small to be
     accurate are computed again with a running maximum: relative to the reference that all rows share, the scores of a
     row may all underflow."""
@@ -88,7 +88,7 @@ def negatives(sums, saved, anchors, column, scale, sizes, LABELLED: tl.constexpr
     n = tl.log(total.to(tl.float64)) + scale.reference.to(tl.float64)
     doubtful = anchors.valid & (total < tl.maximum(column.length * LOST_SHARE, 1e-30))
     if tl.sum(doubtful.to(tl.int32), 0) > 0:
-        n = tl.where(doubtful, running_log_sum(saved, anchors, column, scale, LABELLED, tile), n)
+        n = tl.where(doubtful, running_log_sum(saved, anchors, column, scale, stride, LABELLED, tile), n)
     return n
 
 
@@ -118,18 +118,19 @@ def total_loss(value, parts, total, scalars, factor, BLOCK: tl.constexpr):
         tl.store(total, (factor * tl.sum(added, 0)).to(tl.float32))
 
 
-@triton.jit(do_not_specialize=["rows", "batch", "padded", "queue", "core_view", "first", "own"])
+@triton.jit(do_not_specialize=[*Sizes._fields, "first", "own"])
 def view_tables_kernel(
     sums, saved, loss, parts, loss_factor: tl.float64,
-    rows, batch, padded, queue, views: tl.constexpr, core_view, first, own,
-    HAS_QUEUE: tl.constexpr, WIDTH: tl.constexpr, rules: tl.constexpr, tile: tl.constexpr,
+    rows, batch, padded, queue, views, core_view, columns, first, own, stride,
+    WIDTH: tl.constexpr, rules: tl.constexpr, tile: tl.constexpr,
 ):  # fmt: skip
     """Program (samples of first .. first + own, view u): the losses of these anchors, and their ``weights``,
     ``log_weights`` and ``positives``, which are inner products of the rows in float32. WIDTH: C, or the power of 2
     above it. ``loss``: (V, own), or () for loss_factor times the sum, with ``parts`` (:func:`total_loss`)."""
     BLOCK: tl.constexpr = tile.BLOCK
     BLOCK_K: tl.constexpr = tile.BLOCK_K
-    sizes = Sizes(rows, batch, padded, queue, views, core_view)
+    sizes = Sizes(rows, batch, padded, queue, views, core_view, columns)
+    has_queue = queue > 0
     u = tl.program_id(1)
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = place < own
@@ -140,30 +141,30 @@ def view_tables_kernel(
     scale = score_reference(saved.scalars, rules.normalize)
     n = tl.full((BLOCK, WIDTH), float("-inf"), tl.float64)
     p = tl.zeros((BLOCK, WIDTH), tl.float64)
-    for v in range(views + HAS_QUEUE):
+    for v in range(views + has_queue.to(tl.int32)):
         is_queue = v == views
         if negatives_meet(u, v, is_queue, core_view, rules.columns):
             there = Column(v, v * padded, tl.where(is_queue, queue, batch), v != views)
-            value = negatives(sums, saved, Anchors(row, sample, valid), there, scale, sizes, False, tile)
+            value = negatives(sums, saved, Anchors(row, sample, valid), there, scale, sizes, stride, False, tile)
             n = tl.where((column == v)[None, :], value[:, None], n)
         if (v != u) & (v < views):
             dot = tl.zeros((BLOCK,), tl.float32)
-            for at in range(0, tile.DIM, BLOCK_K):
-                mask = valid[:, None] & (at + k < tile.DIM)[None, :]
-                here = row.to(tl.int64)[:, None] * tile.STRIDE + (at + k)[None, :]
+            for at in range(0, stride, BLOCK_K):
+                mask = valid[:, None] & (at + k < stride)[None, :]
+                here = row.to(tl.int64)[:, None] * stride + (at + k)[None, :]
                 x = tl.load(saved.rows + here, mask=mask, other=0.0)
                 other = (v * padded + sample).to(tl.int64)
-                y = tl.load(saved.rows + other[:, None] * tile.STRIDE + (at + k)[None, :], mask=mask, other=0.0)
+                y = tl.load(saved.rows + other[:, None] * stride + (at + k)[None, :], mask=mask, other=0.0)
                 dot += tl.sum(x.to(tl.float32) * y.to(tl.float32), 1)
             p = tl.where((column == v)[None, :], (dot.to(tl.float64) * scale.factor.to(tl.float64))[:, None], p)
-    value, logw, c = anchor_tables(n, p, u, column, core_view, views, HAS_QUEUE, rules)
+    value, logw, c = anchor_tables(n, p, u, column, core_view, views, has_queue, rules)
     if parts is None:
         tl.store(loss + u.to(tl.int64) * own + place, value.to(tl.float32), mask=valid)
     else:
         total_loss(tl.sum(tl.where(valid, value, 0.0), 0), parts, loss, saved.scalars, loss_factor, PARTS_BLOCK)
     # (BLOCK, WIDTH) tables, a few columns: element (i, v) goes to [v][i].
     at = column[None, :] * rows + row[:, None]
-    mask = valid[:, None] & (column < views + HAS_QUEUE)[None, :]
+    mask = valid[:, None] & (column < views + has_queue.to(tl.int32))[None, :]
     store_weights(saved, logw, scale, at, mask)
     tl.store(saved.positives + at, c.to(tl.float32), mask=mask & (column < views)[None, :])
 

@@ -8,7 +8,7 @@ from selfsup_kernels.info_nce.objectives import Columns
 from selfsup_kernels.tiles.arguments import Scale
 
 OTHER = tl.constexpr(int(Columns.OTHER))
-"""The value of ``Rules.columns`` for objectives without negatives in their own view."""
+"""The value of ``Sizes.columns`` for objectives without negatives in their own view."""
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -20,26 +20,24 @@ SCALE, LONGEST, SLOW, FINISHED = map(tl.constexpr, (call.SCALE, call.LONGEST, ca
 
 
 @triton.jit
-def load_tile(source, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr, tile: tl.constexpr):
-    """(ROWS, COLUMNS) of the stored rows from (row, column) on; columns past tile.STRIDE are zero.
+def load_tile(source, row, column, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, tile: tl.constexpr):
+    """(ROWS, COLUMNS) of the stored rows from (row, column) on.
 
-    ``source`` is a tensor descriptor (TMA) or a pointer. Rows need no mask: storage is padded with rows of zeros.
+    ``source`` is a tensor descriptor (TMA) or a pointer. Nothing needs a mask: storage is padded with rows of zeros,
+    and a row consists of whole pieces of BLOCK_K numbers, or one.
     """
     if tile.DESCRIPTOR:
         loaded = source.load([row, column])
     else:
         rows = (row + tl.arange(0, ROWS)).to(tl.int64)
         columns = column + tl.arange(0, COLUMNS)
-        at = source + rows[:, None] * tile.STRIDE + columns[None, :]
-        if tile.STRIDE % COLUMNS == 0:
-            loaded = tl.load(at)
-        else:
-            loaded = tl.load(at, mask=(columns < tile.STRIDE)[None, :], other=0.0)
+        length = tile.BLOCK_K if tile.RESIDENT else stride
+        loaded = tl.load(source + rows[:, None] * length + columns[None, :])
     return loaded
 
 
 @triton.jit
-def tile_products(source_x, source_y, x, y, x_row, y_row, tile: tl.constexpr):
+def tile_products(source_x, source_y, x, y, x_row, y_row, stride, tile: tl.constexpr):
     """Return the inner products (BLOCK_M, BLOCK_N) of two blocks of rows, in float32: of x and y if they are resident,
     that is as wide as the rows, else streamed in pieces of BLOCK_K."""
     if tile.RESIDENT:
@@ -48,9 +46,9 @@ def tile_products(source_x, source_y, x, y, x_row, y_row, tile: tl.constexpr):
         BLOCK_M: tl.constexpr = tile.BLOCK_M  # a field is a constant, but not as an element of a shape
         BLOCK_N: tl.constexpr = tile.BLOCK_N
         products = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for k in range(0, tile.STRIDE, tile.BLOCK_K):
-            xk = load_tile(source_x, x_row, k, BLOCK_M, tile.BLOCK_K, tile)
-            yk = load_tile(source_y, y_row, k, BLOCK_N, tile.BLOCK_K, tile)
+        for k in range(0, stride, tile.BLOCK_K):
+            xk = load_tile(source_x, x_row, k, stride, BLOCK_M, tile.BLOCK_K, tile)
+            yk = load_tile(source_y, y_row, k, stride, BLOCK_N, tile.BLOCK_K, tile)
             products = tl.dot(xk, tl.trans(yk), products, input_precision=tile.PRECISION)
     return products
 
@@ -131,10 +129,8 @@ def sigmoid(x):
 
 
 @triton.jit
-def negatives_meet(u, v, is_queue, core_view, columns: tl.constexpr):
+def negatives_meet(u, v, is_queue, core_view, columns):
     """Return whether rows of view ``u`` have negatives in view ``v``, or in the queue, as
     ``objectives.negative_views`` does."""
     meets = (core_view < 0) | (u == v) | (u == core_view) | (v == core_view) | is_queue
-    if columns == OTHER:
-        meets = meets & (u != v)
-    return meets
+    return meets & ((columns != OTHER) | (u != v))

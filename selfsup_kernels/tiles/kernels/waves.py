@@ -6,26 +6,26 @@ import triton.language as tl
 
 from selfsup_kernels.tiles.arguments import Block, Sizes
 from selfsup_kernels.tiles.kernels.pairs import masked_blocks, pair_gradient
-from selfsup_kernels.tiles.kernels.tile import SLOW, load_tile, score_reference, tile_products
+from selfsup_kernels.tiles.kernels.tile import SLOW, score_reference, tile_products
 
 
 # ``width``, a multiple of 256, is no constant: it follows the size of the batch, and each would be a kernel of its own.
 @triton.jit(do_not_specialize=[*Sizes._fields, "u", "v", "x_first", "y_first"])
 def wave_kernel(
     source_x, source_y, saved, upstream, workspace,
-    rows, batch, padded, queue, views, core_view,
-    u, v, x_first, y_first, width, rules: tl.constexpr, tile: tl.constexpr,
+    rows, batch, padded, queue, views, core_view, columns,
+    u, v, x_first, y_first, width, stride, rules: tl.constexpr, tile: tl.constexpr,
 ):  # fmt: skip
     """workspace[i, j] <- G of rows of view u from x_first on and rows of view v from y_first on.
 
     ``workspace``: (rows, width) in the dtype of the views.
     """
-    sizes = Sizes(rows, batch, padded, queue, views, core_view)
+    sizes = Sizes(rows, batch, padded, queue, views, core_view, columns)
     x_local = x_first + tl.program_id(1) * tile.BLOCK_M
     y_local = y_first + tl.program_id(0) * tile.BLOCK_N
     x, y = Block(u, x_local, u * padded + x_local), Block(v, y_local, v * padded + y_local)
     scale = score_reference(saved.scalars, rules.normalize)
-    s = tile_products(source_x, source_y, None, None, x.row, y.row, tile)
+    s = tile_products(source_x, source_y, None, None, x.row, y.row, stride, tile)
     limit = tl.where(v == views, queue, batch)
     low, high = masked_blocks(saved.classes, x_local, sizes, rules.labelled, tile)
     block = y_local // tile.BLOCK_N
@@ -41,7 +41,7 @@ def wave_kernel(
 
 @triton.jit(do_not_specialize=["x_row", "y_row", "x_count", "columns"])
 def product_kernel(
-    source_g, source_y, partial, x_row, y_row, x_count, columns, width, FIRST: tl.constexpr, tile: tl.constexpr
+    source_g, source_y, partial, x_row, y_row, x_count, columns, width, stride, FIRST: tl.constexpr, tile: tl.constexpr
 ):
     """partial[x_row + i, d] (+)= sum over the columns j of the workspace of workspace[i, j] z[y_row + j, d].
 
@@ -52,17 +52,20 @@ def product_kernel(
     BLOCK_K: tl.constexpr = tile.BLOCK_K
     i = tl.program_id(1) * BLOCK_M
     d = tl.program_id(0) * BLOCK_N
+    k = d + tl.arange(0, BLOCK_N)
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for j in range(0, columns, BLOCK_K):
         if tile.DESCRIPTOR:
             g = source_g.load([i, j])
+            y = source_y.load([y_row + j, d])
         else:
             g = tl.load(source_g + (i + tl.arange(0, BLOCK_M))[:, None] * width + (j + tl.arange(0, BLOCK_K))[None, :])
-        y = load_tile(source_y, y_row + j, d, BLOCK_K, BLOCK_N, tile)
+            y_rows = (y_row + j + tl.arange(0, BLOCK_K)).to(tl.int64)[:, None]
+            y = tl.load(source_y + y_rows * stride + k[None, :], mask=(k < stride)[None, :], other=0.0)
         total = tl.dot(g, y, total, input_precision=tile.PRECISION)
-    at, k = i + tl.arange(0, BLOCK_M), d + tl.arange(0, BLOCK_N)
-    to = partial + (x_row + at).to(tl.int64)[:, None] * tile.STRIDE + k[None, :]
-    mask = (at < x_count)[:, None] & (k < tile.STRIDE)[None, :]
+    at = i + tl.arange(0, BLOCK_M)
+    to = partial + (x_row + at).to(tl.int64)[:, None] * stride + k[None, :]
+    mask = (at < x_count)[:, None] & (k < stride)[None, :]
     if not FIRST:
         total += tl.load(to, mask=mask, other=0.0)
     tl.store(to, total, mask=mask)
