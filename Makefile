@@ -35,7 +35,7 @@ NVCC := $(firstword $(wildcard $(addsuffix /bin/nvcc,$(CUDA_HOME) $(CUDA_PATH)))
 OP_TESTS := tests/test_ops.py tests/test_info_nce.py tests/test_info_nce_parts.py tests/test_distributed.py tests/test_info_nce_precision.py tests/test_byol.py \
   tests/test_ema.py tests/test_optim.py tests/test_ema_memory.py tests/test_ema_rounding.py tests/test_memory_layout.py tests/test_properties.py tests/test_compile.py tests/test_bad_input.py
 
-.PHONY: help setup demo bench bench-compare bench-results profile docs test fuzz lint asan interop-setup interop interop-bench compat cuda cuda-static gpu-static gpu-check gpu-counters clean
+.PHONY: help setup demo bench bench-compare bench-results profile docs test fuzz lint asan interop-setup interop interop-bench compat cuda cuda-static kernels gpu-static gpu-check gpu-counters clean
 
 setup: $(BUILT)  ## the environment, and the package with its C++ extension
 
@@ -143,7 +143,7 @@ compat: setup $(if $(NVCC),$(CUDA_LIBRARY)) .venv-compat/.dependencies  ## tests
 	$(if $(NVCC),.venv-compat/bin/python -m pytest tests/test_build_cuda.py -k "registers")
 	emulator=$$($(PY) tests/emulator/build.py) && \
 	  $(SIMULATED) .venv-compat/bin/python -m pytest tests/gpu $(SHARED_OUT)
-	.venv-compat/bin/python benchmarks/gpu_static.py --brief --arch 80 89 90 120
+	.venv-compat/bin/python benchmarks/gpu_static.py --brief --arch 80 86 90 120
 	SELFSUP_KERNELS_SKIP_CUDA_BUILD=1 .venv-compat/bin/python setup.py build_ext --build-lib build/compat --build-temp build/compat
 
 .venv-compat/.dependencies: pyproject.toml Makefile
@@ -168,6 +168,12 @@ interop-bench: interop-setup  ## the speed of each drop-in and its original
 	.venv-interop/bin/python -m pip install --quiet --no-deps solo-learn==1.0.2
 	touch $@
 
+# Machine code of the Triton kernels for common calls, so that users' first calls wait for no compiler. Needs no GPU.
+# ARCH="80 86 90 100 120" selects the GPUs by compute capability. Kernels that Triton has in its cache come from there.
+ARCH ?= 90
+kernels: $(BUILT)  ## the Triton kernels compiled ahead of time: ARCH="80 86 90 100 120"
+	$(PY) -m selfsup_kernels.lab.ahead --arch $(ARCH)
+
 # Compiles every configuration of the GPU kernels without a GPU. ARGUMENTS="--arch 90 --json FILE" and the like.
 gpu-static: $(DEPENDENCIES)  ## every GPU kernel compiled, without a GPU
 	$(PY) benchmarks/gpu_static.py $(ARGUMENTS)
@@ -188,5 +194,5 @@ gpu-counters: $(DEPENDENCIES)  ## what bounds each GPU kernel
 
 clean:  ## remove everything that was built
 	rm -rf build dist out .venv .venv-compat .venv-interop *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
-	rm -f $(BUILT) selfsup_kernels/*.so
+	rm -f $(BUILT) selfsup_kernels/*.so selfsup_kernels/_kernels.zip
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

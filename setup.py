@@ -1,9 +1,11 @@
 """Build the C++ extension, and the CUDA library if torch is a CUDA build and there is a CUDA toolkit of the same major
-version. A build that cannot compile fails with an error that says what to type.
+version. Compile the Triton kernels ahead of time for the GPUs of this machine, or of TORCH_CUDA_ARCH_LIST. A build that
+cannot compile fails with an error that says what to type.
 
 SELFSUP_KERNELS_SKIP_BUILD=1 gives a pure-Python package, SELFSUP_KERNELS_SKIP_CUDA_BUILD=1 leaves out the CUDA
-library. FORCE_CUDA=1 builds the CUDA library with any torch, or fails. TORCH_CUDA_ARCH_LIST selects the GPUs, MAX_JOBS
-the number of parallel compilers. SELFSUP_KERNELS_SANITIZE=1 builds the extension with AddressSanitizer and UBSan.
+library, SELFSUP_KERNELS_SKIP_AHEAD=1 the Triton kernels, which first calls then compile. FORCE_CUDA=1 builds the CUDA
+library with any torch, or fails. TORCH_CUDA_ARCH_LIST selects the GPUs, MAX_JOBS the number of parallel compilers.
+SELFSUP_KERNELS_SANITIZE=1 builds the extension with AddressSanitizer and UBSan.
 ``python setup.py build_cuda`` builds only the CUDA library, in place.
 """
 
@@ -12,6 +14,7 @@ import importlib.util
 import os
 import re
 import site
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -146,6 +149,28 @@ def _cuda(folder, force=False):
     return facts
 
 
+def _kernels(folder):
+    """Compile the Triton kernels of the package in ``folder`` ahead of time. A failure fails no build: users' first
+    calls then compile them. Return entries for the record."""
+    skipped = map(build.environment_flag, ("SELFSUP_KERNELS_SKIP_AHEAD", "SELFSUP_KERNELS_SANITIZE"))
+    if any(skipped) or importlib.util.find_spec("triton") is None:
+        return {}
+    import torch
+
+    numbers = [re.match(r"(\d+)\.(\d)", name) for name in build_cuda.asked_for()]
+    architectures = {f"{n[1]}{n[2]}" for n in numbers if n}
+    if not architectures and torch.cuda.is_available():
+        capabilities = map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))
+        architectures = {f"{major}{minor}" for major, minor in capabilities}
+    if not architectures:
+        return {}
+    jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+    command = [sys.executable, "-m", "selfsup_kernels.lab.ahead", "--jobs", jobs, "--arch", *sorted(architectures)]
+    paths = os.pathsep.join([str(folder.parent.resolve()), *filter(None, sys.path)])
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, cwd=folder)
+    return {} if done.returncode == 0 else {"ahead_failure": f"compiling for {' '.join(architectures)} failed."}
+
+
 class BuildCuda(Command):
     description = "build the CUDA library alone, in the source tree"
     user_options = []  # noqa: RUF012
@@ -202,7 +227,10 @@ def _extension():
             }
             # Written twice: if the CUDA library fails the build, the extension still needs its record.
             _record(self, in_place, **facts, cuda_failure="its build failed.")
-            _record(self, in_place, **facts | _cuda(_folder(self, in_place)))
+            folder = _folder(self, in_place)
+            facts |= _cuda(folder)
+            _record(self, in_place, **facts)
+            _record(self, in_place, **facts | _kernels(folder))
 
     # pybind11 comes first, since the copy in torch 2.11's headers refuses the stable ABI.
     include_dirs = [pybind11.get_include(), *include_paths()]

@@ -235,7 +235,7 @@ def main(arguments=None) -> int:
         return 2
     name = torch.cuda.get_device_name()
     major, minor = torch.cuda.get_device_capability()
-    architecture = max((a for a in (80, 89, 90, 100, 120) if a <= 10 * major + minor), default=80)
+    architecture = max((a for a in (80, 86, 90, 100, 120) if a <= 10 * major + minor), default=80)
     folder = (options.out or ROOT / "benchmarks" / "results" / results.folder_name({"device": name})).resolve()
     print(f"{name}, compute capability {major}.{minor}, torch {torch.__version__}; results in {folder}", flush=True)
     os.environ.pop("TRITON_INTERPRET", None)

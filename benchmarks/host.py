@@ -6,12 +6,15 @@ Each call has a baseline with the same tensors: an autograd Function that comput
 PyTorch that does the same work. The calls take turns, so that a disturbance of the machine affects all alike; a ratio
 is that of the medians. On a GPU the host does not wait inside a call, and the GPU's own time is measured apart.
 The stub is the CUDA driver of the tests, which launches nothing: with it InfoNCE on CPU tensors takes the way of the
-GPU.
+GPU. There and on a GPU the first call of a process is measured as well, with the machine code of `make kernels`.
 """
 
 import argparse
+import ast
 import functools
+import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -26,6 +29,7 @@ import torch
 
 import selfsup_kernels as sk
 from selfsup_kernels.lab.bench import results, timing
+from selfsup_kernels.tiles import archive
 
 VIEWS, BATCH, DIM = 2, 4, 8
 PARAMETERS, NORMALISATIONS = 161, 53
@@ -119,6 +123,33 @@ def stub_cases():
     return found, launches
 
 
+FIRST_CALL = """
+import time, torch, selfsup_kernels as sk
+views = torch.randn(2, 512, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+(2 * views.float()).sum().backward()
+torch.cuda.synchronize()
+start = time.perf_counter()
+sk.info_nce_loss(views, impl="triton").backward()
+torch.cuda.synchronize()
+print({"first ms": 1e3 * (time.perf_counter() - start)})
+"""
+
+
+def first_call(on_stub):
+    """Return the median time in ms of the first call, forward and backward, of five processes."""
+    if on_stub:
+        import stub_driver
+
+        script = Path(stub_driver.__file__).with_name("without_triton.py")
+        command = [sys.executable, script, Path(stub_driver.stub.library._name).parent]
+    else:
+        command = [sys.executable, "-c", FIRST_CALL]
+    root = Path(__file__).resolve().parents[1]
+    run = functools.partial(subprocess.run, capture_output=True, text=True, check=True, cwd=root)
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(root)}
+    return statistics.median(ast.literal_eval(run(command, env=environment).stdout)["first ms"] for _ in range(5))
+
+
 def measure(found, device, rounds, calls):
     """Return a row for each case: the host's times per call in us and, on a GPU, the GPU's."""
     times = {case.name: [] for case in found}
@@ -193,6 +224,16 @@ def main(arguments=None):
     if launches:
         few, many = (row["minimum_us"] for row in rows if row["baseline"])
         print(f"\nA launch more takes {(many - few) / (launches[1] - launches[0]):.2f} us (of the minima; goal: 4).")
+    if device.type == "cuda" or on_stub:
+        ahead = archive.opened()
+        if ahead is None:
+            print("The first call of a process was not measured: `make kernels` compiles its kernels ahead of time.")
+        else:
+            milliseconds = first_call(on_stub)
+            print(f"The first call of a process takes {milliseconds:.0f} ms (goal: 50).")
+            rows.append(
+                row(Case("first call of a process", None, goal=50e3), {"first call of a process": [1e3 * milliseconds]})
+            )
     if args.json:
         results.write_json(args.json, results.header(timing.Clock(device)), rows)
     return rows

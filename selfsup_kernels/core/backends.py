@@ -4,6 +4,7 @@ import functools
 import importlib
 import importlib.util
 import os
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -97,8 +98,12 @@ GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MINIMUM_CAPABILITY = (8, 0)
 
 
+ARCHIVE = Path(__file__).resolve().parents[1] / "_kernels.zip"
+"""Machine code of Triton's kernels, compiled ahead of time (:mod:`selfsup_kernels.tiles.archive`)."""
+
+
 def _no_triton():
-    if importlib.util.find_spec("triton") is None:
+    if importlib.util.find_spec("triton") is None and not ARCHIVE.exists():
         return Unavailable("Triton is not installed.", "pip install 'triton>=3.6'")
     if torch.version.cuda is None and not triton_is_interpreted():
         return Unavailable(NO_CUDA)

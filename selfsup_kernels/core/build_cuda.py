@@ -96,13 +96,19 @@ def toolkit() -> Toolkit:
     return Toolkit(nvcc, version, frozenset(map(int, codes)))
 
 
-def architectures(kit: Toolkit, listed: str | None = None) -> tuple[str, ...]:
-    """Return the architectures of TORCH_CUDA_ARCH_LIST, unchanged; else the default ones that the toolkit knows."""
+def asked_for(listed: str | None = None) -> tuple[str, ...]:
+    """Return the architectures of TORCH_CUDA_ARCH_LIST; none if it leaves them to the build."""
     listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "") if listed is None else listed
     for name, meaning in NAMED.items():
         listed = re.sub(rf"\b{name}\b(\+PTX)?", meaning, listed)
     asked = tuple(dict.fromkeys(listed.replace(",", ";").replace(" ", ";").strip(";").split(";")))
-    if asked in (("",), ("native",)):
+    return () if asked in (("",), ("native",)) else asked
+
+
+def architectures(kit: Toolkit, listed: str | None = None) -> tuple[str, ...]:
+    """Return the architectures of TORCH_CUDA_ARCH_LIST, unchanged; else the default ones that the toolkit knows."""
+    asked = asked_for(listed)
+    if not asked:
         return tuple(a for a in DEFAULT_ARCHITECTURES if _number(a) in kit.architectures)
     for a in filter(None, asked):
         if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", a):

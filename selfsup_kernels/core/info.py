@@ -39,6 +39,7 @@ def collect() -> dict:
         "platform": platform.platform(),
         "torch": _probe(lambda: importlib.import_module("torch").__version__),
         "triton": _probe(_triton_version),
+        "ahead": _probe(_ahead),
         "cpu": cpu(),
         "cuda": _probe(_cuda),
         "implementations": {name: _probe(lambda name=name: _implementation(name)) for name in IMPLEMENTATIONS},
@@ -98,6 +99,14 @@ def _triton_version():
         return importlib.import_module("triton").__version__
     except ImportError:
         return None
+
+
+def _ahead():
+    """Return how many Triton kernels are compiled ahead of time, by architecture; empty if first calls compile all."""
+    from selfsup_kernels.tiles import archive
+
+    opened = archive.opened()
+    return {} if opened is None else {f"sm_{a}": len(opened.entries(a)) for a in opened.architectures}
 
 
 def _cpu_model():
@@ -197,6 +206,13 @@ def _toolkit():
     return {"nvcc": str(kit.nvcc), "version": kit.name}
 
 
+def _describe_ahead(counts):
+    if "error" in counts:
+        return _text(counts)
+    kernels = ", ".join(f"{count} for {architecture}" for architecture, count in counts.items())
+    return f"compiled ahead of time: {kernels}" if kernels else "compiled in first calls, which takes seconds"
+
+
 def render(facts, verbose=False) -> str:
     """Return the report as text; ``verbose`` adds how the libraries were built, and if a CUDA library can be built."""
     location = facts["location"]
@@ -208,6 +224,7 @@ def render(facts, verbose=False) -> str:
         f"Python           {facts['python']} on {facts['platform']}",
         f"torch            {_text(facts['torch'])}",
         f"triton           {_text(facts['triton'] or 'not installed')}",
+        f"Triton kernels   {_describe_ahead(facts['ahead'])}",
         f"CPU              {describe_cpu(facts['cpu'])}",
     ]
     cuda = facts["cuda"]

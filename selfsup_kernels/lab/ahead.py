@@ -4,7 +4,7 @@
     python -m selfsup_kernels.lab.ahead [--arch 90] [--out FILE] [--jobs 2]
 
 The public functions are called as a user calls them, and each kernel that they would launch is compiled. Kernels that
-Triton has in its cache are not compiled again.
+Triton has in its cache are not compiled again. ``benchmarks/gpu_static.py`` checks the machine code of the same calls.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import os
 import sys
 import time
 import zipfile
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from itertools import product
 from pathlib import Path
@@ -22,16 +23,19 @@ from typing import NamedTuple
 # Before Triton is imported, here and in the processes that this one starts: interpreted kernels have no machine code.
 os.environ.pop("TRITON_INTERPRET", None)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("TRITON_DISABLE_LINE_INFO", "1")  # a third of the size
+os.environ.setdefault("TRITON_DISABLE_LINE_INFO", "1")  # it takes a third of the file
 
 import torch
 
 import selfsup_kernels as sk
+from selfsup_kernels.core import backends, ops
+from selfsup_kernels.info_nce.call import Call
+from selfsup_kernels.info_nce.objectives import TABLE
 from selfsup_kernels.lab import machine_code
 from selfsup_kernels.tiles import archive, code, launcher
 
-DIMS = (64, 128, 256, 512, 768, 1024, 2048)
-"""Widths of embeddings that people train with; others with the same kernels come for nothing."""
+DIMS = (64, 128, 256, 512, 1024, 2048)
+"""Rows of up to this many numbers share their kernels. The kernels of pairs are the same for all above 256."""
 PRECISIONS = {
     "bfloat16": (torch.bfloat16, "highest"),
     "float16": (torch.float16, "highest"),
@@ -42,20 +46,51 @@ PRECISIONS = {
 LARGE, SMALL = 32768, 1024
 """Rows of all views. Large calls have kernels for tiles without masks and for those with; small ones the latter."""
 
-CASES = (
-    {},
-    {"temperature": True},
-    {"reduction": "none"},
-    {"queue": True, "objective": "cross_view"},  # MoCo
-    {"labels": True},
+
+class Case(NamedTuple):
+    """One call of the loss."""
+
+    name: str
+    arguments: dict
+    """Arguments of ``info_nce_loss``; True stands for a tensor that is made."""
+    deterministic: bool = False
+    views: int = 2
+    rows: int = SMALL
+
+
+PART = Case("part of a group", {}, rows=LARGE)
+"""The calls of one process of a group between its exchanges with the others."""
+EVERYWHERE = (
+    Case("plain", {}, rows=LARGE),
+    Case("small", {}),
+    Case("temperature", {"temperature": True}),
+    Case("queue", {"queue": True, "objective": "cross_view"}),  # MoCo's
+    Case("labels", {"labels": True}, rows=LARGE),
+    Case("small, labels", {"labels": True}),
 )
-"""Arguments of ``info_nce_loss``; True stands for a tensor that is made."""
+# per_positive is the objective with most to compute for a pair of one class.
+LABELS = {"labels": True, "queue": True, "reduction": "none", "objective": "per_positive"}
+SCORES = {"queue": True, "core_view": 0, "normalize": False, "temperature": True}
+ONCE = (
+    Case("deterministic", {}, deterministic=True, rows=LARGE),
+    PART,
+    Case("labels, queue, determ.", LABELS, deterministic=True, rows=LARGE),
+    Case("labels, supcon_in", {"labels": True, "objective": "supcon_in"}, rows=LARGE),
+    Case("labels, decoupled", {"labels": True, "objective": "decoupled"}, rows=LARGE),
+    Case("reduction=none", {"reduction": "none"}, rows=LARGE),
+    # The slowest to compile: the tables have a column for each of nine, the copies a branch for each of eight views.
+    Case("8 views, core, queue, scores", SCORES | {"objective": "pairwise", "reduction": "sum"}, views=8, rows=LARGE),
+)
+"""Cases that hardly depend on the architecture or the width, or that are rare."""
 
 
 class Job(NamedTuple):
     architecture: int
     precision: str
     dim: int
+
+    def cases(self):
+        return EVERYWHERE + (ONCE if self == (90, "bfloat16", 128) else ())
 
 
 class Entry(NamedTuple):
@@ -70,9 +105,7 @@ class Entry(NamedTuple):
 
 def run(job: Job) -> list[Entry]:
     """Compile all kernels of one job."""
-    dtype, matmul = PRECISIONS[job.precision]
-    before, found = torch.get_float32_matmul_precision(), {}
-    torch.set_float32_matmul_precision(matmul)
+    found = {}
 
     def record(kernel, grid, *args, **options):
         treatments = [
@@ -85,26 +118,46 @@ def run(job: Job) -> list[Entry]:
             made = code.of_compiled(compiled)
             found[name] = Entry(kernel.__name__, treatments, name, made, compiled.asm["cubin"])
 
-    try:
-        with machine_code.compiling(job.architecture, record):
-            for arguments, rows in product(CASES, (LARGE, SMALL)):
-                call(arguments, rows, job.dim, dtype)
-    finally:
-        torch.set_float32_matmul_precision(before)
+    with machine_code.compiling(job.architecture, record):
+        calls(job)
     return list(found.values())
 
 
-def call(arguments: dict, rows: int, dim: int, dtype: torch.dtype, views: int = 2):
-    """Call the loss and its backward with ``rows`` rows of zeros."""
-    samples = rows // views
-    given = [torch.zeros(samples, dim, dtype=dtype, requires_grad=True) for _ in range(views)]
+def calls(job: Job, done: Callable[[Case], None] = lambda case: None) -> None:
+    """Make the calls of a job, and call ``done`` after each."""
+    dtype, matmul = PRECISIONS[job.precision]
+    before = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
+    torch.set_float32_matmul_precision(matmul)
+    try:
+        for case in job.cases():
+            torch.use_deterministic_algorithms(case.deterministic)
+            _call(case, job.dim, dtype)
+            done(case)
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.use_deterministic_algorithms(before[1])
+
+
+def _call(case, dim, dtype):
+    samples = case.rows // case.views
+    views = [torch.zeros(samples, dim, dtype=dtype, requires_grad=case is not PART) for _ in range(case.views)]
+    if case is PART:
+        share = {"first": samples // 2, "count": samples // 2}
+        known = {"labelled": False, "core_view": -1, "normalize": True, "reduction": ops.REDUCTIONS.index("none")}
+        sizes = {"num_views": case.views, "batch": samples, "dim": dim, "queue_rows": 0}
+        objective = TABLE["supcon_out"]._asdict()
+        made = Call(**sizes, **share, **known, **objective, eps=1e-12, temperature=0.1)
+        forward, backward = (ops.overload(f"info_nce_{way}", "triton") for way in ("forward", "backward"))
+        _, *saved = forward(views, None, None, None, *made)
+        backward(torch.ones(case.views, samples), *saved, None, *made, False, dtype)
+        return
     tensors = {
         "labels": torch.zeros(samples, dtype=torch.int64),
         "queue": torch.zeros(samples, dim, dtype=dtype),
         "temperature": torch.ones((), requires_grad=True),
     }
-    arguments = {"temperature": 0.1} | {k: tensors[k] if v is True else v for k, v in arguments.items()}
-    sk.info_nce_loss(given, impl="triton", **arguments).sum().backward()
+    arguments = {"temperature": 0.1} | {k: tensors[k] if v is True else v for k, v in case.arguments.items()}
+    sk.info_nce_loss(views, impl="triton", **arguments).sum().backward()
 
 
 def write(path: Path, entries: dict[int, list[Entry]]) -> None:
@@ -135,14 +188,17 @@ def write(path: Path, entries: dict[int, list[Entry]]) -> None:
 def main(arguments=None) -> int:
     known = sorted(set(archive.ARCHITECTURES.values()))
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", type=int, nargs="+", default=known, choices=known)
+    parser.add_argument("--arch", type=int, nargs="+", default=known, help="compute capabilities, as 90")
     parser.add_argument("--dtype", nargs="+", default=list(PRECISIONS), choices=PRECISIONS)
     parser.add_argument("--dim", type=int, nargs="+", default=DIMS, help="numbers of a row")
-    parser.add_argument("--out", type=Path, default=archive.PATH)
+    parser.add_argument("--out", type=Path, default=backends.ARCHIVE)
     parser.add_argument(
         "--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes (default: %(default)s)"
     )
     options = parser.parse_args(arguments)
+    if unknown := [str(a) for a in options.arch if a not in archive.ARCHITECTURES]:
+        print(f"ahead: only Triton compiles for {', '.join(unknown)}")
+    options.arch = sorted({archive.ARCHITECTURES[a] for a in options.arch if a in archive.ARCHITECTURES})
     if launcher.INTERPRETED:
         print("ahead: TRITON_INTERPRET is set: kernels are interpreted, not compiled")
         return 2

@@ -44,7 +44,7 @@ class Resources(NamedTuple):
 KB = 1024
 RESOURCES = {
     80: Resources(163 * KB, 164 * KB, 2048, 32, 108),
-    89: Resources(99 * KB, 100 * KB, 1536, 24, 142),
+    86: Resources(99 * KB, 100 * KB, 1536, 16, 84),
     90: Resources(227 * KB, 228 * KB, 2048, 32, 132),
     100: Resources(227 * KB, 228 * KB, 2048, 32, 148),
     120: Resources(99 * KB, 100 * KB, 1536, 24, 188),

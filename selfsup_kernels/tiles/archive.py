@@ -21,7 +21,6 @@ from selfsup_kernels.core import backends
 from selfsup_kernels.tiles.code import Code, Descriptor, MapFacts
 
 PACKAGE = Path(__file__).resolve().parents[1]
-PATH = PACKAGE / "_kernels.zip"
 ENVIRONMENT = "SELFSUP_KERNELS_ARCHIVE"
 """Names another file, or is "0": Triton compiles all kernels."""
 
@@ -126,7 +125,7 @@ class Archive:
 @functools.cache
 def opened() -> Archive | None:
     """Return the archive of this package; None if it has none, or one of other kernels."""
-    path = os.environ.get(ENVIRONMENT) or PATH
+    path = os.environ.get(ENVIRONMENT) or backends.ARCHIVE
     if path == "0" or backends.load_extension()[0] is None:
         return None
     try:

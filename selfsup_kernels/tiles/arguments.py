@@ -103,6 +103,8 @@ class Source(NamedTuple):
     """The first of them."""
     columns: int
     """C, or 0 for the rows of the queue."""
+    is_tensor: int
+    """1: the temperature is a tensor, else 0."""
 
 
 class Finish(NamedTuple):

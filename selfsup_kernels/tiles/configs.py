@@ -19,8 +19,9 @@ from selfsup_kernels.tiles.layout import WIDTHS, takes_tf32
 TABLE = Path(__file__).with_name("configs.json")
 ENVIRONMENT = "SELFSUP_KERNELS_TRITON_CONFIGS"
 
-ARCHITECTURES = (80, 89, 90, 100, 120)
-"""Those of the table. A device takes the entry of the last one that is not above it."""
+ARCHITECTURES = (80, 86, 90, 100, 120)
+"""Those of the table. A device takes the entry of the last one that is not above it: 8.9 has as little shared memory as
+8.6."""
 
 
 class Config(NamedTuple):

@@ -74,6 +74,7 @@ def load_rows(layout, views, queue, order, classes, temperature_tensor):
         temperature, temperature_tensor = float(temperature_tensor), None  # on the CPU: no synchronisation
     tile, warps = _tile(layout)
     to = only(saved, "rows", "inverse_norms", "scalars")
+    is_tensor = int(temperature_tensor is not None)
 
     def fill(sources, order, source):
         launcher.launch(
@@ -84,7 +85,7 @@ def load_rows(layout, views, queue, order, classes, temperature_tensor):
             order,
             to,
             sums,
-            temperature_tensor,
+            temperature_tensor if is_tensor else saved.scalars,  # which is not read: one kernel for both
             temperature,
             call.eps,
             *source,
@@ -98,9 +99,11 @@ def load_rows(layout, views, queue, order, classes, temperature_tensor):
 
     if queue is not None and call.queue_rows:
         queue = queue if queue.stride(1) == 1 or queue.shape[1] == 1 else queue.contiguous()
-        fill([queue], None, Source(layout.queue_padded, call.queue_rows, layout.queue_padded, layout.rows, 0))
+        fill(
+            [queue], None, Source(layout.queue_padded, call.queue_rows, layout.queue_padded, layout.rows, 0, is_tensor)
+        )
     by_class = order if call.labelled else None
-    fill(views, by_class, Source(layout.padded, call.batch, layout.rows, 0, columns))
+    fill(views, by_class, Source(layout.padded, call.batch, layout.rows, 0, columns, is_tensor))
     return saved, sums
 
 

@@ -35,13 +35,13 @@ def clear_kernel(out):
 @triton.jit(do_not_specialize=Source._fields, do_not_specialize_on_alignment=["temperature_tensor"])
 def load_rows_kernel(
     sources, strides, order, saved, sums, temperature_tensor, temperature: tl.float64, eps: tl.float64,
-    padded, samples, rows, first_row, columns, dim, stride,
+    padded, samples, rows, first_row, columns, is_tensor, dim, stride,
     NUM_VIEWS: tl.constexpr, NORMALIZE: tl.constexpr, tile: tl.constexpr,
 ):  # fmt: skip
     """saved.rows <- unit rows, zeros in the padding; saved.inverse_norms <- 1 / norm, negative at the floor; sums <- 0.
 
     ``sources``: V matrices (B, D) of row strides ``strides``; ``order``: ``Saved.order``, or None. The first program
-    writes the scale."""
+    writes the scale: of ``temperature``, or of ``temperature_tensor`` if ``is_tensor``."""
     BLOCK: tl.constexpr = tile.BLOCK
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     d = tl.arange(0, tile.BLOCK_K)
@@ -67,10 +67,8 @@ def load_rows_kernel(
         for c in range(columns):
             tl.store(sums + c * rows + row, tl.zeros((BLOCK,), tl.float32), mask=row < rows)
         if tl.program_id(0) == 0:
-            if temperature_tensor is None:
-                t = temperature
-            else:
-                t = tl.load(temperature_tensor).to(tl.float64)
+            t = tl.load(temperature_tensor, mask=is_tensor != 0, other=0.0).to(tl.float64)
+            t = tl.where(is_tensor != 0, t, temperature)
             good = (t > 0) & (t < float("inf"))
             tl.store(saved.scalars + SCALE, tl.where(good, 1.0 / t, float("nan")).to(tl.float32))
             tl.store(saved.scalars + SLOW, 0.0)
@@ -139,8 +137,9 @@ def finish_rows_kernel(
     ``grad_temperature`` () <- 0.
     """
     BLOCK: tl.constexpr = tile.BLOCK
+    BLOCK_K: tl.constexpr = tile.BLOCK_K
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    d = tl.arange(0, tile.BLOCK_K)
+    d = tl.arange(0, BLOCK_K)
     if LABELLED:
         view = row % views
         valid = row < samples * views
@@ -159,10 +158,14 @@ def finish_rows_kernel(
     sums = partial + place.to(tl.int64)[:, None] * stride + d[None, :]
     z = tl.load(saved.rows + at, mask=mask, other=0.0).to(tl.float32)
 
-    in_batch = tl.load(sums, mask=mask, other=0.0)
-    for k in range(1, splits):
-        in_batch += tl.load(sums + k * size, mask=mask, other=0.0)
-    in_batch *= 1.0 / FACTOR
+    total = tl.zeros((BLOCK, BLOCK_K), tl.float32)
+    of_queue = tl.zeros((BLOCK, BLOCK_K), tl.float32)
+    for k in range(splits + queues):
+        part = tl.load(sums + k * size, mask=mask, other=0.0) * (1.0 / FACTOR)
+        if scale_gradient is not None:
+            of_queue += tl.where(k < splits, 0.0, part)
+            part = tl.where(k < splits, part, 0.0)
+        total += part
     if not LABELLED:
         here = 1.0
         if upstream is not None:
@@ -176,17 +179,15 @@ def finish_rows_kernel(
                 back *= tl.load(upstream + other, mask=there, other=0.0)
             at_v = other.to(tl.int64)[:, None] * stride + d[None, :]
             zv = tl.load(saved.rows + at_v, mask=mask & there[:, None], other=0.0)
-            in_batch += (c + back)[:, None] * zv.to(tl.float32)
-    total = in_batch
-    for k in range(splits, splits + queues):
-        total += tl.load(sums + k * size, mask=mask, other=0.0) * (1.0 / FACTOR)
+            total += (c + back)[:, None] * zv.to(tl.float32)
 
     scale = tl.load(saved.scalars + SCALE)
     weight = (constant * tl.load(grad_scale).to(tl.float64)).to(tl.float32)
     if scale_gradient is not None:
         # A score of the batch has both its rows here, and each of them all of its gradient; one with the queue has one.
-        inside = tl.sum(z.to(tl.float64) * in_batch.to(tl.float64), 1)
-        outside = tl.sum(z.to(tl.float64) * (total - in_batch).to(tl.float64), 1)
+        inside = tl.sum(z.to(tl.float64) * total.to(tl.float64), 1)
+        outside = tl.sum(z.to(tl.float64) * of_queue.to(tl.float64), 1)
+        total += of_queue
         wide = scale.to(tl.float64)
         part = -(wide * wide) * (0.5 * inside + outside) * weight.to(tl.float64)
         tl.store(scale_gradient + row, tl.where(valid, part, 0.0), mask=row < rows)
