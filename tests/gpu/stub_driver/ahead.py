@@ -55,7 +55,6 @@ cases = {
     "temperature that requires grad": {"temperature": torch.tensor(0.2, requires_grad=True)},
     "queue": {"queue": 70, "objective": "cross_view"},
     "labels": {"labels": torch.arange(100) % 7},
-    "loss of each anchor": {"reduction": "none"},
 }
 found = {"printed": printed, "same": {name: compared(Case(**options)) for name, options in cases.items()}}
 
@@ -66,6 +65,7 @@ others = {
     "dtype": Case(dtype=torch.float16),
     "alignment": Case(given=[apart, apart]),
     "normalize": Case(normalize=False),
+    "loss of each anchor": Case(reduction="none"),
 }
 found["others"] = {name: compared(case) for name, case in others.items()}
 
