@@ -167,7 +167,7 @@ def _kernels(folder):
     jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
     command = [sys.executable, "-m", "selfsup_kernels.lab.ahead", "--jobs", jobs, "--arch", *sorted(architectures)]
     paths = os.pathsep.join([str(folder.parent.resolve()), *filter(None, sys.path)])
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, cwd=folder)
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, cwd=folder.parent)
     return {} if done.returncode == 0 else {"ahead_failure": f"compiling for {' '.join(architectures)} failed."}
 
 

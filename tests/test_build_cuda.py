@@ -1,9 +1,12 @@
 """Test the build of the CUDA library: when it runs, for which GPUs, its messages if it cannot, and its result."""
 
+import importlib.util
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -125,17 +128,52 @@ def test_when_the_library_is_built(toolkit):
         prepare("12.8")
 
 
-def setup_cuda(monkeypatch, tmp_path, cuda, **environment):
-    """Run setup.py's step for the CUDA library with a torch of the given CUDA version; return its result."""
+def setup_step(name, monkeypatch, folder, **environment):
+    """Run a step of setup.py, one of its functions, for the package in ``folder``; return its result."""
     import setuptools
 
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(torch.version, "cuda", cuda)
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
     monkeypatch.setattr(setuptools, "setup", lambda **_: None)
     space = {"__file__": str(ROOT / "setup.py"), "__name__": "setup"}
     exec(compile((ROOT / "setup.py").read_text(), "setup.py", "exec"), space)
-    return space["_cuda"](tmp_path / "out")
+    return space[name](folder)
+
+
+def setup_cuda(monkeypatch, tmp_path, cuda, **environment):
+    """Run setup.py's step for the CUDA library with a torch of the given CUDA version; return its result."""
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    return setup_step("_cuda", monkeypatch, tmp_path / "out", **environment)
+
+
+def test_the_triton_kernels_are_compiled_for_the_gpus_at_hand_or_listed(monkeypatch, tmp_path):
+    """The compiler does not run in the package's folder, whose modules would hide those of the standard library."""
+    ran, status = [], [0]
+    monkeypatch.setattr(
+        subprocess, "run", lambda *a, **o: ran.append((a[0], o)) or SimpleNamespace(returncode=status[0])
+    )
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    folder = tmp_path / "selfsup_kernels"
+
+    def step(**environment):
+        ran.clear()
+        return setup_step("_kernels", monkeypatch, folder, **environment), [a[a.index("--arch") + 1 :] for a, _ in ran]
+
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert step() == ({}, [])
+    assert step(TORCH_CUDA_ARCH_LIST="8.6;9.0a;12.0+PTX") == ({}, [["120", "86", "90"]])
+    assert ran[0][1]["cwd"] == tmp_path
+    assert ran[0][1]["env"]["PYTHONPATH"].startswith(f"{tmp_path}{os.pathsep}")
+    assert step(SELFSUP_KERNELS_SKIP_AHEAD="1") == ({}, [])
+    monkeypatch.delenv("SELFSUP_KERNELS_SKIP_AHEAD")
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: [(9, 0), (8, 9)][i])
+    assert step() == ({}, [["89", "90"]])
+    status[0] = 1
+    assert "compiling for" in step()[0]["ahead_failure"]
 
 
 def test_a_failure_is_recorded_and_is_an_error_only_if_the_library_was_requested(toolkit, monkeypatch, tmp_path):

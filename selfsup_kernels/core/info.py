@@ -102,11 +102,13 @@ def _triton_version():
 
 
 def _ahead():
-    """Return how many Triton kernels are compiled ahead of time, by architecture; empty if first calls compile all."""
+    """Return how many Triton kernels are compiled ahead of time, by architecture, and why the install compiled none."""
+    from selfsup_kernels.core import build
     from selfsup_kernels.tiles import archive
 
     opened = archive.opened()
-    return {} if opened is None else {f"sm_{a}": len(opened.entries(a)) for a in opened.architectures}
+    counts = {} if opened is None else {f"sm_{a}": len(opened.entries(a)) for a in opened.architectures}
+    return {"kernels": counts, "failure": build.record().get("ahead_failure")}
 
 
 def _cpu_model():
@@ -206,11 +208,12 @@ def _toolkit():
     return {"nvcc": str(kit.nvcc), "version": kit.name}
 
 
-def _describe_ahead(counts):
-    if "error" in counts:
-        return _text(counts)
-    kernels = ", ".join(f"{count} for {architecture}" for architecture, count in counts.items())
-    return f"compiled ahead of time: {kernels}" if kernels else "compiled in first calls, which takes seconds"
+def _describe_ahead(ahead):
+    if "error" in ahead:
+        return _text(ahead)
+    kernels = ", ".join(f"{count} for {architecture}" for architecture, count in ahead["kernels"].items())
+    failure = f"; in the install {ahead['failure']}" if ahead["failure"] else ""
+    return f"compiled ahead of time: {kernels}" if kernels else f"compiled in first calls, for seconds{failure}"
 
 
 def render(facts, verbose=False) -> str:
