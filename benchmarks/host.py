@@ -10,8 +10,8 @@ GPU. There and on a GPU the first call of a process is measured as well, with th
 """
 
 import argparse
-import ast
 import functools
+import json
 import os
 import statistics
 import subprocess
@@ -124,14 +124,14 @@ def stub_cases():
 
 
 FIRST_CALL = """
-import time, torch, selfsup_kernels as sk
+import json, time, torch, selfsup_kernels as sk
 views = torch.randn(2, 512, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
 (2 * views.float()).sum().backward()
 torch.cuda.synchronize()
 start = time.perf_counter()
 sk.info_nce_loss(views, impl="triton").backward()
 torch.cuda.synchronize()
-print({"first ms": 1e3 * (time.perf_counter() - start)})
+print(json.dumps({"first ms": 1e3 * (time.perf_counter() - start)}))
 """
 
 
@@ -147,7 +147,7 @@ def first_call(on_stub):
     root = Path(__file__).resolve().parents[1]
     run = functools.partial(subprocess.run, capture_output=True, text=True, check=True, cwd=root)
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(root)}
-    return statistics.median(ast.literal_eval(run(command, env=environment).stdout)["first ms"] for _ in range(5))
+    return statistics.median(json.loads(run(command, env=environment).stdout)["first ms"] for _ in range(5))
 
 
 def measure(found, device, rounds, calls):

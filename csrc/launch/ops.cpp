@@ -267,13 +267,17 @@ void store(const py::object& described) {
 
 // Makes one launch on the current stream of a device, its addresses absolute. `number` as in a replay.
 void start_described(const py::object& described, double number, int device, bool on_gpu) {
+  const Launch launch = launch_of(described);
+  const py::gil_scoped_release unlocked;  // the driver waits where its queue is full
   std::optional<torch::stable::accelerator::DeviceGuard> guard;
   if (on_gpu) guard.emplace(device);
   Driver::get().ensure_context(device);
-  start(launch_of(described), {nullptr}, number, on_gpu ? current_stream(device) : nullptr);
+  start(launch, {nullptr}, number, on_gpu ? current_stream(device) : nullptr);
 }
 
-uintptr_t load_image(const py::bytes& image, const std::string& name, unsigned shared_bytes, int device, bool on_gpu) {
+uintptr_t load_image(const py::bytes& code, const std::string& name, unsigned shared_bytes, int device, bool on_gpu) {
+  const std::string image = code;
+  const py::gil_scoped_release unlocked;
   std::optional<torch::stable::accelerator::DeviceGuard> guard;
   if (on_gpu) guard.emplace(device);
   return reinterpret_cast<uintptr_t>(load(image, name, shared_bytes, device));

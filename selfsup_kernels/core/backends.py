@@ -99,11 +99,23 @@ MINIMUM_CAPABILITY = (8, 0)
 
 
 ARCHIVE = Path(__file__).resolve().parents[1] / "_kernels.zip"
-"""Machine code of Triton's kernels, compiled ahead of time (:mod:`selfsup_kernels.tiles.archive`)."""
+"""Machine code of Triton's kernels, compiled ahead of time (:mod:`selfsup_kernels.tiles.archive`). The environment's
+SELFSUP_KERNELS_ARCHIVE names another file, or is "0": Triton compiles all kernels."""
+
+
+def archive_path() -> Path | None:
+    """Return the archive's path; None if there is none."""
+    named = os.environ.get("SELFSUP_KERNELS_ARCHIVE")
+    if named == "0" or (not named and not ARCHIVE.exists()):
+        return None
+    return Path(named or ARCHIVE)
+
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def _no_triton():
-    if importlib.util.find_spec("triton") is None and not ARCHIVE.exists():
+    if not HAS_TRITON and archive_path() is None:
         return Unavailable("Triton is not installed.", "pip install 'triton>=3.6'")
     if torch.version.cuda is None and not triton_is_interpreted():
         return Unavailable(NO_CUDA)
@@ -118,6 +130,10 @@ def triton_is_interpreted() -> bool:
 @functools.cache
 def _capability(index):
     return torch.cuda.get_device_capability(index)
+
+
+def _compiled_ahead(major, minor):
+    return importlib.import_module("selfsup_kernels.tiles.archive").serves(10 * major + minor)
 
 
 def emulated(impl: str) -> bool:
@@ -137,6 +153,8 @@ def _gpu_refuses(impl: str, device_type: str, index: int | None, dtype: torch.dt
         return f"takes CUDA tensors, got a tensor on {device_type}"
     if _capability(index) < MINIMUM_CAPABILITY:
         return "needs a GPU of compute capability 8.0 (Ampere) or later, this one has {}.{}".format(*_capability(index))
+    if impl == "triton" and not HAS_TRITON and not _compiled_ahead(*_capability(index)):
+        return "has no kernels for this GPU compiled ahead of time, and Triton, which compiles them, is not installed"
     return None
 
 

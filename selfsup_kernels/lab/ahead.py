@@ -103,9 +103,9 @@ class Entry(NamedTuple):
     image: bytes
 
 
-def run(job: Job) -> list[Entry]:
-    """Compile all kernels of one job."""
-    found = {}
+def run(job: Job) -> tuple[list[Entry], list[str]]:
+    """Compile all kernels of one job. Return them, and what is said of those that do not compile."""
+    found, failures = {}, []
 
     def record(kernel, grid, *args, **options):
         treatments = [
@@ -113,14 +113,20 @@ def run(job: Job) -> list[Entry]:
             for p in kernel.params
         ]
         name = archive.key(kernel.__name__, treatments, args, options)
-        if name not in found:
-            compiled = kernel.warmup(*map(launcher.for_triton, args), grid=grid, **options)
+        if name in found:
+            return
+        launch, compiled = machine_code.compile_kernel(kernel, grid, *args, **options)
+        if compiled is None:
+            failures.append(
+                f"{launch.kernel} for sm_{job.architecture}, {job.precision}, D = {job.dim}: {launch.error}"
+            )
+        else:
             made = code.of_compiled(compiled)
             found[name] = Entry(kernel.__name__, treatments, name, made, compiled.asm["cubin"])
 
     with machine_code.compiling(job.architecture, record):
         calls(job)
-    return list(found.values())
+    return list(found.values()), failures
 
 
 def calls(job: Job, done: Callable[[Case], None] = lambda case: None) -> None:
@@ -199,21 +205,25 @@ def main(arguments=None) -> int:
     if unknown := [str(a) for a in options.arch if a not in archive.ARCHITECTURES]:
         print(f"ahead: only Triton compiles for {', '.join(unknown)}")
     options.arch = sorted({archive.ARCHITECTURES[a] for a in options.arch if a in archive.ARCHITECTURES})
+    if not options.arch:
+        return 0
     if launcher.INTERPRETED:
         print("ahead: TRITON_INTERPRET is set: kernels are interpreted, not compiled")
         return 2
     began = time.perf_counter()
     jobs = [Job(*job) for job in product(options.arch, options.dtype, options.dim)]
-    entries = {architecture: {} for architecture in options.arch}
+    entries, failures = {architecture: {} for architecture in options.arch}, []
     # Not forked: torch and LLVM have threads by then.
     with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for job, found in zip(jobs, pool.map(run, jobs), strict=True):
+        for job, (found, failed) in zip(jobs, pool.map(run, jobs), strict=True):
             entries[job.architecture] |= {entry.name: entry for entry in found}
+            failures += failed
     write(options.out, {architecture: list(found.values()) for architecture, found in entries.items()})
     counts = ", ".join(f"{len(found)} for sm_{architecture}" for architecture, found in entries.items())
     size = options.out.stat().st_size / 2**20
     print(f"{options.out}: {size:.1f} MB; kernels: {counts}; {time.perf_counter() - began:.0f} s")
-    return 0
+    print(*(f"FAILED: {failure}" for failure in failures), sep="\n", end="")
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":

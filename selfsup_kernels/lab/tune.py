@@ -108,7 +108,9 @@ def candidates(task: Task, architecture: int, shipped: configs.Config) -> list[c
     half, gradient, sums = task.kind == "half", task.base == "gradient", task.base == "sums"
     whole = max(16, 1 << (task.dim - 1).bit_length())
     pieces = (64, 128) if half else (32, 64)
-    if gradient or (sums and whole < pieces[1]):
+    if configs.width_of(task.dim) == "long" and task.base != "product":
+        pieces = tuple(k for k in pieces if k <= 64)  # rows have a multiple of 64 numbers
+    if gradient or (sums and whole < pieces[-1]):
         depths = (whole,)
     else:
         depths = (whole, pieces[0]) if sums and configs.width_of(task.dim) != "long" else pieces
@@ -192,9 +194,10 @@ def measure(task: Task, config: configs.Config, rows: int) -> float:
     launches = []
 
     def keep(kernel, grid, *args, **options):
-        kernel[grid](*args, **options)
+        launched = launcher.kernel_of(kernel)[grid], [*map(launcher.for_triton, args)], options
+        launched[0](*launched[1], **options)
         if task.launches(kernel, options):
-            launches.append((launcher.kernel_of(kernel)[grid], [*map(launcher.for_triton, args)], options))
+            launches.append(launched)
 
     with mock.patch.object(launcher, "launch", keep), task.overriding(config):
         run_op(task, rows, "cuda")

@@ -2,15 +2,13 @@
 waits for no compiler, and needs no Triton. ``python -m selfsup_kernels.lab.ahead`` (``make kernels``) writes it.
 
 An entry is what a kernel becomes for one architecture, one set of constants and options, and one kind of each argument.
-What is not in the file, Triton compiles. The file holds a digest of the kernels' source; after a change to that it is
-not used until it is written again.
+What is not in the file, Triton compiles. The file is of one state of this package's source: after a change it is not
+used until it is written again.
 """
 
 import functools
 import hashlib
 import json
-import os
-import threading
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -18,22 +16,11 @@ from typing import NamedTuple
 import torch
 
 from selfsup_kernels.core import backends
+from selfsup_kernels.core import validate as check
 from selfsup_kernels.tiles.code import Code, Descriptor, MapFacts
-
-PACKAGE = Path(__file__).resolve().parents[1]
-ENVIRONMENT = "SELFSUP_KERNELS_ARCHIVE"
-"""Names another file, or is "0": Triton compiles all kernels."""
 
 ARCHITECTURES = {80: 80, 86: 86, 89: 86, 90: 90, 100: 100, 120: 120}
 """Compute capability of a device -> that of the machine code that it runs."""
-
-SOURCES = (
-    *sorted((Path(__file__).parent / "kernels").glob("*.py")),
-    Path(__file__).parent / "arguments.py",
-    PACKAGE / "info_nce" / "call.py",
-    PACKAGE / "info_nce" / "objectives.py",
-)
-"""All that the kernels are made of."""
 
 
 class Treatment(NamedTuple):
@@ -47,10 +34,13 @@ class Treatment(NamedTuple):
     """Addresses that are multiples of 16 are."""
 
 
+@functools.cache
 def source_digest() -> str:
-    """Return a digest of the kernels' source."""
+    """Return a digest of all that the kernels and their entries are made of."""
+    package = Path(__file__).resolve().parents[1]
+    paths = [*(package / "tiles").rglob("*.py"), *(package / "info_nce" / f"{x}.py" for x in ("call", "objectives"))]
     digest = hashlib.sha256()
-    for path in SOURCES:
+    for path in sorted(paths):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
 
@@ -58,7 +48,7 @@ def source_digest() -> str:
 def key(kernel: str, treatments, arguments, options: dict) -> str:
     """Return the name of an entry: one for all calls that may run the same machine code."""
     kinds = [_kind(value, *treatment) for value, treatment in zip(arguments, treatments, strict=False)]
-    text = f"{kernel} {' '.join(kinds)} {sorted(options.items())}"
+    text = f"{source_digest()} {kernel} {' '.join(kinds)} {sorted(options.items())}"
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
@@ -80,56 +70,76 @@ def _kind(value, constant=False, specialized=True, aligned=True):
 
 
 class Archive:
-    """An open file."""
+    """The entries of a file. It is opened for each read, so that forked processes share no place in it and another file
+    may take its place: an entry of other source has another name.
+
+    Raises:
+        ValueError: the file is of other source.
+    """
 
     def __init__(self, path: Path):
-        self._file = zipfile.ZipFile(path)
-        self._lock = threading.Lock()
-        facts = json.loads(self._file.read("index.json"))
-        self.source, self.versions = facts["source"], facts["versions"]
+        self.path = path
+        facts = json.loads(self._read("index.json"))
+        if facts["source"] != source_digest():
+            raise ValueError(f"{path} was compiled from other source; `make kernels` writes it again")
         self.kernels = {name: [Treatment(*t) for t in treatments] for name, treatments in facts["kernels"].items()}
         self.architectures: list[int] = facts["architectures"]
-        self._loaded: dict[tuple, Code] = {}
+        self._loaded: dict[tuple, Code | None] = {}
+
+    def _read(self, name: str) -> bytes:
+        with zipfile.ZipFile(self.path) as file:
+            return file.read(name)
 
     @functools.cache  # noqa: B019  (one archive in a process)
     def entries(self, architecture: int) -> dict[str, dict]:
         """Return the entries for an architecture, by name; empty if there are none."""
-        if architecture not in self.architectures:
-            return {}
-        with self._lock:
-            return json.loads(self._file.read(f"sm_{architecture}/index.json"))
+        return json.loads(self._read(f"sm_{architecture}/index.json")) if architecture in self.architectures else {}
 
     def find(self, kernel: str, capability: int, device: torch.device, arguments, options: dict) -> Code | None:
         """Return the code of a launch, loaded on ``device``, or None if Triton has to compile it."""
         architecture = ARCHITECTURES.get(capability)
-        if architecture is None or kernel not in self.kernels:
+        if architecture not in self.architectures or kernel not in self.kernels:
             return None
-        name = key(kernel, self.kernels[kernel], arguments, options)
-        if (found := self._loaded.get((name, architecture, device))) is None and (
-            entry := self.entries(architecture).get(name)
-        ):
-            with self._lock:
-                image = self._file.read(entry["file"])
-            maps = [MapFacts(*facts) for facts in entry["maps"]]
-            found = Code(entry["name"], entry["signature"], entry["threads"], entry["shared_bytes"], maps)
-            extension, _ = backends.load_extension()
-            found = found._replace(
-                function=extension.tape.load(
-                    image, found.name, found.shared_bytes, device.index or 0, device.type == "cuda"
-                )
-            )
-            self._loaded[name, architecture, device] = found
-        return found
+        place = key(kernel, self.kernels[kernel], arguments, options), architecture, device
+        if place not in self._loaded:
+            try:
+                self._loaded[place] = self._load(*place)
+            except Exception as error:  # a file that was replaced, a driver older than the code
+                _warn(error)
+                self._loaded[place] = None
+        return self._loaded[place]
+
+    def _load(self, name, architecture, device):
+        entry = self.entries(architecture).get(name)
+        if entry is None:
+            return None
+        maps = [MapFacts(*facts) for facts in entry["maps"]]
+        code = Code(entry["name"], entry["signature"], entry["threads"], entry["shared_bytes"], maps)
+        extension, _ = backends.load_extension()
+        where = device.index or 0, device.type == "cuda"
+        function = extension.tape.load(self._read(entry["file"]), code.name, code.shared_bytes, *where)
+        return code._replace(function=function)
 
 
 @functools.cache
 def opened() -> Archive | None:
-    """Return the archive of this package; None if it has none, or one of other kernels."""
-    path = os.environ.get(ENVIRONMENT) or backends.ARCHIVE
-    if path == "0" or backends.load_extension()[0] is None:
+    """Return the archive of this package; None if there is none that can be used."""
+    path = backends.archive_path()
+    if path is None or backends.load_extension()[0] is None:
         return None
     try:
-        archive = Archive(Path(path))
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile):
+        return Archive(path)
+    except Exception as error:  # of another version, or not an archive at all
+        _warn(error)
         return None
-    return archive if archive.source == source_digest() else None
+
+
+def _warn(error):
+    why = f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else error
+    check.warn_once("archive", f"first calls compile their kernels, which takes seconds ({why})", RuntimeWarning)
+
+
+def serves(capability: int) -> bool:
+    """Return whether there is machine code for devices of this compute capability."""
+    archive = opened()
+    return archive is not None and ARCHITECTURES.get(capability) in archive.architectures

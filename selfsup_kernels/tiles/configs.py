@@ -70,6 +70,8 @@ def lookup(kernel: str, architecture: int, dtype: torch.dtype, dim: int) -> Conf
 @functools.cache
 def _lookup(kernel, architecture, kind, width):
     known = max((a for a in ARCHITECTURES if a <= architecture), default=ARCHITECTURES[0])
+    if f"sm_{known}" not in _table():
+        raise ValueError(f"{ENVIRONMENT}: expected an entry sm_{known} in the table, got {', '.join(_table())}")
     entry = _table()[f"sm_{known}"][kernel][kind].get(width)
     return None if entry is None else Config(**entry)
 

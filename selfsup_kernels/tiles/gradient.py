@@ -20,6 +20,11 @@ def gradient(layout, saved, upstream, factor, precision):
     tables = only(saved, "log_weights", "weights", "positives", "scalars", "classes")
     if clean is None or clean.block_k < layout.stride:
         return in_waves(layout, stored, tables, upstream, factor, precision), 1
+    if masked is None or {clean.block_k, masked.block_k} != {layout.stride}:
+        raise ValueError(
+            f"{configs.ENVIRONMENT}: gradient and masked_gradient must hold all {layout.stride} numbers of a row, got"
+            f" {clean}, {masked}"
+        )
 
     def blocks(config):
         return layout.views * layout.own_blocks(config.block_m)[1]

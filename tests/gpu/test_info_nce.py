@@ -187,6 +187,19 @@ def test_shipped_tiles_with_masks_divide_those_without():
                     assert entry["block_n"] % entries["product"][kind][width]["block_k"] == 0
 
 
+@pytest.mark.parametrize("wrong", ["masked_gradient", "gradient", "sums"])
+def test_a_table_whose_tiles_do_not_fit_the_rows_is_refused(impl, device, monkeypatch, wrong):
+    monkeypatch.setattr(launcher, "MANY_TILES", 0)
+    monkeypatch.setattr(launcher, "deterministic", lambda: False)
+    shipped = configs._lookup("gradient", 90, "half", "64")
+    fits = shipped._replace(block_m=32, block_n=32, descriptor=False)
+    entries = dict.fromkeys(("sums", "masked_sums", "gradient", "masked_gradient"), fits)
+    with configs.override(entries | {wrong: fits._replace(block_k=48 if wrong == "sums" else 128)}):
+        views = randn(2, 200, 64, dtype=torch.bfloat16).to(device).requires_grad_()
+        with pytest.raises(ValueError, match=r"block_k must divide|must hold all 64 numbers"):
+            info_nce_loss(views, impl=impl).backward()
+
+
 @pytest.mark.parametrize("descriptor", [False, True])
 def test_descriptors_and_pointers_load_the_same(impl, path, device, monkeypatch, descriptor):
     inner = configs._lookup

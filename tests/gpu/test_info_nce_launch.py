@@ -9,9 +9,10 @@ import pytest
 import torch
 from helpers import info_nce_call, random_labels
 
-from selfsup_kernels.core import ops
+from selfsup_kernels.core import backends, ops
 from selfsup_kernels.info_nce.objectives import Columns
 from selfsup_kernels.info_nce.ops import forward_fake_triton
+from selfsup_kernels.lab import tune
 from selfsup_kernels.tiles import configs, kernels, launcher, waves
 from selfsup_kernels.tiles.arguments import Finish, GradientWork, Sizes, Source, SumsWork
 from selfsup_kernels.tiles.gradient import MOST_COLUMNS
@@ -344,3 +345,17 @@ def test_saved_tensors_are_what_the_fakes_say(impl, device):
             real = ops.overload("info_nce_forward", impl)(*arguments)
             fake = forward_fake_triton(*arguments)
             assert [(t.shape, t.dtype) for t in real] == [(t.shape, t.dtype) for t in fake]
+
+
+def test_the_tuner_measures_what_the_launchers_launch(monkeypatch):
+    """Everything but the clock: the launches of a call with a candidate, made once more."""
+    if not launcher.INTERPRETED:
+        pytest.skip("on a GPU the tuner runs as it is")
+    run_op, times = tune.run_op, []
+    monkeypatch.setattr(tune, "run_op", lambda task, rows, device: run_op(task, rows, "cpu"))
+    monkeypatch.setattr(tune.triton.testing, "do_bench", lambda again, **options: times.append(again()) or 1.5)
+    monkeypatch.setattr(backends, "select", lambda *_, **__: "triton")
+    task = tune.Task("masked_sums", "half", 64)
+    config = configs.lookup("masked_sums", 90, torch.bfloat16, 64)
+    assert tune.measure(task, config, 256) == 1.5
+    assert len(times) == 1

@@ -2,11 +2,13 @@
 `test_ahead.py` checks. TRITON_DISABLE_LINE_INFO is set, as for the archive: instructions are compared."""
 
 import contextlib
+import ctypes
 import json
 import os
 import subprocess
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 from unittest import mock
 
@@ -16,6 +18,7 @@ import triton
 from cases import Case, differences
 
 from selfsup_kernels import _C
+from selfsup_kernels.core import validate
 from selfsup_kernels.tiles import archive, rows
 
 torch.set_num_threads(1)
@@ -120,6 +123,32 @@ def has(capability):
 
 found["architectures"] = {"90": has(90), "80": has(80), "103": has(103)}
 found["refused"] = list(stub.refused)
+
+
+# A file that is cut off after it was opened, and a driver that takes no code: what Triton has compiled is launched.
+def warned(case):
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        validate._warned.discard("archive")
+        launched = by_triton(case)
+    return [launched, *(str(w.message) for w in seen)]
+
+
+case = Case(dtype=torch.bfloat16)
+with mock.patch.object(archive, "opened", return_value=None):
+    case.by_python()
+cut = folder / "cut.zip"
+cut.write_bytes(path.read_bytes())
+with mock.patch.object(archive, "opened", return_value=archive.Archive(cut)):
+    cut.write_bytes(path.read_bytes()[:5000])
+    found["cut"] = warned(case)
+kind = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)
+refusing = kind(lambda image: -1)
+slot = ctypes.c_void_p.in_dll(stub.library, "stub_load")
+loading, slot.value = slot.value, ctypes.cast(refusing, ctypes.c_void_p).value
+with mock.patch.object(archive, "opened", return_value=archive.Archive(path)):
+    found["unloadable"] = warned(case)
+slot.value = loading
 
 # A process without Triton.
 script = Path(__file__).with_name("without_triton.py")

@@ -13,11 +13,11 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import selfsup_kernels as sk
-from selfsup_kernels.tiles import archive, kernels
+from selfsup_kernels.tiles import kernels
 
 torch.set_num_threads(1)
 torch.manual_seed(0)
-os.environ[archive.ENVIRONMENT] = "0"
+os.environ["SELFSUP_KERNELS_ARCHIVE"] = "0"
 stub = stub_driver.install(Path(tempfile.mkdtemp()))
 if not stub.in_place():
     print(json.dumps({"skip": "another libcuda.so.1 is loaded"}))

@@ -17,11 +17,11 @@ from cases import Case, Watched, differences
 
 import selfsup_kernels as sk
 from selfsup_kernels import _C
-from selfsup_kernels.tiles import archive, configs, launcher, tape
+from selfsup_kernels.tiles import configs, launcher, tape
 
 torch.set_num_threads(1)
 torch.manual_seed(0)
-os.environ[archive.ENVIRONMENT] = "0"
+os.environ["SELFSUP_KERNELS_ARCHIVE"] = "0"
 stub = stub_driver.install(Path(tempfile.mkdtemp()))
 if not stub.in_place():
     print(json.dumps({"skip": "another libcuda.so.1 is loaded"}))
