@@ -66,7 +66,6 @@ def gradient(layout, saved, upstream, factor, precision):
                     count, slot, queue_slot, *layout.own_blocks(config.block_m), *layout.part, begin, begin + most
                 ),
                 PART=part,
-                ACCUMULATE=begin > 0,
                 rules=layout.pair_rules,
                 tile=tile,
                 **config.options,

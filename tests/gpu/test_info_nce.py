@@ -163,14 +163,13 @@ def test_sums_over_many_columns_are_made_by_several_launches(impl, path, device,
         "queue": {"queue": randn(200, 20, seed=1).to(device)},
     }[form]
     launches, launch = [], launcher.launch
-    monkeypatch.setattr(
-        launcher, "launch", lambda kernel, *a, **o: (launches.append(o.get("ACCUMULATE")), launch(kernel, *a, **o))
-    )
+    monkeypatch.setattr(launcher, "launch", lambda kernel, *a, **o: (launches.append(kernel), launch(kernel, *a, **o)))
     want = run(info_nce_loss, views, 0.1, impl=impl, **arguments)
-    assert True not in launches
+    few = launches.count("gradient_kernel")
+    launches.clear()
     monkeypatch.setattr(triton_gradient, "MOST_COLUMNS", 64)
     got = run(info_nce_loss, views, 0.1, impl=impl, **arguments)
-    assert True in launches
+    assert launches.count("gradient_kernel") > few == 2
     assert (got[1] - want[1]).norm() <= 1e-5 * want[1].norm()
 
 

@@ -129,7 +129,6 @@ def test_a_launch_adds_up_as_many_columns_as_tensor_cores_may(record):
         launches = [k for k in gradients if k["PART"] == part]
         ends = [(k["begin"], k["end"]) for k in launches]
         assert len(ends) > 1
-        assert [k["ACCUMULATE"] for k in launches] == [begin > 0 for begin, _ in ends]
         assert [begin for begin, _ in ends] == [0, *(end for _, end in ends[:-1])]
         assert ends[-1][1] * launches[0]["BLOCK_N"] >= 100_000
         assert all(2 * launches[0]["BLOCK_N"] * (end - begin) <= MOST_COLUMNS for begin, end in ends)

@@ -18,7 +18,7 @@ def gradient_kernel(
     source_x, source_y, saved, upstream, partial,
     rows, batch, padded, queue, views, core_view, columns,
     shares, slot, queue_slot, first_block, own_blocks, part_first, part_rows, begin, end,
-    PART: tl.constexpr, ACCUMULATE: tl.constexpr, rules: tl.constexpr, tile: tl.constexpr,
+    PART: tl.constexpr, rules: tl.constexpr, tile: tl.constexpr,
 ):  # fmt: skip
     """partial[slot + k, place of i, :] <- sum over share k of the columns of G_ij z_j; share ``shares`` is the queue's.
 
@@ -26,8 +26,8 @@ def gradient_kernel(
     the blocks in which every pair counts (none if a weight is out of the fast path's range), "masked" the other blocks,
     "all" all of them.
 
-    A launch visits blocks ``begin`` to ``end`` of each view, counted in visiting order. ACCUMULATE: ``partial`` already
-    holds the sums over the earlier blocks; add to it.
+    A launch visits blocks ``begin`` to ``end`` of each view, counted in visiting order. If ``begin`` is not 0,
+    ``partial`` already holds the sums over the earlier blocks, and they are added to.
     """
     BLOCK_M: tl.constexpr = tile.BLOCK_M
     BLOCK_N: tl.constexpr = tile.BLOCK_N
@@ -77,7 +77,7 @@ def gradient_kernel(
     k = tl.arange(0, BLOCK_K)
     to = partial + at[:, None] * BLOCK_K + k[None, :]
     inside = (x_local + tl.arange(0, BLOCK_M) < batch)[:, None]
-    if ACCUMULATE:  # by atomics, which need no registers for the old sums; no other program adds here
+    if begin > 0:  # by atomics, which need no registers for the old sums; no other program adds here
         tl.atomic_add(to, total, mask=inside & (begin < end), sem="relaxed")
     else:
         tl.store(to, total, mask=inside)
