@@ -125,17 +125,17 @@ def run(job: Job) -> tuple[list[Entry], list[str]]:
             found[name] = Entry(kernel.__name__, treatments, name, made, compiled.asm["cubin"])
 
     with machine_code.compiling(job.architecture, record):
-        calls(job)
+        calls(job, job.cases())
     return list(found.values()), failures
 
 
-def calls(job: Job, done: Callable[[Case], None] = lambda case: None) -> None:
-    """Make the calls of a job, and call ``done`` after each."""
+def calls(job: Job, cases: tuple[Case, ...], done: Callable[[Case], None] = lambda case: None) -> None:
+    """Make these calls of a job, and call ``done`` after each."""
     dtype, matmul = PRECISIONS[job.precision]
     before = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
     torch.set_float32_matmul_precision(matmul)
     try:
-        for case in job.cases():
+        for case in cases:
             torch.use_deterministic_algorithms(case.deterministic)
             _call(case, job.dim, dtype)
             done(case)
