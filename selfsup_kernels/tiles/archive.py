@@ -1,5 +1,5 @@
-"""Machine code that was compiled ahead of time, in the file ``_kernels.zip`` beside the extension: a first call then
-waits for no compiler, and needs no Triton. ``python -m selfsup_kernels.lab.ahead`` (``make kernels``) writes it.
+"""Read machine code that was compiled ahead of time from ``_kernels.zip``, which lies next to the extension. A first
+call then needs neither a compiler nor Triton. ``python -m selfsup_kernels.lab.ahead`` (``make kernels``) writes it.
 
 An entry is what a kernel becomes for one architecture, one set of constants and options, and one kind of each argument.
 What is not in the file, Triton compiles. The file is of one state of this package's source: after a change it is not
