@@ -21,7 +21,8 @@ endif
 # Written by setup.py at the end of a build.
 BUILT := selfsup_kernels/_build_info.json
 SOURCES := setup.py selfsup_kernels/core/build.py selfsup_kernels/version.py $(wildcard csrc/common/* csrc/cpu/* csrc/launch/*) \
-  selfsup_kernels/info_nce/call.py selfsup_kernels/info_nce/objectives.py
+  selfsup_kernels/core/record.py selfsup_kernels/info_nce/call.py selfsup_kernels/info_nce/objectives.py \
+  selfsup_kernels/siglip/call.py
 # A build for a CUDA build of torch, which PYTHON on the command line may have, includes the CUDA library. For the
 # CPU-only torch of .venv the library is a separate target.
 CUDA_LIBRARY := selfsup_kernels/_CUDA.so

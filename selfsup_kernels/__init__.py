@@ -1,4 +1,4 @@
-"""Fused, memory-linear kernels for self-supervised losses: N-view InfoNCE, BYOL, multi-tensor EMA.
+"""Fused, memory-linear kernels for self-supervised losses: N-view InfoNCE, SigLIP, BYOL, multi-tensor EMA.
 
 See :mod:`selfsup_kernels.functional` for the losses, :mod:`selfsup_kernels.modules` for the modules,
 :mod:`selfsup_kernels.methods` for whole methods, and ``python -m selfsup_kernels info`` for what this machine runs.
@@ -9,7 +9,15 @@ import importlib
 from selfsup_kernels import backends, compat, functional, methods, optim
 from selfsup_kernels.chunked import chunked_backward
 from selfsup_kernels.ema import EMA, cosine_momentum
-from selfsup_kernels.functional import ContrastiveStats, byol_loss, contrastive_stats, ema_update_, info_nce_loss
+from selfsup_kernels.functional import (
+    ContrastiveStats,
+    byol_loss,
+    contrastive_stats,
+    ema_update_,
+    info_nce_loss,
+    siglip_loss,
+    siglip_value_and_grad,
+)
 from selfsup_kernels.info_nce.objectives import OBJECTIVES
 from selfsup_kernels.modules import BYOLLoss, InfoNCELoss
 from selfsup_kernels.version import __version__
@@ -33,6 +41,8 @@ __all__ = [
     "methods",
     "optim",
     "profile",
+    "siglip_loss",
+    "siglip_value_and_grad",
 ]
 
 

@@ -96,6 +96,23 @@ def _anchor_losses(objective, u, negatives, positives, is_positive, queue):
     return torch.where(count > 0, loss, 0)
 
 
+def siglip_loss(x, y, *, scale=10.0, bias=-10.0, duplicates=None, normalize=True, eps=1e-12, reduction="mean"):
+    r"""The pairwise sigmoid loss, dense (arXiv:2303.15343, section 3.2).
+
+    ``-mean_i sum_j log sigmoid(y_ij (scale <x_i, y_j> + bias))`` with ``y_ij = 1`` for ``i = j``, else -1. Pairs of two
+    samples that share an element of ``duplicates`` (B,) do not count.
+    """
+    if normalize:
+        x, y = F.normalize(x, dim=-1, eps=eps), F.normalize(y, dim=-1, eps=eps)
+    pair = torch.eye(len(x), dtype=torch.bool, device=x.device)
+    scores = scale * (x @ y.T) + bias
+    losses = -F.logsigmoid(torch.where(pair, scores, -scores))
+    if duplicates is not None:
+        losses = losses.masked_fill((duplicates[:, None] == duplicates[None, :]) & ~pair, 0)
+    loss = losses.sum(1)
+    return loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()
+
+
 def byol_loss(predictions, targets, *, eps=1e-12, reduction="mean"):
     r"""BYOL's regression loss, dense (arXiv:2006.07733, eq. 2): ``2 - 2 cos(p, t)``.
 

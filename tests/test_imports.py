@@ -37,7 +37,7 @@ def test_nothing_outside_the_lab_imports_it():
 
 LAYERS = (
     "core",
-    "spec info_nce byol ema tiles",
+    "spec info_nce siglip byol ema tiles",
     "methods chunked functional modules optim backends",
     "compat",
     "lab",

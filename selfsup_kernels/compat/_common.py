@@ -136,19 +136,6 @@ def _method_names(kind, library) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return tuple(methods), tuple(name for name, method in methods.items() if not is_own(library, method))
 
 
-def pair(first_name: str, first, second_name: str, second) -> None:
-    """Raise a ValueError or TypeError unless both are ``(B, D)`` tensors of one shape."""
-    for name, tensor in ((first_name, first), (second_name, second)):
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name}: expected a (B, D) tensor, got {type(tensor).__name__}")
-        if tensor.dim() != 2:
-            raise ValueError(f"{name}: expected a (B, D) tensor, got shape {tuple(tensor.shape)}")
-    if first.shape != second.shape:
-        raise ValueError(
-            f"{second_name}: expected the shape of {first_name}, {tuple(first.shape)}, got {tuple(second.shape)}"
-        )
-
-
 def wide_loss(views, **arguments):
     """Return :func:`selfsup_kernels.info_nce_loss` in float32 or float64, for further computations.
 

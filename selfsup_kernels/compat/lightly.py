@@ -7,10 +7,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from selfsup_kernels.byol.api import byol_loss
-from selfsup_kernels.compat._common import DropIn, altered, is_from, narrow, pair, unsupported, wide_loss
+from selfsup_kernels.compat._common import DropIn, altered, is_from, narrow, unsupported, wide_loss
 from selfsup_kernels.compat._processes import every_process
 from selfsup_kernels.compat._queue import queue_contrast_loss, unit_rows
 from selfsup_kernels.core.processes import gather_rows
+from selfsup_kernels.core.validate import pair
 from selfsup_kernels.ema.api import ema_update_pairs_
 
 __all__ = [

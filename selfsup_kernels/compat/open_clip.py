@@ -3,9 +3,10 @@
 import torch
 import torch.nn.functional as F
 
-from selfsup_kernels.compat._common import DropIn, narrow, overridden, pair, unsupported, wide_loss
+from selfsup_kernels.compat._common import DropIn, narrow, overridden, unsupported, wide_loss
 from selfsup_kernels.compat._gradient import AverageGradient, ScaleGradient
 from selfsup_kernels.compat._processes import every_process
+from selfsup_kernels.core.validate import pair
 from selfsup_kernels.info_nce.api import info_nce_loss
 
 __all__ = ["ClipLoss"]

@@ -3,10 +3,11 @@
 import torch
 from torch import nn
 
-from selfsup_kernels.compat._common import is_from, pair, unsupported
+from selfsup_kernels.compat._common import is_from, unsupported
 from selfsup_kernels.compat._gradient import ScaleGradient
 from selfsup_kernels.compat._one_way import OneWay
 from selfsup_kernels.compat._processes import every_process
+from selfsup_kernels.core.validate import pair
 
 __all__ = ["MultipleNegativesRankingLoss", "cos_sim", "dot_score", "multiple_negatives_ranking_loss"]
 

@@ -2,10 +2,11 @@
 
 import torch
 
-from selfsup_kernels.compat._common import narrow, pair, unsupported
+from selfsup_kernels.compat._common import narrow, unsupported
 from selfsup_kernels.compat._one_way import OneWay
 from selfsup_kernels.core import validate as check
 from selfsup_kernels.core.processes import resolve
+from selfsup_kernels.core.validate import pair
 
 __all__ = ["supervised_loss", "unsupervised_loss"]
 

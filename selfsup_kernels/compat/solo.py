@@ -3,9 +3,10 @@
 import torch
 
 from selfsup_kernels.byol.api import byol_loss
-from selfsup_kernels.compat._common import narrow, pair, unsupported, wide_loss
+from selfsup_kernels.compat._common import narrow, unsupported, wide_loss
 from selfsup_kernels.compat._processes import every_process
 from selfsup_kernels.core.processes import gather_rows
+from selfsup_kernels.core.validate import pair
 from selfsup_kernels.info_nce.api import info_nce_loss
 
 __all__ = ["byol_loss_func", "mocov3_loss_func", "simclr_loss_func"]

@@ -38,6 +38,7 @@ SOURCES = (
     "csrc/cpu/info_nce.cpp",
     "csrc/cpu/info_nce_labels.cpp",
     "csrc/cpu/info_nce_layout.cpp",
+    "csrc/cpu/siglip.cpp",
     "csrc/cpu/byol.cpp",
     "csrc/cpu/ema.cpp",
     "csrc/cpu/optim.cpp",
@@ -74,11 +75,9 @@ SANITIZER_FLAGS = (
 GENERATED = PACKAGE.parent / "build" / "include"
 """The folder of the headers that are generated from Python."""
 
-_CPP_TYPES = {"Size": "int64_t", "int": "int64_t", "bool": "bool", "float": "double"}
-
 
 def write_headers() -> Path:
-    """Print the record of an InfoNCE call and the numbers of the objectives as C++; return the include folder."""
+    """Print the records of calls and the numbers of the objectives as C++; return the include folder."""
     path, text = GENERATED / "generated" / "call.h", call_header()
     if not path.exists() or path.read_text() != text:  # else everything would be compiled again
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -93,10 +92,9 @@ def interface() -> str:
 
 def call_header() -> str:
     """Return the text of ``generated/call.h``."""
-    call, objectives = (_load(PACKAGE / "info_nce" / f"{name}.py") for name in ("call", "objectives"))
-    fields = [(name, kind.__name__) for name, kind in call.Call.__annotations__.items()]
+    record, objectives, call, siglip = _load("core.record", "info_nce.objectives", "info_nce.call", "siglip.call")
     lines = [
-        "// Printed by selfsup_kernels/core/build.py from info_nce/call.py and info_nce/objectives.py.",
+        "// Printed by selfsup_kernels/core/build.py from info_nce/call.py, info_nce/objectives.py and siglip/call.py.",
         "#pragma once",
         "#include <torch/csrc/stable/library.h>",
         "#include <cstdint>",
@@ -104,14 +102,7 @@ def call_header() -> str:
     ]
     for kind in (objectives.Columns, objectives.Positives, objectives.Numerator):
         lines.append(f"enum class {kind.__name__} : int64_t {{ {', '.join(f'{x.name} = {x.value}' for x in kind)} }};")
-    lines += ["struct Call {", *(f"  {_CPP_TYPES[kind]} {name};" for name, kind in fields)]
-    lines += [
-        "  // From the arguments of an op, of which they are the next ones.",
-        "  explicit Call(const StableIValue* at) {",
-    ]
-    read = "torch::stable::detail::to"
-    lines += [f"    {name} = {read}<{_CPP_TYPES[kind]}>(at[{i}]);" for i, (name, kind) in enumerate(fields)]
-    lines += ["  }", f"  static constexpr int fields = {len(fields)};", "};"]
+    lines += record.struct("Call", call.Call) + record.struct("SiglipCall", siglip.Call)
     lines += [
         f"constexpr int saved_fields = {len(call.Saved._fields)};  // {' '.join(call.Saved._fields)}",
         "}  // namespace selfsup_kernels",
@@ -120,16 +111,22 @@ def call_header() -> str:
     return "\n".join(lines)
 
 
-def _load(path):
-    """Load a module of the package without importing the package."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module  # Enum and NamedTuple look up their module here
+def _load(*names):
+    """Load modules of the package without importing the package. Each imports only the standard library and modules
+    that are named before it."""
+    paths = {f"{PACKAGE.name}.{name}": PACKAGE.joinpath(*name.split(".")).with_suffix(".py") for name in names}
+    before = {name: sys.modules.pop(name, None) for name in paths}
     try:
-        spec.loader.exec_module(module)
+        for name, path in paths.items():
+            spec = importlib.util.spec_from_file_location(name, path)
+            sys.modules[name] = importlib.util.module_from_spec(spec)  # Enum and NamedTuple look up their module here
+            spec.loader.exec_module(sys.modules[name])
+        return [sys.modules[name] for name in paths]
     finally:
-        del sys.modules[path.stem]
-    return module
+        for name, module in before.items():
+            sys.modules.pop(name, None)
+            if module is not None:
+                sys.modules[name] = module
 
 
 def extension(setuptools_extension, include_dirs, library_dirs, sanitize=False):

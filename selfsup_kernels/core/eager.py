@@ -15,6 +15,17 @@ def ordinary(view):
     return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or check.autocasts(view.device) or active())
 
 
+def unit_rows(h, normalize, eps):
+    """Return a copy of the rows (..., D), divided by their norm with ``normalize``, and 1 / max(norm, eps) (...), the
+    latter negative where the norm is below eps; 1 without ``normalize``."""
+    h = h.detach()
+    if not normalize:
+        return h.clone(), torch.ones_like(h[..., 0])
+    norm = torch.linalg.vector_norm(h, dim=-1, dtype=torch.float64)
+    rnorm = torch.where(norm < eps, -1 / eps, 1 / norm)
+    return (h * rnorm.abs()[..., None]).to(h.dtype), rnorm.to(h.dtype)
+
+
 def through_the_norm(dz, z, rnorm, dtype):
     """Return the gradient of the rows in ``dtype`` from that of the unit rows z (..., D).
 

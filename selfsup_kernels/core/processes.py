@@ -18,6 +18,11 @@ class Shares(NamedTuple):
     rank: int
     sizes: tuple[int, ...]
 
+    @classmethod
+    def of(cls, group, sizes) -> Shares:
+        """Return the shares of these sizes, one per process."""
+        return cls(group, dist.get_rank(group), tuple(sizes))
+
     @property
     def batch(self) -> int:
         return sum(self.sizes)
@@ -103,6 +108,9 @@ def check_group(group) -> None:
 _ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
 
 
+_REDUCE_SCATTER = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
+
+
 def all_gather(out, own, group) -> None:
     """Fill ``out`` with the concatenated flat tensors ``own`` of all processes."""
     getattr(dist, _ALL_GATHER)(out, own, group=group)
@@ -143,6 +151,17 @@ def sum_over(x: torch.Tensor, shares: Shares) -> torch.Tensor:
     return x
 
 
+def scatter_sum(x: torch.Tensor, shares: Shares) -> torch.Tensor:
+    """Sum the processes' ``(all samples, C)`` and return this process's ``(own samples, C)`` of it."""
+    longest = max(shares.sizes)
+    if min(shares.sizes) < longest:
+        parts = [torch.nn.functional.pad(part, (0, 0, 0, longest - len(part))) for part in x.split(shares.sizes)]
+        x = torch.cat(parts)
+    own = x.new_empty((longest, x.shape[1]))
+    getattr(dist, _REDUCE_SCATTER)(own, x.contiguous(), group=shares.group)
+    return own[: shares.count]
+
+
 @torch.no_grad()
 def gather_rows(rows: torch.Tensor, group) -> torch.Tensor:
     """Return the ``(N, D)`` rows of all processes in rank order; N may differ between processes.
@@ -158,7 +177,7 @@ def gather_rows(rows: torch.Tensor, group) -> torch.Tensor:
     sizes, widths = every.view(-1, 2).T.tolist()
     if len(set(widths)) > 1:
         raise ValueError(f"group: expected rows of one width on all processes, got {widths}")
-    shares = Shares(group, dist.get_rank(group), tuple(sizes))
+    shares = Shares.of(group, sizes)
     return gather_samples(rows[None], shares)[0]
 
 

@@ -46,16 +46,45 @@ def views(name: str, value, minimum: int) -> tuple[list[torch.Tensor], tuple[int
                 )
             labels = "; labels are passed by name, labels=" if tensor.dim() == 1 and tensor.dtype in LABELS else ""
             raise ValueError(f"{name}[{i}]: expected a (B, D) tensor, got shape {tuple(tensor.shape)}{labels}")
-        if type(tensor) is not torch.Tensor:
-            own(f"{name}[{i}]", tensor)
-        if tensor.dtype not in FLOATING or tensor.layout is not torch.strided:
-            floating(f"{name}[{i}]", tensor)
+        plain(f"{name}[{i}]", tensor)
+    batch, dim = shape
+    some(name, shape)
+    return tensors, (num_views, batch, dim)
+
+
+def rows(name: str, tensor: torch.Tensor) -> None:
+    """Raise unless a tensor with two dimensions is floating, plain, and has rows and features."""
+    plain(name, tensor)
+    some(name, tensor.shape)
+
+
+def plain(name: str, tensor: torch.Tensor) -> None:
+    """Raise for a tensor of other numbers, another layout, or a DTensor."""
+    if type(tensor) is not torch.Tensor:
+        own(name, tensor)
+    if tensor.dtype not in FLOATING or tensor.layout is not torch.strided:
+        floating(name, tensor)
+
+
+def some(name: str, shape) -> None:
     batch, dim = shape
     if batch == 0:
         raise ValueError(f"{name}: expected a non-empty batch, got shape {tuple(shape)}")
     if dim == 0:
         raise ValueError(f"{name}: expected at least one feature, got shape {tuple(shape)}")
-    return tensors, (num_views, batch, dim)
+
+
+def pair(first_name: str, first, second_name: str, second) -> None:
+    """Raise a ValueError or TypeError unless both are ``(B, D)`` tensors of one shape."""
+    for name, tensor in ((first_name, first), (second_name, second)):
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name}: expected a (B, D) tensor, got {type(tensor).__name__}")
+        if tensor.dim() != 2:
+            raise ValueError(f"{name}: expected a (B, D) tensor, got shape {tuple(tensor.shape)}")
+    if first.shape != second.shape:
+        raise ValueError(
+            f"{second_name}: expected the shape of {first_name}, {tuple(first.shape)}, got {tuple(second.shape)}"
+        )
 
 
 def sequence(name: str, value) -> list[torch.Tensor]:
@@ -159,12 +188,26 @@ def positive_number(name: str, value) -> float:
     return value
 
 
-def temperature(value) -> tuple[torch.Tensor | None, float]:
-    """Return ``(tensor of one element or None, number)``; the number is 0 for a tensor that is not read."""
+def finite_number(name: str, value) -> float:
+    value = real(name, value)
+    if not -math.inf < value < math.inf:
+        raise ValueError(f"{name}: expected a finite number, got {value}")
+    return value
+
+
+def number_or_tensor(name: str, value, number: Callable[[str, object], float]) -> tuple[torch.Tensor | None, float]:
+    """Return ``(tensor of one element or None, number)``; the number, which the function ``number`` checks, is 0 for a
+    tensor that is not read."""
     if not isinstance(value, torch.Tensor):
-        return None, positive_number("temperature", value)
-    value = scalar("temperature", value)
-    return value, positive_number("temperature", value.item()) if readable(value) else 0.0
+        return None, number(name, value)
+    value = scalar(name, value)
+    return value, number(name, value.item()) if readable(value) else 0.0
+
+
+def near(name: str, tensor: torch.Tensor | None, other: str, device: torch.device) -> None:
+    """Raise unless a tensor of one element is on the device of the argument ``other``, or on the CPU."""
+    if tensor is not None and tensor.device not in (device, torch.device("cpu")):
+        raise ValueError(f"{name}: expected the device of {other}, {device}, got {tensor.device}")
 
 
 def real(name: str, value, expected: str = "a number") -> float:
@@ -209,22 +252,26 @@ def readable(tensor: torch.Tensor) -> bool:
 
 def labels(value, num_views: int, batch: int, device: torch.device) -> None:
     """Raise unless ``value`` is a valid labels argument for such views."""
+    turned = isinstance(value, torch.Tensor) and tuple(value.shape) == (num_views,)
+    hint = f"; views are (V, B, D), here {num_views} of {batch} samples" if turned else ""
+    integers("labels", value, batch, "views", device, hint)
+
+
+def integers(name: str, value, batch: int, other: str, device: torch.device, hint: str = "") -> None:
+    """Raise unless ``value`` has one integer per sample and is on the device of the argument ``other``; ``hint`` ends
+    the message about a wrong shape."""
     if not isinstance(value, torch.Tensor):
-        raise TypeError(f"labels: expected an integer tensor, got {type(value).__name__}")
-    own("labels", value)
+        raise TypeError(f"{name}: expected an integer tensor, got {type(value).__name__}")
+    own(name, value)
     if value.layout != torch.strided:
-        raise TypeError(f"labels: expected a dense tensor, got layout {value.layout}")
+        raise TypeError(f"{name}: expected a dense tensor, got layout {value.layout}")
     if value.dtype not in LABELS:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in LABELS)
-        raise TypeError(f"labels: expected a tensor of {names}, got {str(value.dtype).removeprefix('torch.')}")
+        raise TypeError(f"{name}: expected a tensor of {names}, got {str(value.dtype).removeprefix('torch.')}")
     if tuple(value.shape) != (batch,):
-        turned = f"; views are (V, B, D), here {num_views} of {batch} samples"
-        raise ValueError(
-            f"labels: expected shape ({batch},), one per sample, got {tuple(value.shape)}"
-            + (turned if tuple(value.shape) == (num_views,) else "")
-        )
+        raise ValueError(f"{name}: expected shape ({batch},), one per sample, got {tuple(value.shape)}{hint}")
     if value.device != device:
-        raise ValueError(f"labels: expected the device of views, {device}, got {value.device}")
+        raise ValueError(f"{name}: expected the device of {other}, {device}, got {value.device}")
 
 
 def queue(value, dim: int) -> None:

@@ -140,7 +140,7 @@ def _check_info_nce(views, temperature, objective, labels, queue, core_view, nor
     first, device = tensors[0], tensors[0].device
     autocast = check.autocasts(device)
     check.same_dtype_and_device(tensors, "views[{}]".format, not autocast)
-    temperature_tensor, temperature = check.temperature(temperature)
+    temperature_tensor, temperature = check.number_or_tensor("temperature", temperature, check.positive_number)
     objective = check_objective(objective)
     reduction = check.choice("reduction", reduction, ops.REDUCTIONS)
     eps = check.positive_number("eps", eps)
@@ -163,8 +163,7 @@ def _check_info_nce(views, temperature, objective, labels, queue, core_view, nor
         check.queue(queue, dim)
         check.same_dtype_and_device([first, queue], ("views[0]", "queue").__getitem__, not autocast)
         queue = queue.detach()
-    if temperature_tensor is not None and temperature_tensor.device not in (device, torch.device("cpu")):
-        raise ValueError(f"temperature: expected the device of views, {device}, got {temperature_tensor.device}")
+    check.near("temperature", temperature_tensor, "views", device)
     impl = backends.select(impl, first)
 
     if autocast:
@@ -198,7 +197,7 @@ def _group_info_nce(group, arguments):
             "group: a loss over many processes cannot be transformed by torch.func; use backward(), or group='local'"
         )
     processes.check_group(group)
-    checked = exchange.announced(group, _check_info_nce, *arguments)
+    checked = exchange.AGREEMENT.announced(group, _check_info_nce, *arguments)
     impl, stacked, call, tensors, _ = checked
     shares, call, longest_queue = exchange.agree(group, impl, call, tensors)
     if impl == "triton":  # before any exchange of rows: all processes raise together

@@ -1,16 +1,15 @@
 """The record of one InfoNCE call, which every implementation takes, and the tensors that the forward saves.
 
 The schema of the ops and the C++ struct are generated from :class:`Call`. This module imports only the standard
-library, since the build reads it.
+library and ``core.record``, since the build reads it.
 """
 
-from typing import TYPE_CHECKING, NamedTuple, NewType
+from typing import TYPE_CHECKING, NamedTuple
+
+from selfsup_kernels.core.record import Size
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-Size = NewType("Size", int)
-"""A number that follows from the tensors' shapes; symbolic while ``torch.compile`` traces."""
 
 
 class Call(NamedTuple):
@@ -100,13 +99,6 @@ class Saved(NamedTuple):
 
 SCALE, LONGEST, SLOW, FINISHED = 0, 1, 2, 3
 """Indices into ``Saved.scalars``."""
-
-SCHEMA_TYPES = {Size: "SymInt", bool: "bool", int: "int", float: "float"}
-
-
-def schema(record) -> str:
-    """Return the fields of a record as arguments of an op's schema."""
-    return ", ".join(f"{SCHEMA_TYPES[kind]} {name}" for name, kind in record.__annotations__.items())
 
 
 def unpack_backward(arguments):

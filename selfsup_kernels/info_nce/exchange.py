@@ -8,70 +8,45 @@ samples against all rows. The gradient of a pair is symmetric, so no gradients a
 from __future__ import annotations  # a torch that was built without torch.distributed lacks its names
 
 import functools
-import math
-import struct
 
 import torch
-import torch.distributed as dist
 
-from selfsup_kernels.core import ops, processes
+from selfsup_kernels.core import ops
 from selfsup_kernels.core import validate as check
+from selfsup_kernels.core.agreement import Agreement, known
 from selfsup_kernels.core.once import once
 from selfsup_kernels.core.ops import REDUCTIONS, accumulation_dtype
-from selfsup_kernels.core.processes import Shares, gather_samples, host_device, sum_over
+from selfsup_kernels.core.processes import Shares, gather_samples, sum_over
 from selfsup_kernels.info_nce.autograd import SAVED, as_given
 from selfsup_kernels.info_nce.call import LONGEST, SCALE, SLOW, Call, Saved
 from selfsup_kernels.info_nce.objectives import TABLE, Objective
 
-# The header that describes a call, as numbers: these fields, then those of Call. A process whose own checks failed sets
-# only the first field.
-_FIELDS = ("refused", "dtype", "gradient", "impl", *Call._fields)
-_FLOATS = {name for name, kind in Call.__annotations__.items() if kind is float}
-_OWN = {"batch", "queue_rows", "first", "count"}
-"""Fields that may differ between processes."""
-_SHOWN_AS = {"num_views": "views", "dim": "features", "labelled": "labels"}
-_SHOWN_AS |= dict.fromkeys(Objective._fields, "objective")
-"""The name of the user's argument for each field."""
 
-
-def _shown(field: str, header: dict) -> str:
-    """Return the value of a field's argument as the user wrote it."""
+def _shown(field: str, header: dict) -> str | None:
+    """Return the value of a field's argument as the user wrote it, or None for the usual form."""
     value = header[field]
     if field in Objective._fields:
-        known = {objective: name for name, objective in TABLE.items()}
-        return repr(known[Objective(*(header[name] for name in Objective._fields))])
-    names = {
-        "dtype": [str(d).removeprefix("torch.") for d in check.FLOATING],
-        "reduction": ops.REDUCTIONS,
-        "impl": ops.IMPLS,
-    }
-    if field in names:
-        return repr(names[field][value])
-    if field in ("labelled", "queue"):
+        known_names = {objective: name for name, objective in TABLE.items()}
+        return repr(known_names[Objective(*(header[name] for name in Objective._fields))])
+    if field == "labelled":
         return "given" if value else "None"
-    if field == "gradient":
-        return "wanted" if value else "not wanted"
-    if field == "normalize":
-        return str(bool(value))
     if field == "core_view":
         return str(value if value >= 0 else None)
-    return repr(value)
+    return None
 
 
-def announced(group, check, *args):
-    """Return ``check(*args)``. If it raises, first send the header that the other processes are waiting for."""
-    try:
-        return check(*args)
-    except Exception:
-        _exchange(group, [1] + [0] * (len(_FIELDS) - 1))
-        raise
+AGREEMENT = Agreement(
+    Call,
+    own={"batch", "queue_rows", "first", "count"},
+    argument={"num_views": "views", "dim": "features", "labelled": "labels"}
+    | dict.fromkeys(Objective._fields, "objective"),
+    given=("queue",),
+    shown=_shown,
+)
 
 
-def agree(group: dist.ProcessGroup, impl: str, call: Call, tensors) -> tuple[Shares, Call, int]:
+def agree(group, impl: str, call: Call, tensors) -> tuple[Shares, Call, int]:
     """Check that the calls of all processes agree.
-
-    All fields except those in ``_OWN`` must be equal on all processes: the inputs of the result, and whether a backward
-    with its exchange will follow.
 
     Returns:
         The shares of the processes, the call over the whole batch, and the number of rows of the longest queue.
@@ -80,47 +55,14 @@ def agree(group: dist.ProcessGroup, impl: str, call: Call, tensors) -> tuple[Sha
         RuntimeError: another process refused its arguments.
         ValueError: an argument differs between processes, or they have only one sample together and no queue.
     """
-    temperature = tensors[0]
-    if temperature is not None:  # NaN: the host does not know the value
-        call = call._replace(temperature=temperature.item() if temperature.device.type == "cpu" else math.nan)
+    call = call._replace(temperature=known(tensors[0], call.temperature))
     gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    headers = _exchange(group, [0, check.FLOATING.index(tensors[-1].dtype), gradient, ops.IMPLS.index(impl), *call])
-    refused = [rank for rank, other in enumerate(headers) if other["refused"]]
-    if refused:
-        raise RuntimeError(f"group: the arguments were refused on rank {', '.join(map(str, refused))} of the group")
-    for field in ("queue", *_FIELDS):
-        for rank, other in enumerate(headers):
-            ours, theirs = headers[0][field], other[field]
-            if field not in _OWN and ours != theirs and not (ours != ours and theirs != theirs):
-                raise ValueError(
-                    f"group: {_SHOWN_AS.get(field, field)} has to be the same on every rank, got"
-                    f" {_shown(field, headers[0])} on rank 0 and {_shown(field, other)} on rank {rank}"
-                )
-    shares = Shares(group, dist.get_rank(group), tuple(other["batch"] for other in headers))
+    headers = AGREEMENT.headers(group, (call.queue_rows > 0,), tensors[-1].dtype, gradient, impl, call)
+    shares = Shares.of(group, [header["batch"] for header in headers])
     if shares.batch < 2 and not call.queue_rows:
         check.samples(shares.batch, " in the group")
-    longest = max(other["queue_rows"] for other in headers)
+    longest = max(header["queue_rows"] for header in headers)
     return shares, call._replace(batch=shares.batch, first=shares.first, count=shares.count), longest
-
-
-def _exchange(group, header) -> list[dict]:
-    words = [_bits(value) if field in _FLOATS else int(value) for field, value in zip(_FIELDS, header, strict=True)]
-    own = torch.tensor(words, dtype=torch.int64, device=host_device(group))
-    every = own.new_empty(dist.get_world_size(group) * len(words))
-    processes.all_gather(every, own, group=group)
-    headers = [
-        {field: _number(w) if field in _FLOATS else w for field, w in zip(_FIELDS, row, strict=True)}
-        for row in every.view(-1, len(words)).tolist()
-    ]
-    return [header | {"queue": header["queue_rows"] > 0} for header in headers]
-
-
-def _bits(number: float) -> int:
-    return struct.unpack("<q", struct.pack("<d", number))[0]
-
-
-def _number(bits: int) -> float:
-    return struct.unpack("<d", struct.pack("<q", bits))[0]
 
 
 def without_autocast(function):

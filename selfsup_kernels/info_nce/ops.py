@@ -11,8 +11,9 @@ import importlib
 import torch
 
 from selfsup_kernels.core.ops import REDUCTIONS, accumulation_dtype, define
+from selfsup_kernels.core.record import schema
 from selfsup_kernels.info_nce import reference
-from selfsup_kernels.info_nce.call import Call, Saved, schema, unpack_backward
+from selfsup_kernels.info_nce.call import Call, Saved, unpack_backward
 from selfsup_kernels.tiles.layout import Layout
 
 _SAVED = ", ".join(f"Tensor {name}" for name in Saved._fields)

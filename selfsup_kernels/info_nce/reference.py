@@ -19,7 +19,7 @@ import itertools
 import torch
 import torch.nn.functional as F
 
-from selfsup_kernels.core.eager import UnitRows, ordinary, scale_of, through_the_norm, without_autocast
+from selfsup_kernels.core.eager import UnitRows, ordinary, scale_of, through_the_norm, unit_rows, without_autocast
 from selfsup_kernels.core.ops import REDUCTIONS, accumulation_dtype
 from selfsup_kernels.info_nce.call import SCALE, Call, Saved, unpack_backward
 from selfsup_kernels.info_nce.objectives import Columns, Numerator, Positives, negative_views, positive_views
@@ -36,9 +36,9 @@ def forward(views, labels, queue, temperature_tensor, *call):
     samples = range(call.first, call.first + call.own)
     with torch.autocast(device.type, enabled=False):
         scale = scale_of(temperature_tensor, call.temperature, device)
-        rows, inverse_norms = _rows(torch.cat([v.to(acc) for v in views]), call)
+        rows, inverse_norms = unit_rows(torch.cat([v.to(acc) for v in views]), call.normalize, call.eps)
         if queue is not None:
-            both = _rows(queue.to(acc), call)
+            both = unit_rows(queue.to(acc), call.normalize, call.eps)
             rows, inverse_norms = (torch.cat(pair) for pair in zip((rows, inverse_norms), both, strict=True))
         blocks = _blocks(rows, scale, call, samples)
         tables = _view_tables(blocks, call, device) if labels is None else _label_tables(blocks, call, labels)
@@ -114,16 +114,6 @@ def backward(grad, *arguments):
         if call.normalize:
             dz = through_the_norm(dz, z, inverse_norms, dtype)
     return dz.to(dtype), grad_temperature
-
-
-def _rows(h, call):
-    """Return unit rows and 1 / max(|h|, eps), the latter negative if |h| < eps."""
-    h = h.detach()
-    if not call.normalize:
-        return h.clone(), torch.ones_like(h[:, 0])
-    norm = torch.linalg.vector_norm(h, dim=-1, dtype=torch.float64)
-    rnorm = torch.where(norm < call.eps, -1 / call.eps, 1 / norm)
-    return (h * rnorm.abs()[:, None]).to(h.dtype), rnorm.to(h.dtype)
 
 
 def _met(call, device):
