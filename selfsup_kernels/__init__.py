@@ -19,7 +19,7 @@ from selfsup_kernels.functional import (
     siglip_value_and_grad,
 )
 from selfsup_kernels.info_nce.objectives import OBJECTIVES
-from selfsup_kernels.modules import BYOLLoss, InfoNCELoss
+from selfsup_kernels.modules import BYOLLoss, InfoNCELoss, SigLIPLoss
 from selfsup_kernels.version import __version__
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "BYOLLoss",
     "ContrastiveStats",
     "InfoNCELoss",
+    "SigLIPLoss",
     "__version__",
     "backends",
     "byol_loss",

@@ -22,6 +22,7 @@ struct RowMap {
 
   int64_t view(int64_t row) const { return order ? row % views : row / batch; }
   int64_t sample(int64_t row) const { return order ? order[row / views] : row % batch; }
+  std::pair<int64_t, int64_t> operator()(int64_t row) const { return {view(row), sample(row)}; }
   // The index of an owned row in the user's result, (view, owned sample).
   int64_t owned_place(const Layout& layout, int64_t row) const {
     return view(row) * layout.count + sample(row) - layout.first;
@@ -47,25 +48,6 @@ double score_bound(const T* z, int64_t rows, const T* zq, int64_t queue, int64_t
   };
   double own = longest(z, rows);
   return scale * std::max(own, std::sqrt(own * longest(zq, queue)));
-}
-
-// z <- the rows (unit rows if `normalize`) in the order of `map`.
-template <typename T>
-void load_rows(const RowReader<T>& reader, RowMap map, int64_t rows, bool normalize, double eps, T* z, T* rnorm) {
-  const int64_t dim = reader.width;
-  parallel_ranges(0, rows, std::max<int64_t>(1, 16384 / dim), [&](int64_t begin, int64_t end) {
-    std::vector<T> scratch(2 * dim);
-    for (int64_t i = begin; i < end; ++i) {
-      const T* h = reader.read(map.view(i), map.sample(i), scratch.data());
-      if (normalize) {
-        T r = kernels<T>().unit_row(h, dim, eps, z + i * dim);
-        if (rnorm) rnorm[i] = r;
-      } else {
-        std::copy_n(h, dim, z + i * dim);
-        if (rnorm) rnorm[i] = 1;
-      }
-    }
-  });
 }
 
 // The losses and coefficient tables without labels, for the rows of the owned samples.
@@ -150,10 +132,10 @@ std::pair<Tensor, Saved> forward(
   std::fill_n(data<double>(out.scalars), 4, 0.0);
   data<double>(out.scalars)[0] = scale;
   T *z = data<T>(out.rows), *zq = z + rows * dim, *norms = data<T>(out.inverse_norms);
-  load_rows<T>(RowReader<T>(views), map, rows, call.normalize, call.eps, z, norms);
+  load_rows<T>(RowReader<T>(views), rows, map, call.normalize, call.eps, z, norms);
   if (queue)
     load_rows<T>(
-        RowReader<T>({*queue}), RowMap{nullptr, 1, queued}, queued, call.normalize, call.eps, zq, norms + rows);
+        RowReader<T>({*queue}), queued, RowMap{nullptr, 1, queued}, call.normalize, call.eps, zq, norms + rows);
 
   const double bound = score_bound(z, rows, zq, queued, dim, scale, call.normalize);
   std::vector<double> n = Pairs<T>(layout, z, dim, zq, queued, scale, bound).log_sums();

@@ -56,6 +56,14 @@ struct Kernels {
   void (*label_gradient)(
       T* s, int64_t ld, int64_t rows, int64_t cols, T scale, LabelForm form, LabelRow<T> row, LabelRow<T> col);
 
+  // ---- SigLIP, on a contiguous tile of inner products S (rows x cols); x = scale * S + bias ----
+
+  // sums[3 i] += sum_j softplus(x_ij) and, with row_weight, sums[3 i + 1] += sum_j sigmoid(x_ij), sums[3 i + 2] +=
+  // sum_j sigmoid(x_ij) S_ij, S <- row_weight[i] sigmoid(x); `turned` (unless null) <- its transpose. With `masked` an
+  // S of -Inf counts 0.
+  void (*sigmoid_pairs)(
+      T* s, int64_t rows, int64_t cols, T scale, T bias, bool masked, const T* row_weight, T* turned, double* sums);
+
   // ---- rows of d features ----
 
   // z <- h / max(|h|, eps); returns 1 / max(|h|, eps), negated if |h| < eps.

@@ -4,6 +4,7 @@
 #include "cpu/kernels_ema.h"
 #include "cpu/kernels_info_nce.h"
 #include "cpu/kernels_rows.h"
+#include "cpu/kernels_siglip.h"
 
 namespace selfsup_kernels::SK_ARCH {
 
@@ -17,6 +18,7 @@ constexpr Kernels<T> make_kernels() {
       label_sums<T>,
       label_softplus<T>,
       label_gradient<T>,
+      sigmoid_pairs<T>,
       unit_row<T>,
       dot<T>,
       add_scaled<T>,

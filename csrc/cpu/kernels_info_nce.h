@@ -133,15 +133,6 @@ void label_sums(const T* row, int64_t n, T scale, T ref, double* sums) {
   sums[1] += sum<T>(exponential);
 }
 
-// log(1 + y) for 0 <= y <= 1, accurate for small y too: the division cancels the rounding error of 1 + y.
-template <typename T>
-inline Vec<T> log_plus_one(Vec<T> y) {
-  Vec<T> u = y + T(1);
-  Vec<T> rounded = u - T(1);
-  IntVec<T> tiny = (IntVec<T>)(rounded == T(0));
-  return select<T>(tiny, y, log(u) * y / select<T>(tiny, u, rounded));
-}
-
 template <typename T>
 inline Vec<T> sigmoid(Vec<T> x) {
   Vec<T> y = exp(select<T>((IntVec<T>)(x > T(0)), -x, x));
@@ -156,7 +147,7 @@ void label_softplus(const T* row, int64_t n, T scale, T negatives, double* sums)
     Vec<T> d = negatives - select<T>((IntVec<T>)(x == infinity<T>), x - x, x);
     IntVec<T> above = (IntVec<T>)(d > T(0));
     Vec<T> y = exp(select<T>(above, -d, d));
-    Vec<T> softplus = log_plus_one<T>(y) + select<T>(above, d, Vec<T>{});
+    Vec<T> softplus = log_plus_one(y) + select<T>(above, d, Vec<T>{});
     soft += select<T>(valid, softplus, Vec<T>{});
     share += select<T>(valid, sigmoid<T>(d), Vec<T>{});
   });

@@ -75,6 +75,27 @@ struct RowReader {
   }
 };
 
+// z <- the rows (unit rows if `normalize`); row i is that of `place(i)`, a pair of a source and its row. `rnorm` <- 1 /
+// max(|row|, eps), negated below eps; 1 without `normalize`.
+template <typename T, typename Place>
+void load_rows(
+    const RowReader<T>& reader, int64_t rows, const Place& place, bool normalize, double eps, T* z, T* rnorm) {
+  const int64_t dim = reader.width;
+  parallel_ranges(0, rows, std::max<int64_t>(1, 16384 / dim), [&](int64_t begin, int64_t end) {
+    std::vector<T> scratch(2 * dim);
+    for (int64_t i = begin; i < end; ++i) {
+      const auto [source, row] = place(i);
+      const T* h = reader.read(source, row, scratch.data());
+      if (normalize) {
+        rnorm[i] = kernels<T>().unit_row(h, dim, eps, z + i * dim);
+      } else {
+        std::copy_n(h, dim, z + i * dim);
+        rnorm[i] = 1;
+      }
+    }
+  });
+}
+
 // Reads one number of a tensor, `offset` elements from its start.
 inline double read_number(const Tensor& t, int64_t offset = 0) {
   Storage storage = storage_of(t.scalar_type());

@@ -195,4 +195,26 @@ inline Vec<double> log(Vec<double> x) {
   return load<double>(lane);
 }
 
+// log(1 + y) for 0 <= y <= 1, with a small relative error for small y too.
+inline Vec<float> log_plus_one(Vec<float> y) {
+  // Chebyshev interpolation of log(1 + y) / y, whose error is below 6e-9.
+  Vec<float> p = y * -3.1760570085e-3f + 1.9542527214e-2f;
+  p = p * y - 5.6373612738e-2f;
+  p = p * y + 1.0543623785e-1f;
+  p = p * y - 1.5269667068e-1f;
+  p = p * y + 1.9663274255e-1f;
+  p = p * y - 2.4951616262e-1f;
+  p = p * y + 3.3329710499e-1f;
+  p = p * y - 4.9999892648e-1f;
+  p = p * y + 9.9999999466e-1f;
+  return p * y;
+}
+
+inline Vec<double> log_plus_one(Vec<double> y) {
+  // The division cancels the rounding error of 1 + y.
+  Vec<double> u = y + 1.0, rounded = u - 1.0;
+  IntVec<double> tiny = (IntVec<double>)(rounded == 0.0);
+  return select<double>(tiny, y, log(u) * y / select<double>(tiny, u, rounded));
+}
+
 }  // namespace selfsup_kernels::SK_ARCH

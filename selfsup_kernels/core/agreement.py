@@ -12,9 +12,8 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from selfsup_kernels.core import ops
+from selfsup_kernels.core import ops, processes
 from selfsup_kernels.core import validate as check
-from selfsup_kernels.core.processes import all_gather, host_device
 
 _NAMES = {
     "dtype": [str(d).removeprefix("torch.") for d in check.FLOATING],
@@ -98,9 +97,9 @@ class Agreement:
             _bits(value) if field in self.floats else int(value)
             for field, value in zip(self.fields, header, strict=True)
         ]
-        own = torch.tensor(words, dtype=torch.int64, device=host_device(group))
+        own = torch.tensor(words, dtype=torch.int64, device=processes.host_device(group))
         every = own.new_empty(dist.get_world_size(group) * len(words))
-        all_gather(every, own, group=group)
+        processes.all_gather(every, own, group=group)
         return [
             {field: _number(w) if field in self.floats else w for field, w in zip(self.fields, row, strict=True)}
             for row in every.view(-1, len(words)).tolist()

@@ -153,6 +153,7 @@ def _check(x, y, scale, bias, duplicates, normalize, eps, reduction, impl):
     check.near("bias", bias_tensor, "x", device)
     if duplicates is not None:
         check.integers("duplicates", duplicates, batch, "x", device)
+        duplicates = duplicates.to(torch.int64)
     reduction = check.choice("reduction", reduction, ops.REDUCTIONS)
     eps = check.positive_number("eps", eps)
     impl = backends.select(impl, x, "siglip_value")

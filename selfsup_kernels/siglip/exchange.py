@@ -128,7 +128,7 @@ def _of_own_rows(shares, impl, call, wanted, duplicates, scale_tensor, bias_tens
     or (own samples,), and the gradients; without ``wanted`` three empty tensors in their place."""
     every = gather_samples(y[None], shares)[0]
     if duplicates is not None:
-        duplicates = gather_samples(duplicates.to(torch.int64).view(1, -1, 1), shares).view(-1)
+        duplicates = gather_samples(duplicates.view(1, -1, 1), shares).view(-1)
     arguments = x, every, duplicates, scale_tensor, bias_tensor
     call = call._replace(reduction=NONE if call.reduction == NONE else SUM)
     if wanted is None:
