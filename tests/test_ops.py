@@ -43,9 +43,10 @@ def info_nce_arguments(form, dtype):
 
 def test_every_op_is_tested_here():
     losses = {"info_nce_forward", "info_nce_backward", "byol_forward", "byol_backward"}
-    assert set(ops.SCHEMAS) == losses | {"fused_sgd_", "fused_adamw_", "ema_update_"}
+    elsewhere = {"siglip_value", "siglip_value_and_grad"}  # tests/test_siglip.py
+    assert set(ops.SCHEMAS) == losses | elsewhere | {"fused_sgd_", "fused_adamw_", "ema_update_"}
     for name in ops.SCHEMAS:
-        gpu = {"triton", "launch"} if "info_nce" in name else {"cuda"}
+        gpu = {"triton", "launch"} if "info_nce" in name or "siglip" in name else {"cuda"}
         assert set(getattr(torch.ops.selfsup_kernels, name).overloads()) == {"reference", "cpu"} | gpu
 
 

@@ -195,7 +195,7 @@ Result compute(
     const double product = kernels<T>().dot(xi, yi, call.dim), score = scale * product + bias;
     const double small = std::exp(-std::abs(score));
     const double slope = -(score > 0 ? small : 1.0) / (1 + small);  // -sigmoid(-score)
-    sums[i].loss += std::max(-score, 0.0) + std::log1p(small) + (score - score);
+    sums[i].loss += std::max(-score, 0.0) + std::log1p(small);
     sums[i].slope += slope;
     sums[i].along += slope * product;
     if (!with_gradient) return;

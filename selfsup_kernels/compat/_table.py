@@ -34,7 +34,10 @@ TABLE = {
         Swap("lightly.loss", "DCLLoss", "DCLLoss", ("forward",)),  # and DCLWLoss, a subclass
         Swap("lightly.models.utils", "update_momentum", "update_momentum"),
     ],
-    "open_clip": [Swap("open_clip.loss", "ClipLoss", "ClipLoss", ("forward",))],
+    "open_clip": [
+        Swap("open_clip.loss", "ClipLoss", "ClipLoss", ("forward",)),
+        Swap("open_clip.loss", "SigLipLoss", "SigLipLoss", ("forward",)),
+    ],
     "pytorch_metric_learning": [
         Swap("pytorch_metric_learning.losses", "NTXentLoss", "NTXentLoss", ("forward",)),
         Swap("pytorch_metric_learning.losses", "SupConLoss", "SupConLoss", ("forward",)),

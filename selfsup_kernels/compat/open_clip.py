@@ -6,10 +6,12 @@ import torch.nn.functional as F
 from selfsup_kernels.compat._common import DropIn, narrow, overridden, unsupported, wide_loss
 from selfsup_kernels.compat._gradient import AverageGradient, ScaleGradient
 from selfsup_kernels.compat._processes import every_process
+from selfsup_kernels.core import validate as check
 from selfsup_kernels.core.validate import pair
 from selfsup_kernels.info_nce.api import info_nce_loss
+from selfsup_kernels.siglip.api import own_rows_loss, siglip_loss
 
-__all__ = ["ClipLoss"]
+__all__ = ["ClipLoss", "SigLipLoss"]
 
 
 class ClipLoss(DropIn):
@@ -120,6 +122,88 @@ class ClipLoss(DropIn):
 _METHODS = {name: getattr(ClipLoss, name) for name in ClipLoss.hooks}
 
 
+class SigLipLoss(DropIn):
+    r"""SigLIP's loss (arXiv:2303.15343): a drop-in for ``open_clip.loss.SigLipLoss`` in linear memory.
+
+    .. math:: L = -\tfrac1B \sum_{a, b} \log \sigma\big(p_{ab} (s \langle i_a, t_b \rangle + \beta)\big)
+
+    with :math:`p_{ab} = 1` for :math:`a = b`, else -1, and scale s and bias :math:`\beta` as given. The caller
+    normalises the features, as with the original. This is :func:`selfsup_kernels.siglip_loss` of rows as they are.
+
+    With ``world_size`` > 1 the texts are those of all processes, as in the original: each process has the loss of its
+    own images, divided by their number, and the gradient of the sum of all processes' losses. The original's ways to
+    exchange texts (``dist_impl``) give the same result, and here all are one gather, and one reduce-scatter of the
+    texts' gradient. Processes may have different numbers of samples.
+
+    A subclass may call ``get_logits`` and ``get_ground_truth``, which build the matrix of scores that the loss itself
+    avoids. If it overrides one of them, the loss is computed from their results, in one process only.
+
+    Args:
+        rank, world_size: as in the original. ``torch.distributed``'s default group must have ``world_size`` processes.
+        dist_impl: ``"bidir"``, ``"shift"``, ``"reduce"``, ``"gather"`` or None: accepted without effect.
+        cache_labels: likewise.
+
+    Raises:
+        ValueError: an unknown ``dist_impl``.
+    """
+
+    original = "open_clip.loss.SigLipLoss"
+    hooks = ("get_logits", "get_ground_truth", "_loss")
+
+    def __init__(self, cache_labels=False, rank=0, world_size=1, dist_impl=None):
+        super().__init__()
+        self.cache_labels = cache_labels
+        self.rank = rank
+        self.world_size = world_size
+        self.dist_impl = dist_impl or "bidir"
+        check.choice("dist_impl", self.dist_impl, ("bidir", "shift", "reduce", "gather"))
+
+    def get_ground_truth(self, device, dtype, num_logits, negative_only=False):
+        """Return 1 on the diagonal, unless ``negative_only``, and -1 elsewhere, ``(num_logits, num_logits)``."""
+        labels = -torch.ones((num_logits, num_logits), device=device, dtype=dtype)
+        return labels if negative_only else labels.fill_diagonal_(1)
+
+    def get_logits(self, image_features, text_features, logit_scale, logit_bias=None):
+        """Return the scores of images against texts, ``(B, B)``."""
+        logits = logit_scale * image_features @ text_features.T
+        return logits if logit_bias is None else logits + logit_bias
+
+    def forward(self, image_features, text_features, logit_scale, logit_bias, output_dict=False):
+        """Return the loss of a batch of image and text features.
+
+        Args:
+            image_features, text_features: ``(B, D)``.
+            logit_scale: a number > 0, or a tensor of one element that may require grad.
+            logit_bias: a number, a tensor of one element that may require grad, or None for 0.
+            output_dict: return ``{"contrastive_loss": loss}``.
+
+        Raises:
+            ValueError, TypeError: features, scale or bias do not fit; the message says which and why.
+            RuntimeError: ``world_size`` is not the size of the default group.
+        """
+        if isinstance(self, SigLipLoss) and overridden(self, _SIGLIP_METHODS):
+            if self.world_size > 1:
+                raise unsupported(self.original, "its own get_logits or get_ground_truth with world_size > 1")
+            logits = self.get_logits(image_features, text_features, logit_scale, logit_bias)
+            labels = self.get_ground_truth(image_features.device, image_features.dtype, len(image_features))
+            loss = -F.logsigmoid(labels * logits).sum() / len(image_features)
+            return {"contrastive_loss": loss} if output_dict else loss
+        pair("image_features", image_features, "text_features", text_features)
+        arguments = {
+            "scale": _one_number("logit_scale", logit_scale),
+            "bias": 0.0 if logit_bias is None else _one_number("logit_bias", logit_bias),
+            "normalize": False,
+        }
+        if self.world_size == 1:
+            loss = siglip_loss(image_features, text_features, group="local", **arguments)
+        else:
+            loss = own_rows_loss(image_features, text_features, group=_group(self), **arguments)
+        return {"contrastive_loss": loss} if output_dict else loss
+
+
+_SIGLIP_METHODS = {name: getattr(SigLipLoss, name) for name in ("get_logits", "get_ground_truth")}
+
+
 def _check(module):
     if module.use_horovod:
         raise unsupported(ClipLoss.original, "use_horovod=True", "use torch.distributed")
@@ -147,13 +231,7 @@ def _loss(module, image, text, scale):
         if len(image) == 1:  # no negatives
             return (0 * scale * image * text).sum()
         return info_nce_loss([image, text], temperature=1 / scale, **arguments)
-    group = every_process()
-    if group is None or group.size() != module.world_size:
-        raise RuntimeError(
-            f"world_size: expected the size of torch.distributed's default group,"
-            f" {1 if group is None else group.size()}, got {module.world_size}"
-        )
-    arguments["group"] = group
+    arguments["group"] = group = _group(module)
     if module.local_loss:
         losses = wide_loss([image, text], temperature=1 / scale, reduction="none", **arguments)
         return narrow(losses.mean(), image)
@@ -163,6 +241,17 @@ def _loss(module, image, text, scale):
     if not module.gather_with_grad:
         image, text = (ScaleGradient.apply(x, 1 / module.world_size) for x in (image, text))
     return info_nce_loss([image, text], temperature=1 / scale, **arguments)
+
+
+def _group(module):
+    """Return the default group; raise unless it has ``world_size`` processes."""
+    group = every_process()
+    if group is None or group.size() != module.world_size:
+        raise RuntimeError(
+            f"world_size: expected the size of torch.distributed's default group,"
+            f" {1 if group is None else group.size()}, got {module.world_size}"
+        )
+    return group
 
 
 def _one_number(name, value):

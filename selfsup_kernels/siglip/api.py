@@ -127,6 +127,16 @@ def siglip_value_and_grad(
         )
 
 
+def own_rows_loss(x, y, *, scale, bias, normalize, group):
+    """Return the mean of the losses of this process's rows of x against the y of all processes of ``group``.
+
+    The gradient is that of the sum of the processes' results, as with :func:`siglip_loss`. ``reduction="none"`` gives
+    these losses too, but makes the pairs twice.
+    """
+    arguments = x, y, scale, bias, None, normalize, 1e-12, "mean", "auto"
+    return _as_given(*_in_group(group, arguments, whole=False))
+
+
 class _Checked(NamedTuple):
     """The checked arguments of a call."""
 

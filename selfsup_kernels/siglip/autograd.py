@@ -32,10 +32,10 @@ class SigLIP(torch.autograd.Function):
         """Return the loss, then the gradients that the op returns: of x and y as ``wanted`` (None: no gradient at
         all), of the scalars."""
         arguments = x, y, duplicates, scale_tensor, bias_tensor
-        call = *sizes_of(x, y), *call[SIZES:]
-        if wanted is None or Call(*call).reduction == NONE:
-            return ops.run("siglip_value", impl, *arguments, *call), *[x.new_empty(0) for _ in range(3)]
-        return ops.run("siglip_value_and_grad", impl, *arguments, None, *call, *wanted)
+        record = *sizes_of(x, y), *call[SIZES:]
+        if wanted is None or call.reduction == NONE:
+            return ops.run("siglip_value", impl, *arguments, *record), *[x.new_empty(0) for _ in range(3)]
+        return ops.run("siglip_value_and_grad", impl, *arguments, None, *record, *wanted)
 
     @staticmethod
     def save(ctx, inputs, outputs):
@@ -55,9 +55,9 @@ class SigLIP(torch.autograd.Function):
         impl, wanted, call = ctx.arguments
         *grads, duplicates, scale_tensor, bias_tensor, x, y = saved
         if call.reduction == NONE:
-            call = *sizes_of(x, y), *call[SIZES:]
             arguments = x, y, duplicates, scale_tensor, bias_tensor, grad.contiguous()
-            _, *grads = ops.run("siglip_value_and_grad", impl, *arguments, *call, *wanted)
+            record = *sizes_of(x, y), *call[SIZES:]
+            _, *grads = ops.run("siglip_value_and_grad", impl, *arguments, *record, *wanted)
             grad = None
         return *[None] * 4, *as_given(ctx.needs_input_grad[4:], grads, grad, call, scale_tensor, bias_tensor, x, y)
 

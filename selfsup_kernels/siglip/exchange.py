@@ -8,8 +8,6 @@ reduce-scatter of the backward.
 
 from __future__ import annotations  # a torch that was built without torch.distributed lacks its names
 
-import functools
-
 import torch
 
 from selfsup_kernels.core import ops
@@ -53,18 +51,6 @@ def agree(group, impl, wanted, call, duplicates, scale_tensor, bias_tensor, x, y
     return shares, call._replace(columns=shares.batch, first=shares.first)
 
 
-def without_autocast(function):
-    """Run ``function(..., y)`` without autocast, which would change the dtypes of concatenated tensors."""
-
-    @functools.wraps(function)
-    def wrapper(*args):
-        with torch.autocast(args[-1].device.type, enabled=False):
-            return function(*args)
-
-    return wrapper
-
-
-@without_autocast
 def value_and_grad(shares, impl, call, duplicates, scale_tensor, bias_tensor, x, y):
     """Return the loss over all samples and the gradients of the sum of the processes' results, as the op does."""
     loss, *grads = _of_own_rows(shares, impl, call, (True, True), duplicates, scale_tensor, bias_tensor, x, y)
@@ -122,7 +108,6 @@ class GroupSigLIP(torch.autograd.Function):
         return *[None] * 6, *results
 
 
-@without_autocast
 def _of_own_rows(shares, impl, call, wanted, duplicates, scale_tensor, bias_tensor, x, y, upstream=None):
     """Return what ``siglip_value_and_grad`` does for the pairs of this process's x with all y: the loss () of the sum,
     or (own samples,), and the gradients; without ``wanted`` three empty tensors in their place."""
