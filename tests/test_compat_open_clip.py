@@ -1,11 +1,11 @@
-"""The drop-in for open_clip's ClipLoss against CLIP's formula in float64."""
+"""The drop-ins for open_clip's ClipLoss and SigLipLoss against the formulas in float64."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import randn
 
-from selfsup_kernels.compat.open_clip import ClipLoss
+from selfsup_kernels.compat.open_clip import ClipLoss, SigLipLoss
 
 
 def eager(image, text, scale):
@@ -99,3 +99,64 @@ def test_bad_input(change, error, message):
 def test_several_processes_without_torch_distributed():
     with pytest.raises(RuntimeError, match=r"world_size.*1, got 2"):
         ClipLoss(world_size=2, gather_with_grad=True)(*features(), 10.0)
+
+
+def eager_siglip(image, text, scale, bias):
+    """The sum over all pairs, divided by the batch (arXiv:2303.15343)."""
+    scores = scale * image @ text.T + bias
+    return -F.logsigmoid(scores * (2 * torch.eye(len(image)) - 1)).sum() / len(image)
+
+
+@pytest.mark.parametrize("unit", [True, False])
+@pytest.mark.parametrize("batch", [1, 9])
+def test_siglip_value_and_gradients(batch, unit):
+    scalars = torch.tensor(9.0, dtype=torch.float64), torch.tensor([-7.0], dtype=torch.float64)
+    leaves = [x.requires_grad_() for x in (*features(batch, unit=unit), *scalars)]
+    loss, want = SigLipLoss()(*leaves, output_dict=True)["contrastive_loss"], eager_siglip(*leaves)
+    torch.testing.assert_close(loss, want, rtol=1e-12, atol=0)
+    torch.testing.assert_close(torch.autograd.grad(loss, leaves), torch.autograd.grad(want, leaves))
+    torch.testing.assert_close(SigLipLoss()(*leaves[:2], 9.0, None), eager_siglip(*leaves[:2], 9.0, 0.0))
+
+
+def test_siglip_overridden_hooks_count():
+    class Margin(SigLipLoss):
+        def get_logits(self, image_features, text_features, logit_scale, logit_bias=None):
+            return super().get_logits(image_features, text_features, logit_scale, logit_bias) + torch.eye(9)
+
+    class Softer(SigLipLoss):
+        def get_ground_truth(self, device, dtype, num_logits, negative_only=False):
+            return 0.5 * super().get_ground_truth(device, dtype, num_logits, negative_only)
+
+    image, text = features()
+    scores, sign = 9 * image @ text.T - 7, 2 * torch.eye(9) - 1
+    want = -F.logsigmoid((scores + torch.eye(9)) * sign).sum() / 9
+    torch.testing.assert_close(Margin()(image, text, 9.0, -7.0), want)
+    torch.testing.assert_close(Softer()(image, text, 9.0, -7.0), -F.logsigmoid(scores * sign / 2).sum() / 9)
+    with pytest.raises(RuntimeError, match="world_size > 1"):
+        Margin(world_size=2)(image, text, 9.0, -7.0)
+    with pytest.raises(RuntimeError, match="_loss"):
+        type("Mine", (SigLipLoss,), {"_loss": lambda self: None})
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"image_features": [1.0]}, TypeError, "image_features.*list"),
+        ({"text_features": torch.zeros(3, 7)}, ValueError, r"text_features.*\(9, 7\).*\(3, 7\)"),
+        ({"logit_scale": 0.0}, ValueError, "scale.*> 0"),
+        ({"logit_scale": torch.ones(2)}, ValueError, "logit_scale.*one element"),
+        ({"logit_bias": torch.ones(2)}, ValueError, "logit_bias.*one element"),
+    ],
+)
+def test_siglip_bad_input(change, error, message):
+    image, text = features(dtype=torch.float32)
+    good = {"image_features": image, "text_features": text, "logit_scale": 10.0, "logit_bias": -10.0}
+    with pytest.raises(error, match=message):
+        SigLipLoss()(**(good | change))
+
+
+def test_siglip_settings_that_do_not_fit():
+    with pytest.raises(ValueError, match="dist_impl: expected one of bidir, shift, reduce, gather, got 'ring'"):
+        SigLipLoss(dist_impl="ring")
+    with pytest.raises(RuntimeError, match=r"world_size.*1, got 2"):
+        SigLipLoss(world_size=2)(*features(), 10.0, -10.0)

@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 from interop.helpers import assert_near, assert_same, run_processes, value_and_grads, views
 from open_clip.loss import ClipLoss as Original
+from open_clip.loss import SigLipLoss as OriginalSigLip
 
-from selfsup_kernels.compat.open_clip import ClipLoss
+from selfsup_kernels.compat.open_clip import ClipLoss, SigLipLoss
 
 
 def features(batch=64, dim=32):
@@ -92,3 +93,51 @@ def test_two_processes():
                     assert_near(f"{where}: scale", got[1][2], want[1][2], bound)
             scales = [sum(result[k][1][2] for result in both) / 2 for k in (0, 1)]
             assert_near(f"{mode}, {dtype}: scale", *scales, bound)
+
+
+@pytest.mark.parametrize(("scale", "bias"), [(10.0, -10.0), (100.0, -15.0), (2.0, 3.0)])
+@pytest.mark.parametrize("batch", [1, 64, 300])
+def test_siglip_value_and_gradients(batch, scale, bias):
+    inputs = [*features(batch), torch.tensor(scale), torch.tensor([bias])]
+    assert_same(SigLipLoss(), OriginalSigLip(), inputs)
+    assert_same(
+        lambda i, t: SigLipLoss(cache_labels=True)(i, t, scale, None, output_dict=True)["contrastive_loss"],
+        lambda i, t: OriginalSigLip(cache_labels=True)(i, t, scale, None, output_dict=True)["contrastive_loss"],
+        features(batch),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_siglip_in_half_precision_is_at_least_as_near_as_the_original(dtype):
+    inputs = [x.to(dtype) for x in (*features(), torch.tensor(14.0), torch.tensor(-10.0))]
+    truth = OriginalSigLip()(*(x.double() for x in inputs)).item()
+    ours, original = SigLipLoss()(*inputs), OriginalSigLip()(*inputs)
+    assert ours.dtype == original.dtype
+    assert abs(ours.item() - truth) <= max(2 * abs(original.item() - truth), torch.finfo(dtype).eps * truth)
+
+
+DIST_IMPLS = ["bidir", "shift", "reduce", "gather"]
+
+
+def _siglip_of_rank(rank, world):
+    """Return values and gradients of ours and the original by ``dist_impl``. The loss weighs more on later ranks."""
+    results = []
+    image, text = (F.normalize(x, dim=-1) for x in views(3 * world, 8, dtype=torch.float64))
+    rows = slice(3 * rank, 3 * rank + 3)
+    inputs = [image[rows], text[rows], torch.tensor(9.0, dtype=torch.float64), torch.tensor(-4.0, dtype=torch.float64)]
+    for dist_impl in DIST_IMPLS:
+        for of in (SigLipLoss, OriginalSigLip):
+            module = of(rank=rank, world_size=world, dist_impl=dist_impl)
+            results.append(value_and_grads(lambda *x, m=module: m(*x) * (1 + 0.5 * rank), inputs))
+    return results
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_siglip_in_several_processes(world):
+    for rank, results in enumerate(run_processes(world, _siglip_of_rank)):
+        for dist_impl in DIST_IMPLS:
+            got, want = results.pop(0), results.pop(0)
+            where = f"rank {rank} of {world}, {dist_impl}"
+            assert_near(f"{where}: value", got[0], want[0], 1e-9, floor=0)
+            for name, g, w in zip(("image", "text", "scale", "bias"), got[1], want[1], strict=True):
+                assert_near(f"{where}: {name}", g, w, 1e-9, floor=0)
