@@ -158,11 +158,12 @@ def test_the_functions_of_where_to_look_are_defined():
         assert re.search(defined, (ROOT / path).read_text(encoding="utf-8")), f"{name} is not defined in {path}"
 
 
-def test_quick_start_runs():
-    page = (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize(("name", "fewest"), [("quickstart.md", 7), ("methods/siglip.md", 4)])
+def test_blocks_of_a_page_run(name, fewest):
+    page = (ROOT / "docs" / name).read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    assert len(blocks) > 6
+    assert len(blocks) >= fewest
     names = {}
     for block in blocks:
-        exec(compile(block, "docs/quickstart.md", "exec"), names)
+        exec(compile(block, f"docs/{name}", "exec"), names)
     assert names["loss"].isfinite()

@@ -38,9 +38,11 @@ def linear(seed):
 
 METHODS = {
     "InfoNCELoss": lambda group: sk.InfoNCELoss(0.3, group=group),
+    "SigLIPLoss": lambda group: sk.SigLIPLoss(group=group),
     "SimCLR": lambda group: sk.methods.SimCLR(linear(0), nn.Identity(), group=group),
     "CMC": lambda group: sk.methods.CMC(linear(0), nn.Identity(), group=group),
     "MoCo": lambda group: sk.methods.MoCo(linear(0), nn.Identity(), 12, dim=5, group=group).double(),
+    "SigLIP": lambda group: sk.methods.SigLIP(linear(0), linear(1), group=group).double(),
     "BYOLContrast": lambda group: sk.methods.BYOLContrast(linear(0), nn.Identity(), linear(1), group=group),
 }
 """Built in the main process, where there is no group, and run in two processes."""

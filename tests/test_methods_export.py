@@ -33,11 +33,13 @@ def make(name, encoder=None):
         return sk.methods.CMC([encoder, copy.deepcopy(encoder)], nn.Linear(4, 3))
     if name == "MoCo":
         return sk.methods.MoCo(encoder, nn.Linear(4, 3), 8)
+    if name == "SigLIP":
+        return sk.methods.SigLIP(copy.deepcopy(encoder), encoder)
     heads = [nn.Linear(4, 3)] + ([nn.Linear(3, 3)] if name.startswith("BYOL") else [])
     return getattr(sk.methods, name)(encoder, *heads)
 
 
-METHODS = ["SimCLR", "MoCo", "BYOL", "BYOLContrast", "CMC"]
+METHODS = ["SimCLR", "MoCo", "BYOL", "BYOLContrast", "CMC", "SigLIP"]
 
 
 def moved(module, seed=0):
@@ -56,11 +58,13 @@ def assert_same_state(got, want):
 
 
 def encoder_of(method, network):
+    if isinstance(method, sk.methods.SigLIP):
+        return method.text_tower
     inside = method if network == "online" else method.target.module
     return inside.encoder[1] if isinstance(inside.encoder, nn.ModuleList) else inside.encoder
 
 
-CASES = [(m, "online") for m in METHODS] + [(m, "target") for m in METHODS if m not in ("SimCLR", "CMC")]
+CASES = [(m, "online") for m in METHODS] + [(m, "target") for m in METHODS if m not in ("SimCLR", "CMC", "SigLIP")]
 
 
 @pytest.mark.parametrize(("name", "network"), CASES)
@@ -68,7 +72,7 @@ CASES = [(m, "online") for m in METHODS] + [(m, "target") for m in METHODS if m 
 def test_from_methods_and_their_state_dicts(name, network, wrapped):
     method = moved(make(name))
     want = encoder_of(method, network).state_dict()
-    view = {"view": 1} if name == "CMC" else {}
+    view = {"view": 1} if name in ("CMC", "SigLIP") else {}
     got = export(method, network=network, **view)
     assert_same_state(got, want)
     Backbone().load_state_dict(got, strict=True)
@@ -86,6 +90,34 @@ def test_shared_encoder_in_cmc_and_an_encoder_that_has_an_encoder():
     assert_same_state(export(method), vit.state_dict())
     assert_same_state(export(method.state_dict()), vit.state_dict())
     assert_same_state(export(vit.state_dict()), vit.state_dict())
+
+
+class Pair(nn.Module):
+    """A user's encoder of two inputs, with the names of SigLIP's towers."""
+
+    def __init__(self):
+        super().__init__()
+        self.image_tower, self.text_tower = Backbone(), Backbone()
+
+
+def test_the_towers_of_siglip():
+    method = moved(sk.methods.SigLIP(Backbone(), nn.Identity(), learnable=False))
+    for source in (method, method.state_dict(), sk.EMA(method)):
+        assert_same_state(export(source, view=0), method.image_tower.state_dict())
+    assert_same_state(export(method.state_dict(), prefix="image_tower"), method.image_tower.state_dict())
+    # Towers in an encoder, and an encoder in a tower: the outer one counts.
+    simclr = moved(sk.methods.SimCLR(Pair(), nn.Linear(4, 3)))
+    for source in (simclr, simclr.state_dict(), {f"encoder.{k}": v for k, v in simclr.encoder.state_dict().items()}):
+        assert_same_state(export(source), simclr.encoder.state_dict())
+    byol = moved(sk.methods.BYOL(Pair(), nn.Linear(4, 3), nn.Linear(3, 3)))
+    for network in ("online", "target"):
+        assert_same_state(export(byol.state_dict(), network=network), encoder_of(byol, network).state_dict())
+    method = moved(sk.methods.SigLIP(make("SimCLR"), make("SimCLR")))
+    for source in (method.state_dict(), {f"model.{k}": v for k, v in method.state_dict().items()}):
+        assert_same_state(export(source, view=1), method.text_tower.state_dict())
+    pair = moved(Pair())
+    assert_same_state(export(pair), pair.state_dict())
+    assert_same_state(export(pair.state_dict(), prefix=""), pair.state_dict())
 
 
 def test_a_sequence_is_not_taken_for_one_encoder_per_view():
@@ -170,6 +202,10 @@ def test_children_in_a_sequence_get_their_names():
         (lambda: export(make("SimCLR").state_dict(), network="target"), ValueError, "network: .*target.module"),
         (lambda: export(make("CMC"), view=2), ValueError, r"view: .*\[0, 2\), got 2"),
         (lambda: export(make("CMC")), ValueError, r"view: .*\[0, 2\), got None"),
+        (lambda: export(make("SigLIP")), ValueError, "view: expected 0 for the image tower or 1 .* got None"),
+        (lambda: export(make("SigLIP").state_dict(), view=2), ValueError, "view: expected 0 for the image .* got 2"),
+        (lambda: export(make("SigLIP"), network="target"), ValueError, "SigLIP has no target"),
+        (lambda: export(make("SigLIP").state_dict(), network="target"), ValueError, "network: .*target.module"),
         (lambda: export(make("BYOL"), view=0), ValueError, "view: expected None, since all views have one encoder"),
         (lambda: export(make("CMC"), prefix="x."), ValueError, "prefix: expected None for a module"),
         (lambda: export(make("CMC").state_dict(), prefix="x."), ValueError, "start with 'x.', got encoder.0.conv"),
@@ -187,4 +223,7 @@ def test_two_methods_in_one_checkpoint():
     state = {f"{name}.{k}": v for name in ("a", "b") for k, v in make("SimCLR").state_dict().items()}
     with pytest.raises(ValueError, match=r"which of a\., b\. precedes encoder"):
         export(state)
+    towers = {f"t.{k}": v for k, v in make("SigLIP").state_dict().items()}
+    with pytest.raises(ValueError, match=r"which of a\., b\., t\. precedes the encoder"):
+        export(state | towers, view=0)
     assert list(export(state, prefix="b.encoder")) == list(Backbone().state_dict())

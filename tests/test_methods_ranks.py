@@ -49,6 +49,8 @@ def make(name, group=None):
         method = sk.methods.MoCo(f, g, 16, 0.9, 0.3, q, symmetric=True, group=group)
         method.queue = F.normalize(method.queue.double(), dim=-1)
         return method
+    if name == "SigLIP":
+        return sk.methods.SigLIP(f, layers(6, 8, seed=3), scale=5.0, bias=-2.0, group=group).double()
     return sk.methods.BYOLContrast(f, g, q, 0.9, 0.3, byol_weight=0.7, contrast_weight=1.3, group=group)
 
 
@@ -56,7 +58,7 @@ def train(method, wrapped, steps, take):
     optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.2)
     losses = []
     for step in range(steps):
-        loss = wrapped(take(batches(step, 3 if isinstance(method, sk.methods.BYOLContrast) else 2)))
+        loss = wrapped(*take(batches(step, 3 if isinstance(method, sk.methods.BYOLContrast) else 2)))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -72,7 +74,7 @@ def train_on_a_rank(group, name):
     return train(method, wrapped, 3, lambda views: own(group, views))
 
 
-@pytest.mark.parametrize("name", ["SimCLR", "CMC", "MoCo", "MoCo, symmetric", "BYOLContrast"])
+@pytest.mark.parametrize("name", ["SimCLR", "CMC", "MoCo", "MoCo, symmetric", "SigLIP", "BYOLContrast"])
 def test_training_equals_one_process(ranks, name):
     """Losses, weights and the target after three steps; the ranks' batches differ in size and data."""
     one = make(name)

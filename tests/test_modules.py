@@ -1,4 +1,4 @@
-"""Test that InfoNCELoss and BYOLLoss pass every argument to the function, and that bad ones fail at construction."""
+"""Test that the loss modules pass every argument to the function, and that bad ones fail at construction."""
 
 import math
 
@@ -95,6 +95,23 @@ def test_learnable_temperature_is_saved():
     assert sk.InfoNCELoss(0.2).state_dict() == {}
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"scale": 3.0, "bias": -1.0}, {"normalize": False}, {"eps": 5.0}, {"reduction": "none"}, {"reduction": "sum"}],
+)
+def test_siglip_is_the_functional(impl, arguments):
+    x, y = randn(2, 6, 5)
+    duplicates = torch.tensor([0, 1, 0, 2, 1, 2])
+    module = sk.SigLIPLoss(**arguments, learnable=False, impl=impl)
+    expected = sk.siglip_loss(x, y, **arguments, impl=impl)
+    assert torch.equal(module(x, y), expected)
+    assert torch.equal(module(x, y, duplicates), sk.siglip_loss(x, y, duplicates=duplicates, **arguments, impl=impl))
+    torch.testing.assert_close(sk.SigLIPLoss(**arguments, impl=impl)(x, y), expected)
+    assert not list(module.parameters())
+    if arguments:
+        assert not torch.equal(expected, sk.siglip_loss(x, y, impl=impl))
+
+
 @pytest.mark.parametrize("arguments", [{}, {"eps": 5.0}, {"reduction": "none"}, {"reduction": "sum"}])
 def test_byol_is_the_functional(impl, arguments):
     p, t = randn(2, 5, 3), randn(2, 5, 3, seed=1)
@@ -122,6 +139,12 @@ def test_byol_is_the_functional(impl, arguments):
         (sk.InfoNCELoss, {"core_view": True}, ValueError, "core_view"),
         (sk.InfoNCELoss, {"max_scale": 100}, ValueError, "max_scale"),
         (sk.InfoNCELoss, {"learnable_temperature": True, "max_scale": 5}, ValueError, "max_scale.*10"),
+        (sk.SigLIPLoss, {"scale": 0}, ValueError, "scale"),
+        (sk.SigLIPLoss, {"scale": "10"}, TypeError, "scale"),
+        (sk.SigLIPLoss, {"bias": math.nan}, ValueError, "bias"),
+        (sk.SigLIPLoss, {"reduction": "avg"}, ValueError, "reduction.*avg"),
+        (sk.SigLIPLoss, {"eps": 0.0}, ValueError, "eps"),
+        (sk.SigLIPLoss, {"impl": "fast"}, ValueError, "impl"),
         (sk.BYOLLoss, {"reduction": "avg"}, ValueError, "reduction"),
         (sk.BYOLLoss, {"eps": -1}, ValueError, "eps"),
         (sk.BYOLLoss, {"impl": 3}, ValueError, "impl"),
@@ -137,6 +160,8 @@ def test_repr_shows_arguments_that_are_not_defaults():
     for part in ("temperature=0.07", "learnable_temperature=True", "max_scale=100", "objective='cross_view'"):
         assert part in text
     assert "eps" not in text
+    text = repr(sk.SigLIPLoss(5.0, learnable=False, group="local"))
+    assert text == "SigLIPLoss(scale=5, bias=-10, learnable=False, group='local')"
     assert "reduction='sum'" in repr(sk.BYOLLoss(reduction="sum"))
 
 

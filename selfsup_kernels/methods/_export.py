@@ -9,10 +9,13 @@ from torch import nn
 
 from selfsup_kernels.core.wrappers import inner as inner_module
 from selfsup_kernels.ema.module import EMA
+from selfsup_kernels.methods.siglip import SigLIP
 
 NETWORKS = ("online", "target")
 HEADS = ("fc", "classifier", "head", "heads", "head_dist", "last_linear")
 """The names that torchvision and timm give to classification heads."""
+TOWERS = ("image_tower", "text_tower")
+"""The names of SigLIP's encoders, by ``view``."""
 
 
 def export_encoder(source, *, network="online", view=None, prefix=None, backbone=None, heads=HEADS):
@@ -31,7 +34,8 @@ def export_encoder(source, *, network="online", view=None, prefix=None, backbone
         source: a method, an :class:`selfsup_kernels.EMA`, an encoder, or a ``state_dict`` that holds one of them under
             any prefix (the ``"state_dict"`` of a Lightning checkpoint is found).
         network: ``"online"``, or ``"target"`` for the moving average of a method that has one.
-        view: the index of the view's encoder if every view has its own (:class:`CMC`); None if all views share one.
+        view: the index of the view's encoder if every view has its own (:class:`CMC`), 0 for the image and 1 for the
+            text tower of :class:`SigLIP`; None if all views share one.
         prefix: the prefix of the encoder's names in a ``state_dict``; None to detect it.
         backbone: the module that will load the result, which then has exactly this module's names and shapes. Heads
             that the encoder lacks (``fc`` replaced by ``nn.Identity``), or has with another number of classes, are
@@ -73,7 +77,9 @@ def _encoder_of(module, network, view) -> nn.Module:
         if not isinstance(getattr(module, "target", None), EMA):
             raise ValueError(f"network: expected 'online', since {type(module).__name__} has no target network")
         module = module.target.module
-    if isinstance(getattr(module, "projector", None), nn.Module) and hasattr(module, "encoder"):
+    if isinstance(module, SigLIP):
+        module = getattr(module, _tower(view))
+    elif isinstance(getattr(module, "projector", None), nn.Module) and hasattr(module, "encoder"):
         module = module.encoder
         if isinstance(module, nn.ModuleList):
             if view not in range(len(module)):
@@ -82,6 +88,12 @@ def _encoder_of(module, network, view) -> nn.Module:
         elif view is not None:
             raise ValueError(f"view: expected None, since all views have one encoder, got {view!r}")
     return inner_module(module)
+
+
+def _tower(view) -> str:
+    if view not in range(2):
+        raise ValueError(f"view: expected 0 for the image tower or 1 for the text tower, got {view!r}")
+    return TOWERS[view]
 
 
 def _encoder_state(state, network, view, prefix):
@@ -99,7 +111,8 @@ def _encoder_state(state, network, view, prefix):
 
 
 def _find_prefix(state, network, view) -> str:
-    """Return the prefix of the encoder's names: next to a projector, or inside ``online.`` or ``target.module.``."""
+    """Return the prefix of the encoder's names: next to a projector, inside ``online.`` or ``target.module.``, or that
+    of a tower."""
     prefixes = {""} if all(name.startswith("encoder.") for name in state) else set()
     for name in state:
         for pattern in (r"((?:.*?\.)??)projector\.", r"((?:.*?\.)??(?:online|target\.module)\.)encoder\."):
@@ -111,10 +124,19 @@ def _find_prefix(state, network, view) -> str:
     candidates = {p for p in candidates if any(name.startswith(f"{p}encoder.") for name in state)}
     if network == "target" and not candidates:
         raise ValueError("network: expected a state_dict with target.module.encoder. and target.module.projector.")
-    if not candidates:
+    pairs = set()
+    if network == "online":
+        pairs = {match[1] for name in state if (match := re.match(r"((?:.*?\.)??)(?:image|text)_tower\.", name))}
+    # An encoder may itself consist of two towers, and a tower of an encoder and a projector: the outer one counts.
+    pairs = {p for p in pairs if not p.startswith(tuple(f"{c}encoder." for c in prefixes))}
+    candidates = {c for c in candidates if not c.startswith(tuple(f"{p}{tower}." for p in pairs for tower in TOWERS))}
+    if not candidates | pairs:
         return ""
-    if len(candidates) > 1:
-        raise ValueError(f"prefix: expected to be told which of {', '.join(sorted(candidates))} precedes encoder.")
+    if len(candidates) + len(pairs) > 1:
+        choices = ", ".join(sorted(candidates | pairs))
+        raise ValueError(f"prefix: expected to be told which of {choices} precedes {'the ' * bool(pairs)}encoder.")
+    if pairs:
+        return f"{pairs.pop()}{_tower(view)}."
     found = f"{candidates.pop()}encoder."
     return found if view is None else f"{found}{view}."
 

@@ -71,17 +71,22 @@ class CMC(nn.Module):
         """Return the ``(B, D)`` embeddings of one view's inputs, not normalised."""
         return _of_view(self.projector, view)(_of_view(self.encoder, view)(x))
 
-    def forward(self, *views):
+    def forward(self, *views, labels=None):
         """Return the loss of two or more views of a batch: ``forward([x1, x2, ...])`` or ``forward(x1, x2, ...)``.
 
+        Args:
+            views: the inputs of the encoders.
+            labels: ``(B,)`` integers. Samples that share one are positives of each other in every view and never
+                negatives. Not for ``pairwise`` and ``cross_view``, which is the default, nor with ``core_view``.
+
         Raises:
-            ValueError: there are fewer than two views, their number differs from that of the encoders, or the
-                embeddings differ in shape.
+            ValueError: there are fewer than two views, their number differs from that of the encoders, the embeddings
+                differ in shape, or labels do not go with the objective.
         """
         views = collect_views(views)
         if self.num_views is not None and len(views) != self.num_views:
             raise ValueError(f"views: expected {self.num_views}, one per encoder or projector, got {len(views)}")
-        return self.loss([self.embed(x, v) for v, x in enumerate(views)])
+        return self.loss([self.embed(x, v) for v, x in enumerate(views)], labels=labels)
 
 
 def _shared_or_per_view(name, value) -> nn.Module:
