@@ -1,9 +1,9 @@
-"""Measure times, memory and errors of the three operations on one GPU, against the alternatives; results as data.
+"""Measure times, memory and errors of the operations on one GPU, against the alternatives; results as data.
 
     python benchmarks/gpu.py --out FOLDER [--quick] [--minutes N] [--skip NAME ...]
 
 A list of cases for the engine of ``python -m selfsup_kernels bench``, the rows that matter most first, within a limit
-of time. Writes ``FOLDER/{info_nce,byol,ema}.json`` after every case, and a table at the end. A baseline that is not
+of time. Writes ``FOLDER/{info_nce,siglip,byol,ema}.json`` after every case, and a table at the end. A baseline that is not
 installed, runs out of memory or fails is listed under ``unavailable`` with the reason, and hides nothing.
 
 ``--device cpu`` runs the same code on a CPU, to see that all of it works; its times mean nothing.
@@ -30,9 +30,11 @@ INFO_NCE += [(16384, 1024, HALF), (65536, 256, HALF), (16384, 256, FULL)]
 INFO_NCE += [(8192, dim, HALF) for dim in (128, 256, 512, 1024)] + [(65536, dim, HALF) for dim in (128, 512, 1024)]
 INFO_NCE += [(16384, dim, FULL) for dim in (128, 512, 1024)] + [(262144, 256, HALF), (65536, 256, FULL)]
 INFO_NCE += [(262144, 128, HALF), (1048576, 128, HALF), (1048576, 256, HALF)]
+SIGLIP = [(65536, 768, HALF), (16384, 512, HALF), (4096, 512, HALF)]  # (batch, dim, dtype)
+
 BYOL = [(262144, FULL), (262144, HALF), (4096, FULL), (32768, FULL), (4096, HALF), (32768, HALF)]
 EMA = [("ResNet-50", FULL), ("ResNet-50", HALF), ("ViT-B", FULL), ("ViT-B", HALF)]
-COMPILED = [(16384, 256, HALF), (16384, 256, FULL), (262144, FULL), ("ResNet-50", FULL)]
+COMPILED = [(4096, 512, HALF), (16384, 256, HALF), (16384, 256, FULL), (262144, FULL), ("ResNet-50", FULL)]
 """Those of which torch.compile is measured too: it takes half a minute."""
 
 
@@ -40,6 +42,7 @@ def cases(quick, tiny):
     """Yield (case, whether torch.compile is measured): the most important first."""
     if tiny:
         yield from ((case("info_nce", views=2, batch=32, dim=16, dtype=d), True) for d in (FULL, HALF))
+        yield case("siglip", batch=32, dim=16), True
         yield case("byol", views=1, batch=48, dim=16), True
         yield from ((case("ema", model="tiny", dtype=d), True) for d in (FULL, HALF))
         return
@@ -48,6 +51,8 @@ def cases(quick, tiny):
         for rows, dim, dtype in INFO_NCE
     ]
     yield from info_nce[:6]
+    for batch, dim, dtype in SIGLIP[: 1 if quick else None]:
+        yield case("siglip", batch=batch, dim=dim, dtype=dtype), (batch, dim, dtype) in COMPILED
     for batch, dtype in BYOL[: 3 if quick else None]:
         yield case("byol", views=1, batch=batch, dim=256, dtype=dtype), (batch, dtype) in COMPILED
     for model, dtype in EMA[: 2 if quick else None]:

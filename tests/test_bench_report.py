@@ -43,7 +43,8 @@ NOTHING = [made_up("info_nce", "both", {}, unavailable={"selfsup_kernels": "out 
 def test_page_in_a_browser(folder, rows, pictures, tmp_path):
     from selfsup_kernels.lab.bench import report
 
-    found = [json.loads((folder / f"{op}.json").read_text()) for op in tables.TITLES]
+    files = [folder / f"{op}.json" for op in tables.TITLES]
+    found = [json.loads(path.read_text()) for path in files if path.exists()]
     rows = rows or [row for data in found for row in data["rows"]]
     report.write(tmp_path / "page.html", found[0]["header"], rows)
     assert not re.search(r"(src|href)=.https?:", (tmp_path / "page.html").read_text())

@@ -29,6 +29,8 @@ def truth(case, inputs):
     """Return loss and gradient for the same numbers in float64; of InfoNCE blockwise, so that no matrix is held."""
     wide = [x.detach().double() for x in inputs]
     function = baselines.eager_byol
+    if case.op == "siglip":
+        function = case.ours("reference")
     if case.op == "info_nce":
         function = functools.partial(sk.info_nce_loss, temperature=TEMPERATURE, impl="reference")
     return with_gradient(function, [wide[0].requires_grad_(), *wide[1:]])
@@ -38,6 +40,8 @@ def judge(case, inputs):
     """Return a function ``(name, baseline's function) -> errors``."""
     if case.op == "ema":
         return lambda name, function: {"value": average_error(function, *inputs)}
+    if case.op == "siglip" and 6 * case.batch**2 * case.dim > OPERATIONS[inputs[0].device.type]:
+        raise baselines.Unsupported("takes too long at this size")
     if case.op == "info_nce" and 8 * case.rows**2 * case.dim > OPERATIONS[inputs[0].device.type]:
         raise baselines.Unsupported("takes too long at this size")
     want = truth(case, inputs)

@@ -55,7 +55,7 @@ def eager_info_nce(views):
     return eager.info_nce_loss(views, TEMPERATURE)
 
 
-eager_byol = eager.byol_loss
+eager_byol, eager_siglip = eager.byol_loss, eager.siglip_loss
 
 
 def chunked_info_nce(views, chunk=4096):
@@ -139,6 +139,13 @@ def _lightly_byol(case, inputs):
     return lambda p, t: 2 + 2 * torch.stack([criterion(p[u], t[v]) for u, v in pairs]).mean()
 
 
+def _open_clip(case, inputs):
+    from open_clip.loss import SigLipLoss
+
+    criterion = SigLipLoss()
+    return lambda x, y, scale, bias: criterion(F.normalize(x, dim=-1), F.normalize(y, dim=-1), scale, bias)
+
+
 def loop_of_lerp(targets, sources):
     for target, source in zip(targets, sources, strict=True):
         target.lerp_(source if source.dtype == target.dtype else source.float(), 1 - MOMENTUM)
@@ -218,6 +225,12 @@ BASELINES = {
         "Inf-CL": _linear(_inf_cl, "inf-cl"),
         "cut-cross-entropy": _linear(_cut_cross_entropy, "cut-cross-entropy", FILTERED),
         "Liger": _linear(_liger, "liger-kernel"),
+    },
+    "siglip": {
+        "eager": _plain(eager_siglip, "as open_clip writes it"),
+        "compile": _compiled(eager_siglip),
+        "softplus": _plain(eager.softplus_loss, "in the fewest passes; loses small losses of positives"),
+        "open_clip": Baseline(_open_clip, "open_clip_torch", "SigLipLoss"),
     },
     "byol": {
         "eager": _plain(eager_byol),

@@ -7,24 +7,24 @@ from pathlib import Path
 
 from selfsup_kernels.lab.options import Wrong, device, number, whole_numbers, writable_file
 
-OPS = ("info_nce", "byol", "ema")
+OPS = ("info_nce", "siglip", "byol", "ema")
 IMPLS = ("auto", "reference", "cpu", "triton", "cuda")
-BATCHES = {"info_nce": (256, 1024, 4096), "byol": (4096, 32768)}
-DIMS = {"info_nce": (128,), "byol": (256,)}
+BATCHES = {"info_nce": (256, 1024, 4096), "siglip": (1024, 4096), "byol": (4096, 32768)}
+DIMS = {"info_nce": (128,), "siglip": (128,), "byol": (256,)}
 WIDTH = 150  # of tables that do not go to a terminal
 
 
 def add_arguments(parser):
     add = parser.add_argument
-    add("--op", default="all", help="info_nce, byol, ema, several of them with commas, or all (default)")
+    add("--op", default="all", help="info_nce, siglip, byol, ema, several of them with commas, or all (default)")
     add("--impl", default="auto", help="ours: auto (default), reference, cpu, triton, cuda")
     add(
         "--vs",
         help="what to compare with: eager, compile, chunked, lightly, pytorch-metric-learning, timm and so on; all, "
-        "none, or your own MODULE:CALLABLE, which takes the views (V, B, D) and returns the loss (default: eager and "
-        "compile; of ema: eager)",
+        "none, or your own MODULE:CALLABLE, which takes the inputs, such as views (V, B, D), and returns the loss "
+        "(default: eager and compile; of ema: eager)",
     )
-    add("--batch", help="numbers of samples (default: 256,1024,4096; byol: 4096,32768)")
+    add("--batch", help="numbers of samples (default: 256,1024,4096; siglip: 1024,4096; byol: 4096,32768)")
     add("--views", default="2", help="numbers of views of a sample (default: 2)")
     add("--dim", help="width of an embedding (default: 128; byol: 256)")
     add("--model", default="ResNet-50", help="of ema: ResNet-50 (default), ViT-B")
@@ -112,11 +112,11 @@ class Plan:
         for op, columns in self.columns(options.vs).items():
             sizes = {"model": models, "dtype": dtypes}
             if op != "ema":
-                sizes = {"dtype": dtypes, "views": views, "dim": dims or DIMS[op]}
+                sizes = {"dtype": dtypes, "views": [2] if op == "siglip" else views, "dim": dims or DIMS[op]}
                 sizes["batch"] = sorted(batches or BATCHES[op])
             for values in itertools.product(*sizes.values()):
                 self.cases.append((workloads.case(op, **dict(zip(sizes, values, strict=True))), columns))
-        self.product_dtypes = dtypes if "info_nce" in self.ops else ["float32"]
+        self.product_dtypes = dtypes if {"info_nce", "siglip"} & set(self.ops) else ["float32"]
 
     def columns(self, vs):
         """Return ``{op: names}``: our implementations, then the baselines."""

@@ -23,6 +23,19 @@ def info_nce_loss(views, temperature):
     return -F.log_softmax(scores, dim=-1).gather(1, positives).mean()
 
 
+def siglip_loss(x, y, scale, bias):
+    """Return the sigmoid loss as open_clip writes it: a matrix of labels and ``logsigmoid``."""
+    scores = scale * F.normalize(x, dim=-1) @ F.normalize(y, dim=-1).T + bias
+    labels = 2 * torch.eye(len(x), device=x.device, dtype=x.dtype) - 1
+    return -F.logsigmoid(labels * scores).sum() / len(x)
+
+
+def softplus_loss(x, y, scale, bias):
+    """Return the same in fewer passes: ``softplus(-t) = softplus(t) - t`` needs no labels."""
+    scores = scale * F.normalize(x, dim=-1) @ F.normalize(y, dim=-1).T + bias
+    return (F.softplus(scores).sum() - scores.diagonal().sum()) / len(x)
+
+
 def byol_loss(predictions, targets):
     """Return the mean of ``2 - 2 cos`` over all pairs of different views, or over ``(B, D)`` pairs."""
     if isinstance(predictions, torch.Tensor) and predictions.ndim == 2:

@@ -180,7 +180,9 @@ class Suite:
                 run = functools.partial(case.run, case.parts[-1], function, inputs[0])
                 measures["peak_bytes"] = functools.partial(self.clock.peak_bytes, run)
                 # The host matters less in large cases, where a graph's own memory may not fit.
-                small = case.op != "info_nce" or (case.rows <= 16384 and (baselines.impl_of(name) or name == "eager"))
+                quadratic = case.op in ("info_nce", "siglip")
+                few = quadratic and case.views * case.batch <= 16384 and (baselines.impl_of(name) or name == "eager")
+                small = few or not quadratic
                 if self.graphs and small and not baselines.find(case.op, name).waits:
                     measures["graph_ms"] = functools.partial(graph_ms, run)
             if judge and name in judged:
@@ -201,7 +203,7 @@ class Suite:
             if name is None:
                 continue
             milliseconds = row["times"][name]["p50_ms"]
-            if row["op"] == "info_nce":
+            if row["op"] in ("info_nce", "siglip"):
                 row["tflops"] = case.operations(part, "gpu" if self.clock.cuda else "cpu") / milliseconds / 1e9
                 row["fraction"] = row["tflops"] / self.rates.tflops(row["dtype"])
             else:

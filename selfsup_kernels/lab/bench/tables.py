@@ -5,7 +5,7 @@ import math
 from selfsup_kernels.lab import pages
 from selfsup_kernels.lab.bench import baselines, results
 
-TITLES = {"info_nce": "InfoNCE", "byol": "BYOL loss", "ema": "EMA update"}
+TITLES = {"info_nce": "InfoNCE", "siglip": "SigLIP", "byol": "BYOL loss", "ema": "EMA update"}
 FACTS = {"model": "model", "views": "views", "batch": "B", "dim": "D", "dtype": "dtype"}
 MATCH = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 2e-2, "float16": 4e-3}
 """Errors up to these, relative to float64, are the rounding of the type."""

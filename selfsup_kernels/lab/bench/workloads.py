@@ -18,6 +18,7 @@ import torch
 import selfsup_kernels as sk
 
 TEMPERATURE = 0.1
+SCALE, BIAS = 10.0, -10.0
 MOMENTUM = 0.996
 PARTS = ("forward", "backward", "both")
 
@@ -26,7 +27,7 @@ DTYPES |= {"fp32": "float32", "fp64": "float64", "bf16": "bfloat16", "fp16": "fl
 
 
 def case(op, **parameters):
-    """Return the workload of ``info_nce``, ``byol`` or ``ema``; raise KeyError for another name."""
+    """Return the workload of ``info_nce``, ``siglip``, ``byol`` or ``ema``; raise KeyError for another name."""
     return CASES[op](**parameters)
 
 
@@ -151,6 +152,31 @@ class BYOL(Loss):
 
 
 @dataclass(frozen=True)
+class SigLIP(Loss):
+    """Hold the sigmoid loss of two ``(B, D)`` matrices: similarities of all of one with all of the other.
+
+    There is no part "backward": our forward makes the gradient.
+    """
+
+    op = "siglip"
+    parts = ("forward", "both")
+    tensors_read = 1
+
+    def inputs(self, device="cpu", seed=0):
+        generator = torch.Generator(device).manual_seed(seed)
+        x, y = (randn((self.batch, self.dim), self.dtype, device, generator).requires_grad_() for _ in range(2))
+        scalars = (torch.tensor(value, device=device, requires_grad=True) for value in (SCALE, BIAS))
+        return x, y, *scalars
+
+    def ours(self, impl="auto"):
+        return lambda x, y, scale, bias: sk.siglip_loss(x, y, scale=scale, bias=bias, impl=impl)
+
+    def operations(self, part, scheme="cpu"):
+        """Return the operations of the scores, and of the products for the gradients of both sides."""
+        return {"forward": 2, "both": 6}[part] * self.batch**2 * self.dim
+
+
+@dataclass(frozen=True)
 class EMA(Workload):
     """Hold the moving average of a model's parameters: float32 targets, sources of ``dtype``."""
 
@@ -195,7 +221,7 @@ class EMA(Workload):
         return EMA("tiny", self.dtype)
 
 
-CASES = {kind.op: kind for kind in (InfoNCE, BYOL, EMA)}
+CASES = {kind.op: kind for kind in (InfoNCE, SigLIP, BYOL, EMA)}
 
 
 def resnet50_shapes():
