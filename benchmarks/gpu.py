@@ -3,7 +3,7 @@
     python benchmarks/gpu.py --out FOLDER [--quick] [--minutes N] [--skip NAME ...]
 
 A list of cases for the engine of ``python -m selfsup_kernels bench``, the rows that matter most first, within a limit
-of time. Writes ``FOLDER/{info_nce,siglip,byol,ema}.json`` after every case, and a table at the end. A baseline that is not
+of time. Writes ``FOLDER/OPERATION.json`` after every case, and a table at the end. A baseline that is not
 installed, runs out of memory or fails is listed under ``unavailable`` with the reason, and hides nothing.
 
 ``--device cpu`` runs the same code on a CPU, to see that all of it works; its times mean nothing.
