@@ -55,9 +55,9 @@ class SigLIP(torch.autograd.Function):
         impl, wanted, call = ctx.arguments
         *grads, duplicates, scale_tensor, bias_tensor, x, y = saved
         if call.reduction == NONE:
-            call = *sizes_of(x, y), *call[SIZES:]
             arguments = x, y, duplicates, scale_tensor, bias_tensor, grad.contiguous()
-            _, *grads = ops.run("siglip_value_and_grad", impl, *arguments, *call, *wanted)
+            record = *sizes_of(x, y), *call[SIZES:]
+            _, *grads = ops.run("siglip_value_and_grad", impl, *arguments, *record, *wanted)
             grad = None
         return *[None] * 4, *as_given(ctx.needs_input_grad[4:], grads, grad, call, scale_tensor, bias_tensor, x, y)
 

@@ -66,9 +66,10 @@ def _run(x, y, duplicates, scale_tensor, bias_tensor, upstream, call, need_x, ne
             sides.append((stored_y, stored_x, norms_y, partials[1], grad_y, None, None, -call.first))
         for own, other, norms, partial, grad, sums_of_rows, losses_of_rows, shift in sides:
             rows, others = norms.shape[0], (norms_y if own is stored_x else norms_x).shape[0]
+            covered = rows if sums_of_rows is None else padded
             launcher.launch(
                 "siglip_finish_kernel",
-                (launcher.cdiv(own.shape[0], tile.BLOCK),),
+                (launcher.cdiv(covered, tile.BLOCK),),
                 (own, other),
                 norms if partial is not None else None,
                 partial,
