@@ -1,4 +1,4 @@
-"""Compare the GPU kernels of the sigmoid loss with the dense loss in float64, at sizes that are no multiple of a tile."""
+"""Compare the GPU kernels of the sigmoid loss with the dense loss in float64, at sizes that no tile divides."""
 
 import math
 
@@ -87,9 +87,7 @@ def absolute_gradient(x, y, scale, bias, upstream, duplicates=None, normalize=Tr
     return max(g.sum().item(), (g * products).abs().sum().item())
 
 
-@pytest.mark.parametrize(
-    ("batch", "dim"), [(1, 33), (2, 64), (37, 300), (65, 16), (64, 128), (150, 130)], ids=str
-)
+@pytest.mark.parametrize(("batch", "dim"), [(1, 33), (2, 64), (37, 300), (65, 16), (64, 128), (150, 130)], ids=str)
 def test_sizes(impl, device, dtype, batch, dim):
     compare(impl, *pairs(batch, dim, dtype, device))
 
