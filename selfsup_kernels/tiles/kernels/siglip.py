@@ -44,17 +44,18 @@ def siglip_wave_kernel(
     t = s * scale + bias
     i, j = tl.arange(0, tile.BLOCK_M), tl.arange(0, tile.BLOCK_N)
     xs, ys = x_row + i, y_row + j
-    # A score of -inf adds nothing. Rows of zeros past an end would have the score ``bias``.
+    # A score of -inf adds nothing. Columns past the end, zeros, would have the score ``bias``. Rows past the end need
+    # no mask: nothing reads their sums, and products multiply their G by rows of zeros.
     if duplicates is not None:
         of_x = tl.load(duplicates + first + xs, mask=xs < rows, other=0)
         of_y = tl.load(duplicates + ys, mask=ys < columns, other=0)
-        keep = (of_x[:, None] != of_y[None, :]) & (xs < rows)[:, None] & (ys < columns)[None, :]
+        keep = (of_x[:, None] != of_y[None, :]) & (ys < columns)[None, :]
         t = tl.where(keep, t, float("-inf"))
     else:
         diagonal = first + x_row - y_row
         on_diagonal = (diagonal < tile.BLOCK_N) & (diagonal + tile.BLOCK_M > 0)
-        if on_diagonal | (x_row + tile.BLOCK_M > rows) | (y_row + tile.BLOCK_N > columns):
-            keep = ((first + xs)[:, None] != ys[None, :]) & (xs < rows)[:, None] & (ys < columns)[None, :]
+        if on_diagonal | (y_row + tile.BLOCK_N > columns):
+            keep = ((first + xs)[:, None] != ys[None, :]) & (ys < columns)[None, :]
             t = tl.where(keep, t, float("-inf"))
     loss, g = softplus_and_sigmoid(t)
     local = tl.program_id(1) * tile.BLOCK_M + i
@@ -121,7 +122,7 @@ def siglip_finish_kernel(
     s = tl.sum(z * z_partner, 1)
     scale, bias = tl.load(scalars), tl.load(scalars + 1)
     loss, g = softplus_and_sigmoid(-(s * scale + bias))
-    g = tl.where(paired, -g, 0.0)
+    g = -g  # without a partner its row is zeros
     w = 1.0
     if upstream is not None:
         w = tl.load(upstream + (row if totals is not None else partner), mask=paired, other=0.0)
