@@ -1,4 +1,4 @@
-"""Compile every shipped configuration of the Triton InfoNCE kernels, without a GPU; fail where the code is not right.
+"""Compile every shipped configuration of the Triton kernels, without a GPU; fail where the code is not right.
 
     python benchmarks/gpu_static.py [--arch 90] [--brief] [--json FILE] [--jobs 2]
 

@@ -48,14 +48,15 @@ LARGE, SMALL = 32768, 1024
 
 
 class Case(NamedTuple):
-    """One call of the loss."""
+    """One call of a loss."""
 
     name: str
     arguments: dict
-    """Arguments of ``info_nce_loss``; True stands for a tensor that is made."""
+    """Arguments of the loss; True stands for a tensor that is made."""
     deterministic: bool = False
     views: int = 2
     rows: int = SMALL
+    loss: Callable = sk.info_nce_loss
 
 
 PART = Case("part of a group", {}, rows=LARGE)
@@ -67,6 +68,7 @@ EVERYWHERE = (
     Case("queue", {"queue": True, "objective": "cross_view"}),  # MoCo's
     Case("labels", {"labels": True}, rows=LARGE),
     Case("small, labels", {"labels": True}),
+    Case("sigmoid", {"scale": True, "bias": True}, rows=LARGE, loss=sk.siglip_loss),
 )
 # per_positive is the objective with most to compute for a pair of one class.
 LABELS = {"labels": True, "queue": True, "reduction": "none", "objective": "per_positive"}
@@ -80,6 +82,7 @@ ONCE = (
     Case("reduction=none", {"reduction": "none"}, rows=LARGE),
     # The slowest to compile: the tables have a column for each of nine, the copies a branch for each of eight views.
     Case("8 views, core, queue, scores", SCORES | {"objective": "pairwise", "reduction": "sum"}, views=8, rows=LARGE),
+    Case("sigmoid, duplicates", {"duplicates": True, "reduction": "none"}, loss=sk.siglip_loss),
 )
 """Cases that hardly depend on the architecture or the width, or that are rare."""
 
@@ -159,11 +162,16 @@ def _call(case, dim, dtype):
         return
     tensors = {
         "labels": torch.zeros(samples, dtype=torch.int64),
+        "duplicates": torch.zeros(samples, dtype=torch.int64),
         "queue": torch.zeros(samples, dim, dtype=dtype),
         "temperature": torch.ones((), requires_grad=True),
+        "scale": torch.ones((), requires_grad=True),
+        "bias": torch.zeros((), requires_grad=True),
     }
-    arguments = {"temperature": 0.1} | {k: tensors[k] if v is True else v for k, v in case.arguments.items()}
-    sk.info_nce_loss(views, impl="triton", **arguments).sum().backward()
+    arguments = {k: tensors[k] if v is True else v for k, v in case.arguments.items()}
+    if case.loss is sk.info_nce_loss:
+        views, arguments = (views,), {"temperature": 0.1} | arguments
+    case.loss(*views, impl="triton", **arguments).sum().backward()
 
 
 def write(path: Path, entries: dict[int, list[Entry]]) -> None:

@@ -52,7 +52,7 @@ RESOURCES = {
 REGISTERS = 65536
 TENSOR_MEMORY_COLUMNS = 512
 
-MATRIX_KERNELS = ("sums_kernel", "gradient_kernel", "wave_kernel", "product_kernel")
+MATRIX_KERNELS = ("sums_kernel", "gradient_kernel", "wave_kernel", "product_kernel", "siglip_wave_kernel")
 """Kernels that are wrong without the architecture's matrix instruction."""
 
 

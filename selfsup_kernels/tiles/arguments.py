@@ -130,6 +130,32 @@ class Finish(NamedTuple):
     """Slots of ``partial`` that hold pairs with the queue, after the others."""
 
 
+class SiglipWave(NamedTuple):
+    """A block of pairs of the sigmoid loss."""
+
+    rows: int
+    """N, the rows of x."""
+    columns: int
+    """M, the rows of y."""
+    first: int
+    """Row i of x and row first + i of y are a positive pair."""
+    x_first: int
+    """The first row of the block, and the first column."""
+    y_first: int
+
+
+class PairedRows(NamedTuple):
+    """The rows of one side of the sigmoid loss, and the positive pairs."""
+
+    rows: int
+    padded: int
+    """Stored rows."""
+    others: int
+    """Rows of the other side."""
+    shift: int
+    """Row i and the other side's row i + shift are a positive pair, where there is such a row."""
+
+
 class SumsWork(NamedTuple):
     """The division of the tiles among the programs of one launch."""
 

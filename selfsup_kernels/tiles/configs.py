@@ -24,6 +24,10 @@ ARCHITECTURES = (80, 86, 90, 100, 120)
 8.6."""
 
 
+LONG = WIDTHS[-1] + 1
+"""A width of rows that are "long", for kernels that take rows of any width in pieces."""
+
+
 class Config(NamedTuple):
     """One kernel's launch: a tile of ``block_m`` by ``block_n`` pairs (``block_k`` numbers of a row at a time)."""
 

@@ -44,7 +44,10 @@ def backward(grad, *arguments):
     reduction = REDUCTIONS[call.reduction]
     constant = 1 / (call.num_views * call.batch) if reduction == "mean" else 1.0
     with launcher.on_device_of(stored):
-        upstream, grad_scale = upstream_of_rows(layout, grad, saved.order) if reduction == "none" else (None, grad)
+        upstream, grad_scale = None, grad
+        if reduction == "none":
+            order = saved.order if call.labelled else None
+            upstream, grad_scale = upstream_of_rows(grad, order, layout.padded, layout.rows)
         partial, splits = gradient(layout, saved, upstream, factor, configs.precision_of(stored.dtype))
         grad_views, grad_temperature, parts = finish_rows(
             layout, partial, splits, saved, upstream, grad_scale, constant, need_temperature, factor, dtype

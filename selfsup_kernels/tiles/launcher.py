@@ -175,10 +175,11 @@ def tile_sources(stored, config):
     return tuple(Descriptor(stored, shape) for shape in shapes)
 
 
-def product_sources(left, right, config):
-    """Return the operands of a product as kernels take them, in blocks (block_m, block_k) of ``left`` and
-    (block_k, block_n) of ``right``."""
+def product_sources(left, right, config, transposed=False):
+    """Return the operands of a product as kernels take them, in blocks (block_m, block_k) of ``left``, or of its
+    transpose, and (block_k, block_n) of ``right``."""
     if not config.descriptor:
         return left, right
-    shapes = (config.block_m, config.block_k), (config.block_k, config.block_n)
+    of_left = (config.block_k, config.block_m) if transposed else (config.block_m, config.block_k)
+    shapes = of_left, (config.block_k, config.block_n)
     return tuple(Descriptor(t, shape) for t, shape in zip((left, right), shapes, strict=True))

@@ -34,7 +34,7 @@ class Layout:
     def own_blocks(self, size):
         """Return (first, count) of the blocks of ``size`` rows that hold rows of this process."""
         first, end = self.own_rows()
-        return first // size, _round_up(end, size) // size - first // size
+        return first // size, round_up(end, size) // size - first // size
 
     @property
     def part(self):
@@ -55,7 +55,7 @@ class Layout:
 
     @property
     def padded(self):
-        return _round_up(self.batch, PADDING)
+        return round_up(self.batch, PADDING)
 
     @property
     def rows(self):
@@ -64,7 +64,7 @@ class Layout:
 
     @property
     def queue_padded(self):
-        return _round_up(self.call.queue_rows, PADDING)
+        return round_up(self.call.queue_rows, PADDING)
 
     @property
     def stored_rows(self):
@@ -75,7 +75,7 @@ class Layout:
         """S, the numbers from one stored row to the next: the least width of the table of configurations that holds a
         row, or for longer rows a multiple of 64, so that tiles need no masks and few widths have kernels of their own.
         """
-        return next((width for width in WIDTHS if self.call.dim <= width), _round_up(self.call.dim, 64))
+        return next((width for width in WIDTHS if self.call.dim <= width), round_up(self.call.dim, 64))
 
     @property
     def sizes(self):
@@ -95,7 +95,7 @@ class Layout:
         return self.rules._replace(columns=None, inside=None, numerator=None)
 
 
-def _round_up(x, multiple):
+def round_up(x, multiple):
     return -(-x // multiple) * multiple
 
 

@@ -9,23 +9,25 @@ from selfsup_kernels.tiles.arguments import Finish, RowTile, Source, only
 UPSTREAM_BLOCK = 8192
 
 
-def upstream_of_rows(layout, grad, order):
-    """Return ``upstream`` and ``grad_scale`` for the gradients (V, B) of all samples: G then has the size of
-    probabilities whatever the loss is multiplied by."""
-    upstream = launcher.empty(layout.rows, torch.float32, grad.device)
+def upstream_of_rows(grad, order, padded, rows):
+    """Return ``upstream`` (rows,) and ``grad_scale`` for the gradients (V, B) of all samples: G then has the size of
+    probabilities whatever the loss is multiplied by. ``order``: ``Saved.order``, or None; ``padded``, ``rows``: as in
+    :class:`selfsup_kernels.tiles.arguments.Sizes`."""
+    upstream = launcher.empty(rows, torch.float32, grad.device)
+    views, samples = grad.shape
     grad_scale = launcher.empty((), torch.float32, grad.device)
     launcher.launch(
         "upstream_kernel",
         (1,),
         grad,
-        order if layout.call.labelled else None,
+        order,
         upstream,
         grad_scale,
         *grad.stride(),
-        layout.call.batch,
-        layout.padded,
-        layout.rows,
-        layout.call.num_views,
+        samples,
+        padded,
+        rows,
+        views,
         BLOCK=UPSTREAM_BLOCK,
         num_warps=16,
     )
@@ -36,15 +38,45 @@ SUM_BLOCK = 8192
 
 
 def sum_to(values, out):
-    """Write the sum of ``values`` to ``out`` ()."""
-    launcher.launch("sum_kernel", (1,), values, out, values.numel(), BLOCK=SUM_BLOCK, num_warps=16)
+    """Write the sums over the last dimension of ``values`` to ``out``."""
+    count = values.shape[-1]
+    launcher.launch("sum_kernel", (values.numel() // count,), values, out, count, BLOCK=SUM_BLOCK, num_warps=16)
 
 
-def _tile(layout):
+def row_tile(stride):
     """Return (blocks of rows, warps): about 4096 numbers in registers, whole rows."""
-    width = max(16, launcher.next_power_of_2(layout.stride))
+    width = max(16, launcher.next_power_of_2(stride))
     rows = max(1, min(64, 4096 // width))
     return RowTile(rows, width), 4 if width <= 4096 else 16
+
+
+def contiguous_rows(rows):
+    """Return the rows (N, D) as kernels take them: the numbers of a row follow each other."""
+    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+
+
+def fill_rows(sources, order, to, sums, temperature_tensor, temperature, eps, source, dim, stride, normalize):
+    """Launch ``load_rows_kernel`` for the user's rows ``sources``, V matrices (B, D)."""
+    tile, warps = row_tile(stride)
+    launcher.launch(
+        "load_rows_kernel",
+        (launcher.cdiv(source.rows, tile.BLOCK),),
+        tuple(sources),
+        tuple(s.stride(0) for s in sources),
+        order,
+        to,
+        sums,
+        temperature_tensor,
+        temperature,
+        eps,
+        *source,
+        dim,
+        stride,
+        NUM_VIEWS=len(sources),
+        NORMALIZE=normalize,
+        tile=tile,
+        num_warps=warps,
+    )
 
 
 def load_rows(layout, views, queue, order, classes, temperature_tensor):
@@ -55,7 +87,7 @@ def load_rows(layout, views, queue, order, classes, temperature_tensor):
     def new(*shape, dtype=torch.float32):
         return launcher.empty(shape, dtype, device)
 
-    views = [v if v.stride(1) == 1 or v.shape[1] == 1 else v.contiguous() for v in views]
+    views = [contiguous_rows(v) for v in views]
     columns = call.columns_of_tables
     saved = Saved(
         rows=new(layout.stored_rows, layout.stride, dtype=views[0].dtype),
@@ -72,36 +104,17 @@ def load_rows(layout, views, queue, order, classes, temperature_tensor):
         launcher.launch("clear_kernel", (1,), saved.scalars[LONGEST:])  # a maximum is taken in it
     if temperature_tensor is not None and temperature_tensor.device != device:
         temperature, temperature_tensor = float(temperature_tensor), None  # on the CPU: no synchronisation
-    tile, warps = _tile(layout)
     to = only(saved, "rows", "inverse_norms", "scalars")
     is_tensor = int(temperature_tensor is not None)
+    given = temperature_tensor if is_tensor else saved.scalars  # which is not read: one kernel for both
 
     def fill(sources, order, source):
-        launcher.launch(
-            "load_rows_kernel",
-            (launcher.cdiv(source.rows, tile.BLOCK),),
-            tuple(sources),
-            tuple(s.stride(0) for s in sources),
-            order,
-            to,
-            sums,
-            temperature_tensor if is_tensor else saved.scalars,  # which is not read: one kernel for both
-            temperature,
-            call.eps,
-            *source,
-            call.dim,
-            layout.stride,
-            NUM_VIEWS=len(sources),
-            NORMALIZE=call.normalize,
-            tile=tile,
-            num_warps=warps,
-        )
+        size = call.dim, layout.stride, call.normalize
+        fill_rows(sources, order, to, sums, given, temperature, call.eps, source, *size)
 
     if queue is not None and call.queue_rows:
-        queue = queue if queue.stride(1) == 1 or queue.shape[1] == 1 else queue.contiguous()
-        fill(
-            [queue], None, Source(layout.queue_padded, call.queue_rows, layout.queue_padded, layout.rows, 0, is_tensor)
-        )
+        source = Source(layout.queue_padded, call.queue_rows, layout.queue_padded, layout.rows, 0, is_tensor)
+        fill([contiguous_rows(queue)], None, source)
     by_class = order if call.labelled else None
     fill(views, by_class, Source(layout.padded, call.batch, layout.rows, 0, columns, is_tensor))
     return saved, sums
@@ -114,7 +127,7 @@ def finish_rows(layout, partial, splits, saved, upstream, grad_scale, constant, 
     out = launcher.empty((call.num_views, call.own, call.dim), dtype, device)
     grad_temperature = launcher.empty((), torch.float64, device)
     parts = launcher.empty(layout.rows, torch.float64, device) if need_temperature else None
-    tile, warps = _tile(layout)
+    tile, warps = row_tile(layout.stride)
     views, queues = call.num_views, partial.shape[0] - splits
     order = ("order",) if call.labelled else ()
     launcher.launch(

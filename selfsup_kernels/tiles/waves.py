@@ -78,14 +78,14 @@ def in_waves(layout, stored, tables, upstream, factor, precision):
 
 
 def wave_shape(columns, rows, element_size, filling):
-    """Return (rows, columns) of the workspace, multiples of 256.
+    """Return (rows, columns) of the workspace, multiples of 256. ``element_size``: bytes per pair.
 
     At least ``filling`` rows, so that the product keeps every SM busy; then as many columns as fit, since each pass
     over the columns reads and writes the accumulators of its rows once.
     """
 
     def fitting(other):
-        return max(256, WORKSPACE_BYTES // (element_size * other) // 256 * 256)
+        return max(256, int(WORKSPACE_BYTES / (element_size * other)) // 256 * 256)
 
     height = min(rows, fitting(256), max(256, filling // 256 * 256))
     width = min(8192, columns, fitting(height))

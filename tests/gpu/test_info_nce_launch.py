@@ -14,7 +14,7 @@ from selfsup_kernels.info_nce.objectives import Columns
 from selfsup_kernels.info_nce.ops import forward_fake_triton
 from selfsup_kernels.lab import tune
 from selfsup_kernels.tiles import configs, kernels, launcher, waves
-from selfsup_kernels.tiles.arguments import Finish, GradientWork, Sizes, Source, SumsWork
+from selfsup_kernels.tiles.arguments import Finish, GradientWork, PairedRows, SiglipWave, Sizes, Source, SumsWork
 from selfsup_kernels.tiles.gradient import MOST_COLUMNS
 from selfsup_kernels.tiles.layout import PADDING, Layout
 
@@ -84,6 +84,8 @@ def call(record, size, dtype=torch.bfloat16, labels=None, queue=0, part=(0, -1),
         ("class_tables_kernel", (Sizes,)),
         ("load_rows_kernel", (Source,)),
         ("finish_rows_kernel", (Finish,)),
+        ("siglip_wave_kernel", (SiglipWave,)),
+        ("siglip_finish_kernel", (PairedRows,)),
     ],
 )
 def test_kernels_take_the_numbers_in_the_order_of_their_tuples(kernel, numbers):

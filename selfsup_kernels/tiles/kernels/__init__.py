@@ -1,5 +1,6 @@
-"""InfoNCE's kernels in Triton. The functions that launch them, in :mod:`selfsup_kernels.tiles`, know their names only:
-machine code that was compiled ahead of time needs no Triton, and this package is imported for any other."""
+"""The kernels in Triton, of InfoNCE and of the sigmoid loss. The functions that launch them, in
+:mod:`selfsup_kernels.tiles`, know their names only: machine code that was compiled ahead of time needs no Triton, and
+this package is imported for any other."""
 
 from selfsup_kernels.tiles.kernels.classes import class_tables_kernel, sort_kernel
 from selfsup_kernels.tiles.kernels.gradient import gradient_kernel
@@ -9,6 +10,12 @@ from selfsup_kernels.tiles.kernels.rows import (
     load_rows_kernel,
     sum_kernel,
     upstream_kernel,
+)
+from selfsup_kernels.tiles.kernels.siglip import (
+    siglip_finish_kernel,
+    siglip_row_sums_kernel,
+    siglip_scalars_kernel,
+    siglip_wave_kernel,
 )
 from selfsup_kernels.tiles.kernels.sums import sums_kernel
 from selfsup_kernels.tiles.kernels.tables import view_tables_kernel
@@ -21,6 +28,10 @@ __all__ = [
     "gradient_kernel",
     "load_rows_kernel",
     "product_kernel",
+    "siglip_finish_kernel",
+    "siglip_row_sums_kernel",
+    "siglip_scalars_kernel",
+    "siglip_wave_kernel",
     "sort_kernel",
     "sum_kernel",
     "sums_kernel",

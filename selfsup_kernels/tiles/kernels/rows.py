@@ -41,7 +41,8 @@ def load_rows_kernel(
     """saved.rows <- unit rows, zeros in the padding; saved.inverse_norms <- 1 / norm, negative at the floor; sums <- 0.
 
     ``sources``: V matrices (B, D) of row strides ``strides``; ``order``: ``Saved.order``, or None. The first program
-    writes the scale: of ``temperature``, or of ``temperature_tensor`` if ``is_tensor``."""
+    writes the scale: of ``temperature``, or of ``temperature_tensor`` if ``is_tensor``. ``sums`` and ``saved.scalars``
+    are None for a loss that has neither."""
     BLOCK: tl.constexpr = tile.BLOCK
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     d = tl.arange(0, tile.BLOCK_K)
@@ -55,24 +56,26 @@ def load_rows_kernel(
         h = h * tl.abs(reciprocal)[:, None]
     else:
         reciprocal = square * 0.0 + 1.0
-        longest = tl.where(square < float("inf"), tl.where(square < 3.4e38, square, 3.4e38), 0.0).to(tl.float32)
-        tl.atomic_max(saved.scalars + LONGEST, tl.max(longest), sem="relaxed")
+        if saved.scalars is not None:
+            longest = tl.where(square < float("inf"), tl.where(square < 3.4e38, square, 3.4e38), 0.0).to(tl.float32)
+            tl.atomic_max(saved.scalars + LONGEST, tl.max(longest), sem="relaxed")
     h = tl.where(valid[:, None], h, 0.0)  # padding is zeros whatever 1 / eps is
     at = saved.rows + (first_row + row).to(tl.int64)[:, None] * stride + d[None, :]
     tl.store(at, h.to(saved.rows.dtype.element_ty), mask=(row < rows)[:, None] & (d < stride)[None, :])
     # The queue's part of inverse_norms has no padding: the backward derives K from its length.
     kept = row < tl.where(columns > 0, rows, samples)
     tl.store(saved.inverse_norms + first_row + row, reciprocal.to(tl.float32), mask=kept)
-    if columns > 0:
-        for c in range(columns):
-            tl.store(sums + c * rows + row, tl.zeros((BLOCK,), tl.float32), mask=row < rows)
-        if tl.program_id(0) == 0:
-            t = tl.load(temperature_tensor, mask=is_tensor != 0, other=0.0).to(tl.float64)
-            t = tl.where(is_tensor != 0, t, temperature)
-            good = (t > 0) & (t < float("inf"))
-            tl.store(saved.scalars + SCALE, tl.where(good, 1.0 / t, float("nan")).to(tl.float32))
-            tl.store(saved.scalars + SLOW, 0.0)
-            tl.store(saved.scalars + FINISHED, 0.0)
+    if sums is not None:
+        if columns > 0:
+            for c in range(columns):
+                tl.store(sums + c * rows + row, tl.zeros((BLOCK,), tl.float32), mask=row < rows)
+            if tl.program_id(0) == 0:
+                t = tl.load(temperature_tensor, mask=is_tensor != 0, other=0.0).to(tl.float64)
+                t = tl.where(is_tensor != 0, t, temperature)
+                good = (t > 0) & (t < float("inf"))
+                tl.store(saved.scalars + SCALE, tl.where(good, 1.0 / t, float("nan")).to(tl.float32))
+                tl.store(saved.scalars + SLOW, 0.0)
+                tl.store(saved.scalars + FINISHED, 0.0)
 
 
 @triton.jit(
@@ -115,12 +118,20 @@ def _gradients(grad, order, start, view_stride, sample_stride, samples, padded, 
 
 @triton.jit(do_not_specialize=["count"])
 def sum_kernel(values, out, count, BLOCK: tl.constexpr):
-    """out () <- the sum of ``values`` (count,) float64, added in a fixed order by one program."""
+    """out (R,) <- the sums of ``values`` (R, count) float64, each added in a fixed order by one program."""
     i = tl.arange(0, BLOCK)
+    values += tl.program_id(0) * count
     total = tl.zeros((BLOCK,), tl.float64)
     for start in range(0, count, BLOCK):
         total += tl.load(values + start + i, mask=start + i < count, other=0.0)
-    tl.store(out, tl.sum(total, 0))
+    tl.store(out + tl.program_id(0), tl.sum(total, 0))
+
+
+@triton.jit
+def through_the_norm(dz, z, r):
+    """Return the gradient of the input rows from ``dz``, that of the unit rows z. r: ``Saved.inverse_norms``."""
+    along = tl.where(r > 0, tl.sum(z * dz, 1), 0.0)  # below the floor the norm is a constant: no projection
+    return (dz - z * along[:, None]) * tl.abs(r)[:, None]
 
 
 @triton.jit(do_not_specialize=Finish._fields, do_not_specialize_on_alignment=["grad_scale"])
@@ -197,8 +208,7 @@ def finish_rows_kernel(
     dz = total * (scale * weight)
     if NORMALIZE:
         r = tl.load(saved.inverse_norms + row, mask=valid, other=1.0)
-        along = tl.where(r > 0, tl.sum(z * dz, 1), 0.0)  # below the floor the norm is a constant: no projection
-        dz = (dz - z * along[:, None]) * tl.abs(r)[:, None]
+        dz = through_the_norm(dz, z, r)
         if LIMIT > 0:  # dz / eps of a zero row is finite in float32 only
             clamped = tl.where(dz > LIMIT, LIMIT, tl.where(dz < -LIMIT, -LIMIT, dz))
             dz = tl.where((r < 0)[:, None], clamped, dz)

@@ -41,11 +41,13 @@ def wave_kernel(
 
 @triton.jit(do_not_specialize=["x_row", "y_row", "x_count", "columns"])
 def product_kernel(
-    source_g, source_y, partial, x_row, y_row, x_count, columns, width, stride, FIRST: tl.constexpr, tile: tl.constexpr
-):
+    source_g, source_y, partial, x_row, y_row, x_count, columns, width, stride,
+    FIRST: tl.constexpr, tile: tl.constexpr, TRANSPOSED: tl.constexpr = False,
+):  # fmt: skip
     """partial[x_row + i, d] (+)= sum over the columns j of the workspace of workspace[i, j] z[y_row + j, d].
 
     ``source_g``: the workspace (rows, width), as a pointer or a TMA descriptor. FIRST: overwrite ``partial``.
+    TRANSPOSED: i is a column of the workspace, and the sum is over its rows j.
     """
     BLOCK_M: tl.constexpr = tile.BLOCK_M
     BLOCK_N: tl.constexpr = tile.BLOCK_N
@@ -56,10 +58,14 @@ def product_kernel(
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for j in range(0, columns, BLOCK_K):
         if tile.DESCRIPTOR:
-            g = source_g.load([i, j])
+            g = tl.trans(source_g.load([j, i])) if TRANSPOSED else source_g.load([i, j])
             y = source_y.load([y_row + j, d])
         else:
-            g = tl.load(source_g + (i + tl.arange(0, BLOCK_M))[:, None] * width + (j + tl.arange(0, BLOCK_K))[None, :])
+            at_i, at_j = i + tl.arange(0, BLOCK_M), j + tl.arange(0, BLOCK_K)
+            if TRANSPOSED:
+                g = tl.load(source_g + at_i[:, None] + at_j[None, :] * width)
+            else:
+                g = tl.load(source_g + at_i[:, None] * width + at_j[None, :])
             y_rows = (y_row + j + tl.arange(0, BLOCK_K)).to(tl.int64)[:, None]
             y = tl.load(source_y + y_rows * stride + k[None, :], mask=(k < stride)[None, :], other=0.0)
         total = tl.dot(g, y, total, input_precision=tile.PRECISION)
