@@ -15,6 +15,7 @@ from selfsup_kernels.functional import (
     contrastive_stats,
     ema_update_,
     info_nce_loss,
+    info_nce_value_and_grad,
     siglip_loss,
     siglip_value_and_grad,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "ema_update_",
     "functional",
     "info_nce_loss",
+    "info_nce_value_and_grad",
     "methods",
     "optim",
     "profile",

@@ -105,6 +105,63 @@ def info_nce_loss(
         if torch.compiler.is_compiling():  # gives the reason, which _disable_dynamo would not
             torch._dynamo.graph_break(msg="selfsup_kernels: a loss over many processes reads their sizes on the host")
         loss, checked = _group_info_nce(group, arguments)
+    return _as_given(loss, checked)
+
+
+def info_nce_value_and_grad(
+    views,
+    *,
+    temperature=0.1,
+    objective="supcon_out",
+    labels=None,
+    queue=None,
+    core_view=None,
+    normalize=True,
+    eps=1e-12,
+    reduction="mean",
+    group=None,
+    impl="auto",
+):
+    """Return :func:`info_nce_loss` and its gradients, without an autograd graph.
+
+    Args:
+        views, temperature, objective, labels, queue, core_view, normalize, eps, group, impl: as in
+            :func:`info_nce_loss`.
+        reduction: ``"mean"`` or ``"sum"``.
+
+    Returns:
+        ``(loss, grad_views, grad_temperature)``: the loss as :func:`info_nce_loss` returns it, the gradient of the
+        views in their form, a tensor or a tuple, and dtype, and that of the temperature as a 0-dim tensor in float32
+        (float64 for float64 views).
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as in :func:`info_nce_loss`.
+    """
+    check.choice("reduction", reduction, ops.REDUCTIONS[1:])
+    with torch.no_grad():
+        arguments = (views, temperature, objective, labels, queue, core_view, normalize, eps, reduction, impl)
+        group = processes.resolve(group)
+        if group is None:
+            impl, stacked, call, (temperature, labels, queue, *tensors), _ = checked = _check_info_nce(*arguments)
+            if queue is None:
+                check.samples(call.batch)
+            parts = list(tensors[0].unbind(0)) if stacked else tensors
+            loss, *saved = ops.run("info_nce_forward", impl, parts, labels, queue, temperature, *call)
+            grads = ops.run(
+                "info_nce_backward", impl, torch.ones_like(loss), *saved, labels, *call, True, parts[0].dtype
+            )
+        else:
+            loss, grads, checked = _group_info_nce(group, arguments, value_and_grad=True)
+        grad_views, grad_temperature = grads
+        dtype = checked.tensors[-1].dtype
+        return (
+            _as_given(loss, checked),
+            grad_views if checked.stacked else grad_views.unbind(0),
+            grad_temperature.to(ops.accumulation_dtype(dtype)),
+        )
+
+
+def _as_given(loss, checked):
     dtype = checked.tensors[-1].dtype
     return loss if checked.autocast or loss.dtype == dtype else loss.to(dtype)
 
@@ -190,8 +247,9 @@ def _check_info_nce(views, temperature, objective, labels, queue, core_view, nor
 
 
 @torch._disable_dynamo  # torch.compiler.disable would import torch._dynamo, which takes as long as torch
-def _group_info_nce(group, arguments):
-    """Return (loss, checked call) of this process's samples. Not traced: the host reads the other processes' sizes."""
+def _group_info_nce(group, arguments, value_and_grad=False):
+    """Return the loss, with ``value_and_grad`` also its gradients, and the checked call of this process's samples. Not
+    traced: the host reads the other processes' sizes."""
     if active():
         raise RuntimeError(
             "group: a loss over many processes cannot be transformed by torch.func; use backward(), or group='local'"
@@ -202,4 +260,8 @@ def _group_info_nce(group, arguments):
     shares, call, longest_queue = exchange.agree(group, impl, call, tensors)
     if impl == "triton":  # before any exchange of rows: all processes raise together
         check_size(impl, Layout(call._replace(queue_rows=longest_queue)))
+    if value_and_grad:
+        loss, saved, labels = exchange.forward(shares, impl, stacked, call, *tensors)
+        dtype, one = tensors[-1].dtype, torch.ones_like(loss)
+        return loss, exchange.backward(shares, impl, call, dtype, True, saved, labels, one), checked
     return GroupInfoNCE.apply(shares, impl, stacked, call, *tensors), checked

@@ -82,7 +82,6 @@ class GroupInfoNCE(torch.autograd.Function):
     values that each computes from its result. Forward and backward both communicate, in the same order everywhere."""
 
     @staticmethod
-    @without_autocast
     def forward(
         ctx,
         shares: Shares,
@@ -94,45 +93,57 @@ class GroupInfoNCE(torch.autograd.Function):
         queue: torch.Tensor | None,
         *views: torch.Tensor,
     ):
-        own = views[0] if stacked else torch.stack(views)
-        if labels is not None:
-            labels = gather_samples(labels.to(torch.int64).view(1, -1, 1), shares).view(-1)
-        every = list(gather_samples(own, shares).unbind(0))
-        of_each = call._replace(reduction=REDUCTIONS.index("none"))
-        loss, *saved = ops.run("info_nce_forward", impl, every, labels, queue, temperature_tensor, *of_each)
+        loss, saved, labels = forward(shares, impl, stacked, call, temperature_tensor, labels, queue, *views)
         ctx.save_for_backward(*saved, labels, temperature_tensor, *views)  # only `once` needs the views
-        ctx.shares, ctx.impl, ctx.stacked, ctx.call, ctx.dtype = shares, impl, stacked, call, own.dtype
-        if REDUCTIONS[call.reduction] == "none":
-            return loss
-        total = sum_over(loss.double().sum(), shares)
-        rows = call.num_views * call.batch
-        return (total / rows if REDUCTIONS[call.reduction] == "mean" else total).to(loss.dtype)
+        ctx.arguments = shares, impl, stacked, call, views[0].dtype
+        return loss
 
     @staticmethod
     @once
-    @without_autocast
     def backward(ctx, saved, grad):
+        shares, impl, stacked, call, dtype = ctx.arguments
         labels, temperature_tensor = saved[SAVED : SAVED + 2]
-        saved = Saved(*saved[:SAVED])
-        call, shares = ctx.call, ctx.shares
-        own = own_rows(saved, call)
-        upstream = grad.to(own.dtype).expand(call.num_views, shares.count).unsqueeze(-1)
-        rows = gather_samples(torch.cat([own, upstream], -1), shares)
-        rows, upstream = rows[..., :-1], rows[..., -1]
-        if REDUCTIONS[call.reduction] != "none":
-            # All processes have the same loss over all anchors, but each may weight it differently.
-            each = torch.stack([part[0, 0] for part in upstream.split(shares.sizes, 1)])
-            share = 1 / (call.num_views * call.batch) if REDUCTIONS[call.reduction] == "mean" else 1
-            upstream = (each.sum() * share).expand(call.num_views, call.batch)
-        upstream = upstream.to(accumulation_dtype(ctx.dtype)).contiguous()
         need_temperature = ctx.needs_input_grad[4]
-        of_each = call._replace(reduction=REDUCTIONS.index("none"))
-        saved = with_all_rows(saved, call, rows)
-        grad_views, grad_temperature = ops.run(
-            "info_nce_backward", ctx.impl, upstream, *saved, labels, *of_each, need_temperature, ctx.dtype
+        grad_views, grad_temperature = backward(
+            shares, impl, call, dtype, need_temperature, Saved(*saved[:SAVED]), labels, grad
         )
-        grads = (grad_views,) if ctx.stacked else grad_views.unbind(0)
+        grads = (grad_views,) if stacked else grad_views.unbind(0)
         return (*[None] * 4, as_given(grad_temperature, temperature_tensor, need_temperature), None, None, *grads)
+
+
+@without_autocast
+def forward(shares, impl, stacked, call, temperature_tensor, labels, queue, *views):
+    """Return the loss, ``Saved``, and the labels of all samples or None."""
+    own = views[0] if stacked else torch.stack(views)
+    if labels is not None:
+        labels = gather_samples(labels.to(torch.int64).view(1, -1, 1), shares).view(-1)
+    every = list(gather_samples(own, shares).unbind(0))
+    of_each = call._replace(reduction=REDUCTIONS.index("none"))
+    loss, *saved = ops.run("info_nce_forward", impl, every, labels, queue, temperature_tensor, *of_each)
+    if REDUCTIONS[call.reduction] != "none":
+        total = sum_over(loss.double().sum(), shares)
+        rows = call.num_views * call.batch
+        loss = (total / rows if REDUCTIONS[call.reduction] == "mean" else total).to(loss.dtype)
+    return loss, Saved(*saved), labels
+
+
+@without_autocast
+def backward(shares, impl, call, dtype, need_temperature, saved, labels, grad):
+    """Return the gradients of the own views (V, own samples, D) in ``dtype`` and of the temperature, from that of the
+    loss."""
+    own = own_rows(saved, call)
+    upstream = grad.to(own.dtype).expand(call.num_views, shares.count).unsqueeze(-1)
+    rows = gather_samples(torch.cat([own, upstream], -1), shares)
+    rows, upstream = rows[..., :-1], rows[..., -1]
+    if REDUCTIONS[call.reduction] != "none":
+        # All processes have the same loss over all anchors, but each may weight it differently.
+        each = torch.stack([part[0, 0] for part in upstream.split(shares.sizes, 1)])
+        share = 1 / (call.num_views * call.batch) if REDUCTIONS[call.reduction] == "mean" else 1
+        upstream = (each.sum() * share).expand(call.num_views, call.batch)
+    upstream = upstream.to(accumulation_dtype(dtype)).contiguous()
+    of_each = call._replace(reduction=REDUCTIONS.index("none"))
+    saved = with_all_rows(saved, call, rows)
+    return ops.run("info_nce_backward", impl, upstream, *saved, labels, *of_each, need_temperature, dtype)
 
 
 _TABLES = ("log_weights", "weights", "positives")
