@@ -81,6 +81,12 @@ def open_clip():
     return [*embeddings(normalize=True), scale], *(module.ClipLoss() for module in modules)
 
 
+def open_clip_siglip():
+    modules = compat.open_clip, import_module("open_clip.loss")
+    scalars = (torch.tensor(value, requires_grad=True) for value in (10.0, -10.0))
+    return [*embeddings(normalize=True), *scalars], *(module.SigLipLoss() for module in modules)
+
+
 def solo(name, inputs):
     """Load one file of the package, whose own __init__ imports pl_bolts, which new versions of Lightning break."""
     path = Path(importlib.util.find_spec("solo").origin).parent / "losses" / f"{name}.py"
@@ -157,6 +163,7 @@ CASES = [
     Case(f"{PML} NTXentLoss, pairs", PML, partial(metric_learning, "NTXentLoss", 512, 256), 512),
     Case(f"{PML} SupConLoss, 100 classes", PML, partial(metric_learning, "SupConLoss", BATCH, 100)),
     Case("open_clip ClipLoss", "open_clip_torch", open_clip),
+    Case("open_clip SigLipLoss", "open_clip_torch", open_clip_siglip),
     Case("SupContrast SupConLoss", FORMULA, supcontrast),
     Case("SupContrast SupConLoss, 100 classes", FORMULA, partial(supcontrast, 100)),
     Case("solo-learn simclr_loss_func", "solo-learn", partial(solo, "simclr", embeddings)),
