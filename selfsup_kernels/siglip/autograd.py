@@ -72,12 +72,14 @@ def as_given(needed, grads, factor, call, *inputs):
     shapes, None where not needed. A factor of None is 1."""
     grad_x, grad_y, scalars = grads
     results = []
-    for need, value, given in zip(needed, (*scalars, grad_x, grad_y), inputs, strict=True):
-        if not need:
-            results.append(None)
-            continue
-        value = value if factor is None else value * factor
-        results.append(narrow(value, given, call) if value.dim() else value.to(given).view(given.shape))
+    if any(needed[:2]):
+        scalars = scalars if factor is None else scalars * factor
+        for need, value, given in zip(needed, scalars.unbind(), inputs, strict=False):
+            results.append(value.to(given).view(given.shape) if need else None)
+    else:
+        results += None, None
+    for need, value, given in zip(needed[2:], (grad_x, grad_y), inputs[2:], strict=True):
+        results.append(narrow(value if factor is None else value * factor, given, call) if need else None)
     return results
 
 
