@@ -11,7 +11,7 @@ import warnings
 IMPLEMENTATIONS = {
     "reference": "eager PyTorch, every device",
     "cpu": "C++ kernels for the CPU",
-    "triton": "InfoNCE on GPUs, Triton kernels",
+    "triton": "InfoNCE and SigLIP on GPUs, Triton kernels",
     "cuda": "BYOL, EMA and optimizers on NVIDIA GPUs, CUDA C++ kernels",
 }
 
