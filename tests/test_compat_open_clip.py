@@ -143,9 +143,18 @@ def test_siglip_overridden_hooks_count():
     [
         ({"image_features": [1.0]}, TypeError, "image_features.*list"),
         ({"text_features": torch.zeros(3, 7)}, ValueError, r"text_features.*\(9, 7\).*\(3, 7\)"),
-        ({"logit_scale": 0.0}, ValueError, "scale.*> 0"),
-        ({"logit_scale": torch.ones(2)}, ValueError, "logit_scale.*one element"),
-        ({"logit_bias": torch.ones(2)}, ValueError, "logit_bias.*one element"),
+        ({"image_features": torch.ones(9, 7, dtype=torch.int64)}, TypeError, "^image_features: expected float64"),
+        (
+            {"text_features": torch.ones(9, 7, dtype=torch.float64)},
+            TypeError,
+            "^text_features: expected the dtype",
+        ),
+        ({"image_features": torch.ones(0, 7), "text_features": torch.ones(0, 7)}, ValueError, "^image_features.*empty"),
+        ({"logit_scale": 0.0}, ValueError, "^logit_scale.*> 0"),
+        ({"logit_scale": "10"}, TypeError, "^logit_scale.*str"),
+        ({"logit_scale": torch.ones(2)}, ValueError, "^logit_scale.*one element"),
+        ({"logit_bias": torch.ones(2)}, ValueError, "^logit_bias.*one element"),
+        ({"logit_bias": "0"}, TypeError, "^logit_bias.*str"),
     ],
 )
 def test_siglip_bad_input(change, error, message):

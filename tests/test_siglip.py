@@ -309,6 +309,20 @@ def test_compiles_in_one_graph(impl, reduction):
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_a_traced_graph_has_gradients(impl, reduction):
+    """Even if the inputs of the trace needed none."""
+    x, y = embeddings(5, 4)
+    traced = torch.jit.trace(
+        lambda x, y: sk.siglip_loss(x, y, reduction=reduction, impl=impl).sum(), (x, y), check_trace=False
+    )
+    x, y = (t.requires_grad_() for t in embeddings(7, 4))
+    got = torch.autograd.grad(traced(x, y), (x, y))
+    want = torch.autograd.grad(sk.siglip_loss(x, y, reduction=reduction, impl=impl).sum(), (x, y))
+    # The trace holds the number of rows in the mean.
+    torch.testing.assert_close(got, want)
+
+
 def test_same_bits_with_any_number_of_threads(impl):
     if impl == "reference":
         return  # torch's own product determines the order of summation
@@ -351,6 +365,16 @@ def test_opcheck(impl, form, dtype):
         torch.library.opcheck(
             ops.overload("siglip_value_and_grad", impl), (*arguments, upstream, *call, *needs), test_utils=utils
         )
+
+
+def test_the_op_refuses_tensors_that_do_not_fit_its_sizes():
+    if "cpu" not in IMPLS:
+        return
+    op = ops.overload("siglip_value", "cpu")
+    empty, call = torch.zeros(2, 0), (1, 1e-12, 10.0, -10.0)
+    for x, sizes in ((empty, (2, 2, 0, 0)), (X, (4, 4, 2, 0)), (X, (4, 4, 3, 1)), (X, (4, 4, 3, -1))):
+        with pytest.raises(RuntimeError, match="expected tensors of the sizes of the call"):
+            op(x, x, None, None, None, *sizes, True, *call)
 
 
 X = torch.ones(4, 3)
@@ -408,6 +432,11 @@ def test_module():
     other = sk.SigLIPLoss()
     other.load_state_dict(module.state_dict())
     torch.testing.assert_close((other.scale.item(), other.bias.item()), (8.0, -4.0))
+    assert repr(other) == "SigLIPLoss(scale=8, bias=-4, learnable=True, group=None)"
+    other.load_state_dict(
+        {"logit_scale": torch.tensor(0.0), "logit_bias": torch.tensor(1.0)}
+    )  # as in open_clip's models
+    assert (other.scale.item(), other.bias.item()) == (1, 1)
     fixed = sk.SigLIPLoss(8.0, -4.0, learnable=False, reduction="sum")
     assert not list(fixed.parameters())
     torch.testing.assert_close(fixed(x, y), sk.siglip_loss(x, y, scale=8.0, bias=-4.0, reduction="sum"))

@@ -190,3 +190,45 @@ def test_half_precision(ranks):
         for got, whole in zip(grads, want, strict=True):
             part = whole.split(SIZES[2])[rank]
             assert (got.double() - part).norm() <= 2**-8 * part.norm()
+
+
+def several_uses(group):
+    """Return the gradient of two losses of one upstream gradient, and that tensor after a backward."""
+    x, y, *_ = inputs(2)
+    leaf = own(group, x).clone().requires_grad_()
+    both = sk.siglip_loss(leaf, own(group, y), group=group) + sk.siglip_loss(leaf, own(group, y), group=group)
+    upstream = torch.ones((), dtype=torch.float64)
+    both.backward(upstream)
+    return leaf.grad, upstream
+
+
+def test_an_upstream_gradient_with_several_uses(ranks):
+    """In float64 it is summed over the processes without a conversion, which would copy it."""
+    x, y, *_ = inputs(2)
+    leaf = x.requires_grad_()
+    (want,) = torch.autograd.grad(4 * spec.siglip_loss(leaf, y), leaf)
+    for rank, (grad, upstream) in enumerate(ranks.run(2, several_uses)):
+        assert upstream == 1
+        torch.testing.assert_close(grad, want.split(SIZES[2])[rank], rtol=1e-9, atol=1e-12)
+
+
+def calls_of_different_kinds(group, kind):
+    x, first = torch.ones(3, 5), dist.get_rank(group) == 0
+    try:
+        if kind == "value and gradient":
+            (sk.siglip_value_and_grad if first else sk.siglip_loss)(x, x, group=group)
+        elif kind == "drop-in":
+            loss = sk.siglip_loss(x, x, group="world") if first else None
+            loss = loss or SigLipLoss(rank=1, world_size=2)(x, x, 10.0, -10.0)
+        else:
+            (sk.info_nce_value_and_grad if first else sk.info_nce_loss)([x, x], group=group)
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("kind", ["value and gradient", "drop-in", "InfoNCE"])
+def test_calls_of_different_kinds_raise_on_every_rank(ranks, kind):
+    """They would wait for different exchanges."""
+    for message in ranks.run(2, calls_of_different_kinds, kind):
+        assert "has to be the same on every rank" in message
+        assert "not wanted" in message

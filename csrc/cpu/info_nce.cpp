@@ -229,7 +229,7 @@ void forward_op(StableIValue* stack, uint64_t, uint64_t) {
   const Call call(stack + 4);
   STD_TORCH_CHECK(
       static_cast<int64_t>(views.size()) == call.num_views && views[0].dim() == 2 && views[0].size(0) == call.batch &&
-          views[0].size(1) == call.dim && (queue ? queue->size(0) : 0) == call.queue_rows,
+          views[0].size(1) == call.dim && call.dim > 0 && (queue ? queue->size(0) : 0) == call.queue_rows,
       "info_nce_forward: expected tensors of the sizes of the call");
   const ScalarType dtype = views[0].scalar_type();
   auto run = dtype == ScalarType::Double ? forward<double> : forward<float>;

@@ -245,9 +245,11 @@ Result run(StableIValue* stack, bool with_gradient) {
   }
   STD_TORCH_CHECK(
       x.dim() == 2 && y.dim() == 2 && x.size(0) == call.rows && y.size(0) == call.columns && x.size(1) == call.dim &&
-          y.size(1) == call.dim && call.rows > 0 && call.first >= 0 && call.first + call.rows <= call.columns &&
-          (!duplicates || (duplicates->size(0) == call.columns && duplicates->scalar_type() == ScalarType::Long)) &&
-          (!upstream || upstream->size(0) == call.rows) && x.scalar_type() == y.scalar_type(),
+          y.size(1) == call.dim && call.rows > 0 && call.dim > 0 && call.first >= 0 &&
+          call.first + call.rows <= call.columns &&
+          (!duplicates || (duplicates->dim() == 1 && duplicates->size(0) == call.columns &&
+                           duplicates->scalar_type() == ScalarType::Long)) &&
+          (!upstream || (upstream->dim() == 1 && upstream->size(0) == call.rows)) && x.scalar_type() == y.scalar_type(),
       "siglip: expected tensors of the sizes of the call");
   auto work = x.scalar_type() == ScalarType::Double ? compute<double> : compute<float>;
   return work(

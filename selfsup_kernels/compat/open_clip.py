@@ -188,12 +188,16 @@ class SigLipLoss(DropIn):
             labels = self.get_ground_truth(image_features.device, image_features.dtype, len(image_features))
             loss = -F.logsigmoid(labels * logits).sum() / len(image_features)
             return {"contrastive_loss": loss} if output_dict else loss
-        pair("image_features", image_features, "text_features", text_features)
-        arguments = {
-            "scale": _one_number("logit_scale", logit_scale),
-            "bias": 0.0 if logit_bias is None else _one_number("logit_bias", logit_bias),
-            "normalize": False,
-        }
+        names = "image_features", "text_features"
+        pair(names[0], image_features, names[1], text_features)
+        check.rows(names[0], image_features)
+        check.rows(names[1], text_features)
+        features, autocast = [image_features, text_features], check.autocasts(image_features.device)
+        check.same_dtype_and_device(features, names.__getitem__, not autocast)
+        bias = 0.0 if logit_bias is None else logit_bias
+        check.number_or_tensor("logit_scale", logit_scale, check.positive_number)
+        check.number_or_tensor("logit_bias", bias, check.finite_number)
+        arguments = {"scale": logit_scale, "bias": bias, "normalize": False}
         if self.world_size == 1:
             loss = siglip_loss(image_features, text_features, group="local", **arguments)
         else:

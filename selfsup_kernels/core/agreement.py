@@ -58,8 +58,8 @@ class Agreement:
     ) -> list[dict]:
         """Return the headers of all processes.
 
-        All fields except ``own`` must be equal: the inputs of the result, and which gradients will be needed (0: none),
-        since a backward with its exchanges will follow.
+        All fields except ``own`` must be equal: the inputs of the result, and which gradients will be needed, since a
+        backward with its exchanges will follow (0: none; 2: the function itself returns them).
 
         Raises:
             RuntimeError: another process refused its arguments.
@@ -89,7 +89,7 @@ class Agreement:
         if field in self.given:
             return "given" if value else "None"
         if field == "gradient":
-            return "wanted" if value else "not wanted"
+            return ("not wanted", "wanted", "returned")[value]
         return str(bool(value)) if field == "normalize" else repr(value)
 
     def _exchange(self, group, header) -> list[dict]:

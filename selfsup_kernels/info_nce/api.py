@@ -257,7 +257,7 @@ def _group_info_nce(group, arguments, value_and_grad=False):
     processes.check_group(group)
     checked = exchange.AGREEMENT.announced(group, _check_info_nce, *arguments)
     impl, stacked, call, tensors, _ = checked
-    shares, call, longest_queue = exchange.agree(group, impl, call, tensors)
+    shares, call, longest_queue = exchange.agree(group, impl, call, tensors, value_and_grad)
     if impl == "triton":  # before any exchange of rows: all processes raise together
         check_size(impl, Layout(call._replace(queue_rows=longest_queue)))
     if value_and_grad:

@@ -45,7 +45,7 @@ AGREEMENT = Agreement(
 )
 
 
-def agree(group, impl: str, call: Call, tensors) -> tuple[Shares, Call, int]:
+def agree(group, impl: str, call: Call, tensors, value_and_grad: bool) -> tuple[Shares, Call, int]:
     """Check that the calls of all processes agree.
 
     Returns:
@@ -56,7 +56,8 @@ def agree(group, impl: str, call: Call, tensors) -> tuple[Shares, Call, int]:
         ValueError: an argument differs between processes, or they have only one sample together and no queue.
     """
     call = call._replace(temperature=known(tensors[0], call.temperature))
-    gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    gradient = 2 if value_and_grad else int(wanted)
     headers = AGREEMENT.headers(group, (call.queue_rows > 0,), tensors[-1].dtype, gradient, impl, call)
     shares = Shares.of(group, [header["batch"] for header in headers])
     if shares.batch < 2 and not call.queue_rows:

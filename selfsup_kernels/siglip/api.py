@@ -35,12 +35,15 @@ def siglip_loss(
     Nothing of it needs a sum over a row of scores, so one pass over the pairs makes the loss and all gradients.
 
     Args:
-        x, y: ``(B, D)`` each, such as image and text embeddings; row i of both is one sample.
-        scale: s, a number > 0, or a tensor of one element that may require grad. SigLIP learns its logarithm.
-        bias: b, a number, or a tensor of one element that may require grad. SigLIP starts with s = 10 and b = -10, so
-            that the many negatives do not dominate the first steps.
+        x, y: ``(B, D)`` each, such as image and text embeddings; row i of both is one sample. One sample is enough: it
+            has no negatives, and its positive pair counts.
+        scale: s, a number > 0, or a tensor of one element that may require grad, on the device of the rows or the CPU.
+            SigLIP learns its logarithm. Under ``torch.compile`` a value that changes has to be a tensor: each number is
+            compiled into a graph of its own.
+        bias: b, likewise a number or a tensor. SigLIP starts with s = 10 and b = -10, so that the many negatives do not
+            dominate the first steps.
         duplicates: ``(B,)`` integers. Two samples that share one (such as the same caption) are no negatives of each
-            other: their pairs do not count.
+            other: their pairs do not count. With a ``group`` an integer means the same on every process.
         normalize: divide the rows by their norm. With ``False`` scores are plain inner products.
         eps: the floor of the norm.
         reduction: ``"mean"`` or ``"sum"`` over the rows of x, or ``"none"`` for ``(B,)``, whose backward makes the
@@ -171,8 +174,10 @@ def _check(x, y, scale, bias, duplicates, normalize, eps, reduction, impl):
         (x, y), _ = check.one_dtype([x, y], None)
     tensors = duplicates, scale_tensor, bias_tensor, x, y
     wanted = None
-    if active() or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
-        wanted = (active() or x.requires_grad, active() or y.requires_grad)
+    if active() or torch.jit.is_tracing():  # another level, or a later call of the trace, may want them
+        wanted = (True, True)
+    elif torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        wanted = (x.requires_grad, y.requires_grad)
     call = Call(batch, batch, dim, 0, bool(normalize), reduction, eps, scale, bias)
     return _Checked(impl, wanted, call, tensors, autocast)
 
@@ -192,7 +197,8 @@ def _in_group(group, arguments, whole=True, value_and_grad=False):
         )
     processes.check_group(group)
     impl, wanted, call, tensors, _ = checked = exchange.AGREEMENT.announced(group, _check, *arguments)
-    shares, call = exchange.agree(group, impl, wanted, call, *tensors)
+    kind = exchange.RETURNED if value_and_grad else 0 if whole else exchange.OF_OWN_ROWS
+    shares, call = exchange.agree(group, impl, kind, wanted, call, *tensors)
     if value_and_grad:
         return *exchange.value_and_grad(shares, impl, call, *tensors), checked
     return exchange.GroupSigLIP.apply(shares, impl, whole, wanted, call, *tensors), checked

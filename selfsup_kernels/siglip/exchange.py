@@ -19,13 +19,20 @@ from selfsup_kernels.siglip.autograd import NONE, as_given
 from selfsup_kernels.siglip.call import Call
 
 SUM = REDUCTIONS.index("sum")
+OF_OWN_ROWS, RETURNED = 8, 16
+"""What a header's field ``gradient`` adds for calls with other exchanges: 1 if a gradient is wanted, 2 that of x and 4
+that of y."""
 
 
 def _shown(field, header):
     """Return the value of a field's argument as the user wrote it, or None for the usual form."""
-    if field == "gradient":
-        return {0: "not wanted", 1: "of the scalars", 3: "of x", 5: "of y", 7: "of x and y"}[header[field]]
-    return None
+    if field != "gradient":
+        return None
+    code = header[field]
+    if code & RETURNED:
+        return "returned by siglip_value_and_grad"
+    wanted = {0: "not wanted", 1: "of the scalars", 3: "of x", 5: "of y", 7: "of x and y"}[code % OF_OWN_ROWS]
+    return wanted + (", of each process's own loss" if code & OF_OWN_ROWS else "")
 
 
 AGREEMENT = Agreement(
@@ -37,15 +44,18 @@ AGREEMENT = Agreement(
 )
 
 
-def agree(group, impl, wanted, call, duplicates, scale_tensor, bias_tensor, x, y) -> tuple[Shares, Call]:
+def agree(group, impl, kind, wanted, call, duplicates, scale_tensor, bias_tensor, x, y) -> tuple[Shares, Call]:
     """Check that the calls of all processes agree; return their shares and the call of this process's rows.
+
+    Args:
+        kind: 0, ``OF_OWN_ROWS`` or ``RETURNED``.
 
     Raises:
         RuntimeError: another process refused its arguments.
         ValueError: an argument differs between processes.
     """
     call = call._replace(scale=known(scale_tensor, call.scale), bias=known(bias_tensor, call.bias))
-    gradient = 0 if wanted is None else 1 + 2 * wanted[0] + 4 * wanted[1]
+    gradient = kind + (0 if wanted is None else 1 + 2 * wanted[0] + 4 * wanted[1])
     headers = AGREEMENT.headers(group, (duplicates is not None,), x.dtype, gradient, impl, call)
     shares = Shares.of(group, [header["rows"] for header in headers])
     return shares, call._replace(columns=shares.batch, first=shares.first)
@@ -98,7 +108,8 @@ class GroupSigLIP(torch.autograd.Function):
             _, *grads = _of_own_rows(shares, impl, call, wanted, *tensors, upstream=grad.contiguous())
         else:
             # With `whole` all processes have the same loss over all samples, but each may weight it differently.
-            weight = sum_over(grad.double(), shares) * _share(call, shares) if whole else grad.double() * _share(call)
+            weight = grad.to(torch.float64, copy=True)  # summed in place, and autograd's tensor may have other users
+            weight = sum_over(weight, shares) * _share(call, shares) if whole else weight * _share(call)
             grads = [g * weight.to(g.dtype) for g in grads]
         grad_x, grad_y, scalars = grads
         if wanted[1]:

@@ -23,7 +23,8 @@ class SigLIPLoss(SharesGroup, nn.Module):
             passed before ``init_process_group`` is called.
 
     Attributes:
-        logit_scale, logit_bias: the parameters, None if they are not learnable.
+        logit_scale, logit_bias: the parameters, None if they are not learnable. A ``state_dict`` with 0-dim ones, as
+            open_clip's models have, also loads.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message says which and why.
@@ -85,8 +86,17 @@ class SigLIPLoss(SharesGroup, nn.Module):
             impl=self.impl,
         )
 
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        for name in ("logit_scale", "logit_bias"):  # 0-dim in open_clip's models
+            value = state_dict.get(f"{prefix}{name}")
+            if getattr(self, name) is not None and isinstance(value, torch.Tensor) and value.dim() == 0:
+                state_dict[f"{prefix}{name}"] = value.reshape(getattr(self, name).shape)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def extra_repr(self):
         values = {"scale": self._scale, "bias": self._bias, "learnable": self.logit_scale is not None}
+        if type(self.logit_scale) is nn.Parameter and not self.logit_scale.is_meta:
+            values |= {"scale": self.scale.item(), "bias": self.bias.item()}
         parts = [f"{name}={v if isinstance(v, bool) else format(v, 'g')}" for name, v in values.items()]
         defaults = {"normalize": True, "eps": 1e-12, "reduction": "mean", "impl": "auto"}
         parts += [f"{name}={getattr(self, name)!r}" for name, v in defaults.items() if getattr(self, name) != v]

@@ -1,4 +1,4 @@
-"""InfoNCE and SigLIP on GPUs: Triton kernels on tiles of the matrix of scores, and the Python functions that launch them.
+"""InfoNCE and SigLIP on GPUs: Triton kernels on tiles of the matrix of scores, and the functions that launch them.
 
 The first call imports this, so that the package works without Triton. With ``TRITON_INTERPRET=1`` set before that, the
 same kernels run on CPU tensors in Triton's interpreter, for tests; it is slow, and wrong in bfloat16 without the

@@ -229,7 +229,10 @@ BASELINES = {
     "siglip": {
         "eager": _plain(eager_siglip, "as open_clip writes it"),
         "compile": _compiled(eager_siglip),
-        "softplus": _plain(eager.softplus_loss, "in the fewest passes; loses small losses of positives"),
+        "softplus": _plain(
+            eager.softplus_loss,
+            "in the fewest passes; inexact for small losses of positives",
+        ),
         "open_clip": Baseline(_open_clip, "open_clip_torch", "SigLipLoss"),
     },
     "byol": {
