@@ -86,7 +86,9 @@ class CMC(nn.Module):
         views = collect_views(views)
         if self.num_views is not None and len(views) != self.num_views:
             raise ValueError(f"views: expected {self.num_views}, one per encoder or projector, got {len(views)}")
-        return self.loss([self.embed(x, v) for v, x in enumerate(views)], labels=labels)
+        embeddings = [self.embed(x, v) for v, x in enumerate(views)]
+        # A loss that a user put in the place of ours need not take labels.
+        return self.loss(embeddings) if labels is None else self.loss(embeddings, labels=labels)
 
 
 def _shared_or_per_view(name, value) -> nn.Module:
