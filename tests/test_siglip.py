@@ -72,6 +72,7 @@ def cancellation(x, y, scale, bias, upstream, normalize=True, reduction="mean", 
     )
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("duplicates", [False, True])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -83,6 +84,7 @@ def test_values_and_gradients(impl, size, dtype, reduction, duplicates):
     compare(impl, x, y, 7.0, -3.0, upstream, reduction=reduction, duplicates=ids)
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("size", [(1, 1), (1, 5), (5, 1), (600, 3), (9, 1030)], ids=str)
 def test_unusual_sizes(impl, size):
     """Among them a batch of one sample, which has a positive pair only."""
@@ -125,6 +127,7 @@ def test_brute_force(impl, dtype):
     assert abs(loss.item() - want) <= want * {torch.float64: 1e-12, torch.float32: 1e-6}.get(dtype, 1e-2)
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("kind", [torch.int64, torch.int32, torch.int16, torch.uint8])
 def test_duplicates_of_any_integer_dtype_and_stride(impl, kind):
     x, y = embeddings(12, 5)
@@ -192,6 +195,7 @@ def test_infinite_scores(impl):
     torch.testing.assert_close(loss[1], want[1])
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("needed", [(True, False), (False, True), (False, False)])
 def test_gradients_that_are_not_needed(impl, needed):
     """A locked tower's embeddings need none (LiT); then the loss does not make it."""
@@ -349,6 +353,7 @@ def test_memory_is_linear_in_the_rows(impl, duplicates, monkeypatch):
     assert embedded < peak < 3 * embedded + 2**23 < 4 * batch * batch * (0.5 if impl == "cpu" else 1)
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("form", ["plain", "duplicates", "none", "first"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_opcheck(impl, form, dtype):
