@@ -36,7 +36,7 @@ os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 20)
 def received_bytes(processes, longest, dim, views, element, table_element, table_columns, labels=False):
     """Return the bytes of what others send, as docs/scaling.md lists them; ``longest``: the most rows of a process."""
     a_row = dim * element + table_columns * table_element
-    return (processes - 1) * (20 * 8 + 8 + longest * a_row + (8 * longest // views if labels else 0))
+    return (processes - 1) * (21 * 8 + 8 + longest * a_row + (8 * longest // views if labels else 0))
 
 
 def measure(processes, args):

@@ -19,6 +19,8 @@ def info_nce_loss(
     temperature=0.1,
     objective="supcon_out",
     labels=None,
+    duplicates=None,
+    logq=None,
     queue=None,
     core_view=None,
     normalize=True,
@@ -38,18 +40,26 @@ def info_nce_loss(
 
     - ``pairwise``:     ``mean over v of LSE(S_(n_u), S_(n_v), S_(p_v)) - S_(p_v)``   (arXiv:2002.05709, per view pair)
     - ``cross_view``:   ``mean over v of LSE(S_(n_v), S_(p_v)) - S_(p_v)``            (arXiv:1906.05849, full graph)
+
+    With ``labels`` an anchor has several positives in a view, and ``cross_view`` is the mean over ``v`` of
+    ``LSE(S_(n_v), S_(p_v)) - mean S_(p_v)`` (UniCL, arXiv:2204.03610, eq. 2 to 4). ``duplicates`` (B,): the negatives
+    are the rows of samples with another id. ``logq`` (B,) or (V, B): ``S_ij = <z_i, z_j> / temperature - logq_j``.
+    ``decoupled`` is 0 for an anchor without negatives.
     """
     h = torch.stack(tuple(views))
     num_views, batch, _ = h.shape
     core = -1 if core_view is None else core_view
     z = F.normalize(h, dim=-1, eps=eps) if normalize else h
     scores = torch.einsum("uad,vbd->uavb", z, z) / temperature
+    if logq is not None:
+        scores = scores - logq.detach().expand(num_views, batch)
     if queue is not None:
         queue = F.normalize(queue, dim=-1, eps=eps) if normalize else queue
         queue_scores = torch.einsum("uad,kd->uak", z, queue.detach()) / temperature
     sample = torch.arange(batch, device=h.device)
-    group = sample if labels is None else labels
+    group = labels if labels is not None else duplicates if duplicates is not None else sample
     same = group[:, None] == group[None, :]
+    together = same if labels is not None else sample[:, None] == sample[None, :]
 
     losses = []
     for u in range(num_views):
@@ -57,9 +67,10 @@ def info_nce_loss(
         negatives, positives, is_positive = {}, {}, {}
         for v in negative_views(u, num_views, core, TABLE[objective].columns):
             negatives[v] = scores[u, :, v].masked_fill(same, -torch.inf)
-        for v in positive_views(u, num_views, core) if labels is None else range(num_views):
+        own_too = labels is not None and objective != "cross_view"
+        for v in range(num_views) if own_too else positive_views(u, num_views, core):
             own = (sample[:, None] == sample[None, :]) if v == u else torch.zeros_like(same)
-            is_positive[v] = same & ~own
+            is_positive[v] = together & ~own
             positives[v] = scores[u, :, v].masked_fill(~is_positive[v], -torch.inf)
         extra = [] if queue is None else [queue_scores[u]]
         losses.append(_anchor_losses(objective, u, negatives, positives, is_positive, extra))
@@ -73,7 +84,8 @@ def _anchor_losses(objective, u, negatives, positives, is_positive, queue):
         terms = []
         for v, score in positives.items():
             columns = [negatives[v], *([negatives[u]] if objective == "pairwise" else []), *queue, score]
-            terms.append(torch.cat(columns, -1).logsumexp(-1) - score.diagonal())
+            mean = score.masked_fill(~is_positive[v], 0).sum(-1) / is_positive[v].sum(-1)
+            terms.append(torch.cat(columns, -1).logsumexp(-1) - mean)
         return torch.stack(terms).mean(0)
 
     negative = torch.cat([*negatives.values(), *queue], -1)
@@ -88,7 +100,8 @@ def _anchor_losses(objective, u, negatives, positives, is_positive, queue):
         inside = torch.where((count > 0)[:, None], positive, 0).logsumexp(-1) - count.clamp_min(1).log()
         loss = torch.cat([negative, positive], -1).logsumexp(-1) - inside
     elif objective == "decoupled":
-        loss = negative.logsumexp(-1) - mean
+        alone = (negative == -torch.inf).all(-1)
+        loss = torch.where(alone, 0, negative.masked_fill(alone[:, None], 0).logsumexp(-1) - mean)
     else:
         score = positive.masked_fill(~is_positive, 0)
         term = torch.logaddexp(negative.logsumexp(-1, keepdim=True), score) - score

@@ -16,7 +16,7 @@ from selfsup_kernels import info_nce_loss, spec
 from selfsup_kernels.core import backends, build
 from selfsup_kernels.core.ops import REDUCTIONS
 from selfsup_kernels.info_nce.call import Call
-from selfsup_kernels.info_nce.objectives import LABEL_OBJECTIVES, OBJECTIVES, TABLE
+from selfsup_kernels.info_nce.objectives import OBJECTIVES, TABLE, Columns, Ids
 
 EXTENSION_REQUIRED = not build.environment_flag("SELFSUP_KERNELS_SKIP_BUILD")
 """Unless the variable is set, missing C++ kernels end the test session instead of skipping their tests."""
@@ -24,7 +24,9 @@ EVERY_CASE = os.environ.get("SELFSUP_KERNELS_EVERY_CASE", "0") not in ("", "0")
 """Triton's interpreter is slow: without this it skips some of the cases that run on a GPU."""
 IMPLS = [impl for impl in ("reference", "cpu") if backends.unavailable(impl) is None]
 """The implementations that take CPU tensors; those for GPUs are tested in `tests/gpu`."""
-PAIRED_OBJECTIVES = [o for o in OBJECTIVES if o not in LABEL_OBJECTIVES]
+PAIRED_OBJECTIVES = [o for o in OBJECTIVES if TABLE[o].columns != Columns.ALL]
+POOLED_OBJECTIVES = [o for o in OBJECTIVES if TABLE[o].columns == Columns.ALL]
+"""Those that labels define for one view too."""
 LOW_PRECISION = [torch.bfloat16, torch.float16]
 
 FLOAT64_BOUND = 1e-9
@@ -152,7 +154,19 @@ def assert_within(name, got, want, eager=None, floor=0.0):
     )
 
 
-def brute_force(views, *, temperature, objective, labels=None, queue=None, core_view=None, normalize=True, eps=1e-12):
+def brute_force(
+    views,
+    *,
+    temperature,
+    objective,
+    labels=None,
+    duplicates=None,
+    logq=None,
+    queue=None,
+    core_view=None,
+    normalize=True,
+    eps=1e-12,
+):
     """Return (V, B) losses directly from the table of objectives, in loops over anchors, views and samples.
 
     Shares no code with the package, not even the choice of view pairs. Differentiable by autograd.
@@ -177,7 +191,8 @@ def brute_force(views, *, temperature, objective, labels=None, queue=None, core_
 
     def anchor(u, a):
         def score(v, b):
-            return (z[u][a] * z[v][b]).sum() / temperature
+            expected = 0 if logq is None else (logq[b] if logq.dim() == 1 else logq[v, b])
+            return (z[u][a] * z[v][b]).sum() / temperature - expected
 
         def is_positive(v, b):
             if labels is not None:
@@ -187,6 +202,8 @@ def brute_force(views, *, temperature, objective, labels=None, queue=None, core_
         def is_negative(v, b):
             if labels is not None:
                 return bool(labels[a] != labels[b])
+            if duplicates is not None and duplicates[a] == duplicates[b]:
+                return False
             return b != a and meets(u, v) and not (v == u and objective == "cross_view")
 
         everything = [(v, b) for v in range(num_views) for b in range(batch)]
@@ -202,21 +219,32 @@ def brute_force(views, *, temperature, objective, labels=None, queue=None, core_
         if objective == "per_positive":
             return mean([lse([*negative, p]) - p for p in positive])
         if objective == "decoupled":
-            return lse(negative) - mean(positive)
+            return lse(negative) - mean(positive) if negative else score(u, a) * 0
         terms = []
         for v in range(num_views):
-            if not is_positive(v, a):
+            positive = [score(v, b) for b in range(batch) if v != u and is_positive(v, b)]
+            if not positive:
                 continue
             columns = {v} if objective == "cross_view" else {u, v}
-            negative = [score(w, b) for w in columns for b in range(batch) if b != a] + of_queue
-            terms.append(lse([*negative, score(v, a)]) - score(v, a))
+            others = labels if labels is not None else duplicates
+            apart = [b for b in range(batch) if (b != a if others is None else others[b] != others[a])]
+            negative = [score(w, b) for w in columns for b in apart] + of_queue
+            terms.append(lse(negative + positive) - mean(positive))
         return mean(terms)
 
     return torch.stack([torch.stack([anchor(u, a) for a in range(batch)]) for u in range(num_views)])
 
 
 def info_nce_call(
-    views, labels=None, queue=None, objective="supcon_out", core_view=-1, normalize=True, reduction="none", **others
+    views,
+    labels=None,
+    queue=None,
+    objective="supcon_out",
+    core_view=-1,
+    normalize=True,
+    reduction="none",
+    duplicates=None,
+    **others,
 ):
     """Return the ``Call`` for views (V, B, D), or a list of them."""
     facts = {"first": 0, "count": -1, "eps": 1e-12, "temperature": 0.1} | others
@@ -225,7 +253,7 @@ def info_nce_call(
         batch=views[0].shape[0],
         dim=views[0].shape[1],
         queue_rows=0 if queue is None else len(queue),
-        labelled=labels is not None,
+        ids=int(Ids.DUPLICATES if duplicates is not None else Ids.NONE if labels is None else Ids.LABELS),
         core_view=core_view,
         **TABLE[objective]._asdict(),
         normalize=normalize,

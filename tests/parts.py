@@ -9,17 +9,23 @@ from selfsup_kernels.info_nce import exchange
 from selfsup_kernels.info_nce.call import Saved
 
 
-def in_parts(impl, views, sizes, temperature, upstream, objective, labels=None, queue=None, core=-1, normalize=True):
+def in_parts(
+    impl, views, sizes, temperature, upstream, objective, queue=None, core=-1, normalize=True, logq=None, **ids
+):
     """Return (losses (V, B), gradients of the views and the temperature); process r has ``sizes[r]`` samples."""
-    call = info_nce_call(views, labels, queue, objective, core, normalize, temperature=temperature)
+    call = info_nce_call(
+        views, queue=queue, objective=objective, core_view=core, normalize=normalize, temperature=temperature, **ids
+    )
+    ids = next(iter(ids.values()), None)
+    logq = exchange.relative(logq)
     calls = [call._replace(first=sum(sizes[:r]), count=size) for r, size in enumerate(sizes)]
     forward, backward = (ops.overload(f"info_nce_{way}", impl) for way in ("forward", "backward"))
-    results = [forward(list(views.unbind(0)), labels, queue, None, *call) for call in calls]
+    results = [forward(list(views.unbind(0)), ids, logq, queue, None, *call) for call in calls]
     saved = [Saved(*tables) for _, *tables in results]
     rows = torch.cat([exchange.own_rows(*pair) for pair in zip(saved, calls, strict=True)], 1)
     assert rows.isfinite().logical_or(rows.isinf()).all(), "an owned row has no table"
     gradients = [
-        backward(upstream, *exchange.with_all_rows(tables, call, rows), labels, *call, True, views.dtype)
+        backward(upstream, *exchange.with_all_rows(tables, call, rows), ids, *call, True, views.dtype)
         for tables, call in zip(saved, calls, strict=True)
     ]
     return (
@@ -29,15 +35,19 @@ def in_parts(impl, views, sizes, temperature, upstream, objective, labels=None, 
     )
 
 
-def compare_parts(impl, views, sizes, objective, temperature=0.1, labels=None, queue=None, core=-1, normalize=True):
-    """Compare values and gradients of ``in_parts`` with the dense loss of the whole batch."""
+def compare_parts(
+    impl, views, sizes, objective, temperature=0.1, queue=None, core=-1, normalize=True, logq=None, **ids
+):
+    """Compare values and gradients of ``in_parts`` with the dense loss of the whole batch. ``ids``: ``labels`` or
+    ``duplicates``; ``logq``: (V, B)."""
     assert sum(sizes) == views.shape[1]
     dtype = views.dtype
     upstream = randn(*views.shape[:2], dtype=ops.accumulation_dtype(dtype), seed=99).to(views.device)
     # The kernels take the temperature as a number, rounded to the dtype of the views.
     number = torch.tensor(temperature, dtype=dtype).item()
-    known = {"objective": objective, "labels": labels, "core_view": core if core >= 0 else None, "normalize": normalize}
-    ours = in_parts(impl, views, sizes, number, upstream, objective, labels, queue, core, normalize)
+    core_view = core if core >= 0 else None
+    known = {"objective": objective, "core_view": core_view, "normalize": normalize, "logq": logq, **ids}
+    ours = in_parts(impl, views, sizes, number, upstream, objective, queue, core, normalize, logq, **ids)
 
     def oracle(x, t, q):
         return run(spec.info_nce_loss, x, t, upstream, queue=q, reduction="none", **known)

@@ -85,6 +85,25 @@ BAD_ARGUMENTS = {
         ([0, 0, 1, 1], TypeError),
         (1, TypeError),
     ],
+    "duplicates": [
+        (torch.zeros(3, dtype=torch.int64), ValueError),
+        (torch.zeros(2, 4, dtype=torch.int64), ValueError),
+        (LABELS.to(META), ValueError),
+        (torch.zeros(4), TypeError),
+        (torch.zeros(4, dtype=torch.bool), TypeError),
+        ([0, 0, 1, 1], TypeError),
+        (True, TypeError),
+    ],
+    "logq": [
+        (torch.zeros(3), ValueError),
+        (torch.zeros(4, 2), ValueError),
+        (torch.zeros(1, 4), ValueError),
+        (torch.tensor(0.0), ValueError),
+        (torch.zeros(4, device=META), ValueError),
+        (LABELS, TypeError),
+        ([0.0, 0.0, 0.0, 0.0], TypeError),
+        (0.5, TypeError),
+    ],
     "queue": [
         (randn(5, 7), ValueError),
         (randn(5, 1), ValueError),
@@ -132,10 +151,24 @@ def test_one_sample_has_no_negatives(impl):
         info_nce_loss(VIEWS[:, :1], labels=LABELS[:1], impl=impl)
 
 
-@pytest.mark.parametrize("objective", ["pairwise", "cross_view"])
-def test_labels_need_an_objective_that_knows_them(objective):
+def test_labels_need_an_objective_that_knows_them():
     with pytest.raises(ValueError, match=r"^labels.*objective"):
-        info_nce_loss(VIEWS, labels=LABELS, objective=objective)
+        info_nce_loss(VIEWS, labels=LABELS, objective="pairwise")
+
+
+def test_labels_across_views_need_two():
+    with pytest.raises(ValueError, match=r"^views: expected at least 2 views, got 1"):
+        info_nce_loss(VIEWS[:1], labels=LABELS, objective="cross_view")
+
+
+def test_labels_and_duplicates_exclude_each_other():
+    with pytest.raises(ValueError, match=r"^duplicates: expected None together with labels"):
+        info_nce_loss(VIEWS, labels=LABELS, duplicates=LABELS)
+
+
+def test_logq_and_a_queue_exclude_each_other():
+    with pytest.raises(ValueError, match=r"^logq: expected None together with a queue"):
+        info_nce_loss(VIEWS, logq=torch.zeros(4), queue=randn(5, 8))
 
 
 def test_labels_and_core_view_exclude_each_other():

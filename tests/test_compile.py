@@ -35,12 +35,14 @@ def assert_compiles(function, *inputs, backend="aot_eager", exact=True):
         assert torch.equal(ours, eager) if exact else torch.allclose(ours, eager, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("case", ["plain", "labels", "queue", "core", "none"])
+@pytest.mark.parametrize("case", ["plain", "labels", "queue", "core", "none", "duplicates", "labels across views"])
 def test_info_nce_compiles(op_impl, case):
     arguments = {
         "plain": {},
         "labels": {"labels": torch.arange(12) % 5, "objective": "supcon_in"},
         "queue": {"queue": randn(7, 8), "objective": "cross_view"},
+        "duplicates": {"duplicates": torch.arange(12) % 5, "logq": randn(12, seed=3)},
+        "labels across views": {"labels": torch.arange(12) % 5, "objective": "cross_view", "logq": randn(12, seed=3)},
         "core": {"core_view": 1, "objective": "pairwise"},
         "none": {"normalize": False, "objective": "per_positive", "temperature": 2.0},
     }[case]

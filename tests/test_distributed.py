@@ -41,6 +41,9 @@ def shares(group, views, cases):
         arguments = dict(arguments)
         if arguments.get("labels") is not None:
             arguments["labels"] = own(group, arguments["labels"], 0)
+        for name in ("duplicates", "logq"):
+            if name in arguments:
+                arguments[name] = own(group, arguments[name], 0)
         if arguments.get("queue") is not None and arguments["queue"].dim() == 3:
             arguments["queue"] = arguments["queue"][dist.get_rank(group)]
         if upstream.dim():
@@ -106,6 +109,18 @@ def test_labels(ranks, world, objective, classes):
     queue = randn(5, 7, dtype=torch.float64, seed=1) if classes == 1 else None
     views = randn(2, batch, 7, dtype=torch.float64)
     check(ranks, world, views, 0.3, ONE, objective=objective, labels=random_labels(batch, classes), queue=queue)
+
+
+@pytest.mark.parametrize("world", SIZES)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_duplicates_and_logq(ranks, world, objective):
+    """Ids mean the same on every process, and so does the least of the log probabilities."""
+    batch = sum(SIZES[world])
+    views, logq = randn(2, batch, 7, dtype=torch.float64), 2 * randn(batch, dtype=torch.float64, seed=4)
+    weight = randn(2, batch, dtype=torch.float64, seed=5)
+    arguments = {"objective": objective, "duplicates": random_labels(batch, 5), "logq": logq}
+    check(ranks, world, views, 0.3, ONE, **arguments)
+    check(ranks, world, views, 0.3, weight, reduction="none", **arguments)
 
 
 @pytest.mark.parametrize("world", SIZES)
@@ -230,7 +245,13 @@ LABELS = torch.arange(3)
         ({**GOOD, "objective": "decoupled"}, "ValueError: group: objective .* 'supcon_out' .* 'decoupled'", None),
         ({**GOOD, "temperature": 0.2}, "ValueError: group: temperature .* 0.1 on rank 0 and 0.2 on rank 1", None),
         ({**GOOD, "reduction": "none"}, "ValueError: group: reduction .* 'mean' .* 'none'", None),
-        ({**GOOD, "labels": LABELS}, "ValueError: group: labels .* None on rank 0 and given on rank 1", None),
+        ({**GOOD, "labels": LABELS}, "ValueError: group: labels .* None on rank 0 and labels on rank 1", None),
+        (
+            {**GOOD, "duplicates": LABELS},
+            "ValueError: group: .*duplicates .* None on rank 0 and dupl.* on rank 1",
+            None,
+        ),
+        ({**GOOD, "logq": torch.ones(3)}, "ValueError: group: logq .* None on rank 0 and given on rank 1", None),
         ({**GOOD, "queue": torch.ones(2, 4)}, "ValueError: group: queue .* None on rank 0 and given on rank 1", None),
         ({**GOOD, "impl": "reference"}, "ValueError: group: impl has to be", None),
         (

@@ -21,24 +21,37 @@ def one_thread(threads):
 UTILS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
 DTYPES = [torch.float64, torch.float32, *LOW_PRECISION]
 
-# name: (labels, queue, temperature as a tensor, objective, core view, normalize, reduction)
+# name: (ids, logq or queue, temperature as a tensor, objective, core view, normalize, reduction)
 FORMS = {
-    "plain": (False, False, False, "supcon_out", -1, True, "mean"),
-    "per anchor": (False, False, True, "pairwise", -1, True, "none"),
-    "labels": (True, False, False, "supcon_in", -1, True, "sum"),
-    "queue": (False, True, True, "cross_view", 1, False, "mean"),
-    "labels and queue": (True, True, False, "decoupled", -1, True, "none"),
+    "plain": (None, None, False, "supcon_out", -1, True, "mean"),
+    "per anchor": (None, None, True, "pairwise", -1, True, "none"),
+    "labels": ("labels", None, False, "supcon_in", -1, True, "sum"),
+    "queue": (None, "queue", True, "cross_view", 1, False, "mean"),
+    "labels and queue": ("labels", "queue", False, "decoupled", -1, True, "none"),
+    "labels across views": ("labels", None, False, "cross_view", -1, True, "mean"),
+    "duplicates and logq": ("duplicates", "logq", False, "per_positive", -1, True, "mean"),
+    "labels and logq": ("labels", "logq", False, "supcon_out", -1, True, "none"),
 }
 
 
 def info_nce_arguments(form, dtype):
-    labelled, queued, tensor, objective, core, normalize, reduction = FORMS[form]
+    kind, columns, tensor, objective, core, normalize, reduction = FORMS[form]
     views = list(randn(3, 5, 4, dtype=dtype).unbind(0))
-    labels = torch.tensor([1, 2, 1, 0, 2]) if labelled else None
-    queue = randn(6, 4, dtype=dtype, seed=1) if queued else None
-    temperature = 0.0 if tensor else 0.2
-    call = info_nce_call(views, labels, queue, objective, core, normalize, reduction, temperature=temperature)
-    return views, labels, queue, torch.tensor(0.2) if tensor else None, *call
+    ids = torch.tensor([1, 2, 1, 0, 2]) if kind else None
+    logq = randn(3, 5, dtype=ops.accumulation_dtype(dtype)).abs() if columns == "logq" else None
+    queue = randn(6, 4, dtype=dtype, seed=1) if columns == "queue" else None
+    named = {kind: ids} if kind else {}
+    call = info_nce_call(
+        views,
+        queue=queue,
+        objective=objective,
+        core_view=core,
+        normalize=normalize,
+        reduction=reduction,
+        temperature=0.0 if tensor else 0.2,
+        **named,
+    )
+    return views, ids, logq, queue, torch.tensor(0.2) if tensor else None, *call
 
 
 def test_every_op_is_tested_here():
@@ -57,9 +70,9 @@ def test_opcheck_info_nce(impl, form, dtype):
     forward = ops.overload("info_nce_forward", impl)
     torch.library.opcheck(forward, arguments, test_utils=UTILS)
 
-    _, labels, _, _, *call = arguments
+    _, ids, _, _, _, *call = arguments
     loss, *saved = forward(*arguments)
-    backward = (torch.ones_like(loss), *saved, labels, *call, True, dtype)
+    backward = (torch.ones_like(loss), *saved, ids, *call, True, dtype)
     torch.library.opcheck(ops.overload("info_nce_backward", impl), backward, test_utils=UTILS)
 
 
@@ -99,20 +112,29 @@ def test_gradcheck_info_nce(impl, objective, normalize, num_views):
 
 @pytest.mark.parametrize(
     ("form", "reduction"),
-    [("queue", "none"), ("core", "mean"), ("labels", "none"), ("labels and queue", "sum"), ("list", "mean")],
+    [
+        ("queue", "none"),
+        ("core", "mean"),
+        ("labels", "none"),
+        ("labels and queue", "sum"),
+        ("labels and logq", "none"),
+        ("duplicates and logq", "mean"),
+        ("list", "mean"),
+    ],
 )
 def test_gradcheck_info_nce_forms(impl, form, reduction):
-    labels = {"labels": torch.tensor([0, 1, 0, 2])} if "labels" in form else {}
+    ids = {name: torch.tensor([0, 1, 0, 2]) for name in ("labels", "duplicates") if name in form}
+    logq = {"logq": randn(3, 4, dtype=torch.float64, seed=2)} if "logq" in form else {}
     queue = {"queue": randn(5, 3, dtype=torch.float64, seed=1)} if "queue" in form else {}
     core = {"core_view": 0} if form == "core" else {}
     x = randn(3, 4, 3, dtype=torch.float64).requires_grad_()
     t = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
-    for objective in LABEL_OBJECTIVES if labels else ("per_positive", "cross_view"):
+    for objective in LABEL_OBJECTIVES if "labels" in ids else ("per_positive", "cross_view"):
 
         def loss(v, t, objective=objective):
             views = list(v.unbind(0)) if form == "list" else v
             arguments = {"temperature": t, "objective": objective, "reduction": reduction, "impl": impl}
-            return info_nce_loss(views, **arguments, **labels, **queue, **core)
+            return info_nce_loss(views, **arguments, **ids, **logq, **queue, **core)
 
         assert torch.autograd.gradcheck(loss, (x, t))
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import assert_within, randn, random_labels, run
+from helpers import POOLED_OBJECTIVES, assert_within, randn, random_labels, run
 
 from selfsup_kernels import byol_loss, info_nce_loss, spec
 from selfsup_kernels.core import ops
@@ -20,10 +20,16 @@ def cases(objective):
     yield X, {"queue": queue}
     yield X, {"core_view": 1}
     yield X[:, :1], {"queue": queue}
+    duplicates = torch.tensor([2, 0, 2, 2, 1])
+    logq = randn(3, 5, dtype=torch.float64, seed=4)
+    yield X, {"duplicates": duplicates, "logq": logq}
+    yield X, {"duplicates": torch.zeros(5, dtype=torch.int64)}
     if objective in LABEL_OBJECTIVES:
+        yield X, {"labels": duplicates, "logq": logq}
         for labels in (random_labels(5, 3), torch.arange(5), torch.zeros(5, dtype=torch.int64)):
             yield X, {"labels": labels, "queue": queue}
-            yield X[:1], {"labels": labels}
+            if objective in POOLED_OBJECTIVES:
+                yield X[:1], {"labels": labels}
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

@@ -48,6 +48,9 @@ INFO_NCE = {
     ),
     "jacrev": lambda loss: jacrev(lambda x, t: loss(x, temperature=t, reduction="none"), argnums=(0, 1))(X, T),
     "vmap of jacrev": lambda loss: vmap(jacrev(lambda x: loss(x, labels=LABELS[0], reduction="none")))(XS),
+    "vmap of duplicates and logq": lambda loss: vmap(lambda x, ids, logq: loss(x, duplicates=ids, logq=logq))(
+        XS, LABELS, randn(3, 6, dtype=torch.float64, seed=5)
+    ),
     "vjp": pulled_back,
     "vmap, then backward": vmap_then_backward,
 }

@@ -50,12 +50,47 @@ double score_bound(const T* z, int64_t rows, const T* zq, int64_t queue, int64_t
   return scale * std::max(own, std::sqrt(own * longest(zq, queue)));
 }
 
-// The losses and coefficient tables without labels, for the rows of the owned samples.
+// means[v * rows + i] <- the mean score of row i of view u != v with the rows of its class in view v, for the owned
+// rows i of classes of several samples: the product of the row with the sum of these rows.
+template <typename T>
+void class_means(
+    const Layout& layout, const T* z, int64_t dim, const T* logq, double scale, std::vector<double>& means) {
+  const int64_t batch = layout.batch, rows = layout.rows, views = layout.rule.views;
+  std::vector<Layout::Run> classes;
+  for (int64_t at = 0; at < batch; at = classes.back().end) classes.push_back(layout.sharing[layout.by_id[at]]);
+  parallel(classes.size(), std::max<int64_t>(1, 4096 / dim), [&](int64_t c) {
+    const Layout::Run& members = classes[c];
+    if (members.size() < 2) return;
+    const double size = static_cast<double>(members.size());
+    std::vector<double> sum(dim);
+    for (int64_t v = 0; v < views; ++v) {
+      std::fill(sum.begin(), sum.end(), 0.0);
+      double less = 0;
+      for (int64_t k = members.begin; k < members.end; ++k) {
+        const int64_t j = v * batch + layout.by_id[k];
+        for (int64_t d = 0; d < dim; ++d) sum[d] += z[j * dim + d];
+        if (logq) less += logq[j];
+      }
+      for (int64_t u = 0; u < views; ++u) {
+        for (int64_t k = members.begin; k < members.end; ++k) {
+          const int64_t i = u * batch + layout.by_id[k];
+          if (u == v || !layout.owns(i)) continue;
+          double product = 0;
+          for (int64_t d = 0; d < dim; ++d) product += sum[d] * z[i * dim + d];
+          means[v * rows + i] = (scale * product - less) / size;
+        }
+      }
+    }
+  });
+}
+
+// The losses and coefficient tables by views, for the rows of the owned samples.
 template <typename T>
 void view_tables(
     const Layout& layout,
     const T* z,
     int64_t dim,
+    const T* logq,
     double scale,
     const std::vector<double>& n,
     double* loss,
@@ -63,6 +98,8 @@ void view_tables(
     double* positives) {
   const int64_t batch = layout.batch, rows = layout.rows;
   const int views = layout.rule.views, columns = layout.rule.column_count();
+  std::vector<double> means(layout.crossed ? views * rows : 0);
+  if (layout.crossed) class_means<T>(layout, z, dim, logq, scale, means);
   parallel_ranges(layout.first, layout.first + layout.count, 64, [&](int64_t begin, int64_t end) {
     std::vector<double> negatives(columns), weights(columns), p(static_cast<size_t>(views) * views), by_view(views);
     for (int64_t a = begin; a < end; ++a) {
@@ -70,12 +107,22 @@ void view_tables(
         for (int v = 0; v < u; ++v)
           p[u * views + v] = p[v * views + u] =
               scale * kernels<T>().dot(z + (u * batch + a) * dim, z + (v * batch + a) * dim, dim);
+      const bool several = layout.several(a);
       for (int u = 0; u < views; ++u) {
         int64_t i = u * batch + a;
+        for (int v = 0; v < views; ++v) {
+          if (several)
+            p[u * views + v] = means[v * rows + i];
+          else if (logq)
+            p[u * views + v] -= logq[v * batch + a];
+        }
         for (int c = 0; c < columns; ++c) negatives[c] = n[c * rows + i];
-        loss[i] = anchor_loss(layout.rule, u, negatives.data(), &p[u * views], weights.data(), by_view.data());
+        loss[i] = anchor_loss(layout.rule, u, several, negatives.data(), &p[u * views], weights.data(), by_view.data());
         for (int c = 0; c < columns; ++c) log_weights[c * rows + i] = weights[c];
         for (int v = 0; v < views; ++v) positives[v * rows + i] = by_view[v];
+        if (layout.crossed)
+          positives[views * rows + i] =
+              several ? 1 / (static_cast<double>(layout.rule.positives(u)) * layout.sharing[a].size()) : 0;
       }
     }
   });
@@ -102,22 +149,24 @@ void view_positives(
 
 // The tensors saved for the backward: the fields of `Saved` in selfsup_kernels/info_nce/call.py, in the same order.
 struct Saved {
-  Tensor rows, inverse_norms, log_weights, weights, positives, scalars, order, classes;
+  Tensor rows, inverse_norms, log_weights, weights, positives, scalars, order, classes, logq;
 };
 
 template <typename T>
 std::pair<Tensor, Saved> forward(
     const Call& call,
     const std::vector<Tensor>& views,
-    const std::optional<Tensor>& labels,
+    const std::optional<Tensor>& ids,
+    const std::optional<Tensor>& logq,
     const std::optional<Tensor>& queue,
     double scale) {
   const int64_t count = call.num_views, batch = call.batch, dim = call.dim, rows = count * batch;
   const int64_t queued = call.queue_rows;
   const ScalarType f64 = ScalarType::Double;
 
+  const bool labels = labelled(call);
   Tensor order = cpu_empty({labels ? batch : 0}, ScalarType::Long);
-  const Layout layout = labels ? label_layout(call, *labels, data<int64_t>(order), true) : view_layout(call);
+  const Layout layout = labels ? label_layout(call, *ids, data<int64_t>(order), true) : view_layout(call, ids);
   const RowMap map{labels ? data<int64_t>(order) : nullptr, count, batch};
 
   Saved out{
@@ -125,10 +174,11 @@ std::pair<Tensor, Saved> forward(
       cpu_empty({rows + queued}, scalar_type<T>),
       cpu_empty({layout.rule.column_count(), rows}, f64),
       cpu_empty({0, rows}, f64),
-      cpu_empty({labels ? 3 : count, rows}, f64),
+      cpu_empty({labels ? 3 : count + layout.crossed, rows}, f64),
       cpu_empty({4}, f64),
       order,
-      cpu_empty({2, 0}, ScalarType::Int)};
+      cpu_empty({2, 0}, ScalarType::Int),
+      cpu_empty({logq ? rows : 0}, scalar_type<T>)};
   std::fill_n(data<double>(out.scalars), 4, 0.0);
   data<double>(out.scalars)[0] = scale;
   T *z = data<T>(out.rows), *zq = z + rows * dim, *norms = data<T>(out.inverse_norms);
@@ -137,15 +187,18 @@ std::pair<Tensor, Saved> forward(
     load_rows<T>(
         RowReader<T>({*queue}), queued, RowMap{nullptr, 1, queued}, call.normalize, call.eps, zq, norms + rows);
 
+  T* less = logq ? data<T>(out.logq) : nullptr;
+  for (int64_t i = 0; less && i < rows; ++i) less[i] = data<T>(*logq)[map.view(i) * batch + map.sample(i)];
+
   const double bound = score_bound(z, rows, zq, queued, dim, scale, call.normalize);
-  std::vector<double> n = Pairs<T>(layout, z, dim, zq, queued, scale, bound).log_sums();
+  std::vector<double> n = Pairs<T>(layout, z, dim, zq, queued, less, scale, bound).log_sums();
 
   std::vector<double> loss(rows);
   double *log_weights = data<double>(out.log_weights), *positives = data<double>(out.positives);
   if (labels)
-    label_tables<T>(call, layout, z, scale, n, loss.data(), log_weights, positives);
+    label_tables<T>(call, layout, z, less, scale, n, loss.data(), log_weights, positives);
   else
-    view_tables<T>(layout, z, dim, scale, n, loss.data(), log_weights, positives);
+    view_tables<T>(layout, z, dim, less, scale, n, loss.data(), log_weights, positives);
 
   const bool each = call.reduction == 0;
   Tensor result = each ? cpu_empty({count, layout.count}, scalar_type<T>) : cpu_empty({}, scalar_type<T>);
@@ -161,12 +214,14 @@ std::pair<Tensor, Saved> forward(
 
 template <typename T>
 std::tuple<Tensor, Tensor> backward(
-    const Call& call, const Tensor& grad, const Saved& saved, const std::optional<Tensor>& labels, ScalarType dtype) {
+    const Call& call, const Tensor& grad, const Saved& saved, const std::optional<Tensor>& ids, ScalarType dtype) {
   const int64_t count = call.num_views, batch = call.batch, dim = call.dim, rows = count * batch;
   const int64_t queued = call.queue_rows;
   const double scale = data<double>(saved.scalars)[0];
   T *z = data<T>(saved.rows), *zq = z + rows * dim;
-  const Layout layout = labels ? label_layout(call, *labels, data<int64_t>(saved.order), false) : view_layout(call);
+  const T* less = saved.logq.size(0) > 0 ? data<T>(saved.logq) : nullptr;
+  const bool labels = labelled(call);
+  const Layout layout = labels ? label_layout(call, *ids, data<int64_t>(saved.order), false) : view_layout(call, ids);
   const RowMap map{labels ? data<int64_t>(saved.order) : nullptr, count, batch};
 
   std::vector<double> g(rows);
@@ -187,10 +242,12 @@ std::tuple<Tensor, Tensor> backward(
   parallel(rows, std::max<int64_t>(1, 16384 / dim), [&](int64_t i) { std::fill_n(dz + i * dim, dim, T(0)); });
 
   const double bound = score_bound(z, rows, zq, queued, dim, scale, call.normalize);
+  const double* share = layout.crossed ? data<double>(saved.positives) + count * rows : nullptr;
   const double from_queue =
-      1 / boost * Pairs<T>(layout, z, dim, zq, queued, scale, bound).gradient(data<double>(saved.log_weights), g, dz);
+      Pairs<T>(layout, z, dim, zq, queued, less, scale, bound).gradient(data<double>(saved.log_weights), share, g, dz) /
+      boost;
   if (labels)
-    label_gradient<T>(call, layout, z, scale, data<double>(saved.positives), g, dz);
+    label_gradient<T>(call, layout, z, less, scale, data<double>(saved.positives), g, dz);
   else
     view_positives<T>(layout, z, dim, data<double>(saved.positives), g, dz);
 
@@ -221,19 +278,23 @@ std::tuple<Tensor, Tensor> backward(
 using torch::stable::detail::from;
 using torch::stable::detail::to;
 
-// (views, labels, queue, temperature_tensor, the fields of Call) -> (loss, the fields of Saved)
+// (views, ids, logq, queue, temperature_tensor, the fields of Call) -> (loss, the fields of Saved)
 void forward_op(StableIValue* stack, uint64_t, uint64_t) {
   auto views = to<std::vector<Tensor>>(stack[0]);
-  auto labels = to<std::optional<Tensor>>(stack[1]), queue = to<std::optional<Tensor>>(stack[2]);
-  auto temperature = to<std::optional<Tensor>>(stack[3]);
-  const Call call(stack + 4);
+  auto ids = to<std::optional<Tensor>>(stack[1]), logq = to<std::optional<Tensor>>(stack[2]);
+  auto queue = to<std::optional<Tensor>>(stack[3]), temperature = to<std::optional<Tensor>>(stack[4]);
+  const Call call(stack + 5);
+  const ScalarType dtype = views.empty() ? ScalarType::Float : views[0].scalar_type();
+  const ScalarType wide = dtype == ScalarType::Double ? dtype : ScalarType::Float;
   STD_TORCH_CHECK(
       static_cast<int64_t>(views.size()) == call.num_views && views[0].dim() == 2 && views[0].size(0) == call.batch &&
-          views[0].size(1) == call.dim && call.dim > 0 && (queue ? queue->size(0) : 0) == call.queue_rows,
+          views[0].size(1) == call.dim && call.dim > 0 && (queue ? queue->size(0) : 0) == call.queue_rows &&
+          ids.has_value() == (call.ids != 0) &&
+          (!logq || (logq->scalar_type() == wide && logq->is_contiguous() && logq->dim() == 2 &&
+                     logq->size(0) == call.num_views && logq->size(1) == call.batch)),
       "info_nce_forward: expected tensors of the sizes of the call");
-  const ScalarType dtype = views[0].scalar_type();
   auto run = dtype == ScalarType::Double ? forward<double> : forward<float>;
-  auto [loss, saved] = run(call, views, labels, queue, scale_of(temperature, call.temperature, dtype));
+  auto [loss, saved] = run(call, views, ids, logq, queue, scale_of(temperature, call.temperature, dtype));
   StableIValue* out = stack;
   for (const Tensor& t :
        {loss,
@@ -244,25 +305,27 @@ void forward_op(StableIValue* stack, uint64_t, uint64_t) {
         saved.positives,
         saved.scalars,
         saved.order,
-        saved.classes})
+        saved.classes,
+        saved.logq})
     *out++ = from(t);
 }
 
-// (grad, the fields of Saved, labels, the fields of Call, need_temperature, dtype) -> (grad_views, grad_temperature)
+// (grad, the fields of Saved, ids, the fields of Call, need_temperature, dtype) -> (grad_views, grad_temperature)
 void backward_op(StableIValue* stack, uint64_t, uint64_t) {
   auto grad = to<Tensor>(stack[0]);
   Tensor t[saved_fields];
   for (int i = 0; i < saved_fields; ++i) t[i] = to<Tensor>(stack[1 + i]);
-  const Saved saved{t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7]};
-  auto labels = to<std::optional<Tensor>>(stack[1 + saved_fields]);
+  const Saved saved{t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7], t[8]};
+  auto ids = to<std::optional<Tensor>>(stack[1 + saved_fields]);
   const Call call(stack + 2 + saved_fields);
   auto dtype = to<ScalarType>(stack[3 + saved_fields + Call::fields]);
   STD_TORCH_CHECK(
       saved.rows.size(0) == call.num_views * call.batch + call.queue_rows && saved.rows.size(1) == call.dim &&
+          ids.has_value() == (call.ids != 0) &&
           (grad.dim() == 0 || (grad.size(0) == call.num_views && grad.size(1) == call.batch)),
       "info_nce_backward: expected tensors of the sizes of the call");
   auto run = saved.rows.scalar_type() == ScalarType::Double ? backward<double> : backward<float>;
-  auto [grad_views, grad_temperature] = run(call, grad, saved, labels, dtype);
+  auto [grad_views, grad_temperature] = run(call, grad, saved, ids, dtype);
   stack[0] = from(grad_views);
   stack[1] = from(grad_temperature);
 }

@@ -78,6 +78,7 @@ void label_tables(
     const Call& call,
     const Layout& layout,
     T* z,
+    const T* logq,
     double scale,
     const std::vector<double>& n,
     double* loss,
@@ -97,6 +98,7 @@ void label_tables(
     for (int64_t r = 0; r < tile.rows; ++r) {
       ClassSums& sum = sums[begin + r];
       T rest = static_cast<T>(negatives(begin + r));
+      for (int64_t j = 0; logq && j < tile.cols; ++j) tile.values[r * tile.cols + j] -= logq[from + j] / s;
       but_itself(begin + r, from, tile.cols, [&](int64_t first, int64_t length) {
         const T* row = tile.values + r * tile.cols + first;
         if (softplus) {
@@ -136,6 +138,7 @@ void label_gradient(
     const Call& call,
     const Layout& layout,
     T* z,
+    const T* logq,
     double scale,
     const double* positives,
     const std::vector<double>& g,
@@ -148,7 +151,9 @@ void label_gradient(
     share[i] = static_cast<T>(g[i] * positives[rows + i]);
     std::tie(ref[i], weight[i]) = split_reference<T>(positives[i], g[i] * positives[2 * rows + i]);
   }
-  auto at = [&](int64_t i) { return LabelRow<T>{&weight[i], &share[i], &ref[i]}; };
+  const std::vector<T> nothing(logq ? 0 : rows, T(0));
+  const T* less = logq ? logq : nothing.data();
+  auto at = [&](int64_t i) { return LabelRow<T>{&weight[i], &share[i], &ref[i], less + i}; };
   class_tiles<T>(layout, z, dim, [&](int64_t begin, int64_t from, const Tile<T>& tile) {
     const int64_t count = tile.rows, cols = tile.cols;
     T* values = tile.values;
@@ -165,11 +170,11 @@ void label_gradient(
   });
 }
 
-#define SK_INSTANTIATE(T)                                                                             \
-  template void label_tables<T>(                                                                      \
-      const Call&, const Layout&, T*, double, const std::vector<double>&, double*, double*, double*); \
-  template void label_gradient<T>(                                                                    \
-      const Call&, const Layout&, T*, double, const double*, const std::vector<double>&, T*);
+#define SK_INSTANTIATE(T)                                                                                       \
+  template void label_tables<T>(                                                                                \
+      const Call&, const Layout&, T*, const T*, double, const std::vector<double>&, double*, double*, double*); \
+  template void label_gradient<T>(                                                                              \
+      const Call&, const Layout&, T*, const T*, double, const double*, const std::vector<double>&, T*);
 SK_INSTANTIATE(float)
 SK_INSTANTIATE(double)
 

@@ -8,12 +8,13 @@ namespace selfsup_kernels {
 
 // Computes the losses and the backward's tables, log_weights (columns x rows) and positives (3 x rows) of `Saved`, from
 // n, the log-sum-exp of each row's negatives (columns x rows, the queue last). An anchor without positives has loss 0
-// and no gradient.
+// and no gradient. `logq` (rows; or null) is subtracted from the scores of the rows as positives.
 template <typename T>
 void label_tables(
     const Call& call,
     const Layout& layout,
     T* z,
+    const T* logq,
     double scale,
     const std::vector<double>& n,
     double* loss,
@@ -26,6 +27,7 @@ void label_gradient(
     const Call& call,
     const Layout& layout,
     T* z,
+    const T* logq,
     double scale,
     const double* positives,
     const std::vector<double>& g,

@@ -1,13 +1,15 @@
 #include "cpu/info_nce_layout.h"
 
+#include <numeric>
+
 namespace selfsup_kernels {
 
 namespace {
 
-int64_t read_label(const Tensor& labels, int64_t i) {
-  const char* p = static_cast<const char*>(labels.data_ptr());
-  int64_t k = i * labels.stride(0);
-  switch (labels.scalar_type()) {
+int64_t read_id(const Tensor& ids, int64_t i) {
+  const char* p = static_cast<const char*>(ids.data_ptr());
+  int64_t k = i * ids.stride(0);
+  switch (ids.scalar_type()) {
     case ScalarType::Long:
       return reinterpret_cast<const int64_t*>(p)[k];
     case ScalarType::Int:
@@ -19,8 +21,15 @@ int64_t read_label(const Tensor& labels, int64_t i) {
     case ScalarType::Byte:
       return reinterpret_cast<const uint8_t*>(p)[k];
     default:
-      STD_TORCH_CHECK(false, "labels: expected int64, int32, int16, int8 or uint8");
+      STD_TORCH_CHECK(false, "ids: expected int64, int32, int16, int8 or uint8");
   }
+}
+
+std::vector<int64_t> read_ids(const Tensor& ids, int64_t batch) {
+  STD_TORCH_CHECK(ids.dim() == 1 && ids.size(0) == batch, "ids: expected one for each sample");
+  std::vector<int64_t> all(batch);
+  for (int64_t i = 0; i < batch; ++i) all[i] = read_id(ids, i);
+  return all;
 }
 
 Layout layout_of(const Call& call) {
@@ -44,20 +53,30 @@ Layout layout_of(const Call& call) {
 
 }  // namespace
 
-Layout view_layout(const Call& call) {
+Layout view_layout(const Call& call, const std::optional<Tensor>& ids) {
   Layout layout = layout_of(call);
+  if (ids) {
+    layout.crossed = call.ids == static_cast<int64_t>(Ids::LABELS);
+    const std::vector<int64_t> id = read_ids(*ids, call.batch);
+    layout.by_id.resize(call.batch);
+    std::iota(layout.by_id.begin(), layout.by_id.end(), 0);
+    std::stable_sort(layout.by_id.begin(), layout.by_id.end(), [&](int64_t a, int64_t b) { return id[a] < id[b]; });
+    layout.sharing.resize(call.batch);
+    for (int64_t begin = 0, end; begin < call.batch; begin = end) {
+      for (end = begin; end < call.batch && id[layout.by_id[end]] == id[layout.by_id[begin]];) ++end;
+      for (int64_t k = begin; k < end; ++k) layout.sharing[layout.by_id[k]] = {begin, end};
+    }
+  }
   layout.cut_blocks();
   return layout;
 }
 
 Layout label_layout(const Call& call, const Tensor& labels, int64_t* order, bool sort) {
   const int64_t batch = call.batch, views = call.num_views;
-  STD_TORCH_CHECK(labels.size(0) == batch, "labels: expected one for each sample");
+  const std::vector<int64_t> label = read_ids(labels, batch);
   Layout layout = layout_of(call);
   layout.rule.views = 1;
   layout.labels = true;
-  std::vector<int64_t> label(batch);
-  for (int64_t i = 0; i < batch; ++i) label[i] = read_label(labels, i);
   int64_t* const others = order + layout.count;  // the samples that are not owned
   if (sort) {
     int64_t *own = order, *other = others;

@@ -11,12 +11,16 @@
 
 namespace selfsup_kernels {
 
-// Without labels, row = view * batch + sample. The negatives of each view are one column of the tables, and rows of the
-// same sample are excluded. With labels, rows are sorted by class and views do not matter: there is one column of
-// negatives, and rows of the same class are excluded.
+// In most problems, row = view * batch + sample. The negatives of each view are one column of the tables. Rows of the
+// same sample are excluded, with duplicates those of all samples that share its id. If the call is crossed (labels, and
+// a denominator for each other view), the columns hold positives as well, and only a sample that is alone in its class
+// is excluded.
+//
+// If the call is labelled (labels, and one denominator), rows are sorted by class and views do not matter: there is one
+// column of negatives, and rows of the same class are excluded.
 //
 // If the batch is spread over processes, this process owns the rows of its samples. Only owned rows get tables and a
-// gradient; the rest serve as columns. With labels the owned rows come first, so that a class is two runs of rows.
+// gradient; the rest serve as columns. Sorted by class, the owned rows come first, so that a class is two runs of rows.
 struct Layout {
   struct Segment {
     int column;  // index into the tables
@@ -36,9 +40,12 @@ struct Layout {
 
   ViewRule rule;  // with labels: one view
   int64_t views, batch, rows;
-  int64_t first, count;  // the owned samples
-  bool labels = false;
-  std::vector<Class> class_of;  // for each row, with labels
+  int64_t first, count;         // the owned samples
+  bool labels = false;          // the call is labelled
+  std::vector<Class> class_of;  // then for each row
+  bool crossed = false;
+  std::vector<int64_t> by_id;  // with duplicates and if crossed: the samples sorted by id, then by number
+  std::vector<Run> sharing;    // for each sample: those in `by_id` that share its id
   Blocks blocks;
 
   int64_t queue_column() const { return rule.views; }
@@ -102,6 +109,28 @@ struct Layout {
     return false;
   }
 
+  // True if the call is crossed, and others share the label of the row's sample.
+  bool several(int64_t row) const { return crossed && sharing[row % batch].size() > 1; }
+
+  // True if some row is a negative of `row` (or several positives are in its sums).
+  bool has_negatives(int64_t row) const {
+    if (labels) return class_of[row].size() < rows;
+    if (by_id.empty() || crossed) return batch > 1;
+    return sharing[row % batch].size() < batch;
+  }
+
+  // Calls mark(column) for the tile's columns whose samples share the id of the row's sample.
+  template <typename Mark>
+  void sharing_id(int64_t row, const std::vector<Segment>& columns, Mark mark) const {
+    const Run& run = sharing[row % batch];
+    const auto first = by_id.begin() + run.begin, last = by_id.begin() + run.end;
+    for (const Segment& s : columns) {
+      const int64_t view = s.column * batch;
+      for (auto at = std::lower_bound(first, last, s.begin - view); at != last && *at < s.end - view; ++at)
+        mark(*at + view - columns.front().begin);
+    }
+  }
+
   // Calls mark(column) for the tile's columns that are not negatives of `row`; they are counted from the first segment.
   template <typename Mark>
   void excluded(int64_t row, const std::vector<Segment>& columns, Mark mark) const {
@@ -113,6 +142,8 @@ struct Layout {
       }
       return;
     }
+    if (several(row)) return;
+    if (!by_id.empty()) return sharing_id(row, columns, mark);
     int64_t sample = row % batch;
     for (const Segment& s : columns) {
       int64_t j = s.column * batch + sample;
@@ -121,7 +152,13 @@ struct Layout {
   }
 };
 
-Layout view_layout(const Call& call);
+// True if rows are sorted by class.
+inline bool labelled(const Call& call) {
+  return call.ids == static_cast<int64_t>(Ids::LABELS) && call.columns == static_cast<int64_t>(Columns::ALL);
+}
+
+// The layout by views; `ids` has a value unless `call.ids` is NONE.
+Layout view_layout(const Call& call, const std::optional<Tensor>& ids);
 
 // The layout with samples sorted by label: row = (index in `order`) * views + view. Fills `order` if `sort`.
 Layout label_layout(const Call& call, const Tensor& labels, int64_t* order, bool sort);

@@ -30,8 +30,9 @@ struct Limits<double> {
 template <typename T>
 class Pairs {
  public:
-  // z: layout.rows x dim; zq: queue x dim. `bound` is an upper bound of |S|.
-  Pairs(const Layout& layout, T* z, int64_t dim, T* zq, int64_t queue, double scale, double bound)
+  // z: layout.rows x dim; zq: queue x dim. `bound` is an upper bound of |S|. `logq` (rows, at least 0; or null, and
+  // null with a queue) is subtracted from the scores of the rows as columns.
+  Pairs(const Layout& layout, T* z, int64_t dim, T* zq, int64_t queue, const T* logq, double scale, double bound)
       : layout_(layout),
         kernel_(kernels<T>()),
         dim_(dim),
@@ -41,6 +42,7 @@ class Pairs {
         blocks_(layout.blocks),
         queue_blocks_(cut(queue, 256)),
         loops_(tiny_product(layout.rows, std::max(layout.rows, queue), dim)),
+        logq_(logq),
         rows_(z),
         z_(block_rows(z, dim, blocks_, loops_)),
         zq_(block_rows(zq, dim, queue_blocks_, loops_)),
@@ -49,6 +51,9 @@ class Pairs {
       segments_.push_back(layout.segments(blocks_.begin[i], blocks_.begin[i + 1]));
       owned_.push_back(layout.owns(blocks_.begin[i]));  // a block is owned as a whole
     }
+    if (!logq) return;
+    factor_.resize(layout.rows);
+    for (int64_t i = 0; i < layout.rows; ++i) factor_[i] = std::exp(-logq[i]);
   }
 
   // Returns N[c * rows + i] for the owned rows i: the log-sum-exp of row i's negatives in column c (a view, or the
@@ -68,7 +73,16 @@ class Pairs {
           T* sums = i == j || !owned_[j] ? nullptr : column_sums.at(thread);
           if (sums) std::fill(sums, sums + (b.end - b.begin), T(0));
           kernel_.exp_sums(
-              s, tile.cols, a.end - a.begin, b.end - b.begin, scale_, ref_, &n[b.column * rows + a.begin], sums);
+              s,
+              tile.cols,
+              a.end - a.begin,
+              b.end - b.begin,
+              scale_,
+              ref_,
+              factor(a.begin),
+              factor(b.begin),
+              &n[b.column * rows + a.begin],
+              sums);
           if (sums)
             for (int64_t k = 0; k < b.end - b.begin; ++k) n[a.column * rows + b.begin + k] += sums[k];
         }
@@ -87,6 +101,8 @@ class Pairs {
               tile.cols,
               scale_,
               ref_,
+              nullptr,
+              nullptr,
               &n[layout_.queue_column() * rows + blocks_.begin[i]],
               nullptr);
         }
@@ -103,9 +119,10 @@ class Pairs {
   }
 
   // dz_i += sum_j G_ij z_j over the negatives of the owned rows i, G_ij = e^S (g_i w_ij + g_j w_ji) with w =
-  // exp(log_weights). log_weights is columns x rows, g the upstream gradient of each row. Returns sum <z_i, the queue's
-  // part of dz_i>.
-  double gradient(const double* log_weights, const std::vector<double>& g, T* dz) {
+  // exp(log_weights). log_weights is columns x rows, g the upstream gradient of each row. If the call is crossed,
+  // `share` (rows) is part of G for pairs of one class: less g_i share_i + g_j share_j, as one number, since the two
+  // cancel. Returns sum <z_i, the queue's part of dz_i>.
+  double gradient(const double* log_weights, const double* share, const std::vector<double>& g, T* dz) {
     double from_queue = queue_ > 0 ? queue_gradient(log_weights, g, dz) : 0;
 
     const int64_t rows = layout_.rows, views = layout_.rule.views;
@@ -116,6 +133,8 @@ class Pairs {
       for (int64_t c = 0; c < views; ++c)
         weight[c * rows + i] = apart[i] ? T(0) : static_cast<T>(g[i] * std::exp(log_weights[c * rows + i] + ref_));
     });
+    std::vector<T> together(layout_.crossed ? rows : 0);
+    for (size_t i = 0; i < together.size(); ++i) together[i] = apart[i] ? T(0) : static_cast<T>(g[i] * share[i]);
 
     const auto out = block_rows(dz, dim_, blocks_, loops_);
     each_pair([&](int64_t i, int64_t j, int64_t thread) {
@@ -142,8 +161,17 @@ class Pairs {
               scale_,
               ref_,
               &weight[b.column * rows + a.begin],
-              &weight[a.column * rows + b.begin]);
+              &weight[a.column * rows + b.begin],
+              factor(a.begin),
+              factor(b.begin));
         }
+      }
+      if (layout_.crossed) {
+        of_several(i, j, [&](int64_t r, int64_t c) {
+          const T both = together[blocks_.begin[i] + r] + together[blocks_.begin[j] + c];
+          tile.values[r * tile.cols + c] -= both;
+          if (i != j && owned_[j]) tile.turned_values[c * tile.rows + r] -= both;
+        });
       }
       if (owned_[i]) multiply_add<T>(out[i], tile.values, tile.plain, z_[j]);
       if (i != j && owned_[j]) multiply_add<T>(out[j], tile.turned_values, tile.turned, z_[i]);
@@ -152,7 +180,7 @@ class Pairs {
     std::vector<int64_t> again;
     for (int64_t i = 0; i < rows; ++i)
       if (apart[i]) again.push_back(i);
-    exact_gradient(again, log_weights, g, dz);
+    exact_gradient(again, log_weights, share, g, dz);
     return from_queue;
   }
 
@@ -164,6 +192,20 @@ class Pairs {
       visit(0, 0, thread_index());
     else
       tournament(blocks_.count(), visit);
+  }
+
+  const T* factor(int64_t row) const { return logq_ ? &factor_[row] : nullptr; }
+
+  // Calls visit(row, column) of the tile of two blocks for the pairs of one class in views that meet.
+  template <typename Visit>
+  void of_several(int64_t i, int64_t j, const Visit& visit) const {
+    for (int64_t r = 0; r < blocks_.rows(i); ++r) {
+      const int64_t row = blocks_.begin[i] + r;
+      if (!layout_.several(row)) continue;
+      layout_.sharing_id(row, segments_[j], [&](int64_t c) {
+        if (layout_.meets(column_of(row), column_of(blocks_.begin[j] + c))) visit(r, c);
+      });
+    }
   }
 
   // True if owned rows have negatives in the tile of two blocks.
@@ -190,14 +232,20 @@ class Pairs {
       layout_.excluded(row_of(r), columns, [&](int64_t c) { tile.values[r * tile.cols + c] = -INFINITY; });
   }
 
+  // As `exclude`, and subtracts what `logq` takes from the scores of the columns.
+  template <typename RowOf>
+  void exclude_and_subtract(Tile<T>& tile, int64_t j, RowOf row_of) const {
+    exclude(tile, segments_[j], row_of);
+    for (int64_t r = 0; logq_ && r < tile.rows; ++r)
+      for (int64_t c = 0; c < tile.cols; ++c) tile.values[r * tile.cols + c] -= logq_[blocks_.begin[j] + c] / scale_;
+  }
+
   int column_of(int64_t row) const { return layout_.labels ? 0 : static_cast<int>(row / layout_.batch); }
 
   bool has_small_sum(const std::vector<double>& sums, int64_t row) const {
     const int64_t rows = layout_.rows;
     int u = column_of(row);
-    // If there is one sample or one class only, no row has negatives in the batch.
-    bool some = layout_.labels ? layout_.class_of[row].size() < rows : layout_.batch > 1;
-    for (int c = 0; some && c < layout_.rule.views; ++c)
+    for (int c = 0; layout_.has_negatives(row) && c < layout_.rule.views; ++c)
       if (layout_.meets(u, c) && sums[c * rows + row] < Limits<T>::smallest_sum) return true;
     return queue_ > 0 && sums[layout_.queue_column() * rows + row] < Limits<T>::smallest_sum;
   }
@@ -233,13 +281,13 @@ class Pairs {
         // If all are -Inf there is nothing to add, except for a NaN, which the sum below propagates.
         T ref = std::isinf(top[slot]) ? T(0) : static_cast<T>(top[slot]);
         double sum = 0;
-        kernel_.exp_sums(s, count, 1, count, scale_, ref, &sum, nullptr);
+        kernel_.exp_sums(s, count, 1, count, scale_, ref, nullptr, nullptr, &sum, nullptr);
         total[slot] += sum;
       };
       for (int64_t j = 0; j < blocks_.count(); ++j) {
         Tile<T>& tile = tiles_.get(thread, rows.size(), blocks_.rows(j));
         multiply(tile, z, z_[j]);
-        exclude(tile, segments_[j], [&](int64_t r) { return rows[r]; });
+        exclude_and_subtract(tile, j, [&](int64_t r) { return rows[r]; });
         for (size_t r = 0; r < rows.size(); ++r)
           for (const auto& b : segments_[j])
             take(tile.values + r * tile.cols + (b.begin - blocks_.begin[j]), b.end - b.begin, r * columns + b.column);
@@ -263,16 +311,25 @@ class Pairs {
   // As `gradient`, with only the given rows as anchors: first their own gradient, then what they add to the owned rows.
   // Each exponent is S + log_weights <= 0, so nothing overflows.
   void exact_gradient(
-      const std::vector<int64_t>& which, const double* log_weights, const std::vector<double>& g, T* dz) {
+      const std::vector<int64_t>& which,
+      const double* log_weights,
+      const double* share,
+      const std::vector<double>& g,
+      T* dz) {
     if (which.empty()) return;
     auto weigh = [&](Tile<T>& tile, const std::vector<int64_t>& rows, int64_t j) {
-      exclude(tile, segments_[j], [&](int64_t r) { return rows[r]; });
+      exclude_and_subtract(tile, j, [&](int64_t r) { return rows[r]; });
       for (size_t r = 0; r < rows.size(); ++r) {
         for (const auto& b : segments_[j]) {
           auto [ref, weight] = split_reference<T>(-log_weights[b.column * layout_.rows + rows[r]], g[rows[r]]);
           T* s = tile.values + r * tile.cols + (b.begin - blocks_.begin[j]);
           kernel_.exp_rows(s, tile.cols, 1, b.end - b.begin, scale_, &ref, &weight);
         }
+        if (!layout_.several(rows[r])) continue;
+        layout_.sharing_id(rows[r], segments_[j], [&](int64_t c) {
+          if (layout_.meets(column_of(rows[r]), column_of(blocks_.begin[j] + c)))
+            tile.values[r * tile.cols + c] -= static_cast<T>(g[rows[r]] * share[rows[r]]);
+        });
       }
     };
     std::vector<int64_t> own;
@@ -344,6 +401,8 @@ class Pairs {
   const Blocks& blocks_;
   const Blocks queue_blocks_;
   const bool loops_;
+  const T* const logq_;
+  std::vector<T> factor_;  // exp(-logq)
   T* const rows_;
   const std::vector<Matrix<T>> z_, zq_;
   Tiles<T> tiles_;

@@ -18,6 +18,7 @@ enum class LabelForm : int { Difference = 0, Exponential = 1, Sigmoid = 2, Const
 template <typename T>
 struct LabelRow {
   const T *weight, *share, *ref;
+  const T* less;  // subtracted from the score where the row is the other one of the pair
 };
 
 template <typename T>
@@ -25,9 +26,21 @@ struct Kernels {
   // ---- InfoNCE, on a tile of inner products S (rows x cols, leading dimension ld); x = scale * S ----
 
   // row_sum[i] += sum_j exp(x_ij - ref), col_sum[j] += sum_i of the same (unless null). An entry of -Inf adds 0.
-  void (*exp_sums)(const T* s, int64_t ld, int64_t rows, int64_t cols, T scale, T ref, double* row_sum, T* col_sum);
+  // With factors (unless null) row_sum takes col_factor[j] times the exponentials, col_sum row_factor[i] times.
+  void (*exp_sums)(
+      const T* s,
+      int64_t ld,
+      int64_t rows,
+      int64_t cols,
+      T scale,
+      T ref,
+      const T* row_factor,
+      const T* col_factor,
+      double* row_sum,
+      T* col_sum);
 
-  // S <- exp(x - ref) * (row_weight[i] + col_weight[j]); `turned` (unless null) <- its transpose.
+  // S <- exp(x - ref) * (row_weight[i] + col_weight[j]), with factors (unless null) exp(x - ref) * (row_weight[i] *
+  // col_factor[j] + col_weight[j] * row_factor[i]); `turned` (unless null) <- its transpose.
   void (*exp_gradient)(
       T* s,
       int64_t ld,
@@ -38,7 +51,9 @@ struct Kernels {
       T scale,
       T ref,
       const T* row_weight,
-      const T* col_weight);
+      const T* col_weight,
+      const T* row_factor,
+      const T* col_factor);
 
   // S <- exp(x - row_ref[i]) * row_weight[i].
   void (*exp_rows)(T* s, int64_t ld, int64_t rows, int64_t cols, T scale, const T* row_ref, const T* row_weight);

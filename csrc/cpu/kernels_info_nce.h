@@ -5,17 +5,29 @@
 
 namespace selfsup_kernels::SK_ARCH {
 
-template <typename T, int R>
-inline void exp_sums_rows(const T* s, int64_t ld, int64_t cols, T scale, T ref, double* row_sum, T* col_sum) {
+template <typename T, int R, bool Factors>
+inline void exp_sums_rows(
+    const T* s,
+    int64_t ld,
+    int64_t cols,
+    T scale,
+    T ref,
+    const T* row_factor,
+    const T* col_factor,
+    double* row_sum,
+    T* col_sum) {
   constexpr int W = lanes<T>;
   Vec<T> total[R] = {};
+  auto add = [&](int r, Vec<T> e, Vec<T> factor, Vec<T>& column) {
+    total[r] += Factors ? e * factor : e;
+    column += Factors ? e * row_factor[r] : e;
+  };
   int64_t j = 0;
   for (; j + W <= cols; j += W) {
     Vec<T> column{};
     for (int r = 0; r < R; ++r) {
       Vec<T> e = exp(load<T>(s + r * ld + j) * scale - ref);
-      total[r] += e;
-      column += e;
+      add(r, e, Factors ? load<T>(col_factor + j) : e, column);
     }
     if (col_sum) store<T>(col_sum + j, load<T>(col_sum + j) + column);
   }
@@ -23,8 +35,7 @@ inline void exp_sums_rows(const T* s, int64_t ld, int64_t cols, T scale, T ref, 
     Vec<T> column{};
     for (int r = 0; r < R; ++r) {
       Vec<T> e = exp(load_part<T>(s + r * ld + j, cols - j, -infinity<T>) * scale - ref);
-      total[r] += e;
-      column += e;
+      add(r, e, Factors ? load_part<T>(col_factor + j, cols - j, 0) : e, column);
     }
     if (col_sum) store_part<T>(col_sum + j, cols - j, load_part<T>(col_sum + j, cols - j, 0) + column);
   }
@@ -32,11 +43,73 @@ inline void exp_sums_rows(const T* s, int64_t ld, int64_t cols, T scale, T ref, 
 }
 
 template <typename T>
-void exp_sums(const T* s, int64_t ld, int64_t rows, int64_t cols, T scale, T ref, double* row_sum, T* col_sum) {
+void exp_sums(
+    const T* s,
+    int64_t ld,
+    int64_t rows,
+    int64_t cols,
+    T scale,
+    T ref,
+    const T* row_factor,
+    const T* col_factor,
+    double* row_sum,
+    T* col_sum) {
   // Four rows share one pass over the column sums.
+  auto some = [=](auto rows_of, int64_t i) {
+    rows_of(s + i * ld, ld, cols, scale, ref, col_factor ? row_factor + i : nullptr, col_factor, row_sum + i, col_sum);
+  };
   int64_t i = 0;
-  for (; i + 4 <= rows; i += 4) exp_sums_rows<T, 4>(s + i * ld, ld, cols, scale, ref, row_sum + i, col_sum);
-  for (; i < rows; ++i) exp_sums_rows<T, 1>(s + i * ld, ld, cols, scale, ref, row_sum + i, col_sum);
+  for (; i + 4 <= rows; i += 4) some(col_factor ? exp_sums_rows<T, 4, true> : exp_sums_rows<T, 4, false>, i);
+  for (; i < rows; ++i) some(col_factor ? exp_sums_rows<T, 1, true> : exp_sums_rows<T, 1, false>, i);
+}
+
+template <typename T, bool Factors>
+void exp_gradient_of(
+    T* s,
+    int64_t ld,
+    T* turned,
+    int64_t turned_ld,
+    int64_t rows,
+    int64_t cols,
+    T scale,
+    T ref,
+    const T* row_weight,
+    const T* col_weight,
+    const T* row_factor,
+    const T* col_factor) {
+  constexpr int W = lanes<T>;
+  auto both = [=](int64_t i, Vec<T> columns, Vec<T> factors) {
+    return Factors ? columns * row_factor[i] + factors * row_weight[i] : columns + row_weight[i];
+  };
+  auto one_row = [=](int64_t i, int64_t from) {
+    const T *columns = col_weight + from, *factors = Factors ? col_factor + from : columns;
+    map_row<T>(s + i * ld + from, cols - from, [=](Vec<T> x, auto at) {
+      return exp(x * scale - ref) * both(i, at(columns), at(factors));
+    });
+  };
+  if (!turned) {
+    for (int64_t i = 0; i < rows; ++i) one_row(i, 0);
+    return;
+  }
+  // A W x W square passes through the registers once and gives both results.
+  const int64_t whole_rows = rows / W * W, whole_cols = cols / W * W;
+  for (int64_t i = 0; i < whole_rows; i += W) {
+    for (int64_t j = 0; j < whole_cols; j += W) {
+      Vec<T> square[W], columns = load<T>(col_weight + j), factors = Factors ? load<T>(col_factor + j) : columns;
+      for (int r = 0; r < W; ++r) {
+        square[r] = exp(load<T>(s + (i + r) * ld + j) * scale - ref) * both(i + r, columns, factors);
+        store<T>(s + (i + r) * ld + j, square[r]);
+      }
+      transpose<T>(square);
+      for (int c = 0; c < W; ++c) store<T>(turned + (j + c) * turned_ld + i, square[c]);
+    }
+  }
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t from = i < whole_rows ? whole_cols : 0;
+    if (from == cols) continue;
+    one_row(i, from);
+    for (int64_t j = from; j < cols; ++j) turned[j * turned_ld + i] = s[i * ld + j];
+  }
 }
 
 template <typename T>
@@ -50,38 +123,11 @@ void exp_gradient(
     T scale,
     T ref,
     const T* row_weight,
-    const T* col_weight) {
-  constexpr int W = lanes<T>;
-  auto one_row = [=](int64_t i, int64_t from) {
-    T weight = row_weight[i];
-    const T* columns = col_weight + from;
-    map_row<T>(s + i * ld + from, cols - from, [=](Vec<T> x, auto at) {
-      return exp(x * scale - ref) * (at(columns) + weight);
-    });
-  };
-  if (!turned) {
-    for (int64_t i = 0; i < rows; ++i) one_row(i, 0);
-    return;
-  }
-  // A W x W square passes through the registers once and gives both results.
-  const int64_t whole_rows = rows / W * W, whole_cols = cols / W * W;
-  for (int64_t i = 0; i < whole_rows; i += W) {
-    for (int64_t j = 0; j < whole_cols; j += W) {
-      Vec<T> square[W], columns = load<T>(col_weight + j);
-      for (int r = 0; r < W; ++r) {
-        square[r] = exp(load<T>(s + (i + r) * ld + j) * scale - ref) * (columns + row_weight[i + r]);
-        store<T>(s + (i + r) * ld + j, square[r]);
-      }
-      transpose<T>(square);
-      for (int c = 0; c < W; ++c) store<T>(turned + (j + c) * turned_ld + i, square[c]);
-    }
-  }
-  for (int64_t i = 0; i < rows; ++i) {
-    const int64_t from = i < whole_rows ? whole_cols : 0;
-    if (from == cols) continue;
-    one_row(i, from);
-    for (int64_t j = from; j < cols; ++j) turned[j * turned_ld + i] = s[i * ld + j];
-  }
+    const T* col_weight,
+    const T* row_factor,
+    const T* col_factor) {
+  auto of = col_factor ? exp_gradient_of<T, true> : exp_gradient_of<T, false>;
+  of(s, ld, turned, turned_ld, rows, cols, scale, ref, row_weight, col_weight, row_factor, col_factor);
 }
 
 template <typename T>
@@ -167,10 +213,11 @@ template <typename T, LabelForm O>
 void label_gradient_of(T* s, int64_t ld, int64_t rows, int64_t cols, T scale, LabelRow<T> row, LabelRow<T> col) {
   for (int64_t i = 0; i < rows; ++i) {
     Vec<T> weight = broadcast<T>(row.weight[i]), share = broadcast<T>(row.share[i]), ref = broadcast<T>(row.ref[i]);
+    const T less = row.less[i];
     map_row<T>(s + i * ld, cols, [=](Vec<T> x, auto at) {
       x *= scale;
-      return label_coefficient<T, O>(x, weight, share, ref) +
-             label_coefficient<T, O>(x, at(col.weight), at(col.share), at(col.ref));
+      return label_coefficient<T, O>(x - at(col.less), weight, share, ref) +
+             label_coefficient<T, O>(x - less, at(col.weight), at(col.share), at(col.ref));
     });
   }
 }

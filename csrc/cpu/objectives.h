@@ -49,8 +49,10 @@ inline double sigmoid(double x) {
 }
 
 // Returns the anchor's loss; writes log_weights (column_count()) and positives (views). u is the anchor's view.
+// `several` (each positive view has its own denominator): N holds the positives too, and P is their mean; then the
+// caller makes their derivatives.
 inline double anchor_loss(
-    ViewRule rule, int u, const double* n, const double* p, double* log_weights, double* positives) {
+    ViewRule rule, int u, bool several, const double* n, const double* p, double* log_weights, double* positives) {
   const int views = rule.views, columns = rule.column_count();
   const double count = rule.positives(u);
   const double log_count = log(count);
@@ -65,10 +67,10 @@ inline double anchor_loss(
     for (int v = 0; v < views; ++v) {
       if (!rule.positive(u, v)) continue;
       double rest = log_add(n[v], shared);
-      log_weights[v] = -log_add(rest, p[v]) - log_count;
+      log_weights[v] = -(several ? rest : log_add(rest, p[v])) - log_count;
       total = log_add(total, log_weights[v]);
-      positives[v] = -sigmoid(rest - p[v]) / count;
-      loss += log_ratio(rest, p[v]);
+      positives[v] = several ? 0 : -sigmoid(rest - p[v]) / count;
+      loss += several ? rest - p[v] : log_ratio(rest, p[v]);
     }
     if (rule.columns == Columns::OWN_AND_OTHER) log_weights[u] = total;
     if (rule.queues) log_weights[views] = total;
@@ -83,6 +85,8 @@ inline double anchor_loss(
     inside = log_add(inside, p[v]);
     sum += p[v];
   }
+
+  if (rule.inside == Positives::NONE && rest == -INFINITY) return 0;  // no negatives: no loss and no gradient
 
   double loss, weight;
   if (rule.inside == Positives::ITSELF) {
@@ -148,8 +152,9 @@ inline ClassAnchor class_anchor(const Call& call, double rest, const ClassSums& 
     // mean of exp(-Den_p), Den_p = log(e^rest + e^x): exp(-rest) times the mean of sigmoid(rest - x)
     a.log_weight = rest == -INFINITY ? -INFINITY : log(sums.share / count) - rest;
   } else if (call.inside == static_cast<int64_t>(Positives::NONE)) {
+    if (rest == -INFINITY) return {0, -INFINITY, 0, 0, 0};  // no negatives
     a.loss = rest - sums.linear / count;
-    a.log_weight = rest == -INFINITY ? -INFINITY : -rest;
+    a.log_weight = -rest;
   } else {
     const double den = log_add(rest, inside);
     a.log_weight = -den;

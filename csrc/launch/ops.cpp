@@ -93,7 +93,7 @@ struct Op {
 };
 
 const Op& forward_op() {
-  static const Op op{"selfsup_kernels::info_nce_forward", "L???" + std::string(Call::fields - 1, 'n') + 't'};
+  static const Op op{"selfsup_kernels::info_nce_forward", "L????" + std::string(Call::fields - 1, 'n') + 't'};
   return op;
 }
 
@@ -175,7 +175,7 @@ void call(const Op& op, StableIValue* stack) {
       stack[i] = from(inputs[next++]);
     else if (kind == 'L') {
       std::vector<Tensor> list;
-      for (; next + 3 < inputs.size(); ++next) list.push_back(*inputs[next]);  // three optional tensors follow
+      for (; next + 4 < inputs.size(); ++next) list.push_back(*inputs[next]);  // four optional tensors follow
       stack[i] = from(list);
     }
   }

@@ -100,7 +100,7 @@ def call_header() -> str:
         "#include <cstdint>",
         "namespace selfsup_kernels {",
     ]
-    for kind in (objectives.Columns, objectives.Positives, objectives.Numerator):
+    for kind in (objectives.Columns, objectives.Positives, objectives.Numerator, objectives.Ids):
         lines.append(f"enum class {kind.__name__} : int64_t {{ {', '.join(f'{x.name} = {x.value}' for x in kind)} }};")
     lines += record.struct("Call", call.Call) + record.struct("SiglipCall", siglip.Call)
     lines += [

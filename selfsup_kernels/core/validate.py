@@ -274,6 +274,18 @@ def integers(name: str, value, batch: int, other: str, device: torch.device, hin
         raise ValueError(f"{name}: expected the device of {other}, {device}, got {value.device}")
 
 
+def logq(value, num_views: int, batch: int, device: torch.device) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"logq: expected a floating tensor, got {type(value).__name__}")
+    plain("logq", value)
+    if tuple(value.shape) not in ((batch,), (num_views, batch)):
+        raise ValueError(
+            f"logq: expected shape ({batch},), one per sample, or ({num_views}, {batch}), got {tuple(value.shape)}"
+        )
+    if value.device != device:
+        raise ValueError(f"logq: expected the device of views, {device}, got {value.device}")
+
+
 def queue(value, dim: int) -> None:
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"queue: expected a (K, D) tensor, got {type(value).__name__}")

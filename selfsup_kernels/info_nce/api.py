@@ -10,8 +10,8 @@ from selfsup_kernels.core.transforms import active, apply
 from selfsup_kernels.info_nce import exchange, reference
 from selfsup_kernels.info_nce.autograd import InfoNCE
 from selfsup_kernels.info_nce.call import Call
-from selfsup_kernels.info_nce.exchange import GroupInfoNCE
-from selfsup_kernels.info_nce.objectives import LABEL_OBJECTIVES, OBJECTIVES, SYNONYMS, TABLE
+from selfsup_kernels.info_nce.exchange import GroupInfoNCE, relative
+from selfsup_kernels.info_nce.objectives import LABEL_OBJECTIVES, OBJECTIVES, SYNONYMS, TABLE, Ids
 from selfsup_kernels.tiles.layout import Layout, check_size
 
 
@@ -21,6 +21,8 @@ def info_nce_loss(
     temperature=0.1,
     objective="supcon_out",
     labels=None,
+    duplicates=None,
+    logq=None,
     queue=None,
     core_view=None,
     normalize=True,
@@ -33,9 +35,9 @@ def info_nce_loss(
 
     With rows :math:`z = h / \max(|h|, \epsilon)` and :math:`S_{ij} = \langle z_i, z_j \rangle / \tau`, every row is an
     anchor once. Its positives are the same sample's rows in the other views (with ``labels``: every other row of its
-    class), its negatives the rows of all other samples. With :math:`N_v` the log-sum-exp over the negatives of view
-    :math:`v`, :math:`P_v` the positive of view :math:`v`, and ``mean`` over the positives, the loss of an anchor of
-    view :math:`u` is, by ``objective``:
+    class), its negatives the rows of all other samples (classes). With :math:`N_v` the log-sum-exp over the negatives
+    of view :math:`v`, :math:`P_v` the positive of view :math:`v`, and ``mean`` over the positives, the loss of an
+    anchor of view :math:`u` is, by ``objective``:
 
     =================  ======================================  ==============================================
     ``supcon_out``     ``LSE(all N, all P) - mean P``          NT-Xent for V = 2 (arXiv:2002.05709),
@@ -47,13 +49,24 @@ def info_nce_loss(
     ``decoupled``      ``LSE(all N) - mean P``                 DCL (arXiv:2110.06848)
     =================  ======================================  ==============================================
 
+    With ``labels``, ``cross_view`` is ``mean[LSE(N_v, all P_v) - mean P_v]`` over the views :math:`v`, where
+    :math:`P_v` are all rows of the anchor's class in that view: UniCL (arXiv:2204.03610, eq. 2 to 4) for V = 2.
+
     Args:
-        views: a ``(V, B, D)`` tensor or a sequence of V ``(B, D)`` tensors; V >= 2, or V >= 1 with ``labels``.
+        views: a ``(V, B, D)`` tensor or a sequence of V ``(B, D)`` tensors; V >= 2, or V >= 1 with ``labels`` (not for
+            ``cross_view``).
         temperature: a positive number, or a tensor of one element that may require grad.
         objective: see above.
-        labels: ``(B,)`` integers. Samples that share one are positives of each other in every view and never
-            negatives. An anchor without positives (V = 1, alone in its class) counts as zero. Not for ``pairwise``
-            and ``cross_view``, nor with ``core_view``.
+        labels: ``(B,)`` integers. Samples that share one are positives of each other in every view (``cross_view``: in
+            the other views) and never negatives. An anchor without positives (V = 1, alone in its class) counts as
+            zero. Not for ``pairwise``, nor with ``core_view``.
+        duplicates: ``(B,)`` integers. Samples that share one (such as the same caption or the same product) are not
+            negatives of each other, nor positives. An anchor that is left without negatives counts as zero in
+            ``decoupled``. Not with ``labels``. With a ``group`` an integer means the same on every process.
+        logq: the logarithms of the probabilities with which the samples were drawn, ``(B,)`` or ``(V, B)``. They are
+            subtracted from the scores of the rows as columns, positives too: :math:`S_{ij} - \log q_j`, the correction
+            of sampled softmax for two-tower models (Yi et al., RecSys 2019, section 4). What is common to all, such as
+            their normalisation, has no effect. No gradient. Not with a ``queue``.
         queue: ``(K, D)`` more negatives for every anchor, without gradient; normalised like the views.
         core_view: a view, or None. With one, two different views are compared only if one of them is this view (CMC's
             core-view graph, arXiv:1906.05849, section 3.4).
@@ -89,17 +102,18 @@ def info_nce_loss(
             f"views: expected all views in one argument, [z0, z1] or (V, B, D), and the other arguments by name,"
             f" got {1 + len(others)} positional arguments"
         )
-    arguments = (views, temperature, objective, labels, queue, core_view, normalize, eps, reduction, impl)
+    arguments = (views, temperature, objective, labels, duplicates, logq, queue, core_view)
+    arguments += (normalize, eps, reduction, impl)
     group = processes.resolve(group)
     if group is None:
         checked = _check_info_nce(*arguments)
         if queue is None:
             check.samples(checked.call.batch)
-        impl, stacked, call, tensors, _ = checked
-        if impl == "reference" and reference.takes(tensors[-1], call):
-            loss = reference.by_autograd(call, *tensors)
+        impl, stacked, call, (temperature, ids, logq, *tensors), _ = checked
+        if impl == "reference" and logq is None and reference.takes(tensors[-1], call):
+            loss = reference.by_autograd(call, temperature, ids, *tensors)
         else:
-            loss = apply(InfoNCE, impl, stacked, call, *tensors)
+            loss = apply(InfoNCE, impl, stacked, call, temperature, ids, relative(logq), *tensors)
             loss = loss.view(call.num_views, -1) if loss.dim() else loss
     else:
         if torch.compiler.is_compiling():  # gives the reason, which _disable_dynamo would not
@@ -114,6 +128,8 @@ def info_nce_value_and_grad(
     temperature=0.1,
     objective="supcon_out",
     labels=None,
+    duplicates=None,
+    logq=None,
     queue=None,
     core_view=None,
     normalize=True,
@@ -125,7 +141,7 @@ def info_nce_value_and_grad(
     """Return :func:`info_nce_loss` and its gradients, without an autograd graph.
 
     Args:
-        views, temperature, objective, labels, queue, core_view, normalize, eps, group, impl: as in
+        views, temperature, objective, labels, duplicates, logq, queue, core_view, normalize, eps, group, impl: as in
             :func:`info_nce_loss`.
         reduction: ``"mean"`` or ``"sum"``.
 
@@ -139,17 +155,17 @@ def info_nce_value_and_grad(
     """
     check.choice("reduction", reduction, ops.REDUCTIONS[1:])
     with torch.no_grad():
-        arguments = (views, temperature, objective, labels, queue, core_view, normalize, eps, reduction, impl)
+        arguments = (views, temperature, objective, labels, duplicates, logq, queue, core_view)
+        arguments += (normalize, eps, reduction, impl)
         group = processes.resolve(group)
         if group is None:
-            impl, stacked, call, (temperature, labels, queue, *tensors), _ = checked = _check_info_nce(*arguments)
+            impl, stacked, call, (temperature, ids, logq, queue, *tensors), _ = checked = _check_info_nce(*arguments)
             if queue is None:
                 check.samples(call.batch)
+            logq = relative(logq)
             parts = list(tensors[0].unbind(0)) if stacked else tensors
-            loss, *saved = ops.run("info_nce_forward", impl, parts, labels, queue, temperature, *call)
-            grads = ops.run(
-                "info_nce_backward", impl, torch.ones_like(loss), *saved, labels, *call, True, parts[0].dtype
-            )
+            loss, *saved = ops.run("info_nce_forward", impl, parts, ids, logq, queue, temperature, *call)
+            grads = ops.run("info_nce_backward", impl, torch.ones_like(loss), *saved, ids, *call, True, parts[0].dtype)
         else:
             loss, grads, checked = _group_info_nce(group, arguments, value_and_grad=True)
         grad_views, grad_temperature = grads
@@ -187,13 +203,17 @@ class _Checked(NamedTuple):
     """Whether the views are one tensor (V, B, D)."""
     call: Call
     tensors: tuple
-    """The temperature as a tensor, labels and queue (each may be None), then the views as given, of one dtype."""
+    """The temperature as a tensor, labels or duplicates, logq (V, B) and queue (each may be None), then the views as
+    given, of one dtype."""
     autocast: bool
 
 
-def _check_info_nce(views, temperature, objective, labels, queue, core_view, normalize, eps, reduction, impl):
+def _check_info_nce(
+    views, temperature, objective, labels, duplicates, logq, queue, core_view, normalize, eps, reduction, impl
+):
     """Check the arguments of :func:`info_nce_loss` and make the record of the call."""
-    tensors, (num_views, batch, dim) = check.views("views", views, 1 if labels is not None else 2)
+    alone = labels is not None and objective != "cross_view"  # one view has positives
+    tensors, (num_views, batch, dim) = check.views("views", views, 1 if alone else 2)
     first, device = tensors[0], tensors[0].device
     autocast = check.autocasts(device)
     check.same_dtype_and_device(tensors, "views[{}]".format, not autocast)
@@ -214,6 +234,14 @@ def _check_info_nce(views, temperature, objective, labels, queue, core_view, nor
             raise ValueError(f"labels: expected an objective of {', '.join(LABEL_OBJECTIVES)}, got {objective!r}")
         if core_view is not None:
             raise ValueError("core_view: expected None together with labels")
+        if duplicates is not None:
+            raise ValueError("duplicates: expected None together with labels, whose classes have no negatives inside")
+    if duplicates is not None:
+        check.integers("duplicates", duplicates, batch, "views", device)
+    if logq is not None:
+        check.logq(logq, num_views, batch, device)
+        if queue is not None:
+            raise ValueError("logq: expected None together with a queue, whose rows' probabilities are not known")
     if core_view is not None:
         core_view = check.integer("core_view", core_view, 0, num_views)
     if queue is not None:
@@ -225,6 +253,9 @@ def _check_info_nce(views, temperature, objective, labels, queue, core_view, nor
 
     if autocast:
         tensors, queue = check.one_dtype(tensors, queue)
+    if logq is not None:
+        logq = logq.detach().to(ops.accumulation_dtype(tensors[0].dtype)).expand(num_views, batch)
+    ids = duplicates if labels is None else labels
     columns, inside, numerator = map(int, TABLE[objective])
     call = Call(
         num_views=num_views,
@@ -233,7 +264,7 @@ def _check_info_nce(views, temperature, objective, labels, queue, core_view, nor
         queue_rows=0 if queue is None else queue.shape[0],
         first=0,
         count=-1,
-        labelled=labels is not None,
+        ids=int(Ids.LABELS if labels is not None else Ids.DUPLICATES if duplicates is not None else Ids.NONE),
         core_view=-1 if core_view is None else core_view,
         columns=columns,
         inside=inside,
@@ -243,7 +274,7 @@ def _check_info_nce(views, temperature, objective, labels, queue, core_view, nor
         eps=eps,
         temperature=0.0 if temperature_tensor is not None else temperature,
     )
-    return _Checked(impl, stacked, call, (temperature_tensor, labels, queue, *tensors), autocast)
+    return _Checked(impl, stacked, call, (temperature_tensor, ids, logq, queue, *tensors), autocast)
 
 
 @torch._disable_dynamo  # torch.compiler.disable would import torch._dynamo, which takes as long as torch
@@ -261,7 +292,7 @@ def _group_info_nce(group, arguments, value_and_grad=False):
     if impl == "triton":  # before any exchange of rows: all processes raise together
         check_size(impl, Layout(call._replace(queue_rows=longest_queue)))
     if value_and_grad:
-        loss, saved, labels = exchange.forward(shares, impl, stacked, call, *tensors)
+        loss, saved, ids = exchange.forward(shares, impl, stacked, call, *tensors)
         dtype, one = tensors[-1].dtype, torch.ones_like(loss)
-        return loss, exchange.backward(shares, impl, call, dtype, True, saved, labels, one), checked
+        return loss, exchange.backward(shares, impl, call, dtype, True, saved, ids, one), checked
     return GroupInfoNCE.apply(shares, impl, stacked, call, *tensors), checked

@@ -19,7 +19,8 @@ class InfoNCE(torch.autograd.Function):
         stacked: bool,
         call: Call,
         temperature_tensor: torch.Tensor | None,
-        labels: torch.Tensor | None,
+        ids: torch.Tensor | None,
+        logq: torch.Tensor | None,
         queue: torch.Tensor | None,
         *views: torch.Tensor,
     ):
@@ -30,14 +31,14 @@ class InfoNCE(torch.autograd.Function):
         """
         sizes = sizes_of(views, stacked, 0 if queue is None else queue.shape[0])
         views = list(views[0].unbind(0)) if stacked else list(views)
-        tensors = views, labels, queue, temperature_tensor
+        tensors = views, ids, logq, queue, temperature_tensor
         loss, *saved = ops.run("info_nce_forward", impl, *tensors, *sizes, *call[SIZES:])
         return loss.flatten() if loss.dim() else loss, *saved
 
     @staticmethod
     def save(ctx, inputs, outputs):
-        impl, stacked, call, temperature_tensor, labels, _, *views = inputs
-        ctx.save_for_backward(*outputs[1:], labels, temperature_tensor, *views)  # views: for `once`, and their sizes
+        impl, stacked, call, temperature_tensor, ids, _, _, *views = inputs
+        ctx.save_for_backward(*outputs[1:], ids, temperature_tensor, *views)  # views: for `once`, and their sizes
         ctx.arguments = (impl, stacked, call[SIZES:], views[0].dtype)
 
     @staticmethod
@@ -50,17 +51,17 @@ class InfoNCE(torch.autograd.Function):
     @once
     def backward(ctx, saved, grad):
         impl, stacked, constants, dtype = ctx.arguments
-        labels, temperature_tensor, *views = saved[SAVED:]
+        ids, temperature_tensor, *views = saved[SAVED:]
         saved = Saved(*saved[:SAVED])
         queue_rows = saved.inverse_norms.shape[0] - saved.log_weights.shape[1]
         sizes = sizes_of(views, stacked, queue_rows)
         grad = grad.reshape(sizes[0], -1) if grad.dim() else grad
         need_temperature = ctx.needs_input_grad[3]
         grad_views, grad_temperature = ops.run(
-            "info_nce_backward", impl, grad, *saved, labels, *sizes, *constants, need_temperature, dtype
+            "info_nce_backward", impl, grad, *saved, ids, *sizes, *constants, need_temperature, dtype
         )
         grads = (grad_views,) if stacked else grad_views.unbind(0)
-        return (*[None] * 3, as_given(grad_temperature, temperature_tensor, need_temperature), None, None, *grads)
+        return (*[None] * 3, as_given(grad_temperature, temperature_tensor, need_temperature), None, None, None, *grads)
 
 
 def as_given(grad, temperature, needed):

@@ -1,8 +1,8 @@
 """The loss over the batch of several processes: their communication and the autograd Function.
 
-The forward exchanges a header (sizes and arguments, which must agree), the rows, the labels if there are any, and the
-sum of the losses; the backward exchanges one small table. Each process computes the tables and the gradient of its own
-samples against all rows. The gradient of a pair is symmetric, so no gradients are sent.
+The forward exchanges a header (sizes and arguments, which must agree), the rows, their ids and logq if there are any,
+and the sum of the losses; the backward exchanges one small table. Each process computes the tables and the gradient of
+its own samples against all rows. The gradient of a pair is symmetric, so no gradients are sent.
 """
 
 from __future__ import annotations  # a torch that was built without torch.distributed lacks its names
@@ -28,8 +28,8 @@ def _shown(field: str, header: dict) -> str | None:
     if field in Objective._fields:
         known_names = {objective: name for name, objective in TABLE.items()}
         return repr(known_names[Objective(*(header[name] for name in Objective._fields))])
-    if field == "labelled":
-        return "given" if value else "None"
+    if field == "ids":
+        return ("None", "labels", "duplicates")[value]
     if field == "core_view":
         return str(value if value >= 0 else None)
     return None
@@ -38,9 +38,9 @@ def _shown(field: str, header: dict) -> str | None:
 AGREEMENT = Agreement(
     Call,
     own={"batch", "queue_rows", "first", "count"},
-    argument={"num_views": "views", "dim": "features", "labelled": "labels"}
+    argument={"num_views": "views", "dim": "features", "ids": "labels or duplicates"}
     | dict.fromkeys(Objective._fields, "objective"),
-    given=("queue",),
+    given=("queue", "logq"),
     shown=_shown,
 )
 
@@ -58,7 +58,9 @@ def agree(group, impl: str, call: Call, tensors, value_and_grad: bool) -> tuple[
     call = call._replace(temperature=known(tensors[0], call.temperature))
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     gradient = 2 if value_and_grad else int(wanted)
-    headers = AGREEMENT.headers(group, (call.queue_rows > 0,), tensors[-1].dtype, gradient, impl, call)
+    headers = AGREEMENT.headers(
+        group, (call.queue_rows > 0, tensors[2] is not None), tensors[-1].dtype, gradient, impl, call
+    )
     shares = Shares.of(group, [header["batch"] for header in headers])
     if shares.batch < 2 and not call.queue_rows:
         check.samples(shares.batch, " in the group")
@@ -90,12 +92,13 @@ class GroupInfoNCE(torch.autograd.Function):
         stacked: bool,
         call: Call,
         temperature_tensor: torch.Tensor | None,
-        labels: torch.Tensor | None,
+        ids: torch.Tensor | None,
+        logq: torch.Tensor | None,
         queue: torch.Tensor | None,
         *views: torch.Tensor,
     ):
-        loss, saved, labels = forward(shares, impl, stacked, call, temperature_tensor, labels, queue, *views)
-        ctx.save_for_backward(*saved, labels, temperature_tensor, *views)  # only `once` needs the views
+        loss, saved, ids = forward(shares, impl, stacked, call, temperature_tensor, ids, logq, queue, *views)
+        ctx.save_for_backward(*saved, ids, temperature_tensor, *views)  # only `once` needs the views
         ctx.arguments = shares, impl, stacked, call, views[0].dtype
         return loss
 
@@ -103,33 +106,35 @@ class GroupInfoNCE(torch.autograd.Function):
     @once
     def backward(ctx, saved, grad):
         shares, impl, stacked, call, dtype = ctx.arguments
-        labels, temperature_tensor = saved[SAVED : SAVED + 2]
+        ids, temperature_tensor = saved[SAVED : SAVED + 2]
         need_temperature = ctx.needs_input_grad[4]
         grad_views, grad_temperature = backward(
-            shares, impl, call, dtype, need_temperature, Saved(*saved[:SAVED]), labels, grad
+            shares, impl, call, dtype, need_temperature, Saved(*saved[:SAVED]), ids, grad
         )
         grads = (grad_views,) if stacked else grad_views.unbind(0)
-        return (*[None] * 4, as_given(grad_temperature, temperature_tensor, need_temperature), None, None, *grads)
+        return (*[None] * 4, as_given(grad_temperature, temperature_tensor, need_temperature), None, None, None, *grads)
 
 
 @without_autocast
-def forward(shares, impl, stacked, call, temperature_tensor, labels, queue, *views):
-    """Return the loss, ``Saved``, and the labels of all samples or None."""
+def forward(shares, impl, stacked, call, temperature_tensor, ids, logq, queue, *views):
+    """Return the loss, ``Saved``, and the ids of all samples or None."""
     own = views[0] if stacked else torch.stack(views)
-    if labels is not None:
-        labels = gather_samples(labels.to(torch.int64).view(1, -1, 1), shares).view(-1)
+    if ids is not None:
+        ids = gather_samples(ids.to(torch.int64).view(1, -1, 1), shares).view(-1)
+    if logq is not None:
+        logq = relative(gather_samples(logq.unsqueeze(-1), shares).squeeze(-1))
     every = list(gather_samples(own, shares).unbind(0))
     of_each = call._replace(reduction=REDUCTIONS.index("none"))
-    loss, *saved = ops.run("info_nce_forward", impl, every, labels, queue, temperature_tensor, *of_each)
+    loss, *saved = ops.run("info_nce_forward", impl, every, ids, logq, queue, temperature_tensor, *of_each)
     if REDUCTIONS[call.reduction] != "none":
         total = sum_over(loss.double().sum(), shares)
         rows = call.num_views * call.batch
         loss = (total / rows if REDUCTIONS[call.reduction] == "mean" else total).to(loss.dtype)
-    return loss, Saved(*saved), labels
+    return loss, Saved(*saved), ids
 
 
 @without_autocast
-def backward(shares, impl, call, dtype, need_temperature, saved, labels, grad):
+def backward(shares, impl, call, dtype, need_temperature, saved, ids, grad):
     """Return the gradients of the own views (V, own samples, D) in ``dtype`` and of the temperature, from that of the
     loss."""
     own = own_rows(saved, call)
@@ -144,7 +149,13 @@ def backward(shares, impl, call, dtype, need_temperature, saved, labels, grad):
     upstream = upstream.to(accumulation_dtype(dtype)).contiguous()
     of_each = call._replace(reduction=REDUCTIONS.index("none"))
     saved = with_all_rows(saved, call, rows)
-    return ops.run("info_nce_backward", impl, upstream, *saved, labels, *of_each, need_temperature, dtype)
+    return ops.run("info_nce_backward", impl, upstream, *saved, ids, *of_each, need_temperature, dtype)
+
+
+def relative(logq: torch.Tensor | None) -> torch.Tensor | None:
+    """Return ``logq`` less its least number, as the ops take it. No loss depends on what is common to all columns, and
+    an exponential of what is left does not overflow."""
+    return None if logq is None else (logq - logq.min()).contiguous()
 
 
 _TABLES = ("log_weights", "weights", "positives")

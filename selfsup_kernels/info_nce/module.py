@@ -100,7 +100,7 @@ class InfoNCELoss(SharesGroup, nn.Module):
             state_dict[name] = value.reshape(self.logit_scale.shape)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def forward(self, *views, labels=None, queue=None):
+    def forward(self, *views, labels=None, duplicates=None, logq=None, queue=None):
         """Return the loss: ``forward(views)`` of a ``(V, B, D)`` tensor or a sequence, or ``forward(z0, z1, ...)``."""
         if self.training and self.max_scale is not None:
             with torch.no_grad():  # `temperature` limits only the scale; the parameter must not drift beyond it
@@ -110,6 +110,8 @@ class InfoNCELoss(SharesGroup, nn.Module):
             temperature=self._temperature_or_tensor(),
             objective=self.objective,
             labels=labels,
+            duplicates=duplicates,
+            logq=logq,
             queue=queue,
             core_view=self.core_view,
             normalize=self.normalize,

@@ -37,6 +37,17 @@ class Numerator(IntEnum):
     """The log of the mean of their exponentials."""
 
 
+class Ids(IntEnum):
+    """What it means that two samples share an id."""
+
+    NONE = 0
+    """There are no ids."""
+    LABELS = 1
+    """They are positives of each other."""
+    DUPLICATES = 2
+    """They are neither positives nor negatives of each other."""
+
+
 class Objective(NamedTuple):
     columns: Columns
     inside: Positives
@@ -54,8 +65,8 @@ TABLE = {
 
 OBJECTIVES = tuple(TABLE)
 
-LABEL_OBJECTIVES = tuple(name for name, objective in TABLE.items() if objective.columns == Columns.ALL)
-"""Objectives that are defined for labels: those whose denominator does not depend on the view of the positive."""
+LABEL_OBJECTIVES = tuple(name for name, objective in TABLE.items() if objective.columns != Columns.OWN_AND_OTHER)
+"""Objectives that are defined for labels."""
 
 SYNONYMS = {
     "clip": ["'cross_view'"],

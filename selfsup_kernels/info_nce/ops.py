@@ -1,7 +1,10 @@
 """The ops ``info_nce_forward`` and ``info_nce_backward``: the tensors of a call, then the fields of its record.
 
+``sample_ids`` is (B,), integers of any dtype, with the meaning of ``Call.ids``. ``logq`` is (V, B), contiguous, float32
+(float64 for float64 views), at least 0: it is subtracted from the scores of the rows as columns.
+
 The forward returns the loss, () or (V, own samples) by ``reduction``, and the fields of ``Saved``. The backward takes
-the gradient of the loss (of a call of one process among many: (V, B), of all samples), ``Saved``, the labels and the
+the gradient of the loss (of a call of one process among many: (V, B), of all samples), ``Saved``, the ids and the
 record; it returns the gradient of the own samples, (V, own samples, D) in ``dtype``, and that of the temperature, a
 0-dim float64 tensor, 0 unless ``need_temperature``.
 """
@@ -24,7 +27,7 @@ def _loss(view, call, dtype):
     return view.new_empty(shape, dtype=dtype)
 
 
-def forward_fake(views, labels, queue, temperature_tensor, *call):
+def forward_fake(views, ids, logq, queue, temperature_tensor, *call):
     call, view = Call(*call), views[0]
     rows, acc = call.num_views * call.batch, accumulation_dtype(view.dtype)
     new = view.new_empty
@@ -37,17 +40,18 @@ def forward_fake(views, labels, queue, temperature_tensor, *call):
         scalars=new((4,), dtype=torch.float64),
         order=new((0,), dtype=torch.int64),
         classes=new((2, 0), dtype=torch.int32),
+        logq=new((0 if logq is None else rows,), dtype=acc),
     )
 
 
-def forward_fake_cpu(views, labels, queue, temperature_tensor, *call):
-    loss, *saved = forward_fake(views, labels, queue, temperature_tensor, *call)
-    saved = Saved(*saved)
-    order = saved.order if labels is None else labels.new_empty((Call(*call).batch,), dtype=torch.int64)
+def forward_fake_cpu(views, ids, logq, queue, temperature_tensor, *call):
+    loss, *saved = forward_fake(views, ids, logq, queue, temperature_tensor, *call)
+    call, saved = Call(*call), Saved(*saved)
+    order = saved.order.new_empty((call.batch if call.labelled else 0,))
     return loss, *saved._replace(order=order)
 
 
-def forward_fake_triton(views, labels, queue, temperature_tensor, *call):
+def forward_fake_triton(views, ids, logq, queue, temperature_tensor, *call):
     call, view = Call(*call), views[0]
     layout, new = Layout(call), view.new_empty
     float32 = {"dtype": torch.float32}
@@ -60,6 +64,7 @@ def forward_fake_triton(views, labels, queue, temperature_tensor, *call):
         scalars=new((4,), **float32),
         order=new((call.batch if call.labelled else 0,), dtype=torch.int64),
         classes=new((2, layout.rows if call.labelled else 0), dtype=torch.int32),
+        logq=new((0 if logq is None else layout.rows,), **float32),
     )
 
 
@@ -81,7 +86,7 @@ def _triton(way):
 
 define(
     "info_nce_forward",
-    f"(Tensor[] views, Tensor? labels, Tensor? queue, Tensor? temperature_tensor, {schema(Call)})"
+    f"(Tensor[] views, Tensor? sample_ids, Tensor? logq, Tensor? queue, Tensor? temperature_tensor, {schema(Call)})"
     f" -> (Tensor loss, {_SAVED})",
     gpu="triton",
     reference=reference.forward,
@@ -91,7 +96,7 @@ define(
 )
 define(
     "info_nce_backward",
-    f"(Tensor grad, {_SAVED}, Tensor? labels, {schema(Call)}, bool need_temperature, ScalarType dtype)"
+    f"(Tensor grad, {_SAVED}, Tensor? sample_ids, {schema(Call)}, bool need_temperature, ScalarType dtype)"
     " -> (Tensor grad_views, Tensor grad_temperature)",
     gpu="triton",
     reference=reference.backward,

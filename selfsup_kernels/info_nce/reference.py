@@ -22,14 +22,14 @@ import torch.nn.functional as F
 from selfsup_kernels.core.eager import UnitRows, ordinary, scale_of, through_the_norm, unit_rows, without_autocast
 from selfsup_kernels.core.ops import REDUCTIONS, accumulation_dtype
 from selfsup_kernels.info_nce.call import SCALE, Call, Saved, unpack_backward
-from selfsup_kernels.info_nce.objectives import Columns, Numerator, Positives, negative_views, positive_views
+from selfsup_kernels.info_nce.objectives import Columns, Ids, Numerator, Positives, negative_views, positive_views
 
 _BLOCK_BYTES = 1 << 22
 """Bytes of scores per block; up to three copies exist at a time. Smaller blocks pay more for calls of operators, larger
 ones leave the cache."""
 
 
-def forward(views, labels, queue, temperature_tensor, *call):
+def forward(views, ids, logq, queue, temperature_tensor, *call):
     call = Call(*call)
     device = views[0].device
     acc = accumulation_dtype(views[0].dtype)
@@ -40,8 +40,8 @@ def forward(views, labels, queue, temperature_tensor, *call):
         if queue is not None:
             both = unit_rows(queue.to(acc), call.normalize, call.eps)
             rows, inverse_norms = (torch.cat(pair) for pair in zip((rows, inverse_norms), both, strict=True))
-        blocks = _blocks(rows, scale, call, samples)
-        tables = _view_tables(blocks, call, device) if labels is None else _label_tables(blocks, call, labels)
+        blocks = _less_logq(_blocks(rows, scale, call, samples), _as_columns(logq, _met(call, device)))
+        tables = _label_tables(blocks, call, ids) if call.labelled else _view_tables(blocks, call, device, ids)
         loss, *tables = tables
         log_weights, positives = (_of_all_rows(table, samples, call.batch) for table in tables)
         reduction = REDUCTIONS[call.reduction]
@@ -58,11 +58,12 @@ def forward(views, labels, queue, temperature_tensor, *call):
         scalars,
         new(0, dtype=torch.int64),
         new((2, 0), dtype=torch.int32),
+        rows.new_empty(0) if logq is None else logq.flatten().to(acc, copy=True),
     )
 
 
 def backward(grad, *arguments):
-    saved, labels, call, (need_temperature, dtype) = unpack_backward(arguments)
+    saved, ids, call, (need_temperature, dtype) = unpack_backward(arguments)
     num_views, batch, dim = call.num_views, call.batch, call.dim
     samples = range(call.first, call.first + call.own)
     z = saved.rows[: num_views * batch]
@@ -76,22 +77,39 @@ def backward(grad, *arguments):
         )
         anchors = _exponents(log_weights, g.unsqueeze(-1), z.dtype)
         met = _met(call, z.device)
-        if labels is None:
+        logq = saved.logq.view(num_views, batch) if len(saved.logq) else None
+        column_logq = _as_columns(logq, met)
+        if not call.labelled:
             by_view = [t[..., :num_views] for t in anchors]
             # By (view of the row, view of the column, sample): the columns as anchors, and the positives' coefficients.
             as_columns = [_pick(t.permute(2, 0, 1), met, 1).unsqueeze(1).contiguous() for t in by_view]
             by_view = [_pick(t, met, 2).unsqueeze(-1) for t in by_view]
-            coefficients = (g.unsqueeze(-1) * positives).transpose(1, 2)
+            coefficients = (g.unsqueeze(-1) * positives[..., :num_views]).transpose(1, 2)
             coefficients = _pick((coefficients + coefficients.transpose(0, 1)).to(z.dtype), met, 1)
         columns = _columns(z, met, num_views)
         in_batch, from_queue = [], []
+        if call.crossed:
+            shares = (g * positives[..., num_views]).to(z.dtype)
+            single = positives[..., num_views] == 0
+            column_shares = _as_columns(shares, met)
         for block, scores, queue_scores in _blocks(saved.rows, scale, call, samples):
-            if labels is None:
-                pairs = _weighted(scores, *(t[:, block] for t in by_view))
-                pairs += _weighted(scores, *as_columns)
-                _same_sample(pairs, block).copy_(coefficients[..., block])
+            # The scores of the anchors of the block, and of the columns as anchors.
+            of_rows = scores if logq is None else scores - column_logq
+            of_columns = scores if logq is None else scores - logq[:, block, None, None]
+            if not call.labelled:
+                pairs = _weighted(of_rows, *(t[:, block] for t in by_view))
+                pairs += _weighted(of_columns, *as_columns)
+                own = _same_sample(pairs, block)
+                if call.ids == Ids.DUPLICATES:
+                    pairs.masked_fill_(_same_id(ids, block), 0)
+                elif call.crossed:
+                    of_class = shares[:, block, None, None] + column_shares
+                    pairs -= torch.where(_same_id(ids, block), of_class, 0)
+                    own.copy_(torch.where(single[:, block].unsqueeze(1), coefficients[..., block], own))
+                if not call.crossed:
+                    own.copy_(coefficients[..., block])
             else:
-                pairs = _label_pairs(scores, block, log_weights, positives, g, labels, call)
+                pairs = _label_pairs(of_rows, of_columns, block, log_weights, positives, g, ids, call)
             in_batch.append(_product(pairs.flatten(2), columns))
             if queue_scores is not None:
                 pairs = _weighted(queue_scores, *(t[:, block, -1:] for t in anchors))
@@ -155,6 +173,19 @@ def _blocks(rows, scale, call, samples):
         yield block, scores, _product(of_block, zq.T) if len(zq) else None
 
 
+def _as_columns(table, met):
+    """Return a table (V, B) of rows as one of columns, (1, 1, V, B) or (V, 1, W, B); None stays."""
+    if table is None or met is None:
+        return table
+    return table[met].unsqueeze(1)
+
+
+def _less_logq(blocks, column_logq):
+    """Yield the blocks with ``logq`` subtracted from the scores of the columns."""
+    for block, scores, queue_scores in blocks:
+        yield block, scores if column_logq is None else scores.sub_(column_logq), queue_scores
+
+
 def _product(rows, matrix):
     """Multiply (V, n, x) by one matrix (x, y), or by one for each view; returns (V, n, y)."""
     return rows @ matrix if matrix.dim() == 3 else (rows.flatten(0, 1) @ matrix).unflatten(0, rows.shape[:2])
@@ -182,7 +213,7 @@ def _of_all_rows(table, samples, batch):
     return table.permute(2, 0, 1).reshape(table.shape[-1], -1).contiguous()
 
 
-def _view_tables(blocks, call, device):
+def _view_tables(blocks, call, device, ids):
     """Return loss (V, n), log weights (V, n, C) and positives (V, n, P)."""
     num_views, met = call.num_views, _met(call, device)
 
@@ -192,16 +223,33 @@ def _view_tables(blocks, call, device):
         index = met.unsqueeze(1).expand(-1, table.shape[1], -1)
         return table.new_full((*table.shape[:2], num_views), otherwise).scatter_(2, index, table)
 
-    negatives, positives = [], []
+    negatives, positives, means, sizes = [], [], [], []
     for block, scores, queue_scores in blocks:
-        same = _same_sample(scores, block)
-        positives.append(of_all_views(same.transpose(1, 2).to(torch.float64, copy=True), 0))
-        same.fill_(-torch.inf)
+        own, same = _same_sample(scores, block), None if ids is None else _same_id(ids, block)
+        if call.crossed:  # the log-sum-exp of the positives of each view, and their mean
+            size = same.sum(-1).double()
+            positive = _logsumexp_(scores.masked_fill(~same, -torch.inf))
+            means.append(of_all_views(scores.masked_fill(~same, 0).sum(-1).double() / size, 0))
+            sizes.append(size.expand(num_views, -1, -1))
+        else:
+            positive = own.transpose(1, 2).to(torch.float64, copy=True)
+        positives.append(of_all_views(positive, 0))
+        if same is None:
+            own.fill_(-torch.inf)
+        else:
+            scores.masked_fill_(same, -torch.inf)
         sums = [of_all_views(_logsumexp_(scores), -torch.inf)]
         if queue_scores is not None:
             sums.append(_logsumexp_(queue_scores).unsqueeze(-1))
         negatives.append(torch.cat(sums, -1))
-    return _coefficients(call, _join(negatives), _join(positives))
+    positives = _join(positives)
+    loss, log_weights, coefficients = _coefficients(call, _join(negatives), positives)
+    if call.crossed:
+        loss = loss + (positives - _join(means)).sum(-1) / (num_views - 1)
+        size = _join(sizes)
+        share = torch.where(size > 1, 1 / (size * (num_views - 1)), 0)
+        coefficients = torch.cat([torch.where(size > 1, 0, coefficients), share], -1)
+    return loss, log_weights, coefficients
 
 
 def _logsumexp_(scores):
@@ -248,7 +296,10 @@ def _coefficients(call, n, p):
                 log_weights.diagonal(0, 0, 2).copy_(total.squeeze(-1).T)
         return mean(_log_ratio(rest, p)), log_weights, torch.where(positive, -share * torch.sigmoid(rest - p), 0)
     if call.inside == Positives.NONE:
-        den, loss, coefficients = rest, rest.squeeze(-1) - mean(p), -share.expand_as(p)
+        some = rest > -torch.inf  # an anchor without negatives has loss 0 and no gradient
+        some |= rest.isnan()
+        den, coefficients = rest, torch.where(some, -share, 0)
+        loss = torch.where(some.squeeze(-1), rest.squeeze(-1) - mean(p), 0)
     else:
         inside = torch.where(positive, p, -torch.inf).logsumexp(-1, keepdim=True)
         den = torch.logaddexp(rest, inside)
@@ -270,7 +321,7 @@ def _label_tables(blocks, call, labels):
     """Return the tables of ``_view_tables``, with labels."""
     tables = []
     for block, scores, queue_scores in blocks:
-        same = _same_label(labels, block, call.num_views)
+        same = _same_id(labels, block).repeat(1, 1, call.num_views).squeeze(1)
         flat = scores.flatten(2)
 
         def of_positives(values, otherwise, same=same, block=block, shape=scores.shape):
@@ -299,6 +350,10 @@ def _label_tables(blocks, call, labels):
         elif call.numerator == Numerator.LOG_SUM:
             loss = den - inside + safe.log()
             pivot, factor = inside, -torch.expm1(inside - den)
+        elif call.inside == Positives.NONE:
+            some = (n > -torch.inf) | n.isnan()  # else the class has no negatives
+            loss = torch.where(some, den - of_positives(flat, 0).sum(-1).double() / safe, 0)
+            share = torch.where(some, share, 0)
         else:
             loss = den - of_positives(flat, 0).sum(-1).double() / safe
         # An anchor without positives has zero loss and contributes no gradient.
@@ -309,18 +364,18 @@ def _label_tables(blocks, call, labels):
     return tuple(map(_join, zip(*tables, strict=True)))
 
 
-def _same_label(labels, block, num_views):
-    """Return (n, V B): whether a sample of the block and a row have the same label."""
-    return (labels[block, None] == labels).repeat(1, num_views)
+def _same_id(ids, block):
+    """Return (n, 1, B): whether a sample of the block and another one share an id."""
+    return ids[block, None, None] == ids
 
 
-def _label_pairs(scores, block, log_weights, positives, g, labels, call):
-    """Return G (V, n, W, B) of the rows of a block, with labels."""
-    same = _same_label(labels, block, len(g))
+def _label_pairs(of_rows, of_columns, block, log_weights, positives, g, labels, call):
+    """Return G (V, n, V, B) of the rows of a block, with labels, from the scores of both as anchors."""
+    same = _same_id(labels, block).repeat(1, 1, len(g)).squeeze(1)
     tables = (log_weights[..., 0], g, *positives.unbind(-1))
-    as_anchors = _label_anchors(scores.flatten(2), same, *(t[:, block, None] for t in tables), call)
-    as_columns = _label_anchors(scores.flatten(2), same, *(t.reshape(1, 1, -1) for t in tables), call)
-    pairs = as_anchors.add_(as_columns).view(scores.shape)
+    as_anchors = _label_anchors(of_rows.flatten(2), same, *(t[:, block, None] for t in tables), call)
+    as_columns = _label_anchors(of_columns.flatten(2), same, *(t.reshape(1, 1, -1) for t in tables), call)
+    pairs = as_anchors.add_(as_columns).view(of_rows.shape)
     _self(pairs, block).fill_(0)
     return pairs
 
@@ -375,6 +430,8 @@ _MB = 1 << 20
 def takes(view, call):
     """Return True if ``by_autograd`` should compute a call with views like ``view`` (B, D), that is if the call is so
     small that the op would be slower. Autograd keeps up to ten times the memory of the scores."""
+    if call.ids == Ids.DUPLICATES or call.crossed:
+        return False
     rows = call.num_views * call.batch
     if call.columns == Columns.OTHER:  # the op computes each score twice, once per direction
         scores, limit = rows * (rows - call.batch) // 2 + rows * call.queue_rows, 64 * _MB
@@ -484,9 +541,9 @@ def _pooled(scores, labels, call):
         # A row without negatives has loss 0, or NaN if its score is infinite, as the log-sum-exp would give.
         loss = mean(torch.where(alone[:, None], scores, torch.logaddexp(lse[:, None], scores)) - scores)
     else:
-        if call.inside == Positives.NONE:
-            lse = lse.masked_fill(alone, -torch.inf)
         loss = lse - mean(scores)
+        if call.inside == Positives.NONE:
+            loss = loss.masked_fill(alone, 0)
     return torch.where(count > 0, loss, 0).view(num_views, batch)
 
 

@@ -21,7 +21,7 @@ def info_nce_case(draw, place):
     objective = chosen.choice(OBJECTIVES)
     normalize = chosen.chance(0.8)
     labelled = objective in LABEL_OBJECTIVES and chosen.chance(0.3)
-    if labelled and draw.chance(0.15) and classes is None:
+    if labelled and objective != "cross_view" and draw.chance(0.15) and classes is None:
         num_views = 1
     temperature = draw.choice([0.1, 0.07, 0.5, 1.0, draw.power(-3, 2), draw.power(-3, 2), draw.power(-3, -1.5)])
     arguments = {"objective": objective, "reduction": draw.choice(REDUCTIONS), "normalize": normalize}
@@ -31,7 +31,10 @@ def info_nce_case(draw, place):
     most = None if normalize else math.sqrt(draw.power(-1, 2.5 if dtype == torch.float16 else 3.5) * temperature)
     views = Rows(draw, place, num_views, batch, dim, dtype, lengths=normalize, most=most)
     queue = None
-    if chosen.chance(0.3):
+    if chosen.chance(0.15):
+        values = draw.power(-1, 1.5) * torch.randn(num_views, batch, generator=draw.generator, dtype=torch.float64)
+        arguments["logq"] = (values if draw.chance(0.5) else values[0]).to(draw.choice([dtype, torch.float32]))
+    elif chosen.chance(0.3):
         queue = rows(draw, 1, draw.choice([1, draw.randint(1, 40), draw.randint(1, 150)]), dim, dtype, normalize)[0][0]
         if most is not None:
             queue = (queue * (most / queue.norm(dim=-1).max().clamp_min(1e-30))).to(dtype).double()
@@ -41,7 +44,9 @@ def info_nce_case(draw, place):
         count = draw.choice([1, 2, 3, batch, 2 * batch])
         labels = torch.randint(-count, count, (batch,), generator=draw.generator) // 2
         arguments["labels"] = labels.to(draw.choice([torch.int64, torch.int32, torch.int16]))
-    elif chosen.chance(0.3):
+    elif chosen.chance(0.2):
+        arguments["duplicates"] = torch.randint(draw.choice([2, batch, 4 * batch]), (batch,), generator=draw.generator)
+    if not labelled and chosen.chance(0.3):
         arguments["core_view"] = draw.randrange(num_views)
     return dtype, arguments, views, temperature, queue
 
@@ -74,12 +79,12 @@ def info_nce(draw, place):
         nonfinite = spoil(draw, views, queue)
         arguments["reduction"] = draw.choice(["none", "none", "mean"])
     num_views, batch, _ = views.h.shape
-    labels = arguments.get("labels")
     t = Temperature(draw, temperature, dtype, place)
     leaves = views.leaves()
     given = dict(arguments)
-    if labels is not None:
-        given["labels"] = draw.placed(labels, place.device)[0]
+    for name in ("labels", "duplicates", "logq"):
+        if name in given:
+            given[name] = draw.placed(given[name], place.device)[0]
     if queue is not None:
         given["queue"] = draw.placed(queue.to(dtype), place.device)[0]
     shape = (num_views, batch) if arguments["reduction"] == "none" else ()
@@ -106,10 +111,10 @@ def call_info_nce(draw, place, argument, t, given):
     """Call the loss as a function or as a module."""
     if t.tensor is None and draw.chance(0.2):
         given = dict(given)
-        labels, queue = given.pop("labels", None), given.pop("queue", None)
+        of_call = {name: given.pop(name, None) for name in ("labels", "duplicates", "logq", "queue")}
         module = sk.InfoNCELoss(t.number, impl=place.impl, **given)
         form = [argument] if isinstance(argument, torch.Tensor) or len(argument) == 1 or draw.chance(0.5) else argument
-        return module(*form, labels=labels, queue=queue)
+        return module(*form, **of_call)
     return sk.info_nce_loss(argument, temperature=t.argument, impl=place.impl, **given)
 
 

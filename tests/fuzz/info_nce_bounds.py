@@ -52,6 +52,7 @@ def mass(h, temperature, queue, arguments):
         return spec.info_nce_loss(torch.cat([rows[0], marks], -1), temperature=temperature, queue=more, **rest)
 
     several = arguments["objective"] in ("supcon_out", "supcon_in") and (len(h) > 2 or labels is not None)
+    several |= arguments["objective"] == "cross_view" and labels is not None
     return 10 * (losses(0 * marks) - losses(marks)).clamp_min(0) + several
 
 
@@ -105,7 +106,8 @@ def check_info_nce(draw, place, dtype, arguments, views, t, queue, upstream, los
     anchors = h.shape[0] * h.shape[1]
     columns = anchors + (0 if queue is None else len(queue))
     longest = 1.0 if normalize else max(x.norm(dim=-1).max().item() for x in (h, queue) if x is not None)
-    score = longest**2 / t.number
+    logq = arguments.get("logq", torch.zeros(1)).double()
+    score = longest**2 / t.number + (logq.max() - logq.min()).item()
     share = upstream / (anchors if arguments["reduction"] == "mean" else 1)
 
     @functools.cache
