@@ -200,8 +200,22 @@ def scaling(rows):
     return table(head, lines)
 
 
+def pairs(rows):
+    """Make the table of benchmarks/pairs.py: a line for each form of the call, a column for each objective."""
+    objectives, forms = (list(dict.fromkeys(row[key] for row in rows)) for key in ("objective", "form"))
+    found = {(row["form"], row["objective"]): row for row in rows}
+
+    def cell(row):
+        return f"{milliseconds(row['p50_ms'])} ({row['of_plain']:.2f}x)"
+
+    return table(
+        ["", *(f"`{objective}`" for objective in objectives)],
+        [[form, *(cell(found[form, objective]) for objective in objectives)] for form in forms],
+    )
+
+
 TABLES = {"info_nce": short_loss, "siglip": short_loss, "byol": short_loss, "ema": short_ema}
-TABLES |= {"compat": compat, "scaling": scaling}
+TABLES |= {"compat": compat, "scaling": scaling, "pairs": pairs}
 
 
 # ---------------------------------------------------------------- the sections of docs/performance.md

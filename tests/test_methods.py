@@ -11,6 +11,7 @@ from torch import nn
 
 import selfsup_kernels as sk
 from selfsup_kernels import spec
+from selfsup_kernels.info_nce.objectives import LABEL_OBJECTIVES
 
 STEPS = 4
 
@@ -308,21 +309,23 @@ def test_cmc_options_reach_the_loss(impl):
     assert method.loss.logit_scale.grad.item() != 0
 
 
-@pytest.mark.parametrize("objective", ["supcon_out", "supcon_in", "per_positive", "decoupled"])
-def test_cmc_labels(impl, objective):
-    views, labels = batches(0, 3), torch.tensor([0, 1, 0, 2, 1, 2, 2])
+@pytest.mark.parametrize("name", ["labels", "duplicates", "logq"])
+@pytest.mark.parametrize("objective", LABEL_OBJECTIVES)
+def test_cmc_pairs(impl, objective, name):
+    views, ids = batches(0, 3), torch.tensor([0, 1, 0, 2, 1, 2, 2])
+    arguments = {name: ids.float() if name == "logq" else ids}
     z = [head(1)(encoder(0)(x)) for x in views]
     method = sk.methods.CMC(encoder(0), head(1), 0.3, objective=objective, impl=impl)
-    expected = spec.info_nce_loss(torch.stack(z), temperature=0.3, objective=objective, labels=labels)
+    expected = spec.info_nce_loss(torch.stack(z), temperature=0.3, objective=objective, **arguments)
     for given in (views, [views]):
-        torch.testing.assert_close(method(*given, labels=labels), expected, rtol=1e-5, atol=1e-6)
-    assert not torch.equal(method(views, labels=labels), method(views))
+        torch.testing.assert_close(method(*given, **arguments), expected, rtol=1e-5, atol=1e-6)
+    assert not torch.equal(method(views, **arguments), method(views))
 
 
 def test_cmc_labels_that_do_not_go_with_the_objective(impl):
     views, labels = batches(0), torch.tensor([0, 1, 0, 2, 1, 2, 2])
-    with pytest.raises(ValueError, match=r"labels: expected an objective of supcon_out.*'cross_view'"):
-        sk.methods.CMC(encoder(0), head(1), impl=impl)(views, labels=labels)
+    with pytest.raises(ValueError, match=r"labels: expected an objective of supcon_out.*'pairwise'"):
+        sk.methods.CMC(encoder(0), head(1), objective="pairwise", impl=impl)(views, labels=labels)
     method = sk.methods.CMC(encoder(0), head(1), objective="supcon_out", core_view=0, impl=impl)
     with pytest.raises(ValueError, match="core_view: expected None together with labels"):
         method(views, labels=labels)

@@ -84,7 +84,8 @@ def info_nce_loss(
             alone; None warns once where several processes run.
         impl: ``"auto"``, ``"reference"``, ``"cpu"`` or, for GPUs, ``"triton"``. The reference is pure Python. Where the
             scores are few (up to 1 MB; 16 MB with labels or a queue; 64 MB for ``cross_view``) it keeps them all for
-            the backward, as a loss written by hand does.
+            the backward, as a loss written by hand does; not with
+            ``duplicates``, ``logq``, or ``labels`` across views.
 
     Returns:
         The loss in the dtype of the views (float32 under autocast), computed in float32 at least. It is

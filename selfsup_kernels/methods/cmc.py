@@ -71,13 +71,16 @@ class CMC(nn.Module):
         """Return the ``(B, D)`` embeddings of one view's inputs, not normalised."""
         return _of_view(self.projector, view)(_of_view(self.encoder, view)(x))
 
-    def forward(self, *views, labels=None):
+    def forward(self, *views, labels=None, duplicates=None, logq=None):
         """Return the loss of two or more views of a batch: ``forward([x1, x2, ...])`` or ``forward(x1, x2, ...)``.
 
         Args:
             views: the inputs of the encoders.
-            labels: ``(B,)`` integers. Samples that share one are positives of each other in every view and never
-                negatives. Not for ``pairwise`` and ``cross_view``, which is the default, nor with ``core_view``.
+            labels: ``(B,)`` integers. Samples that share one are positives of each other and never negatives; the
+                default objective is then UniCL's. Not for ``pairwise``, nor with ``core_view``.
+            duplicates: ``(B,)`` integers. Samples that share one, such as the same caption, are not negatives of each
+                other.
+            logq: ``(B,)`` or ``(V, B)``, the logarithms of the samples' probabilities.
 
         Raises:
             ValueError: there are fewer than two views, their number differs from that of the encoders, the embeddings
@@ -87,8 +90,9 @@ class CMC(nn.Module):
         if self.num_views is not None and len(views) != self.num_views:
             raise ValueError(f"views: expected {self.num_views}, one per encoder or projector, got {len(views)}")
         embeddings = [self.embed(x, v) for v, x in enumerate(views)]
-        # A loss that a user put in the place of ours need not take labels.
-        return self.loss(embeddings) if labels is None else self.loss(embeddings, labels=labels)
+        given = {"labels": labels, "duplicates": duplicates, "logq": logq}
+        # A loss that a user put in the place of ours need not take all of them.
+        return self.loss(embeddings, **{name: value for name, value in given.items() if value is not None})
 
 
 def _shared_or_per_view(name, value) -> nn.Module:
