@@ -144,11 +144,22 @@ def test_what_should_not_change_anything(impl, objective):
     same(run(info_nce_loss, views, 0.1, objective=objective, logq=torch.full((20,), -700.0), impl=impl), want)
 
 
+@pytest.mark.parametrize("temperature", [0.1, 0.01])
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_probabilities_far_apart(op_impl, objective):
+def test_probabilities_far_apart(op_impl, objective, temperature):
     """exp(-logq) of 1e60 neither overflows nor loses the columns that remain."""
     logq = torch.where(torch.arange(30) % 3 == 0, -140.0, 0.0)
-    compare_info_nce(op_impl, randn(2, 30, 8), 0.1, objective=objective, logq=logq, cancels=True)
+    compare_info_nce(op_impl, randn(2, 30, 8), temperature, objective=objective, logq=logq, cancels=True)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_probabilities_and_scores_that_balance(op_impl, objective):
+    """Scores of 125 less logq of 104 count more than others: neither factor alone may be lost."""
+    views = torch.nn.functional.normalize(randn(2, 30, 512), dim=-1)
+    near = torch.arange(30) % 2 == 0
+    views[:, near, 0] += 20
+    logq = torch.where(near, 104.0, 0.0)
+    compare_info_nce(op_impl, views, 0.008, objective=objective, logq=logq, cancels=True)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

@@ -53,7 +53,7 @@ class Pairs {
     }
     if (!logq) return;
     factor_.resize(layout.rows);
-    for (int64_t i = 0; i < layout.rows; ++i) factor_[i] = std::exp(-logq[i]);
+    for (int64_t i = 0; i < layout.rows; ++i) factor_[i] = std::exp(-logq[i] / 2);
   }
 
   // Returns N[c * rows + i] for the owned rows i: the log-sum-exp of row i's negatives in column c (a view, or the
@@ -402,7 +402,7 @@ class Pairs {
   const Blocks queue_blocks_;
   const bool loops_;
   const T* const logq_;
-  std::vector<T> factor_;  // exp(-logq)
+  std::vector<T> factor_;  // exp(-logq / 2)
   T* const rows_;
   const std::vector<Matrix<T>> z_, zq_;
   Tiles<T> tiles_;

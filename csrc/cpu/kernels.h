@@ -26,7 +26,8 @@ struct Kernels {
   // ---- InfoNCE, on a tile of inner products S (rows x cols, leading dimension ld); x = scale * S ----
 
   // row_sum[i] += sum_j exp(x_ij - ref), col_sum[j] += sum_i of the same (unless null). An entry of -Inf adds 0.
-  // With factors (unless null) row_sum takes col_factor[j] times the exponentials, col_sum row_factor[i] times.
+  // With factors (unless null) row_sum takes col_factor[j]^2 times the exponentials, col_sum row_factor[i]^2 times: the
+  // square may be too small for T where its product with an exponential is not.
   void (*exp_sums)(
       const T* s,
       int64_t ld,
@@ -40,7 +41,7 @@ struct Kernels {
       T* col_sum);
 
   // S <- exp(x - ref) * (row_weight[i] + col_weight[j]), with factors (unless null) exp(x - ref) * (row_weight[i] *
-  // col_factor[j] + col_weight[j] * row_factor[i]); `turned` (unless null) <- its transpose.
+  // col_factor[j]^2 + col_weight[j] * row_factor[i]^2); `turned` (unless null) <- its transpose.
   void (*exp_gradient)(
       T* s,
       int64_t ld,

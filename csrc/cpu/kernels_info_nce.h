@@ -19,8 +19,8 @@ inline void exp_sums_rows(
   constexpr int W = lanes<T>;
   Vec<T> total[R] = {};
   auto add = [&](int r, Vec<T> e, Vec<T> factor, Vec<T>& column) {
-    total[r] += Factors ? e * factor : e;
-    column += Factors ? e * row_factor[r] : e;
+    total[r] += Factors ? e * factor * factor : e;
+    column += Factors ? e * row_factor[r] * row_factor[r] : e;
   };
   int64_t j = 0;
   for (; j + W <= cols; j += W) {
@@ -79,7 +79,8 @@ void exp_gradient_of(
     const T* col_factor) {
   constexpr int W = lanes<T>;
   auto both = [=](int64_t i, Vec<T> columns, Vec<T> factors) {
-    return Factors ? columns * row_factor[i] + factors * row_weight[i] : columns + row_weight[i];
+    if constexpr (Factors) return columns * row_factor[i] * row_factor[i] + factors * row_weight[i] * factors;
+    return columns + row_weight[i];
   };
   auto one_row = [=](int64_t i, int64_t from) {
     const T *columns = col_weight + from, *factors = Factors ? col_factor + from : columns;
