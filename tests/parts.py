@@ -9,15 +9,16 @@ from selfsup_kernels.info_nce import exchange
 from selfsup_kernels.info_nce.call import Saved
 
 
-def in_parts(
-    impl, views, sizes, temperature, upstream, objective, queue=None, core=-1, normalize=True, logq=None, **ids
-):
-    """Return (losses (V, B), gradients of the views and the temperature); process r has ``sizes[r]`` samples."""
+def in_parts(impl, views, sizes, temperature, upstream, objective, queue=None, core=-1, normalize=True, **pairs):
+    """Return (losses (V, B), gradients of the views and the temperature); process r has ``sizes[r]`` samples.
+    ``pairs``: labels or duplicates, and logq."""
+    labels, duplicates, logq = (pairs.get(name) for name in ("labels", "duplicates", "logq"))
     call = info_nce_call(
-        views, queue=queue, objective=objective, core_view=core, normalize=normalize, temperature=temperature, **ids
+        views, labels, queue, objective, core, normalize, duplicates=duplicates, temperature=temperature
     )
-    ids = next(iter(ids.values()), None)
-    logq = exchange.relative(logq)
+    ids = labels if duplicates is None else duplicates
+    if logq is not None:
+        logq = exchange.relative(logq.to(ops.accumulation_dtype(views.dtype)).expand(views.shape[:2]))
     calls = [call._replace(first=sum(sizes[:r]), count=size) for r, size in enumerate(sizes)]
     forward, backward = (ops.overload(f"info_nce_{way}", impl) for way in ("forward", "backward"))
     results = [forward(list(views.unbind(0)), ids, logq, queue, None, *call) for call in calls]
@@ -35,19 +36,15 @@ def in_parts(
     )
 
 
-def compare_parts(
-    impl, views, sizes, objective, temperature=0.1, queue=None, core=-1, normalize=True, logq=None, **ids
-):
-    """Compare values and gradients of ``in_parts`` with the dense loss of the whole batch. ``ids``: ``labels`` or
-    ``duplicates``; ``logq``: (V, B)."""
+def compare_parts(impl, views, sizes, objective, temperature=0.1, queue=None, core=-1, normalize=True, **pairs):
+    """Compare values and gradients of ``in_parts`` with the dense loss of the whole batch."""
     assert sum(sizes) == views.shape[1]
     dtype = views.dtype
     upstream = randn(*views.shape[:2], dtype=ops.accumulation_dtype(dtype), seed=99).to(views.device)
     # The kernels take the temperature as a number, rounded to the dtype of the views.
     number = torch.tensor(temperature, dtype=dtype).item()
-    core_view = core if core >= 0 else None
-    known = {"objective": objective, "core_view": core_view, "normalize": normalize, "logq": logq, **ids}
-    ours = in_parts(impl, views, sizes, number, upstream, objective, queue, core, normalize, logq, **ids)
+    known = {"objective": objective, "core_view": core if core >= 0 else None, "normalize": normalize, **pairs}
+    ours = in_parts(impl, views, sizes, number, upstream, objective, queue, core, normalize, **pairs)
 
     def oracle(x, t, q):
         return run(spec.info_nce_loss, x, t, upstream, queue=q, reduction="none", **known)

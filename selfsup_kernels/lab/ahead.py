@@ -30,7 +30,7 @@ import torch
 import selfsup_kernels as sk
 from selfsup_kernels.core import backends, ops
 from selfsup_kernels.info_nce.call import Call
-from selfsup_kernels.info_nce.objectives import TABLE
+from selfsup_kernels.info_nce.objectives import TABLE, Ids
 from selfsup_kernels.lab import machine_code
 from selfsup_kernels.tiles import archive, code, launcher
 
@@ -80,6 +80,9 @@ ONCE = (
     Case("labels, supcon_in", {"labels": True, "objective": "supcon_in"}, rows=LARGE),
     Case("labels, decoupled", {"labels": True, "objective": "decoupled"}, rows=LARGE),
     Case("reduction=none", {"reduction": "none"}, rows=LARGE),
+    Case("duplicates", {"duplicates": True}, rows=LARGE),
+    Case("logq, cross_view", {"logq": True, "objective": "cross_view"}, rows=LARGE),
+    Case("labels, cross_view", {"labels": True, "objective": "cross_view"}, rows=LARGE),
     # The slowest to compile: the tables have a column for each of nine, the copies a branch for each of eight views.
     Case("8 views, core, queue, scores", SCORES | {"objective": "pairwise", "reduction": "sum"}, views=8, rows=LARGE),
     Case("sigmoid, duplicates", {"duplicates": True, "reduction": "none"}, loss=sk.siglip_loss),
@@ -152,17 +155,18 @@ def _call(case, dim, dtype):
     views = [torch.zeros(samples, dim, dtype=dtype, requires_grad=case is not PART) for _ in range(case.views)]
     if case is PART:
         share = {"first": samples // 2, "count": samples // 2}
-        known = {"labelled": False, "core_view": -1, "normalize": True, "reduction": ops.REDUCTIONS.index("none")}
+        known = {"ids": int(Ids.NONE), "core_view": -1, "normalize": True, "reduction": ops.REDUCTIONS.index("none")}
         sizes = {"num_views": case.views, "batch": samples, "dim": dim, "queue_rows": 0}
         objective = TABLE["supcon_out"]._asdict()
         made = Call(**sizes, **share, **known, **objective, eps=1e-12, temperature=0.1)
         forward, backward = (ops.overload(f"info_nce_{way}", "triton") for way in ("forward", "backward"))
-        _, *saved = forward(views, None, None, None, *made)
+        _, *saved = forward(views, None, None, None, None, *made)
         backward(torch.ones(case.views, samples), *saved, None, *made, False, dtype)
         return
     tensors = {
         "labels": torch.zeros(samples, dtype=torch.int64),
         "duplicates": torch.zeros(samples, dtype=torch.int64),
+        "logq": torch.zeros(samples),
         "queue": torch.zeros(samples, dim, dtype=dtype),
         "temperature": torch.ones((), requires_grad=True),
         "scale": torch.ones((), requires_grad=True),

@@ -11,6 +11,7 @@ one row to the next and C columns of negatives:
 
 ======================== ============== ================================================================================
 ``source_x, source_y``                  the stored rows (M + K, S) as pointers or TMA descriptors; zeros in the padding
+``ids``                                 ``SampleIds`` of duplicates, in the backward of labels across views too; or None
 ``sums``                 (C, M)         float32: sums of exp(score - reference) over the negatives of each column
 ``upstream``             (M,)           float32: an anchor's gradient relative to the largest; None where all are equal
 ``grad_scale``           ()             that largest gradient

@@ -11,7 +11,7 @@ constant: ``BLOCK_M: tl.constexpr = tile.BLOCK_M``.
 
 from typing import Any, NamedTuple
 
-from selfsup_kernels.info_nce.call import Saved
+from selfsup_kernels.info_nce.call import Call, Saved
 
 Pointer = Any
 """A tensor for the launcher, a pointer to its first element for the kernel."""
@@ -37,12 +37,21 @@ class Sizes(NamedTuple):
 
 
 class Classes(NamedTuple):
-    """The two rows of ``Saved.classes``, each (M,) int32."""
+    """The two rows of ``Saved.classes``, each (M,) int32. If ``crossed`` each sample's, as places in the order of the
+    classes: what rows would be with one view."""
 
     first: Pointer
     """The first row of each row's class."""
     end: Pointer
     """The row after its last."""
+
+
+class SampleIds(NamedTuple):
+    """The user's ids. Both fields of a tuple are specialized, but nearly all ids are aligned and of stride 1."""
+
+    data: Pointer
+    """(B,), integers of any dtype."""
+    stride: int
 
 
 class Rules(NamedTuple):
@@ -52,6 +61,7 @@ class Rules(NamedTuple):
     inside: int
     numerator: int
     labelled: bool
+    crossed: bool
     normalize: bool
 
 
@@ -209,9 +219,10 @@ class Block(NamedTuple):
     """Its first row, counted among the stored rows."""
 
 
-def given(saved: Saved, labelled: bool) -> Saved:
-    """Return ``saved`` with the classes as kernels take them: None without labels."""
-    return saved._replace(classes=Classes(*saved.classes) if labelled else None)
+def given(saved: Saved, call: Call) -> Saved:
+    """Return ``saved`` as kernels take it: None for the classes without labels, and for logq if there is none."""
+    classes = Classes(*saved.classes) if call.labelled else None
+    return saved._replace(classes=classes, logq=saved.logq if saved.logq.numel() else None)
 
 
 NOTHING = Saved(*[None] * len(Saved._fields))

@@ -11,15 +11,15 @@ itself per column (tests/test_accumulators.py simulates it). So several launches
 are added in float32."""
 
 
-def gradient(layout, saved, upstream, factor, precision):
+def gradient(layout, saved, ids, upstream, factor, precision):
     """Return (partial, how many of its slots hold pairs of the batch; the other slots hold pairs with the queue)."""
     stored = saved.rows
     key = launcher.arch_of(stored), stored.dtype, layout.stride
     clean, masked = (configs.lookup(kernel, *key) for kernel in ("gradient", "masked_gradient"))
     queue = int(layout.call.queue_rows > 0)
-    tables = only(saved, "log_weights", "weights", "positives", "scalars", "classes")
+    tables = only(saved, "log_weights", "weights", "positives", "scalars", "classes", "logq")
     if clean is None or clean.block_k < layout.stride:
-        return in_waves(layout, stored, tables, upstream, factor, precision), 1
+        return in_waves(layout, stored, tables, ids, upstream, factor, precision), 1
     if masked is None or {clean.block_k, masked.block_k} != {layout.stride}:
         raise ValueError(
             f"{configs.ENVIRONMENT}: gradient and masked_gradient must hold all {layout.stride} numbers of a row, got"
@@ -59,6 +59,7 @@ def gradient(layout, saved, upstream, factor, precision):
                 x,
                 y,
                 tables,
+                ids,
                 upstream,
                 partial,
                 *layout.sizes,

@@ -85,7 +85,7 @@ class Layout:
     @property
     def rules(self):
         call = self.call
-        return Rules(call.columns, call.inside, call.numerator, call.labelled, call.normalize)
+        return Rules(call.columns, call.inside, call.numerator, call.labelled, call.crossed, call.normalize)
 
     @property
     def pair_rules(self):
@@ -113,8 +113,8 @@ def half_factor(dtype):
 
 
 def check_size(impl, layout):
-    columns = layout.call.columns_of_tables
-    if max(columns, 3) * layout.rows >= 2**31 or layout.stored_rows >= 2**31:
+    columns = max(layout.call.columns_of_tables, layout.call.positives_of_tables)
+    if columns * layout.rows >= 2**31 or layout.stored_rows >= 2**31:
         raise RuntimeError(
             f"impl={impl!r} takes fewer than 2^31 pairs of a row and a view, got {columns} x {layout.rows};"
             " use impl='reference'"

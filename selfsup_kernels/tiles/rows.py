@@ -55,7 +55,9 @@ def contiguous_rows(rows):
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
-def fill_rows(sources, order, to, sums, temperature_tensor, temperature, eps, source, dim, stride, normalize):
+def fill_rows(
+    sources, order, to, sums, temperature_tensor, temperature, eps, source, dim, stride, normalize, logq=None
+):
     """Launch ``load_rows_kernel`` for the user's rows ``sources``, V matrices (B, D)."""
     tile, warps = row_tile(stride)
     launcher.launch(
@@ -64,6 +66,7 @@ def fill_rows(sources, order, to, sums, temperature_tensor, temperature, eps, so
         tuple(sources),
         tuple(s.stride(0) for s in sources),
         order,
+        logq,
         to,
         sums,
         temperature_tensor,
@@ -79,7 +82,7 @@ def fill_rows(sources, order, to, sums, temperature_tensor, temperature, eps, so
     )
 
 
-def load_rows(layout, views, queue, order, classes, temperature_tensor):
+def load_rows(layout, views, logq, queue, order, classes, temperature_tensor):
     """Return what a call's ``Saved`` has by then, its tables not yet written, and the sums (C, M), zeros."""
     call, temperature = layout.call, layout.call.temperature
     device = views[0].device
@@ -98,25 +101,26 @@ def load_rows(layout, views, queue, order, classes, temperature_tensor):
         scalars=new(4),
         order=order,
         classes=classes,
+        logq=new(0 if logq is None else layout.rows),
     )
     sums = new(columns, layout.rows)
     if not call.normalize:
         launcher.launch("clear_kernel", (1,), saved.scalars[LONGEST:])  # a maximum is taken in it
     if temperature_tensor is not None and temperature_tensor.device != device:
         temperature, temperature_tensor = float(temperature_tensor), None  # on the CPU: no synchronisation
-    to = only(saved, "rows", "inverse_norms", "scalars")
+    to = only(saved, "rows", "inverse_norms", "scalars", *(() if logq is None else ("logq",)))
     is_tensor = int(temperature_tensor is not None)
     given = temperature_tensor if is_tensor else saved.scalars  # which is not read: one kernel for both
 
-    def fill(sources, order, source):
+    def fill(sources, order, source, logq=None):
         size = call.dim, layout.stride, call.normalize
-        fill_rows(sources, order, to, sums, given, temperature, call.eps, source, *size)
+        fill_rows(sources, order, to, sums, given, temperature, call.eps, source, *size, logq)
 
     if queue is not None and call.queue_rows:
         source = Source(layout.queue_padded, call.queue_rows, layout.queue_padded, layout.rows, 0, is_tensor)
         fill([contiguous_rows(queue)], None, source)
     by_class = order if call.labelled else None
-    fill(views, by_class, Source(layout.padded, call.batch, layout.rows, 0, columns, is_tensor))
+    fill(views, by_class, Source(layout.padded, call.batch, layout.rows, 0, columns, is_tensor), logq)
     return saved, sums
 
 

@@ -5,13 +5,16 @@ from selfsup_kernels.tiles import configs, launcher
 from selfsup_kernels.tiles.arguments import SumsWork
 
 
-def pair_sums(layout, saved, sums, precision):
+def pair_sums(layout, saved, ids, sums, precision):
     """Launch :func:`sums_kernel` over all tiles."""
     call, stored = layout.call, saved.rows
     rules = layout.pair_rules._replace(inside=None, numerator=None)  # sums do not depend on them
     clean, masked = (
         configs.lookup(k, launcher.arch_of(stored), stored.dtype, layout.stride) for k in ("sums", "masked_sums")
     )
+    if (ids is not None or saved.logq is not None) and clean.registers < 255:
+        # Their numbers take registers in every tile. A program less on an SM leaves enough of them.
+        clean = clean._replace(registers=255, programs=max(1, clean.programs - 1))
     sms = launcher.sms_of(stored)
     deterministic = launcher.deterministic()
     symmetric = not (deterministic or layout.partial)
@@ -53,6 +56,8 @@ def pair_sums(layout, saved, sums, precision):
             sums,
             saved.scalars,
             saved.classes,
+            ids,
+            saved.logq,
             *layout.sizes,
             *SumsWork(items, chunk, first_block, own_blocks),
             layout.stride,

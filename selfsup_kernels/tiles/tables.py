@@ -20,16 +20,19 @@ def loss_and_parts(layout, programs, device):
     return launcher.empty((), torch.float32, device), launcher.empty(programs, torch.float64, device), factor
 
 
-def view_tables(layout, saved, sums, precision):
+def view_tables(layout, saved, ids, sums, precision):
     """Write log_weights, weights and positives; return the loss of this process's anchors, by the call's reduction."""
     call = layout.call
-    grid = launcher.cdiv(call.own, TABLE_BLOCK), layout.views
+    # If crossed, programs take anchors in the order of the classes, and leave out those of other processes.
+    grid = launcher.cdiv(call.batch if call.crossed else call.own, TABLE_BLOCK), layout.views
+    order = ("order", "classes") if call.crossed else ()
     loss, parts, factor = loss_and_parts(layout, math.prod(grid), saved.rows.device)
     launcher.launch(
         "view_tables_kernel",
         grid,
         sums,
-        only(saved, "rows", "log_weights", "weights", "positives", "scalars"),
+        only(saved, "rows", "log_weights", "weights", "positives", "scalars", "logq", *order),
+        ids,
         loss,
         parts,
         factor,
@@ -57,20 +60,23 @@ def table_tile(layout, dtype, precision):
 
 
 def sort_by_class(layout, labels):
-    """Return ``Saved.order`` and ``Saved.classes``, the samples sorted by label."""
-    samples = layout.call.batch
-    order = launcher.empty(samples, torch.int64, labels.device)
-    classes = launcher.empty((2, layout.rows), torch.int32, labels.device)
+    """Return ``Saved.order`` and ``Saved.classes``, the samples sorted by label; if ``crossed`` the classes of samples,
+    as :class:`selfsup_kernels.tiles.arguments.Classes` has it."""
+    call = layout.call
+    views, rows = (1, layout.padded) if call.crossed else (call.num_views, layout.rows)
+    order = launcher.empty(call.batch, torch.int64, labels.device)
+    classes = launcher.empty((2, rows), torch.int32, labels.device)
     launcher.launch(
         "sort_kernel",
-        (launcher.cdiv(samples, SORT_BLOCK),),
+        (launcher.cdiv(call.batch, SORT_BLOCK),),
         labels,
         order,
         Classes(*classes),
         labels.stride(0),
-        samples,
-        layout.rows,
-        layout.call.num_views,
+        call.batch,
+        rows,
+        views,
+        BY_SAMPLE=call.crossed,
         BLOCK=SORT_BLOCK,
         STEP=SORT_STEP,
     )

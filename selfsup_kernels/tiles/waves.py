@@ -10,7 +10,7 @@ launch of a smaller one. On an H100 16, 64, 128 and 256 MB take 48, 28, 27 and 2
 numbers, forward and backward, and 142, 135, 113 and 106 ms for rows of 256 float32 numbers."""
 
 
-def in_waves(layout, stored, tables, upstream, factor, precision):
+def in_waves(layout, stored, tables, ids, upstream, factor, precision):
     call = layout.call
     arch = launcher.arch_of(stored)
     pairs = configs.lookup("masked_wave" if call.labelled else "wave", arch, stored.dtype, layout.stride)
@@ -45,6 +45,7 @@ def in_waves(layout, stored, tables, upstream, factor, precision):
                     x,
                     y,
                     tables,
+                    ids,
                     upstream,
                     workspace,
                     *layout.sizes,

@@ -41,7 +41,7 @@ def test_labels(impl, path, device, dtype, objective, classes):
     compare_info_nce(impl, views, objective=objective, labels=labels, queue=queue)
 
 
-@pytest.mark.parametrize("objective", LABEL_OBJECTIVES)
+@pytest.mark.parametrize("objective", [o for o in LABEL_OBJECTIVES if o != "cross_view"])
 def test_labels_of_one_view(impl, path, device, objective):
     """With one view, anchors that are alone in their class have no positives."""
     views = randn(1, 40, 12).to(device)
@@ -368,7 +368,7 @@ def test_opcheck(impl, device, labelled):
     labels = random_labels(20, 5).to(device) if labelled else None
     queue = randn(7, 12, seed=1).to(device)
     call = info_nce_call(views, labels, queue, reduction="mean")
-    arguments = (views, labels, queue, None, *call)
+    arguments = (views, labels, None, queue, None, *call)
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(ops.overload("info_nce_forward", impl), arguments, test_utils=checks)
     loss, *saved = ops.overload("info_nce_forward", impl)(*arguments)

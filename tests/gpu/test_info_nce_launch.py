@@ -61,16 +61,17 @@ def record(monkeypatch):
     return launches
 
 
-def call(record, size, dtype=torch.bfloat16, labels=None, queue=0, part=(0, -1), **arguments):
+def call(record, size, dtype=torch.bfloat16, labels=None, queue=0, part=(0, -1), logq=None, **arguments):
     """Return the launches of a forward and its backward over ``part`` = (first, count) of the samples."""
     views = list(torch.zeros(size, dtype=dtype).unbind(0))
     zq = torch.zeros(queue, size[2], dtype=dtype) if queue else None
     arguments = {"reduction": "mean"} | arguments
     known = info_nce_call(views, labels, zq, first=part[0], count=part[1], **arguments)
-    loss, *saved = ops.overload("info_nce_forward", "triton")(views, labels, zq, None, *known)
+    ids = arguments.get("duplicates", labels)
+    loss, *saved = ops.overload("info_nce_forward", "triton")(views, ids, logq, zq, None, *known)
     forward = record.copy()
     record.clear()
-    ops.overload("info_nce_backward", "triton")(torch.ones_like(loss), *saved, labels, *known, False, dtype)
+    ops.overload("info_nce_backward", "triton")(torch.ones_like(loss), *saved, ids, *known, False, dtype)
     return forward, record.copy()
 
 
@@ -306,6 +307,20 @@ def test_labels_make_one_view_of_all(record):
     assert backward[1]["views"] == 2
 
 
+def test_duplicates_and_logq_take_no_launch_of_their_own(record):
+    ids, logq = torch.arange(100) % 7, torch.zeros(2, 100)
+    forward, backward = call(record, (2, 100, 32), duplicates=ids, logq=logq)
+    assert names(forward) == ["load_rows", "sums", "view_tables"]
+    assert names(backward) == ["gradient", "finish_rows"]
+
+
+def test_labels_across_views_keep_the_views_apart(record):
+    forward, backward = call(record, (2, 100, 32), labels=random_labels(100, 7), objective="cross_view")
+    assert names(forward) == ["load_rows", "sort", "sums", "view_tables"]
+    assert names(backward) == ["gradient", "finish_rows"]
+    assert (forward[2]["views"], forward[2]["batch"]) == (2, 100)
+
+
 def test_the_queue_is_stored_behind_the_views(record):
     forward, backward = call(record, (2, 300, 32), queue=70)
     assert names(forward) == ["load_rows", "load_rows", "sums", "view_tables"]
@@ -335,17 +350,20 @@ def test_offsets_pass_2_31(record):
     assert layout.rows < 2**31
     views = list(torch.zeros(1, 1).expand(50_000, 1).expand(300, 50_000, 1).unbind(0))
     with pytest.raises(RuntimeError, match=r"2\^31.*reference"):
-        ops.overload("info_nce_forward", "triton")(views, None, None, None, *info_nce_call(views))
+        ops.overload("info_nce_forward", "triton")(views, None, None, None, None, *info_nce_call(views))
 
 
 def test_saved_tensors_are_what_the_fakes_say(impl, device):
-    for labels in (None, torch.arange(20, device=device) % 3):
-        for queue in (None, torch.zeros(7, 12, device=device)):
-            views = list(torch.randn(2, 20, 12).to(device).unbind(0))
-            arguments = (views, labels, queue, None, *info_nce_call(views, labels, queue))
-            real = ops.overload("info_nce_forward", impl)(*arguments)
-            fake = forward_fake_triton(*arguments)
-            assert [(t.shape, t.dtype) for t in real] == [(t.shape, t.dtype) for t in fake]
+    ids, zq, logq = torch.arange(20) % 3, torch.zeros(7, 12), torch.zeros(2, 20)
+    views = list(torch.randn(2, 20, 12).to(device).unbind(0))
+    for objective in ("supcon_out", "cross_view"):
+        for kind in (None, "labels", "duplicates"):
+            for queue, q in ((None, None), (zq, None), (None, logq)):
+                known = info_nce_call(views, queue=queue, objective=objective, **{kind: ids} if kind else {})
+                tensors = [t if t is None else t.to(device) for t in (ids if kind else None, q, queue, None)]
+                real = ops.overload("info_nce_forward", impl)(views, *tensors, *known)
+                fake = forward_fake_triton(views, *tensors, *known)
+                assert [(t.shape, t.dtype) for t in real] == [(t.shape, t.dtype) for t in fake]
 
 
 def test_the_tuner_measures_what_the_launchers_launch(monkeypatch):

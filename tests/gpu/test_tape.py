@@ -83,7 +83,7 @@ def test_an_error_of_a_launcher_keeps_its_type(monkeypatch, error):
     assert made[0]() is None, "the exception is kept, and with it the tensors of the call"
     views = list(torch.randn(2, 4, 8))
     with pytest.raises(RuntimeError, match="no more"):  # without the Function, as in a compiled graph
-        ops.overload("info_nce_forward", "triton")(views, None, None, None, *info_nce_call(views))
+        ops.overload("info_nce_forward", "triton")(views, None, None, None, None, *info_nce_call(views))
 
 
 REPLAYED = {

@@ -7,7 +7,7 @@ class of a row is named by the row where it begins.
 import triton
 import triton.language as tl
 
-from selfsup_kernels.tiles.arguments import Sizes
+from selfsup_kernels.tiles.arguments import SampleIds, Sizes
 from selfsup_kernels.tiles.kernels.objectives import ALL_INSIDE, ITSELF, LOG_SUM, MEAN, NONE_INSIDE
 from selfsup_kernels.tiles.kernels.tables import (
     PARTS_BLOCK,
@@ -34,8 +34,12 @@ def _count(below, up_to, labels, start, own, stride, samples, STEP: tl.constexpr
 
 
 @triton.jit(do_not_specialize=["stride", "samples", "rows", "views"], do_not_specialize_on_alignment=["labels"])
-def sort_kernel(labels, order, classes, stride, samples, rows, views, BLOCK: tl.constexpr, STEP: tl.constexpr):
+def sort_kernel(
+    labels, order, classes, stride, samples, rows, views,
+    BY_SAMPLE: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
     """order, classes <- those of ``Saved``, from ``labels`` (samples,): samples with one label keep their order.
+    BY_SAMPLE: ``classes`` are those of the samples, not of the rows in that order; ``views`` is 1.
 
     A program finds the places of BLOCK samples by comparing their labels with all others, STEP at a time, which takes
     far fewer operations than the products of the samples' rows. BLOCK divides STEP.
@@ -58,7 +62,7 @@ def sort_kernel(labels, order, classes, stride, samples, rows, views, BLOCK: tl.
     place = first + before
     tl.store(order + place, i.to(tl.int64), mask=valid)
     for view in range(views):
-        row = place * views + view
+        row = i if BY_SAMPLE else place * views + view
         tl.store(classes.first + row, first * views, mask=valid)
         tl.store(classes.end + row, end * views, mask=valid)
     if tl.program_id(0) == 0:
@@ -92,7 +96,9 @@ def class_tables_kernel(
     n = tl.full((BLOCK,), float("-inf"), tl.float64)
     for c in range(1 + (queue > 0).to(tl.int32)):
         column = Column(c, tl.where(c == 1, rows, 0), tl.where(c == 1, queue, batch), c == 0)
-        n = log_add(n, negatives(sums, saved, Anchors(row, group, valid), column, scale, sizes, stride, True, tile))
+        anchors = Anchors(row, group, valid)
+        ids = SampleIds(saved.classes.first, 1)
+        n = log_add(n, negatives(sums, saved, anchors, column, ids, scale, sizes, stride, tile))
     near = n.to(tl.float32)
 
     top = tl.full((BLOCK,), float("-inf"), tl.float32)
@@ -101,7 +107,7 @@ def class_tables_kernel(
     share = tl.zeros((BLOCK,), tl.float64)
     for start in range(first, last, BLOCK):
         other = start + tl.arange(0, BLOCK)
-        s = block_scores(saved.rows, row, other, last, scale, stride, tile)
+        s = block_scores(saved, row, other, last, scale, stride, tile)
         theirs = tl.load(saved.classes.first + other, mask=other < last, other=-1)
         positive = (group[:, None] == theirs[None, :]) & (row[:, None] != other[None, :])
         if rules.inside == ITSELF:
@@ -126,6 +132,7 @@ def class_tables_kernel(
         weight = tl.where(n == none, none, tl.log(share / count) - n)
         pivot, factor = n, n * 0.0
     elif rules.inside == NONE_INSIDE:
+        alone |= n == none  # without negatives there is no loss
         value = n - linear / count
         weight = tl.where(n == none, none, -n)
         pivot, factor = n, n * 0.0
@@ -178,15 +185,16 @@ def pair_coefficient(s, positives, at, mask, sizes, COLUMNS: tl.constexpr, rules
 
 
 @triton.jit
-def class_gradient(g, s, x, y, saved, upstream, sizes, rules: tl.constexpr, tile: tl.constexpr):
+def class_gradient(g, of_x, of_y, x, y, saved, upstream, sizes, rules: tl.constexpr, tile: tl.constexpr):
     """Return ``g`` with the pairs of one class replaced: by zero for a row with itself, else by the sum of both
-    anchors' coefficients. ``x``, ``y``: the rows of the tile; ``s``: its scores."""
+    anchors' coefficients. ``x``, ``y``: the rows of the tile; ``of_x``, ``of_y``: its scores for rows and for columns
+    as anchors."""
     x_in, y_in = x < sizes.batch, y < sizes.batch
     x_class = tl.load(saved.classes.first + x, mask=x_in, other=-1)
     y_class = tl.load(saved.classes.first + y, mask=y_in, other=-2)
     same = x_class[:, None] == y_class[None, :]
-    cx = pair_coefficient(s, saved.positives, x, x_in, sizes, False, rules)
-    cy = pair_coefficient(s, saved.positives, y, y_in, sizes, True, rules)
+    cx = pair_coefficient(of_x, saved.positives, x, x_in, sizes, False, rules)
+    cy = pair_coefficient(of_y, saved.positives, y, y_in, sizes, True, rules)
     if upstream is None:
         both = (cx + cy) * tile.FACTOR
     else:

@@ -15,7 +15,7 @@ from selfsup_kernels.tiles.kernels.tile import SLOW, load_tile, negatives_meet, 
 
 @triton.jit(do_not_specialize=[*Sizes._fields, *GradientWork._fields])
 def gradient_kernel(
-    source_x, source_y, saved, upstream, partial,
+    source_x, source_y, saved, ids, upstream, partial,
     rows, batch, padded, queue, views, core_view, columns,
     shares, slot, queue_slot, first_block, own_blocks, part_first, part_rows, begin, end,
     PART: tl.constexpr, rules: tl.constexpr, tile: tl.constexpr,
@@ -70,7 +70,7 @@ def gradient_kernel(
                 y = load_tile(source_y, y_row, 0, BLOCK_K, BLOCK_N, BLOCK_K, tile)
                 s = tl.dot(x, tl.trans(y), input_precision=tile.PRECISION)
                 xs, ys = Block(u, x_local, x_row), Block(v, y_local, y_row)
-                g = pair_gradient(s, xs, ys, limit, saved, upstream, scale, sizes, PART != "clean", rules, tile)
+                g = pair_gradient(s, xs, ys, limit, saved, ids, upstream, scale, sizes, PART != "clean", rules, tile)
                 total = tl.dot(g.to(y.dtype), y, total, input_precision=tile.PRECISION)
     to_slot = tl.where(from_queue, queue_slot, slot + share).to(tl.int64)
     at = (to_slot * views + u) * part_rows + x_local - part_first + tl.arange(0, BLOCK_M)

@@ -16,8 +16,11 @@ MEAN, LOG_SUM = tl.constexpr(int(Numerator.MEAN)), tl.constexpr(int(Numerator.LO
 
 
 @triton.jit
-def anchor_tables(n, p, u, column, core_view, views, has_queue, rules: tl.constexpr):
-    """(loss, log_weights, positives) of anchors of view ``u``; ``column`` numbers the last axis of ``n`` and ``p``."""
+def anchor_tables(n, p, several, mean, u, column, core_view, views, has_queue, rules: tl.constexpr):
+    """(loss, log_weights, positives) of anchors of view ``u``; ``column`` numbers the last axis of ``n`` and ``p``.
+
+    If ``rules.crossed``, ``several`` are the anchors whose class has other samples: N has all rows of a view, and
+    ``mean`` (anchors, columns) is that of the positives' scores."""
     is_view = column < views
     meets = negatives_meet(u, column, False, core_view, ALL)
     positive = (is_view & (column != u) & meets)[None, :]
@@ -36,8 +39,13 @@ def anchor_tables(n, p, u, column, core_view, views, has_queue, rules: tl.conste
         common = log_sum_exp(n, shared[None, :])
         rest = log_add(n, common[:, None])
         each = -log_add(rest, p) - log_count
-        loss = tl.sum(tl.where(positive, log_ratio(rest, p), 0.0), 1) / count
+        terms = log_ratio(rest, p)
         positives = tl.where(positive, -sigmoid(rest - p) / count, 0.0)
+        if rules.crossed:
+            each = tl.where(several[:, None], -rest - log_count, each)
+            terms = tl.where(several[:, None], rest - mean, terms)
+            positives = tl.where(several[:, None], 0.0, positives)
+        loss = tl.sum(tl.where(positive, terms, 0.0), 1) / count
         total = log_sum_exp(each, positive)
         log_weights = tl.where(positive, each, tl.where(shared[None, :], total[:, None], none))
         return loss, log_weights, positives
@@ -54,8 +62,9 @@ def anchor_tables(n, p, u, column, core_view, views, has_queue, rules: tl.conste
         mean = tl.sum(p, 1) / count
         if rules.inside == NONE_INSIDE:
             den = rest
-            loss = den - mean
-            positives = tl.where(positive, -1.0 / count, 0.0)
+            some = rest != none  # without negatives there is no loss
+            loss = tl.where(some, den - mean, 0.0)
+            positives = tl.where(positive & some[:, None], -1.0 / count, 0.0)
         else:
             den = log_add(rest, inside)
             one = -sigmoid(rest - inside)

@@ -9,7 +9,8 @@ from selfsup_kernels.tiles.kernels.tile import FINISHED, LONGEST, SCALE, SLOW
 
 @triton.jit
 def _source_rows(sources, strides, order, row, padded, samples, NUM_VIEWS: tl.constexpr):
-    """Return pointers to the user's rows that the stored rows ``row`` hold, and a mask of those that hold one."""
+    """Return pointers to the user's rows that the stored rows ``row`` hold, their views and samples, and a mask of
+    those that hold one."""
     if order is not None:  # row = place in the order of the classes * views + view
         view = row % NUM_VIEWS
         valid = row < samples * NUM_VIEWS
@@ -22,7 +23,7 @@ def _source_rows(sources, strides, order, row, padded, samples, NUM_VIEWS: tl.co
     pointers = sources[0] + sample * strides[0]
     for v in tl.static_range(1, NUM_VIEWS):
         pointers = tl.where(view == v, sources[v] + sample * strides[v], pointers)
-    return pointers, valid
+    return pointers, view, sample, valid
 
 
 @triton.jit(do_not_specialize_on_alignment=["out"])
@@ -32,13 +33,14 @@ def clear_kernel(out):
 
 
 # temperature_tensor and grad_scale may point into a larger tensor. Their alignment must not compile another variant.
-@triton.jit(do_not_specialize=Source._fields, do_not_specialize_on_alignment=["temperature_tensor"])
+@triton.jit(do_not_specialize=Source._fields, do_not_specialize_on_alignment=["logq", "temperature_tensor"])
 def load_rows_kernel(
-    sources, strides, order, saved, sums, temperature_tensor, temperature: tl.float64, eps: tl.float64,
+    sources, strides, order, logq, saved, sums, temperature_tensor, temperature: tl.float64, eps: tl.float64,
     padded, samples, rows, first_row, columns, is_tensor, dim, stride,
     NUM_VIEWS: tl.constexpr, NORMALIZE: tl.constexpr, tile: tl.constexpr,
 ):  # fmt: skip
-    """saved.rows <- unit rows, zeros in the padding; saved.inverse_norms <- 1 / norm, negative at the floor; sums <- 0.
+    """saved.rows <- unit rows, zeros in the padding; saved.inverse_norms <- 1 / norm, negative at the floor; sums <- 0;
+    saved.logq <- ``logq`` (V, B), which may be None.
 
     ``sources``: V matrices (B, D) of row strides ``strides``; ``order``: ``Saved.order``, or None. The first program
     writes the scale: of ``temperature``, or of ``temperature_tensor`` if ``is_tensor``. ``sums`` and ``saved.scalars``
@@ -46,7 +48,7 @@ def load_rows_kernel(
     BLOCK: tl.constexpr = tile.BLOCK
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     d = tl.arange(0, tile.BLOCK_K)
-    pointers, valid = _source_rows(sources, strides, order, row, padded, samples, NUM_VIEWS)
+    pointers, view, sample, valid = _source_rows(sources, strides, order, row, padded, samples, NUM_VIEWS)
     mask = valid[:, None] & (d < dim)[None, :]
     h = tl.load(pointers[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float64)
     square = tl.sum(h * h, 1)
@@ -65,6 +67,9 @@ def load_rows_kernel(
     # The queue's part of inverse_norms has no padding: the backward derives K from its length.
     kept = row < tl.where(columns > 0, rows, samples)
     tl.store(saved.inverse_norms + first_row + row, reciprocal.to(tl.float32), mask=kept)
+    if logq is not None:
+        of_row = tl.load(logq + view * samples + sample, mask=valid, other=0.0)
+        tl.store(saved.logq + row, of_row, mask=row < rows)
     if sums is not None:
         if columns > 0:
             for c in range(columns):

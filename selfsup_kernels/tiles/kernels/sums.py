@@ -18,6 +18,8 @@ import triton.language as tl
 from selfsup_kernels.tiles.arguments import Sizes, SumsWork
 from selfsup_kernels.tiles.kernels.tile import (
     OTHER,
+    half_odds,
+    load_ids,
     load_tile,
     negatives_meet,
     relative_exponential,
@@ -97,13 +99,13 @@ def _decode(item, blocks, queue_blocks, sizes, work, SYMMETRIC: tl.constexpr):
 
 @triton.jit
 def _stream(
-    source_x, source_y, y, item, sums, classes, scale, sizes, stride,
+    source_x, source_y, y, item, sums, classes, ids, logq, scale, sizes, stride,
     MASKED: tl.constexpr, PAIRED: tl.constexpr, SYMMETRIC: tl.constexpr, rules: tl.constexpr, tile: tl.constexpr,
 ):  # fmt: skip
     """Stream blocks of view v past the rows of y. Add the row sums to memory; return the column sums.
 
     Without MASKED every pair of a tile counts, except rows past the end. Nearly all tiles are of that kind, and their
-    loop has no registers to spare for masks.
+    loop has no registers to spare for masks. With ``ids`` they have one: duplicates may be anywhere.
     """
     BLOCK_M: tl.constexpr = tile.BLOCK_M
     BLOCK_N: tl.constexpr = tile.BLOCK_N
@@ -128,25 +130,39 @@ def _stream(
         xs = x_local + tl.arange(0, BLOCK_M)
         if x_local + BLOCK_M > item.limit:
             e = tl.where((xs < item.limit)[:, None], e, 0.0)
-        if MASKED:
-            ys = item.local + tl.arange(0, BLOCK_N)
+        ys = item.local + tl.arange(0, BLOCK_N)
+        if ids is not None:
+            x_id, y_id = load_ids(ids, xs, xs < sizes.batch), load_ids(ids, ys, ys < sizes.batch)
+            e = tl.where((x_id[:, None] != y_id[None, :]) | (item.v == sizes.views), e, 0.0)
+        elif MASKED:
             if rules.labelled:
                 x_class = tl.load(classes.first + xs, mask=xs < sizes.batch, other=-1)
                 y_class = tl.load(classes.first + ys, mask=ys < sizes.batch, other=-2)
                 keep = x_class[:, None] != y_class[None, :]
             else:
                 keep = xs[:, None] != ys[None, :]
+                if rules.crossed:  # a class of several samples is among the terms of its own sums
+                    first = tl.load(classes.first + ys, mask=ys < sizes.batch, other=0)
+                    end = tl.load(classes.end + ys, mask=ys < sizes.batch, other=0)
+                    keep = keep | (end - first > 1)[None, :]
             e = tl.where(keep | (item.v == sizes.views), e, 0.0)
+        to_columns = e
+        if logq is not None:  # of the rows, the columns of these anchors
+            x_odds = half_odds(logq, x_row + tl.arange(0, BLOCK_M), xs < item.limit)[:, None]
+            to_columns = e * x_odds * x_odds
         # Add what one thread holds; across threads only once per work item.
         if PAIRED:
-            column_sums += tl.sum(tl.reshape(e, (BLOCK_M // 16, 2, 8, BLOCK_N)), 1)
+            column_sums += tl.sum(tl.reshape(to_columns, (BLOCK_M // 16, 2, 8, BLOCK_N)), 1)
         else:
-            column_sums += e
+            column_sums += to_columns
         if SYMMETRIC:
             # A tile on the diagonal holds each pair twice: its column sums are complete.
             if (item.v != sizes.views) & ((item.v != item.u) | (x_block != item.block)):
                 if MASKED:
                     e = tl.where((ys < sizes.batch)[None, :], e, 0.0)
+                if logq is not None:
+                    y_odds = half_odds(logq, item.row + tl.arange(0, BLOCK_N), ys < sizes.batch)[None, :]
+                    e = e * y_odds * y_odds
                 # No thread of this launch reads a sum. Triton's default memory order would add a fence of the whole
                 # device, which also empties the L1 cache, to every tile.
                 at = sums + item.u * sizes.rows + x_row + tl.arange(0, BLOCK_M)
@@ -158,7 +174,7 @@ def _stream(
 
 @triton.jit(do_not_specialize=[*Sizes._fields, *SumsWork._fields])
 def sums_kernel(
-    source_x, source_y, sums, scalars, classes,
+    source_x, source_y, sums, scalars, classes, ids, logq,
     rows, batch, padded, queue, views, core_view, columns,
     items, chunk, first_block, own_blocks, stride,
     PART: tl.constexpr, PAIRED: tl.constexpr, SYMMETRIC: tl.constexpr, rules: tl.constexpr, tile: tl.constexpr,
@@ -168,7 +184,7 @@ def sums_kernel(
     PART: "clean" computes the tiles in which every pair counts, "masked" the others, "all" all of them with masks. The
     circle consists of spans, the blocks of the clean launch; a program's own block is a span or a piece of one. The
     views follow each other at a distance of sizes.padded rows, then the queue. PAIRED: a thread holds rows r and r + 8
-    of a tile's product (mma and wgmma; with tcgen05 it holds one row).
+    of a tile's product (mma and wgmma; with tcgen05 it holds one row). ``ids``: ``SampleIds`` of duplicates, or None.
     """
     sizes = Sizes(rows, batch, padded, queue, views, core_view, columns)
     work = SumsWork(items, chunk, first_block, own_blocks)
@@ -209,8 +225,9 @@ def sums_kernel(
             y = load_tile(source_y, y_row, 0, stride, tile.BLOCK_N, tile.BLOCK_K, tile) if tile.RESIDENT else None
             item = Item(u, v, y_block, y_local, y_row, start, steps, clean, skipped, count, limit)
             column_sums = _stream(
-                source_x, source_y, y, item, sums, classes, scale, sizes, stride, MASKED, PAIRED, SYMMETRIC, rules, tile
-            )
+                source_x, source_y, y, item, sums, classes, ids, logq, scale, sizes, stride,
+                MASKED, PAIRED, SYMMETRIC, rules, tile,
+            )  # fmt: skip
             ys = y_local + tl.arange(0, tile.BLOCK_N)
             at = sums + v * sizes.rows + y_row + tl.arange(0, tile.BLOCK_N)
             tl.atomic_add(at, column_sums, mask=ys < sizes.batch, sem="relaxed")

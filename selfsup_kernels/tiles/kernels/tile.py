@@ -37,6 +37,19 @@ def load_tile(source, row, column, stride, ROWS: tl.constexpr, COLUMNS: tl.const
 
 
 @triton.jit
+def load_ids(ids, sample, mask):
+    """Return the ids (``SampleIds``) of samples; 0 where ``mask`` is False."""
+    return tl.load(ids.data + sample.to(tl.int64) * ids.stride, mask=mask, other=0)
+
+
+@triton.jit
+def half_odds(logq, row, mask):
+    """Return exp(-logq / 2) of stored rows. A kernel multiplies by it twice: exp(-logq) may be too small for a float32
+    where the product of it and of exp(score - reference) is not."""
+    return tl.exp2(tl.load(logq + row, mask=mask, other=0.0) * (-0.5 * LOG2E))
+
+
+@triton.jit
 def tile_products(source_x, source_y, x, y, x_row, y_row, stride, tile: tl.constexpr):
     """Return the inner products (BLOCK_M, BLOCK_N) of two blocks of rows, in float32: of x and y if they are resident,
     that is as wide as the rows, else streamed in pieces of BLOCK_K."""

@@ -12,7 +12,7 @@ from selfsup_kernels.tiles.kernels.tile import SLOW, score_reference, tile_produ
 # ``width``, a multiple of 256, is no constant: it follows the size of the batch, and each would be a kernel of its own.
 @triton.jit(do_not_specialize=[*Sizes._fields, "u", "v", "x_first", "y_first"])
 def wave_kernel(
-    source_x, source_y, saved, upstream, workspace,
+    source_x, source_y, saved, ids, upstream, workspace,
     rows, batch, padded, queue, views, core_view, columns,
     u, v, x_first, y_first, width, stride, rules: tl.constexpr, tile: tl.constexpr,
 ):  # fmt: skip
@@ -31,9 +31,9 @@ def wave_kernel(
     block = y_local // tile.BLOCK_N
     mixed = (v != views) & (block >= low) & (block < high)
     if mixed | (tl.load(saved.scalars + SLOW) > 0):
-        g = pair_gradient(s, x, y, limit, saved, upstream, scale, sizes, True, rules, tile)
+        g = pair_gradient(s, x, y, limit, saved, ids, upstream, scale, sizes, True, rules, tile)
     else:
-        g = pair_gradient(s, x, y, limit, saved, upstream, scale, sizes, False, rules, tile)
+        g = pair_gradient(s, x, y, limit, saved, ids, upstream, scale, sizes, False, rules, tile)
     i = tl.program_id(1) * tile.BLOCK_M + tl.arange(0, tile.BLOCK_M)
     j = tl.program_id(0) * tile.BLOCK_N + tl.arange(0, tile.BLOCK_N)
     tl.store(workspace + i[:, None] * width + j[None, :], g.to(workspace.dtype.element_ty))

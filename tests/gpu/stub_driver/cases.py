@@ -32,7 +32,7 @@ class Case:
         self.options = options | ({"queue": torch.randn(queue, dim, dtype=dtype)} if queue else {})
         self.reduce = reduce or torch.Tensor.sum
         temperature = options.get("temperature")
-        given = [*self.views, self.options.get("queue"), options.get("labels"), temperature]
+        given = [*self.views, self.options.get("queue"), options.get("labels"), options.get("duplicates"), temperature]
         self.inputs = [x for x in given if isinstance(x, torch.Tensor)]
 
     def run(self):

@@ -89,6 +89,9 @@ cases = {
     "many rows": {"batch": 4096, "dim": 256},
     "labels": {"labels": torch.arange(100) % 7},
     "labels and a queue": {"labels": torch.arange(100, dtype=torch.uint8) % 7, "queue": 70},
+    "labels across views": {"labels": torch.arange(100) % 7, "objective": "cross_view"},
+    "duplicates": {"duplicates": torch.arange(200, dtype=torch.int16)[::2] % 7},
+    "logq": {"logq": torch.linspace(-1, 1, 100)},
     "loss of each anchor": {"reduction": "none"},
     "loss of each anchor with labels": {"reduction": "none", "labels": torch.arange(100) % 7},
 }
