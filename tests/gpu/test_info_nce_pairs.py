@@ -16,6 +16,13 @@ from selfsup_kernels.tiles import configs, launcher
 
 IMPL = "triton"
 
+
+@pytest.fixture
+def dtype(path):
+    """Each path has a dtype here; tests/gpu/test_info_nce.py runs all of them on every path."""
+    return {"clean+masked": torch.bfloat16, "all": torch.float32, "waves": torch.float16}[path]
+
+
 FORMS = {
     "duplicates": {"objective": "supcon_out"},
     "classes across views": {"objective": "cross_view"},
@@ -46,17 +53,15 @@ def test_duplicates(impl, path, device, dtype, objective, ids):
 
 
 @pytest.mark.parametrize("core_view", [None, 1])
-@pytest.mark.parametrize("length", [0, 40])
 @pytest.mark.parametrize("objective", ["supcon_in", "pairwise", "cross_view"])
-def test_duplicates_with_a_queue_and_a_core_view(impl, path, device, objective, length, core_view):
-    views, queue = randn(3, 33, 20).to(device), randn(length, 20, seed=1).to(device) if length else None
+def test_duplicates_with_a_queue_and_a_core_view(impl, path, device, objective, core_view):
+    views, queue = randn(3, 33, 20).to(device), randn(40, 20, seed=1).to(device)
     ids = random_labels(33, 7).to(device)
     compare_info_nce(impl, views, objective=objective, duplicates=ids, queue=queue, core_view=core_view)
 
 
 @pytest.mark.parametrize("length", [0, 40])
-@pytest.mark.parametrize("num_views", [2, 3])
-@pytest.mark.parametrize("classes", [1, 5, 50, 10**6])
+@pytest.mark.parametrize(("classes", "num_views"), [(1, 2), (5, 2), (50, 3)])
 def test_classes_across_views(impl, path, device, dtype, classes, num_views, length):
     """An anchor has all rows of its class in another view as positives; many classes have one sample, or few."""
     views = randn(num_views, 69, 20, dtype=dtype).to(device)
@@ -65,24 +70,29 @@ def test_classes_across_views(impl, path, device, dtype, classes, num_views, len
     compare_info_nce(impl, views, objective="cross_view", labels=labels, queue=queue)
 
 
-@pytest.mark.parametrize("of_views", [False, True])
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_logq(impl, path, device, dtype, objective, of_views):
+def test_logq(impl, path, device, dtype, objective):
     logq = (3 * randn(2, 71, seed=5)).to(device)
     views = randn(2, 71, 20, dtype=dtype).to(device)
-    compare_info_nce(impl, views, objective=objective, logq=logq if of_views else logq[0])
+    compare_info_nce(impl, views, objective=objective, logq=logq)
 
 
-@pytest.mark.parametrize("classes", [1, 4, 10**6])
 @pytest.mark.parametrize("objective", LABEL_OBJECTIVES)
-def test_logq_and_labels(impl, path, device, dtype, objective, classes):
-    views, labels = randn(2, 45, 20, dtype=dtype).to(device), random_labels(45, classes).to(device)
+def test_logq_and_labels(impl, path, device, dtype, objective):
+    views, labels = randn(2, 45, 20, dtype=dtype).to(device), random_labels(45, 4).to(device)
     logq = (3 * randn(2, 45, seed=5)).to(device)
     compare_info_nce(impl, views, objective=objective, labels=labels, logq=logq)
 
 
-@pytest.mark.parametrize("spread", [60.0, 400.0])
-@pytest.mark.parametrize("form", [form for form in FORMS if "logq" in form])
+@pytest.mark.parametrize(
+    ("spread", "form"),
+    [
+        (60.0, "logq"),
+        (400.0, "logq and labels"),
+        (60.0, "logq and duplicates"),
+        (400.0, "logq and classes across views"),
+    ],
+)
 def test_logq_of_any_spread(impl, path, device, form, spread):
     """The rarest rows' exponentials and weights leave the range of the fast path."""
     arguments = arguments_of(form, 2, 66, device)
@@ -97,28 +107,26 @@ def test_a_common_row_among_rare_ones(impl, path, device):
     compare_info_nce(impl, randn(2, 70, 20).to(device), 0.05, logq=logq.to(device))
 
 
-@pytest.mark.parametrize("temperature", [0.01, 0.005])
 @pytest.mark.parametrize("form", FORMS)
-def test_temperatures(impl, path, device, dtype, form, temperature):
+def test_a_low_temperature(impl, path, device, dtype, form):
     views = randn(2, 37, 33, dtype=dtype).to(device)
     # At low temperatures the temperature's gradient is a small sum of large terms.
-    compare_info_nce(impl, views, temperature, cancels=True, **arguments_of(form, 2, 37, device))
+    compare_info_nce(impl, views, 0.005, cancels=True, **arguments_of(form, 2, 37, device))
 
 
-@pytest.mark.parametrize("temperature", [0.0143, 0.01])
 @pytest.mark.parametrize("form", FORMS)
-def test_adversarial_row(impl, path, device, temperature, form):
+def test_adversarial_row(impl, path, device, form):
     """One anchor with all negatives opposite to it is right, whose sum alone underflows."""
     views = randn(2, 40, 8)
     views[:, :, 0] += 60
     views[0, 7] *= -1
-    compare_info_nce(impl, views.to(device), temperature, cancels=True, **arguments_of(form, 2, 40, device, 30))
+    compare_info_nce(impl, views.to(device), 0.01, cancels=True, **arguments_of(form, 2, 40, device, 30))
 
 
-@pytest.mark.parametrize(("size", "temperature"), [(1.0, 1.0), (30.0, 2.0)])
 @pytest.mark.parametrize("form", FORMS)
-def test_unnormalised(impl, path, device, form, size, temperature):
-    views = size * randn(2, 33, 12, seed=7).to(device)
+def test_unnormalised(impl, path, device, form):
+    temperature = 2.0
+    views = 30 * randn(2, 33, 12, seed=7).to(device)
     arguments = arguments_of(form, 2, 33, device) | {"normalize": False}
     score = views.double().square().sum(-1).max() / temperature
     _, grad, slope = run(spec.info_nce_loss, views.double(), temperature, **arguments)
@@ -126,7 +134,7 @@ def test_unnormalised(impl, path, device, form, size, temperature):
     compare_info_nce(impl, views, temperature, floor=floor, **arguments)
 
 
-@pytest.mark.parametrize("size", [(2, 2, 1), (3, 65, 33), (2, 33, 300), (4, 18, 16)], ids=str)
+@pytest.mark.parametrize("size", [(2, 2, 1), (3, 65, 33)], ids=str)
 @pytest.mark.parametrize("form", FORMS)
 def test_sizes(impl, path, device, form, size):
     views = randn(*size, seed=1).to(device)
@@ -135,18 +143,16 @@ def test_sizes(impl, path, device, form, size):
     compare_info_nce(impl, views, floor=floor, cancels=size[2] > 1, **arguments_of(form, size[0], size[1], device))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("width", [64, 300])
+@pytest.mark.parametrize(("width", "dtype"), [(64, torch.bfloat16), (300, torch.float32)], ids=str)
 @pytest.mark.parametrize("form", FORMS)
-def test_shipped_configurations(impl, device, dtype, form, width):
+def test_shipped_configurations(impl, device, form, width, dtype):
     """The shipped configurations are right with more rows than a tile."""
     views = randn(2, 130, width, dtype=dtype).to(device)
     compare_info_nce(impl, views, cancels=True, **arguments_of(form, 2, 130, device))
 
 
-@pytest.mark.parametrize("batch", [130, 200])
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("clean", [(64, 64), (64, 128)], ids=str)
+@pytest.mark.parametrize(("clean", "batch"), [((64, 64), 200), ((64, 128), 130)], ids=str)
 def test_masked_and_clean_tiles_share_the_pairs(impl, device, monkeypatch, clean, form, batch):
     monkeypatch.setattr(launcher, "MANY_TILES", 0)
     monkeypatch.setattr(launcher, "deterministic", lambda: False)
@@ -161,15 +167,12 @@ def test_masked_and_clean_tiles_share_the_pairs(impl, device, monkeypatch, clean
     compare_info_nce(impl, randn(2, batch, 16).to(device), **arguments_of(form, 2, batch, device))
 
 
-@pytest.mark.parametrize("reduction", ["none", "sum"])
 @pytest.mark.parametrize("form", FORMS)
-def test_reductions(impl, path, device, dtype, form, reduction):
+def test_weighted_anchors(impl, path, device, dtype, form):
     views = randn(3, 20, 12, dtype=dtype).to(device)
-    arguments = arguments_of(form, 3, 20, device, 6) | {"reduction": reduction}
-    upstream = torch.tensor(-(2.0**-19), device=device)
-    if reduction == "none":
-        upstream = randn(3, 20, seed=1).to(device)
-        upstream[:, ::3] = 0  # a pair has a gradient although one of its anchors has none
+    arguments = arguments_of(form, 3, 20, device, 6) | {"reduction": "none"}
+    upstream = randn(3, 20, seed=1).to(device)
+    upstream[:, ::3] = 0  # a pair has a gradient although one of its anchors has none
     got, eager, want = (
         run(function, x, torch.tensor(0.1, dtype=dtype).to(x.dtype), upstream, **arguments, **extra)
         for function, x, extra in (
@@ -185,7 +188,7 @@ def test_reductions(impl, path, device, dtype, form, reduction):
         assert_within(name, got[i], want[i], eager[i], floor if name == "temperature" else 0.0)
 
 
-@pytest.mark.parametrize("kind", [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8], ids=str)
+@pytest.mark.parametrize("kind", [torch.int64, torch.int16, torch.uint8], ids=str)
 @pytest.mark.parametrize("form", ["duplicates", "classes across views"])
 def test_ids_of_any_integer_type_and_stride(impl, path, device, form, kind):
     arguments = arguments_of(form, 2, 37, device)
@@ -218,8 +221,7 @@ def test_decoupled_without_negatives(impl, path, device, labels, value):
             assert_within(name, ours, theirs.double())
 
 
-@pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(("value", "normalize"), [(math.nan, True), (math.inf, False)])
 @pytest.mark.parametrize("form", FORMS)
 def test_nan_and_inf_give_what_the_dense_loss_gives(impl, path, device, form, value, normalize):
     views = 0.3 * randn(2, 33, 8).to(device)
