@@ -6,7 +6,7 @@ from helpers import randn, random_labels, run
 from torch.profiler import ProfilerActivity, profile
 
 from selfsup_kernels import byol_loss, info_nce_loss
-from selfsup_kernels.info_nce import reference
+from selfsup_kernels.info_nce import one_way, reference
 from selfsup_kernels.info_nce.objectives import LABEL_OBJECTIVES, OBJECTIVES
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -179,6 +179,23 @@ def test_memory_is_linear_in_the_rows(op_impl, form, monkeypatch):
     # The constant covers tiles of all threads, or some float64 temporaries of a chunk.
     allowed = rows * (8 * 4 * dim + 64 * 8) + 2**23
     assert 4 * rows * dim < peak_bytes(step) < allowed < 4 * rows * rows
+
+
+@pytest.mark.parametrize("objective", ["supcon_out", "per_positive"])
+@pytest.mark.parametrize(("rows", "columns"), [(1024, 4096), (4096, 1024)])
+def test_memory_of_one_way_is_linear_in_anchors_and_columns(objective, rows, columns, monkeypatch):
+    monkeypatch.setattr(one_way, "_BLOCK_BYTES", 2**19)
+    dim = 32
+    anchors, others = randn(rows, dim).requires_grad_(), randn(columns, dim, seed=1).requires_grad_()
+    labels, column_labels = random_labels(rows, 50), random_labels(columns, 50, seed=1)
+
+    def step():
+        losses = one_way.losses(anchors, others, labels, column_labels, temperature=0.1, objective=objective)
+        losses.sum().backward()
+
+    # Unit rows, gradients and scratch take 8 times the rows; the float64 tables and their scratch 16 doubles per row.
+    allowed = (rows + columns) * (8 * 4 * dim + 16 * 8) + 5 * 2**19
+    assert 4 * (rows + columns) * dim < peak_bytes(step) < allowed < 4 * rows * columns
 
 
 @pytest.mark.parametrize("labelled", [False, True])

@@ -7,6 +7,7 @@ import torch
 
 from selfsup_kernels.compat._common import DropIn, altered, is_from, narrow, unsupported, wide_loss
 from selfsup_kernels.core import validate as check
+from selfsup_kernels.info_nce import one_way
 
 __all__ = ["NTXentLoss", "SupConLoss"]
 
@@ -67,15 +68,15 @@ class NTXentLoss(_PairLoss):
     Args:
         temperature: a positive number.
         **kwargs: ``distance``: CosineSimilarity (default) or DotProductSimilarity. ``reducer``: MeanReducer (default)
-            or SumReducer. Other values, ``embedding_regularizer`` and ``collect_stats`` are not supported, nor are
-            ``indices_tuple``, ``ref_emb`` and ``ref_labels`` of the forward.
+            or SumReducer. Other values, ``embedding_regularizer`` and ``collect_stats`` are not supported, nor is
+            ``indices_tuple`` of the forward.
 
     A subclass may define ``get_default_distance`` and ``get_default_reducer``.
 
     Raises:
         RuntimeError: a feature is not supported, or a subclass overrides another method of the original (raised when
             the subclass is defined).
-        ValueError, TypeError: embeddings or labels do not fit.
+        ValueError, TypeError: embeddings, references or labels do not fit.
     """
 
     original = "pytorch_metric_learning.losses.NTXentLoss"
@@ -85,9 +86,19 @@ class NTXentLoss(_PairLoss):
         _ntxent.settings(self)
 
     def forward(self, embeddings, labels=None, indices_tuple=None, ref_emb=None, ref_labels=None):
-        """Return the loss of ``(B, D)`` embeddings with ``(B,)`` labels. The other arguments must be None."""
+        """Return the loss of ``(B, D)`` embeddings with ``(B,)`` labels.
+
+        Args:
+            embeddings, labels: the anchors; without ``ref_emb`` they are contrasted with each other.
+            indices_tuple: must be None. CrossBatchMemory passes one, and is not supported.
+            ref_emb: ``(M, D)``, contrasted with the anchors instead, in their dtype and on their device. It may require
+                grad.
+            ref_labels: ``(M,)``, the labels of ``ref_emb``; without, M = B and row i has the label of embedding i. If
+                it is None or the same tensor as ``labels``, row i is neither a positive nor a negative of anchor i, as
+                in the original. Without ``ref_emb`` it is not read.
+        """
         if not isinstance(self, NTXentLoss):
-            _check_end(self, embeddings)
+            _check_end(self, embeddings, embeddings if ref_emb is None else ref_emb)
         return _ntxent(self, embeddings, labels, indices_tuple, ref_emb, ref_labels)
 
 
@@ -105,14 +116,14 @@ class SupConLoss(_PairLoss):
         temperature: a positive number.
         **kwargs: ``distance``: CosineSimilarity (default) or DotProductSimilarity. ``reducer``: AvgNonZeroReducer
             (default), MeanReducer or SumReducer. Other values, ``embedding_regularizer`` and ``collect_stats`` are not
-            supported, nor are ``indices_tuple``, ``ref_emb`` and ``ref_labels`` of the forward.
+            supported, nor is ``indices_tuple`` of the forward.
 
     A subclass may define ``get_default_distance`` and ``get_default_reducer``.
 
     Raises:
         RuntimeError: a feature is not supported, or a subclass overrides another method of the original (raised when
             the subclass is defined).
-        ValueError, TypeError: embeddings or labels do not fit.
+        ValueError, TypeError: embeddings, references or labels do not fit.
     """
 
     original = "pytorch_metric_learning.losses.SupConLoss"
@@ -122,7 +133,7 @@ class SupConLoss(_PairLoss):
         _supcon.settings(self)
 
     def forward(self, embeddings, labels=None, indices_tuple=None, ref_emb=None, ref_labels=None):
-        """Return the loss of ``(B, D)`` embeddings with ``(B,)`` labels. The other arguments must be None."""
+        """Return the loss of ``(B, D)`` embeddings with ``(B,)`` labels; the arguments are those of NTXentLoss."""
         return _supcon(self, embeddings, labels, indices_tuple, ref_emb, ref_labels)
 
 
@@ -134,30 +145,27 @@ class _Loss(NamedTuple):
     method: str
     """The method that the original calls with the matrix of scores."""
     reducers: dict
-    """Functions ``reduce(losses, labels)`` by the name of the supported reducer, the default one first."""
+    """Functions ``reduce(losses, pairs)`` by the name of the supported reducer, the default one first."""
 
     def __call__(self, module, embeddings, labels, indices_tuple, ref_emb, ref_labels):
         normalize, reduce = self.settings(module)
         if indices_tuple is not None:
             raise unsupported(self.original, "indices_tuple (a miner's pairs or triplets)")
-        if ref_emb is not None or ref_labels is not None:
-            raise unsupported(self.original, "ref_emb and ref_labels")
-        if not isinstance(embeddings, torch.Tensor):
-            raise TypeError(f"embeddings: expected a (B, D) tensor, got {type(embeddings).__name__}")
-        if embeddings.dim() != 2:
-            raise ValueError(f"embeddings: expected a (B, D) tensor, got shape {tuple(embeddings.shape)}")
-        labels = _integer_labels(labels, embeddings)
-        if len(embeddings) == 1:
-            return (embeddings * 0).sum()  # as the original: no pairs
-        losses = wide_loss(
-            [embeddings],
-            temperature=module.temperature,
-            objective=self.objective,
-            labels=labels,
-            normalize=normalize,
-            reduction="none",
-        )[0]
-        return narrow(reduce(losses, labels), embeddings)
+        _check_rows("embeddings", "B", embeddings)
+        labels = _labels("labels", "B", labels, embeddings)
+        if ref_emb is None:  # the original ignores ref_labels then
+            pairs, none = _pairs(labels, labels), len(embeddings) == 1
+        else:
+            pairs = _pairs(labels, _labels_of_references(embeddings, labels, ref_emb, ref_labels))
+            none = len(embeddings) * len(ref_emb) <= 2  # the original skips one positive and one negative pair
+        if none:
+            return (embeddings * 0).sum()
+        settings = {"temperature": module.temperature, "objective": self.objective, "normalize": normalize}
+        if ref_emb is None:
+            losses = wide_loss([embeddings], labels=pairs.labels, reduction="none", **settings)[0]
+        else:
+            losses = one_way.losses(embeddings, ref_emb, *pairs, **settings)
+        return narrow(reduce(losses, pairs), embeddings)
 
     def settings(self, module):
         """Return whether rows are normalised and the function that reduces the losses; raise if unsupported."""
@@ -200,10 +208,40 @@ class _Loss(NamedTuple):
         return name
 
 
-def _over_pairs(losses, labels):
+class _Pairs(NamedTuple):
+    """The pairs of N anchors and M columns, as arguments of :func:`selfsup_kernels.info_nce.one_way.losses`."""
+
+    labels: torch.Tensor
+    """(N,) integers."""
+    ref_labels: torch.Tensor
+    """(M,) integers of the same dtype."""
+    itself: bool
+    """Whether the pairs (i, i) are left out."""
+
+    def positives(self):
+        """Return the number of positives of each anchor, (N,), without waiting for the accelerator."""
+        ordered = self.ref_labels.sort().values
+        first, end = (torch.searchsorted(ordered, self.labels, right=right) for right in (False, True))
+        return end - first - int(self.itself)
+
+    def differ(self):
+        """Return whether there are negative pairs, as a tensor."""
+        return (self.labels != self.ref_labels[0]).any() | (self.ref_labels != self.labels[0]).any()
+
+
+def _pairs(labels, ref_labels):
+    """Return the pairs for labels of any dtype. One tensor as both leaves out the pairs (i, i), as in the original."""
+    if ref_labels is labels:
+        labels = _integers(labels)
+        return _Pairs(labels, labels, True)
+    both = _integers(torch.cat([labels, ref_labels]))
+    return _Pairs(*both.split([len(labels), len(ref_labels)]), False)
+
+
+def _over_pairs(losses, pairs):
     """Return the sum over all positive pairs, and their number."""
-    pairs = (_class_sizes(labels) - 1).to(losses.dtype)
-    return (pairs * losses).sum(), pairs.sum().clamp_min(1)
+    positives = pairs.positives().to(losses.dtype)
+    return (positives * losses).sum(), positives.sum().clamp_min(1)
 
 
 def _nonzero_mean(losses):
@@ -213,7 +251,7 @@ def _nonzero_mean(losses):
 
 def _with_negatives(reduce):
     """Make the loss zero if all labels are equal, as the original's is without negative pairs."""
-    return lambda losses, labels: reduce(losses) * (labels != labels[0]).any()
+    return lambda losses, pairs: reduce(losses) * pairs.differ()
 
 
 _ntxent = _Loss(
@@ -221,8 +259,8 @@ _ntxent = _Loss(
     "per_positive",
     "pair_based_loss",
     {
-        "MeanReducer": lambda losses, labels: torch.div(*_over_pairs(losses, labels)),
-        "SumReducer": lambda losses, labels: _over_pairs(losses, labels)[0],
+        "MeanReducer": lambda losses, pairs: torch.div(*_over_pairs(losses, pairs)),
+        "SumReducer": lambda losses, pairs: _over_pairs(losses, pairs)[0],
     },
 )
 _supcon = _Loss(
@@ -237,7 +275,7 @@ _supcon = _Loss(
 )
 
 
-def _check_end(module, embeddings):
+def _check_end(module, embeddings, columns):
     """Under ``compat.patch``, leave a call to the original if a pair's loss may come near the original's cap."""
     dtype = _scores_dtype(embeddings)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
@@ -250,19 +288,48 @@ def _check_end(module, embeddings):
         )
     info = torch.finfo(dtype)
     end = -math.log(info.tiny)
-    # A pair's loss is at most 2 / T + log B; the original's error of exp(loss - cap) is then below a rounding.
-    if not 2 / module.temperature + math.log(max(len(embeddings), 1)) < end + math.log(info.eps):
+    # A pair's loss is at most 2 / T + log M; the original's error of exp(loss - cap) is then below a rounding.
+    if not 2 / module.temperature + math.log(max(len(columns), 1)) < end + math.log(info.eps):
         name = str(dtype).removeprefix("torch.")
         raise unsupported(NTXentLoss.original, f"{name} losses near {end:.1f}, where the original ends a pair's")
 
 
-def _integer_labels(labels, embeddings):
-    """Convert labels of any dtype to integers on the device of the embeddings."""
+def _check_rows(name, count, rows):
+    if not isinstance(rows, torch.Tensor):
+        raise TypeError(f"{name}: expected a ({count}, D) tensor, got {type(rows).__name__}")
+    if rows.dim() != 2:
+        raise ValueError(f"{name}: expected a ({count}, D) tensor, got shape {tuple(rows.shape)}")
+
+
+def _labels(name, count, labels, rows):
+    """Return the labels, one per row, on the device of the rows."""
     if not isinstance(labels, torch.Tensor):
-        raise TypeError(f"labels: expected a (B,) tensor, got {type(labels).__name__}")
-    if labels.shape != embeddings.shape[:1]:
-        raise ValueError(f"labels: expected shape ({len(embeddings)},), one per embedding, got {tuple(labels.shape)}")
-    labels = labels.to(embeddings.device)
+        raise TypeError(f"{name}: expected a ({count},) tensor, got {type(labels).__name__}")
+    if labels.shape != rows.shape[:1]:
+        raise ValueError(f"{name}: expected shape ({len(rows)},), one per embedding, got {tuple(labels.shape)}")
+    return labels.to(rows.device)
+
+
+def _labels_of_references(embeddings, labels, ref_emb, ref_labels):
+    """Check ``ref_emb`` and return its labels on its device."""
+    check.rows("embeddings", embeddings)
+    _check_rows("ref_emb", "M", ref_emb)
+    check.plain("ref_emb", ref_emb)
+    if ref_emb.shape[1] != embeddings.shape[1]:
+        raise ValueError(f"ref_emb: expected shape (M, {embeddings.shape[1]}), got {tuple(ref_emb.shape)}")
+    names = ("embeddings", "ref_emb").__getitem__
+    check.same_dtype_and_device([embeddings, ref_emb], names, not check.autocasts(embeddings.device))
+    if ref_labels is not None:
+        return _labels("ref_labels", "M", ref_labels, ref_emb)
+    if len(ref_emb) != len(embeddings):
+        raise ValueError(
+            "ref_labels: expected a (M,) tensor (without, row i of ref_emb has the label of row i of embeddings),"
+            f" got None with {len(embeddings)} embeddings and {len(ref_emb)} rows of ref_emb"
+        )
+    return labels
+
+
+def _integers(labels):
     return labels if labels.dtype in check.LABELS else torch.unique(labels, return_inverse=True)[1]
 
 
@@ -271,9 +338,3 @@ def _scores_dtype(embeddings):
     if not isinstance(embeddings, torch.Tensor) or not check.autocasts(embeddings.device):
         return getattr(embeddings, "dtype", None)
     return torch.get_autocast_dtype(embeddings.device.type)
-
-
-def _class_sizes(labels):
-    """Return the number of samples that share each sample's label, (B,), without waiting for the accelerator."""
-    ordered = labels.sort().values
-    return torch.searchsorted(ordered, labels, right=True) - torch.searchsorted(ordered, labels)

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from selfsup_kernels.core.eager import UnitRows, ordinary, scale_of, through_the_norm, unit_rows, without_autocast
 from selfsup_kernels.core.ops import REDUCTIONS, accumulation_dtype
 from selfsup_kernels.info_nce.call import SCALE, Call, Saved, unpack_backward
+from selfsup_kernels.info_nce.exponentials import exponents, log_sum_exp_, minus, weighted
 from selfsup_kernels.info_nce.objectives import Columns, Ids, Numerator, Positives, negative_views, positive_views
 
 _BLOCK_BYTES = 1 << 22
@@ -75,7 +76,7 @@ def backward(grad, *arguments):
         log_weights, positives = (
             table.view(-1, num_views, batch).permute(1, 2, 0) for table in (saved.log_weights, saved.positives)
         )
-        anchors = _exponents(log_weights, g.unsqueeze(-1), z.dtype)
+        anchors = exponents(log_weights, g.unsqueeze(-1), z.dtype)
         met = _met(call, z.device)
         logq = saved.logq.view(num_views, batch) if len(saved.logq) else None
         column_logq = _as_columns(logq, met)
@@ -97,8 +98,8 @@ def backward(grad, *arguments):
             of_rows = scores if logq is None else scores - column_logq
             of_columns = scores if logq is None else scores - logq[:, block, None, None]
             if not call.labelled:
-                pairs = _weighted(of_rows, *(t[:, block] for t in by_view))
-                pairs += _weighted(of_columns, *as_columns)
+                pairs = weighted(of_rows, *(t[:, block] for t in by_view))
+                pairs += weighted(of_columns, *as_columns)
                 own = _same_sample(pairs, block)
                 if call.ids == Ids.DUPLICATES:
                     pairs.masked_fill_(_same_id(ids, block), 0)
@@ -112,7 +113,7 @@ def backward(grad, *arguments):
                 pairs = _label_pairs(of_rows, of_columns, block, log_weights, positives, g, ids, call)
             in_batch.append(_product(pairs.flatten(2), columns))
             if queue_scores is not None:
-                pairs = _weighted(queue_scores, *(t[:, block, -1:] for t in anchors))
+                pairs = weighted(queue_scores, *(t[:, block, -1:] for t in anchors))
                 from_queue.append(_product(pairs, zq))
         in_batch = _join(in_batch)
         own = slice(samples.start, samples.stop)
@@ -228,7 +229,7 @@ def _view_tables(blocks, call, device, ids):
         own, same = _same_sample(scores, block), None if ids is None else _same_id(ids, block)
         if call.crossed:  # the log-sum-exp of the positives of each view, and their mean
             size = same.sum(-1).double()
-            positive = _logsumexp_(scores.masked_fill(~same, -torch.inf))
+            positive = log_sum_exp_(scores.masked_fill(~same, -torch.inf))
             means.append(of_all_views(scores.masked_fill(~same, 0).sum(-1).double() / size, 0))
             sizes.append(size.expand(num_views, -1, -1))
         else:
@@ -238,9 +239,9 @@ def _view_tables(blocks, call, device, ids):
             own.fill_(-torch.inf)
         else:
             scores.masked_fill_(same, -torch.inf)
-        sums = [of_all_views(_logsumexp_(scores), -torch.inf)]
+        sums = [of_all_views(log_sum_exp_(scores), -torch.inf)]
         if queue_scores is not None:
-            sums.append(_logsumexp_(queue_scores).unsqueeze(-1))
+            sums.append(log_sum_exp_(queue_scores).unsqueeze(-1))
         negatives.append(torch.cat(sums, -1))
     positives = _join(positives)
     loss, log_weights, coefficients = _coefficients(call, _join(negatives), positives)
@@ -250,17 +251,6 @@ def _view_tables(blocks, call, device, ids):
         share = torch.where(size > 1, 1 / (size * (num_views - 1)), 0)
         coefficients = torch.cat([torch.where(size > 1, 0, coefficients), share], -1)
     return loss, log_weights, coefficients
-
-
-def _logsumexp_(scores):
-    """Return the log-sum-exp over the last dimension, in float64, and overwrite the scores.
-
-    Rounded to float32 at scores of 1 / temperature, it would give probabilities that do not sum to one, and the
-    gradient of the temperature is a difference of scores.
-    """
-    largest = scores.amax(-1, keepdim=True)
-    largest = torch.where(largest.isinf(), 0, largest)
-    return scores.sub_(largest).exp_().sum(-1).double().log_().add_(largest.squeeze(-1))
 
 
 def _coefficients(call, n, p):
@@ -331,19 +321,19 @@ def _label_tables(blocks, call, labels):
 
         count = same.sum(-1).double() - 1
         safe = count.clamp_min(1)
-        n = _logsumexp_(flat.masked_fill(same, -torch.inf))
+        n = log_sum_exp_(flat.masked_fill(same, -torch.inf))
         if queue_scores is not None:
-            n = torch.logaddexp(n, _logsumexp_(queue_scores))
+            n = torch.logaddexp(n, log_sum_exp_(queue_scores))
         share = torch.where(count > 0, 1 / safe, 0).expand_as(n)
         den, pivot, factor = n, n, torch.zeros_like(n)
         if call.inside == Positives.ALL:
-            inside = _logsumexp_(of_positives(flat, -torch.inf))
+            inside = log_sum_exp_(of_positives(flat, -torch.inf))
             pivot = den = torch.logaddexp(n, inside)
             factor = torch.ones_like(n)
         log_weights = -den
         if call.inside == Positives.ITSELF:
             rest = n.unsqueeze(-1)
-            ratio = torch.where(rest.isinf(), rest.to(flat.dtype) - flat, _minus(rest, flat))
+            ratio = torch.where(rest.isinf(), rest.to(flat.dtype) - flat, minus(rest, flat))
             log_weights = of_positives(ratio.sigmoid(), 0).sum(-1).double().log() - n - safe.log()
             ratio = torch.where(flat < torch.inf, ratio, torch.nan)  # as in _log_ratio
             loss = of_positives(torch.nn.functional.softplus(ratio, threshold=80), 0).sum(-1).double() / safe
@@ -382,42 +372,15 @@ def _label_pairs(of_rows, of_columns, block, log_weights, positives, g, labels, 
 
 def _label_anchors(scores, same, log_weights, g, pivot, share, factor, call):
     """Return ``g d loss / d S`` of the anchors whose tables are given."""
-    apart = _weighted(scores, *_exponents(log_weights, g, scores.dtype))
+    apart = weighted(scores, *exponents(log_weights, g, scores.dtype))
     together = (-g * share).to(scores.dtype)
     if call.numerator == Numerator.LOG_SUM:
-        together = _weighted(scores, *_exponents(-pivot, -g * factor, scores.dtype))
+        together = weighted(scores, *exponents(-pivot, -g * factor, scores.dtype))
     elif call.inside == Positives.ALL:
-        together = _weighted(scores, *_exponents(-pivot, g * factor, scores.dtype)) + together
+        together = weighted(scores, *exponents(-pivot, g * factor, scores.dtype)) + together
     elif call.inside == Positives.ITSELF:
-        together = _minus(pivot, scores).sigmoid_().mul_(together)
+        together = minus(pivot, scores).sigmoid_().mul_(together)
     return torch.where(same, together, apart)
-
-
-def _weighted(scores, high, factor):
-    """Return ``factor exp(high + scores)``, with the tables of ``_exponents``."""
-    return (scores + high).exp_().mul_(factor)
-
-
-def _exponents(logw, g, dtype):
-    """Return (high, factor) with ``factor exp(high) = g exp(logw)``, for :func:`_weighted`."""
-    high, low = _split(logw, dtype)
-    return high, (g * low.exp()).to(dtype)
-
-
-def _minus(n, scores):
-    high, low = _split(n, scores.dtype)
-    return (high - scores).add_(low.to(scores.dtype))
-
-
-def _split(x, dtype):
-    """Split float64 numbers into ``high``, their rounding to ``dtype``, and the rest.
-
-    Rounding -100 to float32 alone changes all probabilities of an anchor by up to 4e-6 of their value, and the gradient
-    of the temperature is a difference of scores.
-    """
-    x = x.clamp(min=-(2.0**100))  # instead of -inf, since -inf - (-inf) is NaN
-    high = x.to(dtype)
-    return high, x - high
 
 
 # ---- The plain loss, differentiated by autograd, for ordinary calls with few scores. The op takes larger calls, calls

@@ -89,6 +89,94 @@ def test_self_supervised_wrapper(name):
     assert_same(mine, original, views(20, 16))
 
 
+def references(batch, columns, classes, dtype=torch.float64):
+    """Return embeddings, labels, ref_emb and ref_labels; one class has anchors only, and one columns only."""
+    generator = torch.Generator().manual_seed(batch + columns)
+    labels = torch.randint(classes, (batch,), generator=generator)
+    ref_labels = torch.randint(classes, (columns,), generator=generator) + 1
+    return rows(batch, 12, dtype=dtype), labels, rows(columns, 12, dtype=dtype, seed=5) + 0.1, ref_labels
+
+
+def with_references(criterion, labels, ref_labels):
+    return lambda x, y: criterion(x, labels, ref_emb=y, ref_labels=ref_labels)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("temperature", [0.5, 0.07])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "size", [(13, 29, 4), (29, 13, 4), (3, 97, 2), (16, 16, 16), (7, 5, 1), (1, 2, 1), (2, 1, 1), (1, 9, 2), (5, 0, 2)]
+)
+def test_references(name, temperature, dtype, size):
+    x, labels, y, ref_labels = references(*size, dtype)
+    mine, original = (with_references(f, labels, ref_labels) for f in both(name, temperature))
+    bound = 2e-5 if dtype == torch.float32 else 1e-9
+    assert_same(mine, original, [x, y], bound=bound)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("labels", [([0], [0, 1]), ([0, 1], [0]), ([0, 1], [0, 1]), ([0, 0], [0]), ([3], [3])], ids=str)
+def test_few_references(name, labels):
+    """The original takes one positive and one negative pair for none."""
+    labels, ref_labels = map(torch.tensor, labels)
+    mine, original = (with_references(f, labels, ref_labels) for f in both(name))
+    sides = [rows(len(labels), 6, dtype=torch.float64), rows(len(ref_labels), 6, dtype=torch.float64, seed=1)]
+    assert_same(mine, original, sides, bound=1e-9)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_references_with_the_labels_of_the_embeddings(name):
+    """One tensor of labels, or none for the references, leaves out the pairs (i, i); equal labels do not."""
+    x, y = views(20, 8, dtype=torch.float64)
+    labels = LABELS["mixed"][:20]
+    for ref_labels in (labels, None, labels.clone()):
+        mine, original = (with_references(f, labels, ref_labels) for f in both(name, 0.3))
+        assert_same(mine, original, [x, y], bound=1e-9)
+        mine, original = (lambda x, f=f, r=ref_labels: f(x, labels, None, x, r) for f in both(name, 0.3))
+        assert_same(mine, original, [x], bound=1e-9)
+    mine, original = (lambda x, f=f: f(x, labels, ref_labels=labels[:4]) for f in both(name, 0.3))
+    assert_same(mine, original, [x], bound=1e-9)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("reducer", ["MeanReducer", "SumReducer", "AvgNonZeroReducer"])
+def test_reducers_and_distances_of_references(name, reducer):
+    if (name, reducer) == ("NTXentLoss", "AvgNonZeroReducer"):
+        return
+    x, labels, y, ref_labels = references(13, 29, 4)
+    kwargs = {"reducer": getattr(reducers, reducer)()}
+    for distance in (distances.CosineSimilarity(), distances.DotProductSimilarity(normalize_embeddings=False)):
+        losses_of_both = both(name, 0.9, distance=distance, **kwargs)
+        mine, original = (with_references(f, labels, ref_labels) for f in losses_of_both)
+        assert_same(mine, original, [x / 3, y / 3], bound=1e-9)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_self_supervised_wrapper_of_one_direction(name, monkeypatch):
+    """Around our drop-in, and around the original under a patch."""
+    monkeypatch.setattr(_calls, "_calls", {})
+    mine, original = (SelfSupervisedLoss(loss, symmetric=False) for loss in both(name, 0.2))
+    x, y = views(20, 16, dtype=torch.float64)
+    _, want = assert_same(mine, original, [x, y], bound=1e-9)
+    with sk.compat.patch("pytorch-metric-learning"):
+        value, grads = value_and_grads(original, [x, y])
+    assert_near("value", value, want[0], 1e-9)
+    for got, wanted in zip(grads, want[1], strict=True):
+        assert_near("gradient", got, wanted, 1e-9)
+    assert [calls[:2] for calls in sk.compat.report().values()] == [(1, 0)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_cross_batch_memory_is_refused(name):
+    """Its wrapper passes an ``indices_tuple``; the same memory without one is served."""
+    x, labels, y, ref_labels = references(13, 29, 4)
+    memory = losses.CrossBatchMemory(getattr(ours, name)(), 12, memory_size=32)
+    with pytest.raises(RuntimeError, match=r"indices_tuple.*does not support"):
+        memory(x, labels)
+    mine, original = (with_references(f, labels, ref_labels) for f in both(name))
+    assert_same(lambda x: mine(x, y), lambda x: original(x, y), [x], bound=1e-9)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_unsupported(name):
     x, labels = rows(8, 4), torch.arange(8) // 2
@@ -102,7 +190,7 @@ def test_unsupported(name):
         with pytest.raises(RuntimeError, match="does not support"):
             getattr(ours, name)(**kwargs)
     mine = getattr(ours, name)()
-    for kwargs in ({"indices_tuple": (labels,) * 3}, {"ref_emb": x, "ref_labels": labels}):
+    for kwargs in ({"indices_tuple": (labels,) * 3}, {"indices_tuple": (labels,) * 4, "ref_emb": x}):
         with pytest.raises(RuntimeError, match="does not support"):
             mine(x, labels, **kwargs)
     for criterion in both(name):
@@ -133,7 +221,7 @@ def _beyond(name, x, labels, ref):
         "reducer=PerAnchorReducer": (cls(reducer=reducers.PerAnchorReducer()), (x, labels)),
         "embedding_regularizer": (cls(embedding_regularizer=regularizers.LpRegularizer()), (x, labels)),
         "collect_stats": (cls(collect_stats=True), (x, labels)),
-        "ref_emb": (cls(), (x, labels, None, ref, labels)),
+        "ref_labels": (cls(), (x, labels, None, torch.cat([ref, ref]))),
         "indices_tuple": (cls(), (x, None, tuple(index[::2] for index in pairs))),
         "its own _compute_loss": (Scaled(), (x, labels)),
     }
@@ -186,14 +274,18 @@ def test_the_librarys_wrappers_under_a_patch(name, monkeypatch):
         warnings.simplefilter("ignore")
         for got, wanted in zip(values(), want, strict=True):
             assert_near("value", got, wanted)
-    assert [calls[:2] for calls in sk.compat.report().values()] == [(2, 3)]
+    assert [calls[:2] for calls in sk.compat.report().values()] == [(3, 2)]
 
 
-def test_the_originals_float16_cap_on_a_pairs_loss_holds_under_a_patch():
+@pytest.mark.parametrize("with_references", [False, True])
+def test_the_originals_float16_cap_on_a_pairs_loss_holds_under_a_patch(with_references, monkeypatch):
     """The original caps a pair's loss at 9.7 in float16; our drop-in imported by name has no cap."""
+    monkeypatch.setattr(_calls, "_calls", {})
     x = torch.eye(4, dtype=torch.float16)
+    x = -x.roll(1, 0) + x
     labels = torch.tensor([0, 0, 1, 1])
-    want = losses.NTXentLoss(0.01)(-x.roll(1, 0) + x, labels)
+    arguments = (x, labels, None, x, labels) if with_references else (x, labels)
+    want = losses.NTXentLoss(0.01)(*arguments)
     with sk.compat.patch("pytorch-metric-learning"), pytest.warns(UserWarning, match="float16"):
-        assert torch.equal(losses.NTXentLoss(0.01)(-x.roll(1, 0) + x, labels), want)
-    assert ours.NTXentLoss(0.01)(-x.roll(1, 0) + x, labels) > 2 * want
+        assert torch.equal(losses.NTXentLoss(0.01)(*arguments), want)
+    assert ours.NTXentLoss(0.01)(*arguments) > 2 * want
