@@ -18,7 +18,7 @@ def in_parts(impl, views, sizes, temperature, upstream, objective, queue=None, c
     )
     ids = labels if duplicates is None else duplicates
     if logq is not None:
-        logq = exchange.relative(logq.to(ops.accumulation_dtype(views.dtype)).expand(views.shape[:2]))
+        logq = exchange.relative(logq.expand(views.shape[:2]), views.dtype)
     calls = [call._replace(first=sum(sizes[:r]), count=size) for r, size in enumerate(sizes)]
     forward, backward = (ops.overload(f"info_nce_{way}", impl) for way in ("forward", "backward"))
     results = [forward(list(views.unbind(0)), ids, logq, queue, None, *call) for call in calls]

@@ -224,10 +224,18 @@ def test_ids_of_any_integers_and_strides(impl, dtype):
 
 
 @pytest.mark.parametrize("value", [torch.nan, -torch.inf])
-def test_probabilities_that_are_none(impl, value):
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_probabilities_that_are_none(impl, objective, value):
     logq = torch.zeros(12)
     logq[3] = value
-    assert info_nce_loss(randn(2, 12, 8), logq=logq, impl=impl).isnan()
+    losses = info_nce_loss(randn(2, 12, 8), logq=logq, objective=objective, reduction="none", impl=impl)
+    assert losses.isnan().all()
+
+
+def test_a_common_offset_has_no_effect(impl):
+    views, logq = randn(2, 12, 8), randn(12, dtype=F64, seed=3)
+    want = info_nce_loss(views, logq=logq, impl=impl)
+    assert_within("loss", info_nce_loss(views, logq=logq + 1e4, impl=impl), want.double(), floor=1e-9)
 
 
 def test_the_module_passes_them_on(impl):

@@ -162,18 +162,25 @@ def peak_bytes(function):
     return peak
 
 
-@pytest.mark.parametrize("form", ["plain", "pairwise", "labels"])
+@pytest.mark.parametrize("form", ["plain", "pairwise", "labels", "duplicates", "labels across views"])
 def test_memory_is_linear_in_the_rows(op_impl, form, monkeypatch):
     """The peak is far below the similarity matrix, which has 1 GB at M = 16384 in float32."""
     rows, dim = (2048 if op_impl == "reference" else 16384), 32
     # The reference holds chunks of scores of constant size; with small chunks few rows suffice to measure its memory.
     monkeypatch.setattr(reference, "_BLOCK_BYTES", 2**18)
     views = randn(2, rows // 2, dim).requires_grad_()
-    labels = random_labels(rows // 2, 50) if form == "labels" else None
-    objective = "pairwise" if form == "pairwise" else "supcon_in"
+    ids = random_labels(rows // 2, 50)
+    arguments = {
+        "plain": {},
+        "pairwise": {"objective": "pairwise"},
+        "labels": {"labels": ids},
+        "duplicates": {"duplicates": ids, "logq": randn(rows // 2)},
+        "labels across views": {"labels": ids, "objective": "cross_view"},
+    }[form]
+    arguments = {"objective": "supcon_in"} | arguments
 
     def step():
-        info_nce_loss(views, labels=labels, objective=objective, impl=op_impl).backward()
+        info_nce_loss(views, impl=op_impl, **arguments).backward()
 
     # Unit rows, gradient and scratch take 8 times the rows; the float64 tables and their scratch 64 doubles per row.
     # The constant covers tiles of all threads, or some float64 temporaries of a chunk.

@@ -65,8 +65,8 @@ def info_nce_loss(
             ``decoupled``. Not with ``labels``. With a ``group`` an integer means the same on every process.
         logq: the logarithms of the probabilities with which the samples were drawn, ``(B,)`` or ``(V, B)``. They are
             subtracted from the scores of the rows as columns, positives too: :math:`S_{ij} - \log q_j`, the correction
-            of sampled softmax for two-tower models (Yi et al., RecSys 2019, section 4). What is common to all, such as
-            their normalisation, has no effect. No gradient. Not with a ``queue``.
+            of sampled softmax for two-tower models (Yi et al., RecSys 2019, section 4). Finite; what is common to all,
+            such as their normalisation, has no effect. No gradient. Not with a ``queue``.
         queue: ``(K, D)`` more negatives for every anchor, without gradient; normalised like the views.
         core_view: a view, or None. With one, two different views are compared only if one of them is this view (CMC's
             core-view graph, arXiv:1906.05849, section 3.4).
@@ -114,7 +114,7 @@ def info_nce_loss(
         if impl == "reference" and logq is None and reference.takes(tensors[-1], call):
             loss = reference.by_autograd(call, temperature, ids, *tensors)
         else:
-            loss = apply(InfoNCE, impl, stacked, call, temperature, ids, relative(logq), *tensors)
+            loss = apply(InfoNCE, impl, stacked, call, temperature, ids, relative(logq, tensors[-1].dtype), *tensors)
             loss = loss.view(call.num_views, -1) if loss.dim() else loss
     else:
         if torch.compiler.is_compiling():  # gives the reason, which _disable_dynamo would not
@@ -163,7 +163,7 @@ def info_nce_value_and_grad(
             impl, stacked, call, (temperature, ids, logq, queue, *tensors), _ = checked = _check_info_nce(*arguments)
             if queue is None:
                 check.samples(call.batch)
-            logq = relative(logq)
+            logq = relative(logq, tensors[0].dtype)
             parts = list(tensors[0].unbind(0)) if stacked else tensors
             loss, *saved = ops.run("info_nce_forward", impl, parts, ids, logq, queue, temperature, *call)
             grads = ops.run("info_nce_backward", impl, torch.ones_like(loss), *saved, ids, *call, True, parts[0].dtype)
@@ -204,8 +204,8 @@ class _Checked(NamedTuple):
     """Whether the views are one tensor (V, B, D)."""
     call: Call
     tensors: tuple
-    """The temperature as a tensor, labels or duplicates, logq (V, B) and queue (each may be None), then the views as
-    given, of one dtype."""
+    """The temperature as a tensor, labels or duplicates, logq (V, B) in float64, queue (each may be None), then the
+    views as given, of one dtype."""
     autocast: bool
 
 
@@ -255,7 +255,7 @@ def _check_info_nce(
     if autocast:
         tensors, queue = check.one_dtype(tensors, queue)
     if logq is not None:
-        logq = logq.detach().to(ops.accumulation_dtype(tensors[0].dtype)).expand(num_views, batch)
+        logq = logq.detach().double().expand(num_views, batch)
     ids = duplicates if labels is None else labels
     columns, inside, numerator = map(int, TABLE[objective])
     call = Call(

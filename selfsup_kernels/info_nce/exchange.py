@@ -122,7 +122,7 @@ def forward(shares, impl, stacked, call, temperature_tensor, ids, logq, queue, *
     if ids is not None:
         ids = gather_samples(ids.to(torch.int64).view(1, -1, 1), shares).view(-1)
     if logq is not None:
-        logq = relative(gather_samples(logq.unsqueeze(-1), shares).squeeze(-1))
+        logq = relative(gather_samples(logq.unsqueeze(-1), shares).squeeze(-1), own.dtype)
     every = list(gather_samples(own, shares).unbind(0))
     of_each = call._replace(reduction=REDUCTIONS.index("none"))
     loss, *saved = ops.run("info_nce_forward", impl, every, ids, logq, queue, temperature_tensor, *of_each)
@@ -152,10 +152,16 @@ def backward(shares, impl, call, dtype, need_temperature, saved, ids, grad):
     return ops.run("info_nce_backward", impl, upstream, *saved, ids, *of_each, need_temperature, dtype)
 
 
-def relative(logq: torch.Tensor | None) -> torch.Tensor | None:
-    """Return ``logq`` less its least number, as the ops take it. No loss depends on what is common to all columns, and
-    an exponential of what is left does not overflow."""
-    return None if logq is None else (logq - logq.min()).contiguous()
+def relative(logq: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """Return ``logq`` less its least number in float32 or float64, as the ops take it for views in ``dtype``.
+
+    No loss depends on what is common to all columns, and an exponential of what is left does not overflow. All numbers
+    are NaN if one is, or if one is -inf.
+    """
+    if logq is None:
+        return None
+    least = logq.min()
+    return (logq - least + (least - least)).to(accumulation_dtype(dtype)).contiguous()
 
 
 _TABLES = ("log_weights", "weights", "positives")
