@@ -38,15 +38,19 @@ def losses(draw):
     dtype = draw(DTYPES)
     arguments = {"objective": objective, "reduction": draw(st.sampled_from(["none", "mean", "sum"]))}
     arguments["normalize"] = draw(st.booleans()) if dim < 8 else True
-    if draw(st.booleans()):
+    columns = draw(st.sampled_from(["plain", "queue", "logq"]))
+    if columns == "queue":
         arguments["queue"] = draw(tensors((draw(SMALL), dim), dtype))
-    if objective in LABEL_OBJECTIVES and draw(st.booleans()):
+    elif columns == "logq":
+        shape = draw(st.sampled_from([(batch,), (num_views, batch)]))
+        arguments["logq"] = draw(st.floats(0, 10)) * randn(*shape, dtype=dtype, seed=draw(SEEDS))
+    ids = draw(st.sampled_from(["none", "labels", "duplicates"]))
+    if ids == "duplicates" or (ids == "labels" and objective in LABEL_OBJECTIVES):
         classes = draw(st.integers(2, 12))
-        labels = torch.randint(-classes, classes, (batch,), generator=torch.Generator().manual_seed(draw(SEEDS)))
-        # With the decoupled objective, the dense loss of an anchor without negatives is infinite.
-        labels[0] = classes
-        arguments["labels"] = labels
-    elif draw(st.booleans()):
+        arguments[ids] = torch.randint(
+            -classes, classes, (batch,), generator=torch.Generator().manual_seed(draw(SEEDS))
+        )
+    if "labels" not in arguments and draw(st.booleans()):
         arguments["core_view"] = draw(st.integers(0, num_views - 1))
     views = [draw(tensors((batch, dim), dtype)) for _ in range(num_views)]
     temperature = math.exp(draw(st.floats(math.log(0.05), math.log(2.0))))
@@ -64,7 +68,7 @@ def test_info_nce(chosen, case):
     upstream = randn(*stacked.shape[:2], seed=seed) if arguments["reduction"] == "none" else None
 
     def dense_in(dtype):
-        cast = {name: x.to(dtype) if name == "queue" else x for name, x in arguments.items()}
+        cast = {name: x.to(dtype) if name in ("queue", "logq") else x for name, x in arguments.items()}
         return run(spec.info_nce_loss, stacked.to(dtype), temperature.to(dtype), upstream, **cast)
 
     leaves = [v.detach().requires_grad_() for v in views]
