@@ -18,12 +18,6 @@ from selfsup_kernels.tiles import configs, launcher
 IMPL = "triton"
 
 
-@pytest.fixture
-def dtype(path):
-    """Each path has a dtype here; tests/gpu/test_info_nce.py runs all of them on every path."""
-    return {"clean+masked": torch.bfloat16, "all": torch.float32, "waves": torch.float16}[path]
-
-
 FORMS = {
     "duplicates": {"objective": "supcon_out"},
     "classes across views": {"objective": "cross_view"},
