@@ -235,6 +235,17 @@ def brute_force(
     return torch.stack([torch.stack([anchor(u, a) for a in range(batch)]) for u in range(num_views)])
 
 
+def check_against_loops(impl, views, temperature, **arguments):
+    """Compare per-anchor values and gradients with loops, for ours and for the dense loss."""
+    upstream = randn(*views.shape[:2], dtype=torch.float64, seed=9)
+    truth = run(brute_force, views, temperature, upstream, **arguments)
+    for function in (spec.info_nce_loss, info_nce_loss):
+        extra = {"impl": impl} if function is info_nce_loss else {}
+        got = run(function, views, temperature, upstream, reduction="none", **arguments, **extra)
+        for name, ours, want in zip(("loss", "grad", "temperature"), got, truth, strict=True):
+            assert_within(name, ours, want)
+
+
 def info_nce_call(
     views,
     labels=None,

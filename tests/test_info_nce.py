@@ -6,7 +6,7 @@ from helpers import (
     PAIRED_OBJECTIVES,
     POOLED_OBJECTIVES,
     assert_within,
-    brute_force,
+    check_against_loops,
     compare_info_nce,
     randn,
     random_labels,
@@ -94,17 +94,6 @@ def test_labels_against_loops(impl, objective, with_queue, num_views):
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_unnormalised_against_loops(impl, objective):
     check_against_loops(impl, randn(3, 4, 5, dtype=torch.float64), 1.5, objective=objective, normalize=False)
-
-
-def check_against_loops(impl, views, temperature, **arguments):
-    """Compare per-anchor values and gradients with loops, for ours and for the dense loss."""
-    upstream = randn(*views.shape[:2], dtype=torch.float64, seed=9)
-    truth = run(brute_force, views, temperature, upstream, **arguments)
-    for function in (spec.info_nce_loss, info_nce_loss):
-        extra = {"impl": impl} if function is info_nce_loss else {}
-        got = run(function, views, temperature, upstream, reduction="none", **arguments, **extra)
-        for name, ours, want in zip(("loss", "grad", "temperature"), got, truth, strict=True):
-            assert_within(name, ours, want)
 
 
 @pytest.mark.sanitize

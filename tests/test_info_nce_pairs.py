@@ -8,7 +8,7 @@ from helpers import (
     LOW_PRECISION,
     PAIRED_OBJECTIVES,
     assert_within,
-    brute_force,
+    check_against_loops,
     compare_info_nce,
     randn,
     random_labels,
@@ -16,21 +16,11 @@ from helpers import (
 )
 from parts import compare_parts
 
-from selfsup_kernels import InfoNCELoss, info_nce_loss, spec
+from selfsup_kernels import InfoNCELoss, info_nce_loss
 from selfsup_kernels.info_nce.objectives import LABEL_OBJECTIVES, OBJECTIVES
 
 CLASSES = [1, 4, 40, 10**6]
 F64 = torch.float64
-
-
-def check_against_loops(impl, views, temperature, **arguments):
-    """Compare values and gradients with loops, for ours and for the dense loss."""
-    upstream = randn(*views.shape[:2], dtype=F64, seed=9)
-    truth = run(brute_force, views, temperature, upstream, **arguments)
-    for function, extra in ((spec.info_nce_loss, {}), (info_nce_loss, {"impl": impl})):
-        got = run(function, views, temperature, upstream, reduction="none", **arguments, **extra)
-        for name, ours, want in zip(("loss", "grad", "temperature"), got, truth, strict=True):
-            assert_within(name, ours, want)
 
 
 @pytest.mark.parametrize("form", ["plain", "queue", "core view", "logq"])
