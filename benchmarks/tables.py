@@ -3,7 +3,7 @@
     python benchmarks/tables.py [--check]
 
 Between ``<!-- results:FOLDER/NAME -->`` and ``<!-- end -->`` stands a table of that file of results, after
-``<!-- pictures:FOLDER -->`` the picture of InfoNCE, after ``<!-- performance -->`` the sections of all devices, and
+``<!-- pictures:FOLDER -->`` the picture of InfoNCE, after ``<!-- limits:FOLDER -->`` what limits each call, after ``<!-- performance -->`` the sections of all devices, and
 inside a line, after ``<!-- says:FOLDER/NAME -->``, words about that file. ``--check`` fails where a page or a picture
 differs from what the files say.
 """
@@ -19,7 +19,10 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the package of this checkout
+
+import limits
 
 from selfsup_kernels.lab.bench import baselines
 from selfsup_kernels.lab.bench.baselines import OURS
@@ -27,7 +30,7 @@ from selfsup_kernels.lab.bench.results import ratio
 from selfsup_kernels.lab.bench.tables import status
 
 ROOT = Path(__file__).resolve().parent.parent
-MARKER = re.compile(r"(<!-- (results|performance|pictures|says)(?::(\S+))? -->).*?(<!-- end -->)", re.DOTALL)
+MARKER = re.compile(r"(<!-- (results|performance|pictures|limits|says)(?::(\S+))? -->).*?(<!-- end -->)", re.DOTALL)
 LABELS = {"info_nce": "InfoNCE", "siglip": "SigLIP", "byol": "BYOL loss", "ema": "EMA"}
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 PARTS = {"forward": "forward", "backward": "backward", "both": "forward + backward", "update": "update"}
@@ -387,6 +390,15 @@ def digest(rows):
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def limits_of(folder, images):
+    """Return (path, rows, header) of the picture of what limits calls, or None: it is for GPUs."""
+    data = load(folder, "info_nce") if (folder / "info_nce.json").exists() else {"header": {}, "rows": []}
+    rows = limits.shown(data["rows"])
+    if data["header"].get("kind") != "cuda" or not rows:
+        return None
+    return images / f"{folder.name}-limits.png", rows, data["header"]
+
+
 def is_current(path, rows):
     from PIL import Image
 
@@ -396,13 +408,11 @@ def is_current(path, rows):
         return image.info.get("Digest") == digest(rows)
 
 
-def draw(path, rows, title):
-    from selfsup_kernels.lab.bench import report
-
+def draw(path, rows, picture):
     path.parent.mkdir(parents=True, exist_ok=True)
     # Software would hold matplotlib's version.
     metadata = {"Software": None, "Digest": digest(rows)}
-    report.picture(rows, "time", title).savefig(path, format="png", dpi=144, metadata=metadata)
+    picture.savefig(path, format="png", dpi=144, metadata=metadata)
 
 
 # ---------------------------------------------------------------- pages
@@ -427,11 +437,23 @@ class Documents:
             made[op, case] = f'<img src="{source}" width="480" alt="{text}">'
         return made
 
+    def limits(self, folder, page):
+        """Return the picture and the table of what limits each call on a device."""
+        path, rows, header = limits_of(folder, self.images)
+        source = Path(os.path.relpath(path, page.parent)).as_posix()
+        text = f"Time of forward and backward over the rows, {Case(2, rows[0]['dim'], 'bfloat16').title()}: a call, its"
+        lines = [f'<img src="{source}" width="520" alt="{text} part on the GPU, and eager PyTorch">', ""]
+        found = [(op, load(folder, op)["rows"]) for op in LABELS if (folder / f"{op}.json").exists()]
+        made = [line for op, some in found for line in limits.lines(op, LABELS[op], some, milliseconds, times)]
+        return [*lines, *table(["op", *limits.LIMITS], made), "", device_line(header)]
+
     def filling(self, kind, name, page):
         """Return what stands between a marker and its end."""
         if kind == "performance":
             sections = [section(folder, self.shown(folder, page)) for folder in self.folders]
             return "\n\n" + "\n\n".join("\n".join(lines) for lines in sections) + "\n\n"
+        if kind == "limits":
+            return "\n".join(["", *self.limits(self.results / name, page), ""])
         if kind == "pictures":  # of InfoNCE with two views in float32, the case with most batch sizes
             plan = pictures(self.results / name, self.images)
             fitting = [key for key in plan if (key[0], key[1].views, key[1].dtype) == ("info_nce", 2, "float32")]
@@ -445,13 +467,22 @@ class Documents:
 
     def update(self, write=True):
         """Make pages and pictures again; return those that differed from what the files say."""
+        from selfsup_kernels.lab.bench import report
+
         changed = []
         for folder in self.folders:
-            for (_, case), (path, rows) in pictures(folder, self.images).items():
+            plan = [
+                (path, rows, lambda case=case, rows=rows: report.picture(rows, "time", case.title()))
+                for (_, case), (path, rows) in pictures(folder, self.images).items()
+            ]
+            if (found := limits_of(folder, self.images)) is not None:
+                path, rows, header = found
+                plan.append((path, rows, lambda rows=rows, header=header: limits.picture(rows, header)))
+            for path, rows, picture in plan:
                 if not is_current(path, rows):
                     changed.append(path)
                     if write:
-                        draw(path, rows, case.title())
+                        draw(path, rows, picture())
         for page in self.pages:
             before = page.read_text(encoding="utf-8")
             after = MARKER.sub(lambda x, page=page: x[1] + self.filling(x[2], x[3], page) + x[4], before)
