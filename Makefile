@@ -36,7 +36,7 @@ NVCC := $(firstword $(wildcard $(addsuffix /bin/nvcc,$(CUDA_HOME) $(CUDA_PATH)))
 OP_TESTS := tests/test_ops.py tests/test_info_nce.py tests/test_info_nce_parts.py tests/test_distributed.py tests/test_info_nce_precision.py tests/test_byol.py \
   tests/test_ema.py tests/test_optim.py tests/test_ema_memory.py tests/test_ema_rounding.py tests/test_memory_layout.py tests/test_properties.py tests/test_compile.py tests/test_bad_input.py
 
-.PHONY: help setup demo bench bench-compare bench-results profile docs test fuzz lint asan interop-setup interop interop-bench compat cuda cuda-static kernels gpu-static gpu-check gpu-counters clean
+.PHONY: help setup wheel wheel-check demo bench bench-compare bench-results profile docs test fuzz lint asan interop-setup interop interop-bench compat cuda cuda-static kernels gpu-static gpu-check gpu-counters clean
 
 setup: $(BUILT)  ## the environment, and the package with its C++ extension
 
@@ -174,6 +174,22 @@ interop-bench: interop-setup  ## the speed of each drop-in and its original
 ARCH ?= 90
 kernels: $(BUILT)  ## the Triton kernels compiled ahead of time: ARCH="80 86 90 100 120"
 	$(PY) -m selfsup_kernels.lab.ahead --arch $(ARCH)
+
+# A source distribution and the wheel that is built from it, in dist: CPU kernels, CUDA library and Triton kernels for
+# all these GPUs. Needs nvcc. WHEEL_ARCH="9.0a" builds for fewer. The wheel is for the Python of $(PY), and for the glibc
+# of this machine and later (auditwheel finds the tag); it contains nothing of PyTorch.
+WHEEL_ARCH ?= 8.0+PTX 8.6 9.0a 10.0 12.0
+wheel: $(DEPENDENCIES)  ## a wheel for machines without compiler, CUDA toolkit and Triton, in dist (needs nvcc)
+	rm -rf build/wheel dist
+	TORCH_CUDA_ARCH_LIST="$(WHEEL_ARCH)" FORCE_CUDA=1 $(PY) -m build --no-isolation --outdir build/wheel
+	$(PY) -m auditwheel repair --strip --exclude 'libtorch*.so' --exclude 'libc10*.so' -w dist build/wheel/*.whl
+	cp build/wheel/*.tar.gz dist
+	$(PY) tests/wheel/contents.py dist --architectures "$(WHEEL_ARCH)"
+
+# Installs the wheel of dist into a new environment that has only torch, and runs the tests of the ops there.
+WHEEL_TORCH ?= torch==2.11.0 $(TORCH)
+wheel-check: $(DEPENDENCIES)  ## install the wheel of dist without compiler, toolkit and Triton, and test it: WHEEL_TORCH=
+	for torch in $(WHEEL_TORCH); do bash tests/wheel/run.sh $(abspath $(dir $(PY)))/$(notdir $(PY)) $$torch $(OP_TESTS) || exit 1; done
 
 # Compiles every configuration of the GPU kernels without a GPU. ARGUMENTS="--arch 90 --json FILE" and the like.
 gpu-static: $(DEPENDENCIES)  ## every GPU kernel compiled, without a GPU

@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Installs the wheel of dist with one version of torch into a new environment, and tests it there, outside the checkout:
+# no compiler and no nvcc on PATH, no Triton. Usage: run.sh PYTHON TORCH TEST...
+set -euo pipefail
+python=$1 torch=$2
+shift 2
+cd "$(dirname "$0")/../.."
+env=$PWD/build/wheel-env-${torch//[^a-z0-9.]/-}
+outside=$(mktemp -d)
+trap 'rm -rf "$outside"' EXIT
+
+[ -x "$env/bin/python" ] || "$python" -m venv "$env"
+"$env/bin/python" -m pip install --quiet "$torch" numpy pytest pytest-xdist hypothesis rich psutil
+"$env/bin/python" -m pip uninstall --quiet --yes triton selfsup-kernels
+"$env/bin/python" -m pip install --quiet --no-index dist/*.whl # torch is all that it may ask for
+
+cp -r tests "$outside/tests"
+cp pyproject.toml "$outside"
+compiled=$outside/libcuda.so.1 # the stub driver, on which the machine code of the wheel is loaded
+include=$("$python" -c 'import triton; print(triton.__path__[0])')/backends/nvidia/include
+"${CC:-gcc}" -shared -fPIC -Wl,-soname,libcuda.so.1 -I"$include" tests/gpu/stub_driver/driver.c -o "$compiled"
+
+cd "$outside"
+bare() { env -i HOME="$outside" PATH="$env/bin" OMP_NUM_THREADS=1 "$@"; }
+bare selfsup-kernels info
+bare python tests/wheel/installed.py "$outside"
+bare python -m pytest -n 2 --dist worksteal "$@" -k "not inductor" # which compiles C++
