@@ -180,7 +180,7 @@ def compat(rows):
     return table(head, lines)
 
 
-def compat_words(rows):
+def compat_words(rows, header):
     """Write the range of the factors, with the drop-ins at its ends."""
     rows = sorted(rows, key=lambda row: ratio(row, "original"))
     factors = [ratio(row, "original") for row in rows]
@@ -188,6 +188,20 @@ def compat_words(rows):
     return (
         f"between {least} and {most} as fast as its original;"
         f" the median of {len(rows)} is {statistics.median(factors):.1f} times"
+    )
+
+
+def loss_words(rows, header):
+    """Write how ours compares with eager PyTorch at the largest batch at which both were measured."""
+    kinds = {"views": 2, "part": "both"} | (
+        {"dim": 256, "dtype": "bfloat16"} if header.get("kind") == "cuda" else {"dim": 128, "dtype": "float32"}
+    )
+    fitting = [r for r in rows if all(r[key] == value for key, value in kinds.items()) and ratio(r, "eager")]
+    row = max(fitting, key=lambda r: r["batch"])
+    ours, eager = (size(peak(row, name)) for name in (OURS, "eager"))
+    return (
+        f"**{times(ratio(row, 'eager'))[:-1]} times as fast as eager PyTorch, with {ours} in place of {eager}** (NT-Xent,"
+        f" forward and backward, B = {row['batch']}, D = {row['dim']}, {row['dtype']}; {device_name(header)})."
     )
 
 
@@ -218,6 +232,7 @@ def pairs(rows):
 
 
 TABLES = {"info_nce": short_loss, "siglip": short_loss, "byol": short_loss, "ema": short_ema}
+WORDS = {"compat": compat_words, "info_nce": loss_words}
 TABLES |= {"compat": compat, "scaling": scaling, "pairs": pairs}
 
 
@@ -453,7 +468,9 @@ class Documents:
             sections = [section(folder, self.shown(folder, page)) for folder in self.folders]
             return "\n\n" + "\n\n".join("\n".join(lines) for lines in sections) + "\n\n"
         if kind == "limits":
-            return "\n".join(["", *self.limits(self.results / name, page), ""])
+            name, _, part = name.partition("/")
+            lines = self.limits(self.results / name, page)
+            return "\n".join(["", *(lines[:1] if part == "picture" else lines), ""])
         if kind == "pictures":  # of InfoNCE with two views in float32, the case with most batch sizes
             plan = pictures(self.results / name, self.images)
             fitting = [key for key in plan if (key[0], key[1].views, key[1].dtype) == ("info_nce", 2, "float32")]
@@ -462,7 +479,7 @@ class Documents:
         folder, _, file = name.partition("/")
         data = load(self.results / folder, file)
         if kind == "says":
-            return compat_words(data["rows"])
+            return WORDS[file](data["rows"], data["header"])
         return "\n".join(["", *TABLES[file](data["rows"]), "", device_line(data["header"]), ""])
 
     def update(self, write=True):
