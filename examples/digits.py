@@ -62,6 +62,12 @@ def head(inside=WIDTH, outside=DIM):
     return nn.Sequential(nn.Linear(inside, 128), nn.BatchNorm1d(128), nn.ReLU(), nn.Linear(128, outside))
 
 
+def half_tower():
+    """Return a network from the half of an image ``(B, 1, 8, 4)`` to ``(B, DIM)``."""
+    convolution = nn.Conv2d(1, 32, 3, padding=1, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(32), nn.ReLU(), nn.Flatten(), head(32 * 32))
+
+
 @torch.no_grad()
 def knn_accuracy(network, k=5):
     """Return the test accuracy of a vote of the ``k`` nearest training images by cosine."""
@@ -72,6 +78,17 @@ def knn_accuracy(network, k=5):
     network.train(training)
     votes = y[(z_test @ z.T).topk(k).indices]
     return (votes.mode(dim=1).values == y_test).float().mean().item()
+
+
+@torch.no_grad()
+def report_retrieval(embed_left, embed_right, images):
+    """Print how often the own right half is the nearest to a left half, and the reverse."""
+    left, right = images.split(4, dim=3)
+    x, y = (F.normalize(embed(half), dim=-1) for embed, half in ((embed_left, left), (embed_right, right)))
+    scores, own = x @ y.T, torch.arange(len(x))
+    to_right, to_left = ((s.argmax(1) == own).float().mean().item() for s in (scores, scores.T))
+    print(f"top-1 of {len(x)} held-out pairs: {to_right:.3f} left to right, {to_left:.3f} right to left,", end=" ")
+    print(f"chance {1 / len(x):.3f}")
 
 
 def report(step, loss, every=20):
