@@ -3,8 +3,8 @@ version. Compile the Triton kernels ahead of time for the GPUs of this machine, 
 cannot compile fails with an error that says what to type.
 
 SELFSUP_KERNELS_SKIP_BUILD=1 gives a pure-Python package, SELFSUP_KERNELS_SKIP_CUDA_BUILD=1 leaves out the CUDA
-library, SELFSUP_KERNELS_SKIP_AHEAD=1 the Triton kernels, which first calls then compile. FORCE_CUDA=1 builds the CUDA
-library with any torch, or fails. TORCH_CUDA_ARCH_LIST selects the GPUs, MAX_JOBS the number of parallel compilers.
+library, SELFSUP_KERNELS_SKIP_AHEAD=1 the Triton kernels, which first calls then compile. SELFSUP_KERNELS_AHEAD selects
+some of them (options of ``selfsup_kernels.lab.ahead``). FORCE_CUDA=1 builds the CUDA library with any torch, or fails. TORCH_CUDA_ARCH_LIST selects the GPUs, MAX_JOBS the number of parallel compilers.
 SELFSUP_KERNELS_SANITIZE=1 builds the extension with AddressSanitizer and UBSan.
 ``python setup.py build_cuda`` builds only the CUDA library, in place.
 """
@@ -13,6 +13,7 @@ import contextlib
 import importlib.util
 import os
 import re
+import shlex
 import site
 import subprocess
 import sys
@@ -166,6 +167,7 @@ def _kernels(folder):
         return {}
     jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
     command = [sys.executable, "-m", "selfsup_kernels.lab.ahead", "--jobs", jobs, "--arch", *sorted(architectures)]
+    command += shlex.split(os.environ.get("SELFSUP_KERNELS_AHEAD", ""))
     paths = os.pathsep.join([str(folder.parent.resolve()), *filter(None, sys.path)])
     done = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, cwd=folder.parent)
     return {} if done.returncode == 0 else {"ahead_failure": f"compiling for {' '.join(architectures)} failed."}

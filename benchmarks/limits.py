@@ -84,7 +84,9 @@ def picture(rows, header):
         axis.text((start * end) ** 0.5, 0.97, text, transform=axis.get_xaxis_transform(), ha="center", va="top")
     axis.set_xticks(counts, counts)
     axis.set_xlabel("rows M (all views)")
-    axis.set_title(f"What limits a call (ms), {header['device']}\nD = {rows[0]['dim']}, bfloat16", fontsize=10, loc="left")
+    axis.set_title(
+        f"What limits a call (ms), {header['device']}\nD = {rows[0]['dim']}, bfloat16", fontsize=10, loc="left"
+    )
     log_axis(axis.yaxis, [y for _, y in [*eager, *gpu, *least]])
     made.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8.5)
     return made

@@ -1,6 +1,6 @@
 """Check what ``make wheel`` made: names, tag, size, contents and requirements of the wheel, and the source distribution.
 
-    python tests/wheel/contents.py FOLDER --architectures "8.0+PTX 9.0a"
+python tests/wheel/contents.py FOLDER --architectures "8.0+PTX 9.0a"
 """
 
 import argparse
