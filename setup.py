@@ -4,9 +4,10 @@ cannot compile fails with an error that says what to type.
 
 SELFSUP_KERNELS_SKIP_BUILD=1 gives a pure-Python package, SELFSUP_KERNELS_SKIP_CUDA_BUILD=1 leaves out the CUDA
 library, SELFSUP_KERNELS_SKIP_AHEAD=1 the Triton kernels, which first calls then compile. SELFSUP_KERNELS_AHEAD selects
-some of them (options of ``selfsup_kernels.lab.ahead``). FORCE_CUDA=1 builds the CUDA library with any torch, or fails. TORCH_CUDA_ARCH_LIST selects the GPUs, MAX_JOBS the number of parallel compilers.
-SELFSUP_KERNELS_SANITIZE=1 builds the extension with AddressSanitizer and UBSan.
-``python setup.py build_cuda`` builds only the CUDA library, in place.
+some of them (options of ``selfsup_kernels.lab.ahead``). FORCE_CUDA=1 builds the CUDA library with any torch, or fails.
+TORCH_CUDA_ARCH_LIST selects the GPUs, MAX_JOBS the number of parallel compilers. SELFSUP_KERNELS_SANITIZE=1 builds
+the extension with AddressSanitizer and UBSan. ``python setup.py build_cuda`` builds only the CUDA library, in
+place.
 """
 
 import contextlib

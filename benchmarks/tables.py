@@ -3,9 +3,10 @@
     python benchmarks/tables.py [--check]
 
 Between ``<!-- results:FOLDER/NAME -->`` and ``<!-- end -->`` stands a table of that file of results, after
-``<!-- pictures:FOLDER -->`` the picture of InfoNCE, after ``<!-- limits:FOLDER -->`` what limits each call, after ``<!-- performance -->`` the sections of all devices, and
-inside a line, after ``<!-- says:FOLDER/NAME -->``, words about that file. ``--check`` fails where a page or a picture
-differs from what the files say.
+``<!-- pictures:FOLDER -->`` the picture of InfoNCE, after ``<!-- limits:FOLDER -->`` what limits each call (with
+``/picture``: its picture alone), after ``<!-- performance -->`` the sections of all devices, and inside a line, after
+``<!-- says:FOLDER/NAME -->``, words about that file. ``--check`` fails where a page or a picture differs from what the
+files say.
 """
 
 import argparse
@@ -200,8 +201,8 @@ def loss_words(rows, header):
     row = max(fitting, key=lambda r: r["batch"])
     ours, eager = (size(peak(row, name)) for name in (OURS, "eager"))
     return (
-        f"**{times(ratio(row, 'eager'))[:-1]} times as fast as eager PyTorch, with {ours} in place of {eager}** (NT-Xent,"
-        f" forward and backward, B = {row['batch']}, D = {row['dim']}, {row['dtype']}; {device_name(header)})."
+        f"**{times(ratio(row, 'eager'))[:-1]} times as fast as eager PyTorch, with {ours} in place of {eager}**"
+        f" (NT-Xent, forward and backward, B = {row['batch']}, D = {row['dim']}, {row['dtype']}; {device_name(header)})."
     )
 
 
