@@ -10,6 +10,7 @@ from selfsup_kernels.lab.bench import baselines
 from selfsup_kernels.lab.bench.workloads import PARTS, case
 
 LOSSES = [case("info_nce", batch=b, dim=d) for b, d in ((256, 128), (1024, 128), (4096, 128), (2048, 512))]
+LOSSES += [case("info_nce", objective="cross_view", batch=1024)]
 LOSSES += [case("byol", batch=batch) for batch in (4096, 32768)]
 
 
@@ -26,7 +27,7 @@ def measure(benchmark, made, part, name, rounds):
 
 
 @pytest.mark.parametrize("name", ["eager", "compile", baselines.OURS])
-@pytest.mark.parametrize("made", LOSSES, ids=lambda made: f"{made.op}-B{made.batch}-D{made.dim}")
+@pytest.mark.parametrize("made", LOSSES, ids=lambda made: made.label.replace(" ", "-"))
 @pytest.mark.parametrize("part", PARTS)
 def test_loss(benchmark, part, made, name):
     measure(benchmark, made, part, name, rounds=3 if made.op == "info_nce" and made.batch >= 2048 else 15)

@@ -39,15 +39,25 @@ FEWEST = 3
 """Batch sizes that make a curve."""
 
 
+PLAIN = "supcon_out"
+"""The objective of rows that name none."""
+
+
 class Case(NamedTuple):
     """Name what the rows of one table, and of one picture, have in common."""
 
     views: int
     dim: int
     dtype: str
+    objective: str = PLAIN
 
     def title(self):
-        return f"{self.views} views, D = {self.dim}, {self.dtype}"
+        other = "" if self.objective == PLAIN else f"{self.objective}, "
+        return f"{other}{self.views} views, D = {self.dim}, {self.dtype}"
+
+
+def case_of(row):
+    return Case(row["views"], row["dim"], row["dtype"], row.get("objective", PLAIN))
 
 
 def load(folder, name):
@@ -55,14 +65,17 @@ def load(folder, name):
 
 
 def cases(rows):
-    """Return ``{case: its rows}``, by views, dimension and dtype, and inside by batch and part."""
+    """Return ``{case: its rows}``, by objective, views, dimension and dtype, and inside by batch and part."""
     parts, groups = list(PARTS), {}
 
     def place(row):
-        return row["views"], row["dim"], DTYPES.index(row["dtype"]), row["batch"], parts.index(row["part"])
+        case = case_of(row)
+        objective = "" if case.objective == PLAIN else case.objective  # the default first
+        sizes = case.views, case.dim, DTYPES.index(case.dtype)
+        return objective, *sizes, row["batch"], parts.index(row["part"])
 
     for row in sorted(rows, key=place):
-        groups.setdefault(Case(row["views"], row["dim"], row["dtype"]), []).append(row)
+        groups.setdefault(case_of(row), []).append(row)
     return groups
 
 
@@ -122,11 +135,11 @@ def time_cell(row, name):
 
 
 def rate_cell(row):
-    """Return what ours reached of the rate that was measured in the same run."""
-    if row.get("fraction") is None:
+    """Return what ours reached, and the share of the rate that was measured in the same run."""
+    if "tflops" not in row and "gb_per_s" not in row:
         return "-"
     rate = tflops(row["tflops"]) if "tflops" in row else f"{row['gb_per_s']:.0f} GB/s"
-    return f"{rate}, {row['fraction']:.0%}"
+    return rate if row.get("fraction") is None else f"{rate}, {row['fraction']:.0%}"
 
 
 def graph_cell(row):
@@ -141,7 +154,8 @@ def graph_cell(row):
 def where(row):
     if row["op"] == "ema":
         return f"{row['model']}, {row['source']}"
-    return f"{row['views']} views, B = {row['batch']}, D = {row['dim']}, {row['dtype']}"
+    other = "" if case_of(row).objective == PLAIN else f"{row['objective']}, "
+    return f"{other}{row['views']} views, B = {row['batch']}, D = {row['dim']}, {row['dtype']}"
 
 
 # ---------------------------------------------------------------- short tables
@@ -149,7 +163,8 @@ def where(row):
 
 def short_loss(rows):
     """Make README's table: forward + backward of float32 rows, two views; of the quadratic ones the memory too."""
-    rows = [r for r in rows if (r["views"], r["dtype"], r["part"]) == (2, "float32", "both")]
+    plain = [r for r in rows if case_of(r).objective == PLAIN]
+    rows = [r for r in plain if (r["views"], r["dtype"], r["part"]) == (2, "float32", "both")]
     columns = [OURS, *(n for n in ("eager", "compile") if any(n in r["times"] for r in rows))]
     peaks = (OURS, "eager") if rows and rows[0]["op"] in ("info_nce", "siglip") else ()
     lines = []
@@ -272,6 +287,7 @@ def device_line(header):
     facts = [header["cpu_capability"]] if header.get("threads") and header.get("cpu_capability") else []
     keys = ("torch",) if header.get("threads") else ("driver", "cuda", "torch", "triton")
     facts += [f"{key} {header[key]}" for key in keys if header.get(key)]
+    facts += [f"commit {header['commit']}"] if header.get("commit") else []
     return ", ".join([device_name(header), *facts, f"measured {header['date']}"]) + "."
 
 
@@ -371,7 +387,7 @@ def slower(found):
     for op, data in found.items():
         for row in data["rows"]:
             case = f"{row['model']}, {row['source']} to {row['target']}" if op == "ema" else ""
-            case = case or Case(row["views"], row["dim"], row["dtype"]).title()
+            case = case or case_of(row).title()
             for name in row["times"]:
                 if not baselines.impl_of(name) and (ratio(row, name) or 1) < 1:
                     groups.setdefault((f"{LABELS[op]}, {case}", name), []).append(row)
@@ -396,8 +412,13 @@ def pictures(folder, images):
         for case, rows in cases(load(folder, op)["rows"] if (folder / f"{op}.json").exists() else []).items():
             both = [row for row in rows if row["part"] == "both" and row["times"]]
             if len(both) >= FEWEST:
-                made[op, case] = (images / f"{folder.name}-{op}-{case.views}x{case.dim}-{case.dtype}-time.png", both)
+                made[op, case] = (images / f"{folder.name}-{op}-{name_of(case)}-time.png", both)
     return made
+
+
+def name_of(case):
+    other = "" if case.objective == PLAIN else f"{case.objective}-"
+    return f"{other}{case.views}x{case.dim}-{case.dtype}"
 
 
 def digest(rows):
@@ -474,7 +495,7 @@ class Documents:
             return "\n".join(["", *(lines[:1] if part == "picture" else lines), ""])
         if kind == "pictures":  # of InfoNCE with two views in float32, the case with most batch sizes
             plan = pictures(self.results / name, self.images)
-            fitting = [key for key in plan if (key[0], key[1].views, key[1].dtype) == ("info_nce", 2, "float32")]
+            fitting = [key for key in plan if key[0] == "info_nce" and key[1] == Case(2, key[1].dim, "float32")]
             most = max(fitting, key=lambda key: len(plan[key][1]), default=None)
             return f"\n{self.shown(self.results / name, page).get(most, '')}\n"
         folder, _, file = name.partition("/")

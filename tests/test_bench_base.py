@@ -30,7 +30,7 @@ def test_verdict(head, ratio, verdict):
 PACKAGE = """
 import time
 
-def info_nce_loss(views, temperature, impl):
+def info_nce_loss(views, temperature, objective, impl):
     if views.shape[1] == 13:
         raise ValueError("thirteen")
     time.sleep({seconds})
@@ -100,6 +100,18 @@ def test_a_slower_commit_is_flagged_and_what_a_version_refuses_is_no_ratio(repos
     assert status == 0
     assert {row["verdict"] for row in result["rows"]} == {"faster"}
     assert result["header"]["names"]["head"].endswith("with changes")
+
+
+def test_the_commit_of_a_measurement(repository, tmp_path, monkeypatch):
+    root = repository(0.001)
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, check=True, capture_output=True, text=True).stdout
+    assert head.startswith(base.measured_commit())
+    (root / "notes.txt").write_text("no code")
+    assert head.startswith(base.measured_commit())
+    (root / "setup.py").write_text("")
+    assert base.measured_commit().endswith(" with changes")
+    monkeypatch.setattr(base, "ROOT", tmp_path / "installed")
+    assert base.measured_commit() is None
 
 
 def test_what_cannot_be_compared_is_one_line(repository, tmp_path, capsys, monkeypatch):

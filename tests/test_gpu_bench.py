@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from helpers import benchmarks_script
 
+from selfsup_kernels import OBJECTIVES, spec
 from selfsup_kernels.lab import fresh
-from selfsup_kernels.lab.bench import accuracy, baselines, results, suite
+from selfsup_kernels.lab.bench import accuracy, baselines, eager, results, suite
 from selfsup_kernels.lab.bench.workloads import MODELS, TEMPERATURE, case
 
 jsonschema = pytest.importorskip("jsonschema")
@@ -35,7 +36,8 @@ def test_results_are_well_formed(tmp_path, capsys):
     for data in found.values():
         jsonschema.validate(data, json.loads(results.SCHEMA.read_text()))
         for row in data["rows"]:
-            assert row["fraction"] > 0
+            assert row.get("tflops", row.get("gb_per_s")) > 0
+            assert 0 < row.get("fraction", 1) <= suite.LARGEST_SHARE
             for errors in row["errors"].values():
                 assert all(0 <= error < (0.1 if "bfloat16" in row.values() else 1e-4) for error in errors.values())
     for row in found["info_nce"]["rows"]:
@@ -71,6 +73,8 @@ def test_operations_and_bytes():
     assert loss.operations("both", "cpu") == 1200
     assert loss.operations("both", "gpu") == 1500
     assert loss.bytes("both") == loss.bytes("forward") + loss.bytes("backward") == 360
+    crossed = case("info_nce", views=3, batch=5, dim=3, objective="cross_view")
+    assert crossed.operations("forward") == 2 * 3 * 5**2 * 3  # three pairs of views, a product of B x B scores each
     byol = case("byol", views=1, batch=4, dim=8, dtype="bfloat16")
     assert byol.bytes("both") == byol.bytes("forward") + byol.bytes("backward") == 5 * 4 * 8 * 2
     for model, numbers in {"ResNet-50": 25_557_032, "ViT-B": 86_567_656}.items():
@@ -80,21 +84,25 @@ def test_operations_and_bytes():
 
 
 @pytest.mark.parametrize("views", [2, 4])
-def test_eager_and_chunked_losses_are_the_reference(views):
-    made = case("info_nce", views=views, batch=20, dim=8, dtype="float64")
-    (z,) = made.inputs()
-    want = accuracy.truth(made, (z,))
-    for function in (baselines.eager_info_nce, lambda v: baselines.chunked_info_nce(v, chunk=7)):
-        for ours, theirs in zip(accuracy.with_gradient(function, (z,)), want, strict=True):
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_eager_and_chunked_losses_are_the_specification(objective, views):
+    made = case("info_nce", objective=objective, views=views, batch=20, dim=8, dtype="float64")
+    options = {"temperature": TEMPERATURE, "objective": objective}
+    want = accuracy.with_gradient(lambda v: spec.info_nce_loss(v, **options), made.inputs())
+    functions = [baselines.load(made, "eager", made.inputs())[0]]
+    functions += [lambda v: eager.chunked_loss(v, TEMPERATURE, chunk=7)] if objective == "supcon_out" else []
+    for function in functions:
+        for ours, theirs in zip(accuracy.with_gradient(function, made.inputs()), want, strict=True):
             torch.testing.assert_close(ours, theirs)
 
 
 def test_errors_are_small_where_nothing_is_wrong_and_large_where_something_is():
     made = case("info_nce", views=2, batch=40, dim=8)
     judge = accuracy.judge(made, made.inputs())
-    for name, function in ((baselines.OURS, made.ours()), ("eager", baselines.eager_info_nce)):
+    nt_xent, _ = baselines.load(made, "eager", made.inputs())
+    for name, function in ((baselines.OURS, made.ours()), ("eager", nt_xent)):
         assert max(judge(name, function).values()) < 1e-5
-    wrong = judge("mine:loss", lambda v: baselines.eager_info_nce(v) + 0.1 * v.square().mean())
+    wrong = judge("mine:loss", lambda v: nt_xent(v) + 0.1 * v.square().mean())
     assert min(wrong["loss"], wrong["gradient"]) > 1e-3
 
 

@@ -12,8 +12,8 @@ from torch import nn
 from torch.optim import optimizer as optimizers
 
 import selfsup_kernels as sk
-from selfsup_kernels.lab.profile import PARTS, memory, parts
-from selfsup_kernels.lab.profile.summary import faster, size, summarize
+from selfsup_kernels.lab.profile import PARTS, memory, parts, report
+from selfsup_kernels.lab.profile.summary import faster, own_case, size, summarize
 from selfsup_kernels.lab.profile.workload import METHODS
 
 QUIET = {"memory": False, "trace": False}
@@ -45,6 +45,9 @@ def test_every_part_is_told_apart_and_they_add_up(counted_time):
     assert not s["warnings"]
     assert s["steps"] == {"warmup": 2, "timed": 5, "plain": 6, "memory": 0, "traced": 1}
     assert s["loss_share"] == pytest.approx(sum(measured[p] for p in parts.LOSS) / s["marked_step_seconds"])
+    first = str(run).splitlines()[0]
+    assert first == report.answer({"cases": [own_case(s)]})
+    assert f"{s['loss_share']:.0%}".replace("%", " %") in first
 
 
 def test_warnings_and_numbers():
@@ -135,13 +138,21 @@ def test_loops_without_a_loss_and_short_ones_say_so():
         assert seconds(run)["loss backward"] == (None if count == 1 else 0)
 
 
+def test_a_loader_that_was_not_wrapped():
+    with sk.profile.steps(nn.Linear(4, 4), loss=SquareLoss()) as run:
+        pass
+    first, *rest = str(run).splitlines()
+    assert first.endswith("run(loader) was never iterated).")
+    assert rest == ["warning: run(loader) was never iterated: write `for batch in run(loader):`."]
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_methods_need_no_help(name, counted_time):
     """The encoder's sleep is not in the loss, and the loss is not in the encoder."""
     method = method_of(name, nn.Sequential(nn.Linear(8, 4), Encoder(0.003, 0.006), nn.Linear(4, 8)))
     with sk.profile.steps(method, **QUIET) as run:
         loop(method, 6, run)
-    calls = {"simclr": (2, 2), "cmc": (2, 2), "moco": (2, 1), "byol": (4, 2), "fusion": (4, 2)}[name]
+    calls = {"moco": (2, 1), "byol": (4, 2), "byol_contrast": (4, 2)}.get(name, (2, 2))
     close(seconds(run), {"encoder forward": 0.003 * calls[0], "encoder backward": 0.006 * calls[1]})
     close(seconds(run), {"loss forward": 0, "loss backward": 0})
     assert not run.summary["warnings"]

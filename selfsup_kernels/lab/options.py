@@ -11,6 +11,11 @@ class Wrong(ValueError):
         super().__init__(f"--{argument}: expected {expected}, got {got!r}")
 
 
+def plain(word) -> str:
+    """Return a name without case and punctuation: NT-Xent and ntxent, BYOLContrast and byol_contrast are the same."""
+    return "".join(filter(str.isalnum, word.lower()))
+
+
 def number(argument, text, kind, least):
     with contextlib.suppress(ValueError):
         if least <= kind(text) < float("inf"):
@@ -19,11 +24,11 @@ def number(argument, text, kind, least):
 
 
 def whole_numbers(argument, text, least) -> list[int]:
-    """Return different whole numbers, which commas separate."""
+    """Return different whole numbers, which are comma-separated."""
     try:
         return list(dict.fromkeys(number(argument, word, int, least) for word in text.split(",")))
     except Wrong:
-        raise Wrong(argument, f"whole numbers >= {least}, with commas", text) from None
+        raise Wrong(argument, f"comma-separated whole numbers >= {least}", text) from None
 
 
 def device(argument, text) -> str:

@@ -1,16 +1,35 @@
 """Measure how far losses, gradients and averages are from float64."""
 
-import functools
 import math
 
 import torch
 
-import selfsup_kernels as sk
-from selfsup_kernels.lab.bench import baselines
-from selfsup_kernels.lab.bench.workloads import MOMENTUM, TEMPERATURE
+from selfsup_kernels.lab.bench import baselines, eager
+from selfsup_kernels.lab.bench.workloads import MOMENTUM
 
 OPERATIONS = {"cpu": 5e11, "cuda": 2e14}
 """The most operations of the float64 reference of a loss; beyond it nothing is checked."""
+
+MATCH = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 2e-2, "float16": 4e-3}
+"""Errors up to these, relative to float64, are the rounding of the type."""
+DIFFERENT = 1e-2
+"""Larger errors, if they are more than rounding, come from another loss, not from arithmetic."""
+
+
+def worst(row, name):
+    """Return the largest error of a column, infinite where one is not finite; None where none is known."""
+    found = {key: value for key, value in row["errors"].get(name, {}).items() if key != "rows"}
+    return max((math.inf if value is None else value for value in found.values()), default=None)
+
+
+def rounding(row):
+    """Return the largest error that the type of a row explains; the targets of the EMA are float32."""
+    return MATCH["float32" if row["op"] == "ema" else row["dtype"]]
+
+
+def is_different(row, name):
+    """Tell whether a column computes something else than float64 does."""
+    return (worst(row, name) or 0) > max(DIFFERENT, rounding(row))
 
 
 def relative(got, want):
@@ -28,11 +47,7 @@ def with_gradient(function, inputs):
 def truth(case, inputs):
     """Return loss and gradient for the same numbers in float64; of InfoNCE blockwise, so that no matrix is held."""
     wide = [x.detach().double() for x in inputs]
-    function = baselines.eager_byol
-    if case.op == "siglip":
-        function = case.ours("reference")
-    if case.op == "info_nce":
-        function = functools.partial(sk.info_nce_loss, temperature=TEMPERATURE, impl="reference")
+    function = eager.byol_loss if case.op == "byol" else case.ours("reference")
     return with_gradient(function, [wide[0].requires_grad_(), *wide[1:]])
 
 

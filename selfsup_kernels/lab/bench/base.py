@@ -52,6 +52,21 @@ def describe(sha) -> str:
     return git("log", "-1", "--format=%h %s", sha)
 
 
+def changed() -> bool:
+    """Tell whether files that a measurement depends on differ from the commit that is checked out."""
+    return bool(git("status", "--porcelain", "--", "selfsup_kernels", "csrc", "setup.py"))
+
+
+def measured_commit() -> str | None:
+    """Return the commit of the running package, such as ``1a2b3c4``; None where it is not run from a git checkout."""
+    if not (ROOT / ".git").exists():
+        return None
+    try:
+        return git("rev-parse", "--short", "HEAD") + (" with changes" if changed() else "")
+    except Unusable:
+        return None
+
+
 def tree_of(sha, device, say) -> Path:
     """Return the built sources of a commit, in ``build/versions``; build them once."""
     from selfsup_kernels.core import backends
@@ -145,8 +160,8 @@ def main(cases, device, base="auto", seconds=3.0, json_path=None) -> int:
     try:
         if not (ROOT / ".git").exists():
             raise Unusable(f"--base: expected a package that runs from its git checkout, got the one in {ROOT}")
-        changed = git("status", "--porcelain", "--", "selfsup_kernels", "csrc", "setup.py")
-        old = commit(base if base != "auto" else "HEAD" if changed else "HEAD^")
+        edited = changed()
+        old = commit(base if base != "auto" else "HEAD" if edited else "HEAD^")
         trees = {BASE: tree_of(old, str(device).split(":")[0], say), HEAD: ROOT}
         with progress.Progress() as bar:
             bar.stage("Measure", 2 * LAUNCHES)
@@ -154,10 +169,11 @@ def main(cases, device, base="auto", seconds=3.0, json_path=None) -> int:
     except Unusable as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
-    names = {BASE: describe(old), HEAD: describe("HEAD") + (" with changes" if changed else "")}
+    names = {BASE: describe(old), HEAD: describe("HEAD") + (" with changes" if edited else "")}
     if json_path:
         header = {"names": names, "sides": sides, "launches": LAUNCHES, "device": str(device)}
         results.write_json(json_path, header, rows)
+        say(f"wrote {json_path}")
     for name, side in sides.items():
         say(f"{name}: {names[name]} ({side['impl']}, torch {side['torch']})")
     say(f"{'':36} {'base ms':>9} {'now ms':>9} {'ratio':>6} {'noise':>6}")

@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 from selfsup_kernels.core import backends
 from selfsup_kernels.lab import host_memory
@@ -49,30 +48,6 @@ class Average:
 
     def __call__(self, targets, sources):
         self.update()
-
-
-def eager_info_nce(views):
-    return eager.info_nce_loss(views, TEMPERATURE)
-
-
-eager_byol, eager_siglip = eager.byol_loss, eager.siglip_loss
-
-
-def chunked_info_nce(views, chunk=4096):
-    """Return NT-Xent with memory linear in the rows: some rows at a time, recomputed in the backward."""
-    num_views, batch, dim = views.shape
-    z = F.normalize(views.reshape(num_views * batch, dim), dim=-1)
-    anchors = torch.arange(len(z), device=z.device)
-    positives = torch.stack([anchors.roll(shift * batch) for shift in range(1, num_views)], dim=1)
-
-    def some(own, z, start):
-        scores = (own / TEMPERATURE) @ z.T
-        diagonal = torch.arange(len(own), device=z.device)
-        scores[diagonal, start + diagonal] = -torch.inf
-        return -F.log_softmax(scores, dim=-1).gather(1, positives[start : start + len(own)]).sum()
-
-    losses = [checkpoint(some, own, z, start * chunk, use_reentrant=False) for start, own in enumerate(z.split(chunk))]
-    return torch.stack(losses).sum() / positives.numel()
 
 
 def _two_views(case):
@@ -111,18 +86,16 @@ def _liger():
     return lambda scaled, z, target: criterion(z, scaled, target)
 
 
-def _lightly_info_nce(case, inputs):
+def _lightly_info_nce(name, case, inputs):
     _two_views(case)
-    from lightly.loss import NTXentLoss
-
-    criterion = NTXentLoss(temperature=TEMPERATURE)
+    criterion = getattr(importlib.import_module("lightly.loss"), name)(temperature=TEMPERATURE)
     return lambda views: criterion(views[0], views[1])
 
 
 def _metric_learning(name, case, inputs):
     """Give all embeddings in one list with labels: those of one sample share a label."""
-    if name == "NTXentLoss":
-        _two_views(case)  # from three views on it is another objective, per_positive
+    if name == "NTXentLoss" and case.objective != "per_positive":
+        _two_views(case)  # with more views its objective is per_positive
     from pytorch_metric_learning import losses
 
     criterion = getattr(losses, name)(temperature=TEMPERATURE)
@@ -139,7 +112,15 @@ def _lightly_byol(case, inputs):
     return lambda p, t: 2 + 2 * torch.stack([criterion(p[u], t[v]) for u, v in pairs]).mean()
 
 
-def _open_clip(case, inputs):
+def _open_clip_clip(case, inputs):
+    _two_views(case)
+    from open_clip.loss import ClipLoss
+
+    criterion = ClipLoss()
+    return lambda views: criterion(*F.normalize(views, dim=-1), 1 / TEMPERATURE)
+
+
+def _open_clip_siglip(case, inputs):
     from open_clip.loss import SigLipLoss
 
     criterion = SigLipLoss()
@@ -213,13 +194,24 @@ def _averaged(make, package, note):
     return Baseline(functools.partial(_average, make), package, note)
 
 
+def _eager(objective, note=None):
+    """Return the two baselines that every objective has."""
+
+    def loss(views):
+        return eager.OBJECTIVES[objective](views, TEMPERATURE)
+
+    return {"eager": _plain(loss, note), "compile": _compiled(loss)}
+
+
 PML = "pytorch-metric-learning"
+LIGHTLY_NTXENT, LIGHTLY_DCL = (
+    Baseline(functools.partial(_lightly_info_nce, name), "lightly", name) for name in ("NTXentLoss", "DCLLoss")
+)
 BASELINES = {
     "info_nce": {
-        "eager": _plain(eager_info_nce),
-        "compile": _compiled(eager_info_nce),
-        "chunked": _plain(chunked_info_nce),
-        "lightly": Baseline(_lightly_info_nce, "lightly", "NTXentLoss"),
+        **_eager("supcon_out"),
+        "chunked": _plain(lambda views: eager.chunked_loss(views, TEMPERATURE)),
+        "lightly": LIGHTLY_NTXENT,
         PML: Baseline(functools.partial(_metric_learning, "SupConLoss"), PML, "SupConLoss"),
         f"{PML} NTXentLoss": Baseline(functools.partial(_metric_learning, "NTXentLoss"), PML),
         "Inf-CL": _linear(_inf_cl, "inf-cl"),
@@ -227,17 +219,14 @@ BASELINES = {
         "Liger": _linear(_liger, "liger-kernel"),
     },
     "siglip": {
-        "eager": _plain(eager_siglip, "as open_clip writes it"),
-        "compile": _compiled(eager_siglip),
-        "softplus": _plain(
-            eager.softplus_loss,
-            "in the fewest passes; inexact for small losses of positives",
-        ),
-        "open_clip": Baseline(_open_clip, "open_clip_torch", "SigLipLoss"),
+        "eager": _plain(eager.siglip_loss, "as open_clip writes it"),
+        "compile": _compiled(eager.siglip_loss),
+        "softplus": _plain(eager.softplus_loss, "in the fewest passes; inexact for small losses of positives"),
+        "open_clip": Baseline(_open_clip_siglip, "open_clip_torch", "SigLipLoss"),
     },
     "byol": {
-        "eager": _plain(eager_byol),
-        "compile": _compiled(eager_byol),
+        "eager": _plain(eager.byol_loss),
+        "compile": _compiled(eager.byol_loss),
         "lightly": Baseline(_lightly_byol, "lightly", "NegativeCosineSimilarity, scaled"),
     },
     "ema": {
@@ -249,17 +238,37 @@ BASELINES = {
         "swa_utils": _averaged(_swa_utils, None, "AveragedModel, get_ema_multi_avg_fn")._replace(waits=True),
     },
 }
-"""The baselines of each operation, by the name that results and ``--vs`` use."""
+"""The baselines of each operation, by the name that results and ``--vs`` use; of InfoNCE those of ``supcon_out``."""
+
+OTHER_OBJECTIVES = {
+    "supcon_in": _eager("supcon_in"),
+    "per_positive": {
+        **_eager("per_positive"),
+        PML: Baseline(functools.partial(_metric_learning, "NTXentLoss"), PML, "NTXentLoss"),
+    },
+    "pairwise": _eager("pairwise", "NT-Xent of each pair of views"),
+    "cross_view": {
+        **_eager("cross_view", "two cross-entropies over one matrix of logits"),
+        "open_clip": Baseline(_open_clip_clip, "open_clip_torch", "ClipLoss"),
+    },
+    "decoupled": {**_eager("decoupled"), "lightly": LIGHTLY_DCL},
+}
+"""The baselines of InfoNCE's other objectives."""
 
 EAGER_EMA = ("foreach_lerp", "loop")
 """The two ways to write the moving average that ``--vs eager`` means."""
 
 
-def named(op, word):
+def of(case) -> dict:
+    """Return the baselines of a workload."""
+    return OTHER_OBJECTIVES.get(getattr(case, "objective", None), BASELINES[case.op])
+
+
+def named(case, word):
     """Return the baselines that a word of ``--vs`` means: one, several of one package, or "all"."""
-    if op == "ema" and word == "eager":
+    if case.op == "ema" and word == "eager":
         return list(EAGER_EMA)
-    return [name for name in BASELINES[op] if word == "all" or f"{name.lower()} ".startswith(f"{word} ")]
+    return [name for name in of(case) if word == "all" or f"{name.lower()} ".startswith(f"{word} ")]
 
 
 def impl_name(impl):
@@ -272,12 +281,12 @@ def impl_of(name):
     return "auto" if name == OURS else name[6:-1] if name.startswith("impl='") else None
 
 
-def find(op, name) -> Baseline:
+def find(case, name) -> Baseline:
     """Return the baseline of a column; a name ``MODULE:CALLABLE`` is a user's own function of the inputs."""
     if impl_of(name):
         return Baseline(functools.partial(_ours, impl_of(name)))
-    if name in BASELINES[op]:
-        return BASELINES[op][name]
+    if name in of(case):
+        return of(case)[name]
     module, _, attribute = name.partition(":")
     return Baseline(lambda case, inputs: getattr(importlib.import_module(module), attribute))
 
@@ -294,7 +303,7 @@ def _ours(impl, case, inputs):
 
 def load(case, name, inputs):
     """Return ``(function of the inputs, None)``, or ``(None, why there is none)``."""
-    baseline = find(case.op, name)
+    baseline = find(case, name)
     try:
         return baseline.make(case, inputs), None
     except ImportError as error:

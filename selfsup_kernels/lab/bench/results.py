@@ -13,22 +13,27 @@ import torch
 
 import selfsup_kernels as sk
 from selfsup_kernels.core import backends, info
-from selfsup_kernels.lab.bench import baselines
+from selfsup_kernels.lab.bench import base, baselines
 
 SCHEMA = Path(__file__).with_name("results.schema.json")
+PURE = "no C++ kernels"
 
 
-def header(clock, ops=tuple(baselines.BASELINES)):
-    """Return what the numbers depend on, apart from the rates of the device (:class:`timing.Rates`)."""
-    packages = sorted(
-        {baseline.package for op in ops for baseline in baselines.BASELINES[op].values() if baseline.package}
-    )
+def header(clock, compared=None):
+    """Return what the numbers depend on, apart from the rates of the device (:class:`timing.Rates`).
+
+    ``compared``: the tables of baselines whose packages' versions are listed; None for those of all operations.
+    """
+    compared = baselines.BASELINES.values() if compared is None else compared
+    packages = sorted({baseline.package for table in compared for baseline in table.values() if baseline.package})
+    commit = base.measured_commit()
     facts = {
         "kind": clock.device.type,
         "driver": driver_version() if clock.cuda else None,
         "triton": baselines.version("triton"),
         "torch": torch.__version__,
         "selfsup_kernels": sk.__version__,
+        **({"commit": commit} if commit else {}),
         "python": platform.python_version(),
         "date": time.strftime("%Y-%m-%d"),
         "peers": {name: baselines.version(name) for name in packages if baselines.version(name)},
@@ -36,7 +41,7 @@ def header(clock, ops=tuple(baselines.BASELINES)):
     if not clock.cuda:
         extension, _ = backends.load_extension()
         facts |= {"device": info.cpu()["model"], "threads": torch.get_num_threads()}
-        return facts | {"cpu_capability": extension.cpu_capability() if extension else "no C++ kernels"}
+        return facts | {"cpu_capability": extension.cpu_capability() if extension else PURE}
     properties = torch.cuda.get_device_properties(clock.device)
     return facts | {
         "device": properties.name,
@@ -68,8 +73,8 @@ def write_json(path, header, rows):
     path.write_text(json.dumps({"header": header, "rows": rows}, indent=1) + "\n")
 
 
-FIELDS = ("op", "model", "views", "batch", "dim", "dtype", "part", "rival", "p20_ms", "p50_ms", "p80_ms", "calls")
-FIELDS += ("times_ours", "peak_bytes", "loss_error", "gradient_error", "value_error")
+FIELDS = ("op", "objective", "model", "views", "batch", "dim", "dtype", "part", "baseline", "calls")
+FIELDS += ("p20_ms", "p50_ms", "p80_ms", "times_ours", "peak_bytes", "loss_error", "gradient_error", "value_error")
 FIELDS += ("tflops", "gb_per_s", "fraction", "unavailable", "note")
 
 
@@ -80,7 +85,7 @@ def write_csv(path, rows):
         writer.writeheader()
         for row in rows:
             for name in (*row["times"], *row["unavailable"]):
-                line = row | {"rival": name, "times_ours": ratio(row, name), "note": row["notes"].get(name)}
+                line = row | {"baseline": name, "times_ours": ratio(row, name), "note": row["notes"].get(name)}
                 line |= {key: row[key].get(name) for key in ("peak_bytes", "unavailable")}
                 line |= {f"{key}_error": value for key, value in row["errors"].get(name, {}).items()}
                 line |= row["times"].get(name, {})

@@ -18,8 +18,11 @@ from selfsup_kernels.lab import fresh, host_memory
 from selfsup_kernels.lab.bench import accuracy, baselines, results, timing, workloads
 
 OUT_OF_TIME = "skipped: out of time"
+PARAMETERS = ("op", "objective", "model", "views", "batch", "dim", "dtype")
 LONGEST = 1.5
 """A baseline of which one forward and backward takes this many times the seconds of a case is skipped."""
+LARGEST_SHARE = 1.2
+"""A larger share of a measured rate says that this rate is not the device's limit."""
 STARTING, COMPILING = 20.0, 180.0
 """Seconds that the start of a fresh process, and torch.compile in it, may take."""
 
@@ -35,7 +38,7 @@ class Suite:
         skip: columns to leave out.
         advance: called with a text after each column of a case, and after each case.
         rates: sizes for :class:`timing.Rates`.
-        ops: the operations whose baselines the header lists.
+        compared: the tables of baselines whose packages the header lists.
         graphs: whether to measure replayed CUDA graphs too.
     """
 
@@ -51,7 +54,7 @@ class Suite:
         skip=(),
         advance=lambda text: None,
         rates=None,
-        ops=tuple(baselines.BASELINES),
+        compared=None,
         graphs=False,
     ):
         self.clock = timing.Clock(device, target_ms)
@@ -62,7 +65,7 @@ class Suite:
         self.seconds, self.rounds, self.skip, self.advance = seconds, rounds, set(skip), advance
         self.deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
         self.rates = timing.Rates(self.clock, dtypes, **(rates or {}))
-        self.header = results.header(self.clock, ops) | self.rates.header()
+        self.header = results.header(self.clock, compared) | self.rates.header()
         self.rows = []
 
     def attempt(self, function, *arguments):
@@ -95,7 +98,7 @@ class Suite:
                 found["unavailable"][name] = reason
             else:
                 functions[name] = function
-                if note := baselines.find(case.op, name).note:
+                if note := baselines.find(case, name).note:
                     found["notes"][name] = note
             self.advance(f"{case.label}: {name}")
         times, reason = self.attempt(self._in_turns, case, functions, inputs)
@@ -104,6 +107,10 @@ class Suite:
             functions, times = {}, {part: {} for part in case.parts}
         self._peaks_and_errors(case, functions, inputs, found)
         rows = [{**case.facts, "part": part, "times": times[part], **found} for part in case.parts]
+        for name in found["errors"]:
+            if accuracy.is_different(rows[0], name):
+                error = f"error {accuracy.worst(rows[0], name):.0e} against float64: not the same loss?"
+                found["notes"][name] = "; ".join(filter(None, (found["notes"].get(name), error)))
         self.rows += rows
         self.advance(f"{case.label}: times")
         return rows
@@ -125,8 +132,8 @@ class Suite:
 
     def _probe(self, case, name, found):
         """Note the peak memory, from a fresh process; return why the baseline is not to be measured here, or None."""
-        parameters = {k: v for k, v in case.facts.items() if k in ("op", "model", "views", "batch", "dim", "dtype")}
-        longest = STARTING + 4 * LONGEST * self.seconds + COMPILING * baselines.find(case.op, name).compiles
+        parameters = {k: v for k, v in case.facts.items() if k in PARAMETERS}
+        longest = STARTING + 4 * LONGEST * self.seconds + COMPILING * baselines.find(case, name).compiles
         left = host_memory.available()
         try:
             answer = fresh.call(f"{__name__}:probe", parameters, name, memory_limit=left, timeout=longest)
@@ -168,7 +175,7 @@ class Suite:
 
     def _peaks_and_errors(self, case, functions, inputs, found):
         """Measure the peaks of a GPU's allocator, replayed graphs of small cases, and errors against float64."""
-        judged = {name for name in functions if not baselines.find(case.op, name).other}
+        judged = {name for name in functions if not baselines.find(case, name).other}
         judge, reason = self.attempt(accuracy.judge, case, inputs[0]) if judged else (None, None)
         if reason:
             found["notes"]["float64 reference"] = reason
@@ -183,7 +190,7 @@ class Suite:
                 quadratic = case.op in ("info_nce", "siglip")
                 few = quadratic and case.views * case.batch <= 16384 and (baselines.impl_of(name) or name == "eager")
                 small = few or not quadratic
-                if self.graphs and small and not baselines.find(case.op, name).waits:
+                if self.graphs and small and not baselines.find(case, name).waits:
                     measures["graph_ms"] = functools.partial(graph_ms, run)
             if judge and name in judged:
                 measures["errors"] = functools.partial(judge, name, function)
@@ -197,7 +204,12 @@ class Suite:
                     found.setdefault(column, {})[name] = value
 
     def rate(self):
-        """Set what ours reaches of the rates of this run in all rows."""
+        """Set what ours reaches, and its share of the rates of this run, in all rows.
+
+        There is no share of a matrix product that is not the device's limit: where the device has no arithmetic in
+        the type, a product converts, and is slower than in float32; and some libraries have slow products for some
+        devices. There is none of the memory's rate where the numbers fit into a cache.
+        """
         for row in self.rows:
             name, case, part = results.ours(row), workloads.case_of(row), row["part"]
             if name is None:
@@ -205,10 +217,13 @@ class Suite:
             milliseconds = row["times"][name]["p50_ms"]
             if row["op"] in ("info_nce", "siglip"):
                 row["tflops"] = case.operations(part, "gpu" if self.clock.cuda else "cpu") / milliseconds / 1e9
-                row["fraction"] = row["tflops"] / self.rates.tflops(row["dtype"])
+                limit = self.rates.tflops(row["dtype"])
             else:
                 row["gb_per_s"] = case.bytes(part) / milliseconds / 1e6
-                row["fraction"] = row["gb_per_s"] / self.rates.memory_gb_per_s
+                limit = self.rates.memory_gb_per_s
+            share = limit and row.get("tflops", row.get("gb_per_s")) / limit
+            if share and share <= LARGEST_SHARE:
+                row["fraction"] = share
 
 
 def graph_ms(function):
@@ -226,7 +241,7 @@ def probe(parameters, name) -> dict:
     """
     try:
         case = workloads.case(**parameters)
-        compiles, part = baselines.find(case.op, name).compiles, case.parts[-1]
+        compiles, part = baselines.find(case, name).compiles, case.parts[-1]
         # Libraries, threads and code are there before the measurement begins; torch.compile's code for this very shape.
         first = case if compiles else case.small()
         inputs = first.inputs()

@@ -1,14 +1,17 @@
 """Make what a reader sees of rows of results: one sentence, and a table for each operation."""
 
-import math
-
 from selfsup_kernels.lab import pages
 from selfsup_kernels.lab.bench import baselines, results
+from selfsup_kernels.lab.bench.accuracy import is_different, rounding, worst
 
 TITLES = {"info_nce": "InfoNCE", "siglip": "SigLIP", "byol": "BYOL loss", "ema": "EMA update"}
-FACTS = {"model": "model", "views": "views", "batch": "B", "dim": "D", "dtype": "dtype"}
-MATCH = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 2e-2, "float16": 4e-3}
-"""Errors up to these, relative to float64, are the rounding of the type."""
+FACTS = {"objective": "objective", "model": "model", "views": "views", "batch": "B", "dim": "D", "dtype": "dtype"}
+FACTOR = "x ours: time of the baseline / time of ours. Memory: the peak above the inputs. Error: against float64."
+EAGER_ONLY = "There are no C++ kernels here, so ours is eager PyTorch: python -m selfsup_kernels info says why."
+NO_SHARE = (
+    '"of device" is empty where the measured rate is not the device\'s limit: a matrix product in a type that the '
+    "device has to convert, a slow library, or numbers that fit into a cache."
+)
 
 
 def answer(rows):
@@ -23,11 +26,13 @@ def answer(rows):
         return "Nothing was measured: the reasons are below.", []
     first = next(op for op in TITLES if any(row["op"] == op for row in measured))
     row = max((row for row in measured if row["op"] == first), key=lambda row: (row.get("batch"), row.get("numbers")))
-    ours, best = results.ours(row), min(others(row), key=lambda name: results.ratio(row, name), default=None)
+    same = [name for name in others(row) if not is_different(row, name)] or others(row)
+    ours, best = results.ours(row), min(same, key=lambda name: results.ratio(row, name), default=None)
     text = f"{TITLES[row['op']]} ({facts(row)}) takes {milliseconds(row['times'][ours]['p50_ms'])} ms"
     numbers = []
     if best:
         text += f"; {best}, the fastest baseline, takes {milliseconds(row['times'][best]['p50_ms'])} ms"
+        text += " (not the same loss?)" if is_different(row, best) else ""
         numbers.append((factor(results.ratio(row, best)), f"time of {best} over ours"))
         mine, theirs = row["peak_bytes"].get(ours), row["peak_bytes"].get(best)
         if mine and theirs:
@@ -65,6 +70,8 @@ def make(op, rows) -> pages.Table:
             names = [""] * len(names)
         for name, text in (*row["unavailable"].items(), *row["notes"].items()):
             notes[f"{label(name)}: {text}"] = None
+    if any("fraction" not in row for row in rows if results.ours(row)):
+        notes[NO_SHARE] = None
     return pages.Table(title, head, lines, styles, list(notes))
 
 
@@ -72,16 +79,16 @@ def cells(row, name):
     if name not in row["times"]:
         return [label(name), "", status(row["unavailable"][name]), *6 * [""]]
     last, found, rate = row["part"] in ("both", "update"), worst(row, name), ["", ""]
-    if name == results.ours(row) and row.get("fraction") is not None:
+    if name == results.ours(row) and ("tflops" in row or "gb_per_s" in row):
         speed = flops(1e12 * row["tflops"]) if "tflops" in row else f"{row['gb_per_s']:.3g} GB/s"
-        rate = [speed, f"{100 * row['fraction']:.0f} %"]
+        rate = [speed, f"{100 * row['fraction']:.0f} %" if row.get("fraction") else ""]
     return [
         label(name),
         *(milliseconds(row["times"][name][key]) for key in ("p20_ms", "p50_ms", "p80_ms")),
         factor(results.ratio(row, name)),
         size(row["peak_bytes"].get(name)) if last else "",
         *rate,
-        "" if found is None or not last else f"{found:.0e}",
+        "" if found is None or not last else f"{found:.0e}{' ?' * is_different(row, name)}",
     ]
 
 
@@ -89,17 +96,11 @@ def style(row, name):
     """Return ours, slower (than ours), faster, absent, or wrong: its error is more than rounding."""
     if name not in row["times"]:
         return "absent"
-    if (worst(row, name) or 0) > MATCH["float32" if row["op"] == "ema" else row["dtype"]]:
+    if (worst(row, name) or 0) > rounding(row):
         return "wrong"
     if baselines.impl_of(name):
         return "ours"
     return "faster" if (results.ratio(row, name) or 1) < 1 else "slower"
-
-
-def worst(row, name):
-    """Return the largest error of a column, infinite where one is not finite; None where none is known."""
-    found = {key: value for key, value in row["errors"].get(name, {}).items() if key != "rows"}
-    return max((math.inf if value is None else value for value in found.values()), default=None)
 
 
 def label(name):
@@ -136,22 +137,30 @@ def flops(value):
 
 
 def device_line(header):
-    """Return the device and the versions of a run."""
-    names = ("cpu_capability", "driver", "cuda", "selfsup_kernels", "torch", "triton", "python")
+    """Return the device, the versions and the commit of a run."""
+    names = ("driver", "cuda", "selfsup_kernels", "commit", "torch", "triton", "python")
     pairs = {name: header.get(name) for name in names} | header["peers"]
     threads = [f"{header['threads']} threads"] if header.get("threads") else []
+    threads += [header["cpu_capability"]] if header.get("cpu_capability") else []
     return ", ".join([header["device"], *threads, *(f"{k} {v}" for k, v in pairs.items() if v), header["date"]])
 
 
 def rates_line(header):
     """Return the rates of the device in prose."""
-    products = [f"{flops(1e12 * value)} ({name})" for name, value in header["matrix_product_tflops"].items()]
-    side = header["matrix_product_size"]
+    sides, products = header["matrix_product_size"], []
+    for name, value in header["matrix_product_tflops"].items():
+        products.append(f"{flops(1e12 * value)} ({name}, {sides[name] if isinstance(sides, dict) else sides}²)")
     copy, in_place = (f"{header[key]:.0f} GB/s" for key in ("copy_gb_per_s", "in_place_gb_per_s"))
-    return f"In the same run: matrix product ({side}²) {', '.join(products)}, copy {copy}, scaling in place {in_place}."
+    return f"In the same run: matrix product {', '.join(products)}, copy {copy}, scaling in place {in_place}."
 
 
 def show(console, header, rows):
-    """Print the sentence, the device, a table for each operation and, below each, what is missing and why."""
+    """Print the device, a table for each operation with what is missing and why, and last the sentence."""
     made = [make(op, rows) for op in TITLES if any(row["op"] == op for row in rows)]
-    pages.show(console, answer(rows)[0], made, about=[device_line(header), rates_line(header)])
+    first = [EAGER_ONLY] if header.get("cpu_capability") == results.PURE else []
+    about = [*first, device_line(header), rates_line(header), FACTOR]
+    pages.show(console, about[0], made, about=about[1:])
+
+
+def show_answer(console, rows):
+    console.print(answer(rows)[0], style="bold", highlight=False, soft_wrap=True, markup=False)

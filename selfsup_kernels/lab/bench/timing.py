@@ -1,5 +1,6 @@
 """Measure times in turns, by the wall clock or by a GPU's own clock, and the rates that a device reaches."""
 
+import functools
 import time
 
 import torch
@@ -8,6 +9,8 @@ from torch.utils.benchmark import Timer
 LEAST_ROUNDS, MOST_ROUNDS = 3, 100
 CALLS_A_ROUND = 10
 """A fast function is called at most this often for one call of a slow one."""
+SMALLEST_PRODUCT, LONG_PRODUCT = 128, 50.0
+"""The side of a matrix product, and the ms from which on no larger one is tried."""
 
 
 def summary(values):
@@ -92,15 +95,16 @@ class Clock:
 class Rates:
     """Measure what the device reaches: matrix products, in TFLOP/s by dtype, and its memory, in GB/s.
 
-    On a GPU ``float32`` is a product in full precision, ``tfloat32`` one with TF32. A CPU's copy also reads the lines
-    that it overwrites, which are not counted; there fractions refer to scaling numbers in place.
+    On a GPU ``float32`` is a product in full precision, ``tfloat32`` one with TF32; ``float32`` is always measured. A
+    CPU's copy also reads the lines that it overwrites, which are not counted; there fractions refer to scaling numbers
+    in place.
     """
 
     def __init__(self, clock, dtypes, size=None, copied=None):
         self.clock = clock
-        self.size = size or (8192 if clock.cuda else 2048)
+        self.largest, self.sizes = size or (8192 if clock.cuda else 2048), {}
         self.copied = copied or (2**30 if clock.cuda else 2**28)
-        names = [*dtypes, *(["tfloat32"] if clock.cuda and "float32" in dtypes else [])]
+        names = dict.fromkeys(["float32", *dtypes, *(["tfloat32"] if clock.cuda and "float32" in dtypes else [])])
         self.products = {name: self._product(name) for name in names}
         source = torch.randn(self.copied // 4, device=clock.device)
         to = torch.empty_like(source)
@@ -109,24 +113,34 @@ class Rates:
         self.memory_gb_per_s = self.copy if clock.cuda else self.in_place
 
     def _product(self, name):
+        """Measure a product as large as time allows: of 2048 x 2048 bfloat16, some CPUs take a minute."""
         dtype = torch.float32 if name == "tfloat32" else getattr(torch, name)
-        a, b = (torch.randn(self.size, self.size, device=self.clock.device).to(dtype) for _ in range(2))
-        out = torch.empty_like(a)
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("high" if name == "tfloat32" else "highest")
         try:
-            return 2 * self.size**3 / self.clock.median_ms(lambda: torch.mm(a, b, out=out)) / 1e9
+            side = min(SMALLEST_PRODUCT, self.largest)
+            while True:
+                a, b = (torch.randn(side, side, device=self.clock.device).to(dtype) for _ in range(2))
+                work = functools.partial(torch.mm, a, b, out=torch.empty_like(a))
+                work()
+                marks = [self.clock.once(lambda _, work=work: work(), lambda: None) for _ in range(3)]
+                if side == self.largest or min(map(self.clock.milliseconds, marks)) > LONG_PRODUCT:
+                    break
+                side = min(2 * side, self.largest)
+            self.sizes[name] = side
+            return 2 * side**3 / self.clock.median_ms(work) / 1e9
         finally:
             torch.set_float32_matmul_precision(before)
 
     def tflops(self, dtype):
-        """Return the rate of a matrix product of that dtype, as fast as the device makes it."""
-        return self.products["tfloat32" if dtype == "float32" and self.clock.cuda else dtype]
+        """Return the rate of a product of that dtype, as fast as the device makes it; None where it converts."""
+        rate = self.products["tfloat32" if dtype == "float32" and self.clock.cuda else dtype]
+        return None if dtype in ("bfloat16", "float16") and rate < self.products["float32"] else rate
 
     def header(self):
         return {
             "matrix_product_tflops": self.products,
-            "matrix_product_size": self.size,
+            "matrix_product_size": self.sizes,
             "copy_gb_per_s": self.copy,
             "in_place_gb_per_s": self.in_place,
             "copied_bytes": self.copied,

@@ -87,7 +87,9 @@ class Loss(Workload):
 
     @property
     def label(self):
-        return f"{self.op} V{self.views} B{self.batch} D{self.dim} {self.dtype}"
+        objective = getattr(self, "objective", "supcon_out")
+        other = "" if objective == "supcon_out" else f" {objective}"
+        return f"{self.op}{other} V{self.views} B{self.batch} D{self.dim} {self.dtype}"
 
     def small(self):
         """Return the same with few numbers, to load libraries and start threads before a measurement."""
@@ -102,8 +104,9 @@ class Loss(Workload):
 
 @dataclass(frozen=True)
 class InfoNCE(Loss):
-    """Hold NT-Xent of ``(V, B, D)`` views: M = V B rows, similarities of all with all."""
+    """Hold an objective of ``(V, B, D)`` views: M = V B rows, similarities of all with all."""
 
+    objective: str = "supcon_out"
     op = "info_nce"
     tensors_read = 1
 
@@ -116,16 +119,18 @@ class InfoNCE(Loss):
         return (randn(shape, self.dtype, device, torch.Generator(device).manual_seed(seed)).requires_grad_(),)
 
     def ours(self, impl="auto"):
-        return lambda views: sk.info_nce_loss(views, temperature=TEMPERATURE, impl=impl)
+        return lambda views: sk.info_nce_loss(views, temperature=TEMPERATURE, objective=self.objective, impl=impl)
 
     def operations(self, part, scheme="cpu"):
         """Return the floating-point operations of our kernels' matrix products.
 
         In units of M^2 D: both forwards take half of the symmetric matrix of similarities. The CPU's backward
-        recomputes that half and adds each tile to both of its sides; the GPU's recomputes all of it.
+        recomputes that half and adds each tile to both of its sides; the GPU's recomputes all of it. ``cross_view``
+        leaves out the similarities within a view.
         """
         backward = 3 if scheme == "cpu" else 4
-        return {"forward": 1, "backward": backward, "both": 1 + backward}[part] * self.rows**2 * self.dim
+        scores = self.rows * (self.rows - self.batch * (self.objective == "cross_view"))
+        return {"forward": 1, "backward": backward, "both": 1 + backward}[part] * scores * self.dim
 
 
 @dataclass(frozen=True)

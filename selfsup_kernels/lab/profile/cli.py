@@ -5,33 +5,45 @@ import re
 import sys
 from pathlib import Path
 
-from selfsup_kernels.lab.options import Wrong, device, number, whole_numbers, writable_folder
+from selfsup_kernels.lab.options import Wrong, device, number, plain, whole_numbers, writable_folder
 
 BATCHES = {"cpu": (256, 1024, 4096), "cuda": (512, 2048, 8192)}
 UNITS = {"": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
 
 def add_arguments(parser):
-    add = parser.add_argument
-    add("--method", default="simclr", help="simclr (default), cmc, moco, byol, or fusion: BYOL and contrast together")
+    groups = ("what is trained", "where, and how long", "what is written")
+    what, how, files = (parser.add_argument_group(title) for title in groups)
+    add = what.add_argument
+    add(
+        "--method",
+        default="simclr",
+        help="simclr (default), cmc, clip and siglip (two encoders), moco, byol, or byol_contrast",
+    )
     add(
         "--encoder",
+        metavar="NAME",
         default="convnet",
-        help="convnet: a small one of the package (default); MODULE:CALLABLE, which returns a module that makes (B, "
-        "features) of (B, 3, S, S); or, with timm, the name of one of its models",
+        help="convnet, a small network of the package (default); MODULE:CALLABLE, which returns a module that maps "
+        "(B, 3, S, S) to (B, features); or, with timm, the name of one of its models",
     )
-    add("--batch", help="samples of a step, several with commas (default: 256,1024,4096; on a GPU 512,2048,8192)")
-    add("--views", default="2", help="views of a sample (default: 2)")
+    add(
+        "--batch",
+        metavar="B",
+        help="samples of a step, comma-separated (default: 256,1024,4096; on a GPU 512,2048,8192)",
+    )
+    add("--views", metavar="V", default="2", help="views of a sample (default: 2)")
     add("--image-size", default="16", metavar="S", help="of the synthetic images, S x S (default: 16)")
-    add("--dim", default="128", help="width of an embedding (default: 128)")
+    add("--dim", metavar="D", default="128", help="width of an embedding (default: 128)")
     add("--accumulate", default="1", metavar="N", help="parts of a batch whose gradients are added up (default: 1)")
-    add("--amp", help="autocast: bf16, or fp16 with a gradient scaler")
+    add("--amp", metavar="DTYPE", help="autocast: bf16, or fp16 with a gradient scaler")
     add("--compile", action="store_true", help="torch.compile of encoder and heads")
+    add = how.add_argument
     add("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
-    add("--steps", default="8", help="steps with marks, and as many without (default: 8)")
+    add("--steps", metavar="N", default="8", help="steps with marks, and as many without (default: 8)")
     add("--memory", metavar="BYTES", help="limit for the largest batch, such as 8GB (default: what is free)")
-    add("--seconds", default="120", help="about how long all of it may take (default: 120)")
-    add("--out", default="out/profile", metavar="DIR", help="report, data and traces (default: %(default)s)")
+    add("--seconds", metavar="S", default="120", help="about how long all of it may take (default: 120)")
+    files.add_argument("--out", default="out/profile", metavar="DIR", help="page, data, traces (default: %(default)s)")
 
 
 def main(options) -> int:
@@ -64,11 +76,16 @@ def checked(options) -> dict:
 
     target, accumulate = device("device", options.device), number("accumulate", options.accumulate, int, 1)
     sizes = batches(options.batch, accumulate, BATCHES[target.partition(":")[0]])
-    for name, known in (("method", workload.METHODS), ("amp", (None, *workload.AMP))):
-        if getattr(options, name) not in known:
-            raise Wrong(name, f"one of {', '.join(filter(None, known))}", getattr(options, name))
+    methods = {plain(name): name for name in workload.METHODS}
+    if plain(options.method) not in methods:
+        raise Wrong("method", f"one of {', '.join(methods.values())}", options.method)
+    if options.amp not in (None, *workload.AMP):
+        raise Wrong("amp", f"one of {', '.join(workload.AMP)}", options.amp)
+    method = methods[plain(options.method)]
+    if method in workload.TWO_TOWERS and options.views != "2":
+        raise Wrong("views", f"2 with --method {method}", options.views)
     work = workload.Workload(
-        method=options.method,
+        method=method,
         encoder=options.encoder,
         batch=sizes[0],
         views=number("views", options.views, int, 2),

@@ -11,7 +11,7 @@ from torch import nn
 
 from selfsup_kernels.lab.profile import hooks, memory, parts
 from selfsup_kernels.lab.profile.recorder import CPUClock, CUDAClock, Recorder
-from selfsup_kernels.lab.profile.summary import summarize, text
+from selfsup_kernels.lab.profile.summary import own_case, summarize, text
 
 TIMED, PLAIN, TRACED, WARMUP = "timed", "plain", "traced", "warmup"
 
@@ -97,6 +97,7 @@ class Run:
             raise RuntimeError("profile.steps: a run can be entered once; call steps() again")
         self._state = "running"
         self._folder = tempfile.TemporaryDirectory()  # until nothing refers to the run any more
+        self._traced = Path(self._folder.name) / "trace.json"
         return self
 
     def __exit__(self, kind, *exception):
@@ -105,11 +106,10 @@ class Run:
         if self._cuda:
             torch.cuda.synchronize(self.device)
         self._collect()
-        traced = Path(self._folder.name) / "trace.json"
-        if self._memory and traced.exists():
-            self._peaks = memory.peaks(traced, self._cuda)
+        if self._memory and self._traced.exists():
+            self._peaks = memory.peaks(self._traced, self._cuda)
         if not self._keep_trace:
-            traced.unlink(missing_ok=True)
+            self._traced.unlink(missing_ok=True)
         if kind is None and self._out is not None:
             self.report(self._out)
 
@@ -179,16 +179,21 @@ class Run:
         if self._state != "done":
             raise RuntimeError("profile.steps: expected the end of the with block before the summary is read")
         warnings = list(self._warnings)
-        if self._memory and self._peaks is None:
+        if self._memory and self._timed and self._peaks is None:
             warnings.append("Peak memory is not known: the loop was too short, or another profiler is at work.")
         measured = {"timed": self._timed, "plain": self._plain, "peaks": self._peaks, "warnings": warnings}
         return summarize(device=str(self.device), counts=self.counts, loss_known=self._loss_known, **measured)
 
     def report(self, out):
         """Write ``report.html``, ``profile.json`` and the trace into the folder ``out``; needs the extra ``report``."""
+        from selfsup_kernels.core import info
         from selfsup_kernels.lab.profile import report
 
-        return report.write_run(self.save_trace(out), out)
+        absent = info.missing("profile")
+        if absent:
+            raise ModuleNotFoundError(f"report: {', '.join(absent)} missing; run: {info.install(absent)}")
+        case = own_case(self.save_trace(out)) | {"trace": "trace.json" if self._traced.exists() else None}
+        return report.write(report.results(self.device, workload=None, cases=[case], largest=None, seconds=None), out)
 
     def save_trace(self, out):
         """Copy ``trace.json`` to ``out``, and return the summary."""
@@ -197,7 +202,12 @@ class Run:
         return summary
 
     def __str__(self):
-        return text(self.summary) if self._state == "done" else "profile.steps: running"
+        if self._state != "done":
+            return "profile.steps: running"
+        from selfsup_kernels.lab.profile import report
+
+        summary = self.summary
+        return f"{report.answer({'cases': [own_case(summary)]})}\n{text(summary)}"
 
     def _begin(self):
         done = self.counts[TIMED] + self.counts[PLAIN]
@@ -222,7 +232,7 @@ class Run:
         recorder.end()
         self._abandon()
         if trace is not None:
-            trace.export_chrome_trace(f"{self._folder.name}/trace.json")
+            trace.export_chrome_trace(str(self._traced))
         if kind in (TIMED, PLAIN):
             self._waiting.append((kind, recorder))
             self._collect()

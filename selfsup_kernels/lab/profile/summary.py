@@ -8,6 +8,9 @@ TOLERANCE = 0.05
 """The relative difference of the named parts from a step without marks above which the summary warns."""
 
 
+NEVER = "run(loader) was never iterated"
+
+
 def faster(values, key=None) -> list:
     """Return the faster half: what disturbs a step makes it longer, never shorter, and means still add up."""
     return sorted(values, key=key)[: -(-len(values) // 2)]
@@ -31,7 +34,11 @@ def summarize(*, device, counts, timed, plain, peaks, warnings, loss_known) -> d
     difference = named / alone - 1 if kept and alone else None
     peaks, warnings = peaks or {}, list(warnings)
     if not kept or not plain:
-        warnings.append("The loop was too short: expected the warm-up, a step with marks and a step without marks.")
+        warnings.append(
+            "The loop was too short: expected the warm-up, a step with marks and a step without marks."
+            if any(counts.values())
+            else f"{NEVER}: write `for batch in run(loader):`."
+        )
     if not loss_known:
         warnings.append(
             "No loss was found, or it is compiled together with the encoder: its time counts there. "
@@ -61,6 +68,15 @@ def summarize(*, device, counts, timed, plain, peaks, warnings, loss_known) -> d
     }
 
 
+def own_case(summary) -> dict:
+    """Return a user's own loop as one of the cases of ``profile.json``."""
+    case = {"batch": None, "variant": "yours", "status": "measured", "reason": None, "summary": summary, "trace": None}
+    if not summary["steps"]["timed"]:
+        reason = "the loop was too short" if any(summary["steps"].values()) else NEVER
+        case |= {"status": "skipped", "reason": reason, "summary": None}
+    return case
+
+
 def milliseconds(seconds) -> str:
     if seconds is None:
         return "-"
@@ -82,12 +98,16 @@ def size(count) -> str:
 
 
 def text(summary) -> str:
-    """Return the summary as lines of text."""
+    """Return the times, the peaks and the warnings as lines of text."""
+    warnings = [f"warning: {line}" for line in summary["warnings"]]
+    if summary["marked_step_seconds"] is None:
+        return "\n".join(warnings)
+    step, marked = milliseconds(summary["step_seconds"]), milliseconds(summary["marked_step_seconds"])
     lines = [
-        f"{milliseconds(summary['step_seconds'])} ms a step on {summary['device']}",
+        f"A step on {summary['device']}: {step} ms; the steps with marks, whose parts are below: {marked} ms.",
         f"{'part':<18}{'ms':>10}{'share':>10}{'peak memory':>14}",
     ]
     for row in summary["parts"]:
         cells = milliseconds(row["seconds"]), percent(row["share"]), size(row["peak_bytes"])
         lines.append(f"{row['part']:<18}{cells[0]:>10}{cells[1]:>10}{cells[2]:>14}")
-    return "\n".join([*lines, *(f"warning: {line}" for line in summary["warnings"])])
+    return "\n".join([*lines, *warnings])

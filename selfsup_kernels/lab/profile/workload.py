@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import copy
 import importlib
 import itertools
 import time
@@ -21,12 +22,20 @@ VARIANTS = ("ours", "eager")
 METHODS = {
     "simclr": lambda work, networks, predictor: sk.methods.SimCLR(*networks, 0.5),
     "cmc": lambda work, networks, predictor: sk.methods.CMC(*networks, 0.07),
+    "clip": lambda work, networks, predictor: sk.methods.CMC(
+        *twice(networks), 0.07, learnable_temperature=True, max_scale=100
+    ),
+    "siglip": lambda work, networks, predictor: sk.methods.SigLIP(
+        *(nn.Sequential(*tower) for tower in zip(*twice(networks), strict=True))
+    ),
     "moco": lambda work, networks, predictor: sk.methods.MoCo(
         *networks, QUEUE, temperature=0.2, symmetric=work.views > 2, dim=work.dim
     ),
     "byol": lambda work, networks, predictor: sk.methods.BYOL(*networks, predictor),
-    "fusion": lambda work, networks, predictor: sk.methods.BYOLContrast(*networks, predictor, temperature=0.1),
+    "byol_contrast": lambda work, networks, predictor: sk.methods.BYOLContrast(*networks, predictor, temperature=0.1),
 }
+TWO_TOWERS = ("clip", "siglip")
+"""Methods with an encoder and a projector for each of two views; the others share one."""
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 QUEUE = 65536
 POOL = 512
@@ -91,6 +100,21 @@ def width(encoder, image_size) -> int:
     return rows.shape[1]
 
 
+def twice(networks):
+    """Return a pair of each network, with parameters of its own."""
+    return [[network, copy.deepcopy(network)] for network in networks]
+
+
+def called(method):
+    """Yield the networks of a method that are called as a whole."""
+    for name in ("encoder", "projector", "predictor", "image_tower", "text_tower"):
+        network = getattr(method, name, None)
+        if network is not None:
+            yield from network if isinstance(network, nn.ModuleList) else [network]
+    if hasattr(method, "target"):
+        yield method.target.module
+
+
 def build(work):
     """Make the method, on its device."""
     torch.manual_seed(0)
@@ -101,9 +125,8 @@ def build(work):
         make_eager(method)
     method.to(work.device)
     if work.compile:  # in place, so that moving averages and their names stay
-        networks = method.encoder, method.projector, getattr(method, "predictor", None)
-        for module in filter(None, (*networks, getattr(getattr(method, "target", None), "module", None))):
-            module.compile()
+        for network in called(method):
+            network.compile()
     return method
 
 
@@ -114,34 +137,19 @@ def make_eager(method) -> None:
     elif isinstance(method, sk.methods.BYOL):
         method.loss = eager.BYOLLoss()
         if isinstance(method, sk.methods.BYOLContrast):
-            method.contrast = CrossViewLoss(method.contrast.temperature)
+            method.contrast = eager.CrossViewLoss(method.contrast.temperature)
+    elif isinstance(method, sk.methods.SigLIP):
+        method.loss = eager.SigLIPLoss(method.loss.scale.item(), method.loss.bias.item())
+    elif isinstance(method, sk.methods.CMC):
+        learnable, temperature = method.loss.logit_scale is not None, method.loss.temperature
+        method.loss = eager.CrossViewLoss(temperature.item() if learnable else temperature, learnable)
     else:
-        kind = CrossViewLoss if isinstance(method, sk.methods.CMC) else eager.InfoNCELoss
-        method.loss = kind(method.loss.temperature)
+        method.loss = eager.InfoNCELoss(method.loss.temperature)
     target = getattr(method, "target", None)
     if target is not None:
         target.update = lambda momentum=None: eager.ema_update_(
             target.module, method.online, target.momentum if momentum is None else momentum
         )
-
-
-class CrossViewLoss(nn.Module):
-    """CLIP's loss for every pair of views, as one writes it: cross-entropy along the rows and columns of one matrix."""
-
-    group = None  # of one process
-
-    def __init__(self, temperature):
-        super().__init__()
-        self.temperature = temperature
-
-    def forward(self, views):
-        z = [F.normalize(view, dim=-1) for view in views]
-        samples = torch.arange(len(z[0]), device=z[0].device)
-        terms = []
-        for one, other in itertools.combinations(z, 2):
-            scores = (one / self.temperature) @ other.T
-            terms += [F.cross_entropy(scores, samples), F.cross_entropy(scores.T, samples)]
-        return torch.stack(terms).mean()
 
 
 def eager_contrast(method):
