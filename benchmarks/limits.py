@@ -35,7 +35,11 @@ def groups(rows):
     found = {}
     for row in sorted(rows, key=lambda row: (row.get("dtype", ""), row.get("dim") or 0)):
         if row["part"] in ("both", "update") and OURS in row["times"]:
-            key = (row["model"], row["source"]) if row["op"] == "ema" else (f"D = {row['dim']}", row["dtype"])
+            key = (
+                (row["model"], row["source"])
+                if row["op"] == "ema"
+                else (f"D = {row['dim']}", row["dtype"], row.get("objective"))
+            )
             found.setdefault(key, []).append(row)
     return {key: sorted(some, key=lambda row: row.get("batch") or 0) for key, some in found.items()}
 
@@ -53,14 +57,15 @@ def lines(op, label, rows, milliseconds, times):
     made = []
     for key, some in groups(rows).items():
         cells = ["<br>".join(cell(row) for row in some if limit(row) == kind) for kind in LIMITS]
-        made.append([f"{label}, {', '.join(key)}", *cells])
+        made.append([f"{label}, {', '.join(filter(None, key))}", *cells])
     return made
 
 
 def shown(rows):
     """Return the rows of the picture: two views in bfloat16, D = 256."""
     kinds = {"op": "info_nce", "views": 2, "dim": 256, "dtype": "bfloat16", "part": "both"}
-    found = [row for row in rows if all(row[key] == value for key, value in kinds.items()) and OURS in row["times"]]
+    plain = [row for row in rows if row.get("objective") in (None, "supcon_out") and OURS in row["times"]]
+    found = [row for row in plain if all(row[key] == value for key, value in kinds.items())]
     return sorted(found, key=lambda row: row["batch"])
 
 

@@ -209,15 +209,13 @@ def compat_words(rows, header):
 
 def loss_words(rows, header):
     """Write how ours compares with eager PyTorch at the largest batch at which both were measured."""
-    kinds = {"views": 2, "part": "both"} | (
-        {"dim": 256, "dtype": "bfloat16"} if header.get("kind") == "cuda" else {"dim": 128, "dtype": "float32"}
-    )
-    fitting = [r for r in rows if all(r[key] == value for key, value in kinds.items()) and ratio(r, "eager")]
-    row = max(fitting, key=lambda r: r["batch"])
+    case = Case(2, 256, "bfloat16") if header.get("kind") == "cuda" else Case(2, 128, "float32")
+    row = max((r for r in cases(rows)[case] if r["part"] == "both" and ratio(r, "eager")), key=lambda r: r["batch"])
+    sizes = f"B = {row['batch']}, D = {row['dim']}, {row['dtype']}"
     ours, eager = (size(peak(row, name)) for name in (OURS, "eager"))
     return (
         f"**{times(ratio(row, 'eager'))[:-1]} times as fast as eager PyTorch, with {ours} in place of {eager}**"
-        f" (NT-Xent, forward and backward, B = {row['batch']}, D = {row['dim']}, {row['dtype']}; {device_name(header)})."
+        f" (NT-Xent, forward and backward, {sizes}; {device_name(header)}, commit {header['commit']})."
     )
 
 
