@@ -11,10 +11,12 @@ COMPAT_TRITON ?= triton==3.6.0
 
 ifeq ($(origin PYTHON),command line)
 PY := $(PYTHON)
+ENVIRONMENT :=
 DEPENDENCIES :=
 else
 PYTHON ?= python3
 PY := .venv/bin/python
+ENVIRONMENT := .venv/.environment
 DEPENDENCIES := .venv/.dependencies
 endif
 
@@ -27,7 +29,7 @@ SOURCES := setup.py selfsup_kernels/core/build.py selfsup_kernels/version.py $(w
 # CPU-only torch of .venv the library is a separate target.
 CUDA_LIBRARY := selfsup_kernels/_CUDA.so
 CUDA_SOURCES := selfsup_kernels/core/build_cuda.py $(wildcard csrc/cuda/*)
-ifeq ($(DEPENDENCIES),)
+ifeq ($(ENVIRONMENT),)
 SOURCES += $(CUDA_SOURCES)
 endif
 NVCC := $(firstword $(wildcard $(addsuffix /bin/nvcc,$(CUDA_HOME) $(CUDA_PATH))) $(shell command -v nvcc) \
@@ -38,25 +40,36 @@ OP_TESTS := tests/test_ops.py tests/test_info_nce.py tests/test_info_nce_parts.p
 
 .PHONY: help setup wheel wheel-check demo bench bench-compare bench-results profile docs test fuzz lint asan interop-setup interop interop-bench compat cuda cuda-static kernels gpu-static gpu-check gpu-counters clean
 
-setup: $(BUILT)  ## the environment, and the package with its C++ extension
+setup: $(BUILT) $(DEPENDENCIES)  ## the environment, and the package with its C++ extension
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.* ## \(.*\)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) | \
 	  while IFS='|' read -r target does; do printf '  make %-15s %s\n' "$$target" "$$does"; done
 
-# The requirements are listed in pyproject.toml only. Python 3.10 has no TOML reader, so pip's is used.
-EXTRAS = from pip._vendor import tomli; \
-  extras = tomli.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; \
-  print(*sorted(set(sum(extras.values(), []))), sep="\n")
+# The requirements are listed in pyproject.toml only: those of the build, and of the extras that are named, or of all.
+# Python 3.10 has no TOML reader, so pip's is used.
+REQUIREMENTS = import sys; from pip._vendor import tomli; \
+  project = tomli.load(open("pyproject.toml", "rb")); extras = project["project"]["optional-dependencies"]; \
+  names = [name for extra in sys.argv[1:] or extras for name in extras[extra]]; \
+  print(*sorted({*project["build-system"]["requires"], *names}), sep="\n")
 
-.venv/.dependencies: pyproject.toml Makefile
+# Enough to build the package and to run the demo.
+.venv/.environment: pyproject.toml Makefile
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
-	$(PY) -c '$(EXTRAS)' > .venv/requirements.txt
-	$(PY) -m pip install --quiet "$(TORCH)" "$(TRITON)" -r .venv/requirements.txt
+	@echo "Installing torch, the build tools and the demo's packages in .venv: 1.2 GB with a CPU build of torch."
+	$(PY) -c '$(REQUIREMENTS)' demo > .venv/requirements.txt
+	$(PY) -m pip install "$(TORCH)" -r .venv/requirements.txt
 	touch $@
 
-$(BUILT): $(DEPENDENCIES) $(SOURCES)
-ifeq ($(DEPENDENCIES),)
+.venv/.dependencies: .venv/.environment
+	@echo "Installing what tests, documentation and checks need in .venv: another 1 GB."
+	$(PY) -c '$(REQUIREMENTS)' > .venv/requirements.txt
+	$(PY) -m pip install "$(TORCH)" "$(TRITON)" -r .venv/requirements.txt
+	touch $@
+
+$(BUILT): $(ENVIRONMENT) $(SOURCES)
+	@echo "Compiling the C++ extension: about 2 minutes on 2 cores."
+ifeq ($(ENVIRONMENT),)
 	$(PY) setup.py build_ext --inplace
 else
 	$(PY) -m pip install --no-build-isolation --no-deps -e .
@@ -66,12 +79,12 @@ endif
 cuda: $(CUDA_LIBRARY)  ## the CUDA library (needs nvcc, no GPU)
 	$(PY) benchmarks/cuda_static.py --contents
 
-$(CUDA_LIBRARY): $(BUILT) $(CUDA_SOURCES)
+$(CUDA_LIBRARY): $(DEPENDENCIES) $(BUILT) $(CUDA_SOURCES)
 	$(PY) setup.py build_cuda
 	touch $@
 
-demo: setup  ## train with eager losses and with ours, report in out/demo
-	$(PY) -m selfsup_kernels demo --out out/demo
+demo: $(BUILT)  ## train with eager losses and with ours, report in out/demo: QUICK=1
+	$(PY) -m selfsup_kernels demo --out out/demo $(if $(QUICK),--quick) $(ARGUMENTS)
 
 bench: setup  ## the speed of every op
 	$(PY) -m pytest benchmarks --benchmark-columns=min,median,iqr,rounds --benchmark-group-by=group
@@ -172,7 +185,7 @@ interop-bench: interop-setup  ## the speed of each drop-in and its original
 # Machine code of the Triton kernels for common calls, so that users' first calls wait for no compiler. Needs no GPU.
 # ARCH="80 86 90 100 120" selects the GPUs by compute capability. Kernels that Triton has in its cache come from there.
 ARCH ?= 90
-kernels: $(BUILT)  ## the Triton kernels compiled ahead of time: ARCH="80 86 90 100 120"
+kernels: setup  ## the Triton kernels compiled ahead of time: ARCH="80 86 90 100 120"
 	$(PY) -m selfsup_kernels.lab.ahead --arch $(ARCH)
 
 # A source distribution and the wheel that is built from it, in dist: CPU kernels, CUDA library and Triton kernels for

@@ -5,7 +5,6 @@ playwright; with ``SELFSUP_KERNELS_REQUIRE_BROWSER=1`` that is an error.
 """
 
 import atexit
-import base64
 import contextlib
 import functools
 import importlib.util
@@ -41,6 +40,14 @@ CUT_OFF = """(ignored) => {
   return found;
 }"""
 
+# Whether a picture, drawn small, has more than one colour.
+VARIED = """(picture) => {
+  const context = document.createElement("canvas").getContext("2d");
+  context.drawImage(picture, 0, 0, 300, 150);
+  const pixels = new Uint32Array(context.getImageData(0, 0, 300, 150).data.buffer);
+  return pixels.some((pixel) => pixel !== pixels[0]);
+}"""
+
 
 def chromium():
     """Return the browser's path, or skip the test."""
@@ -68,14 +75,14 @@ def browser():
 
 
 @contextlib.contextmanager
-def open_page(target, width=1280, height=900):
-    """Yield a playwright page that shows ``target``, a path or a URL, on a screen of ``width`` pixels.
+def open_page(target, width=1280, height=900, scheme="light"):
+    """Yield a playwright page that shows ``target``, a path or a URL, on a screen of ``width`` pixels, light or dark.
 
     ``page.complaints`` collects errors of the console and of scripts, requests that failed, and requests to other
     hosts, which are not let through. ``check_layout`` reads it.
     """
     url = str(target) if "://" in str(target) else Path(target).resolve().as_uri()
-    page = browser().new_page(viewport={"width": width, "height": height})
+    page = browser().new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
     page.complaints = []
 
     def refuse(route):
@@ -103,7 +110,6 @@ def check_layout(page, ignore=""):
         page: from ``open_page``.
         ignore: a CSS selector of elements that lie off the screen on purpose, such as closed drawers.
     """
-    # Decoded here and not in the page: a page opened from a file may not read the pixels of another file.
     from matplotlib.image import imread
 
     for picture in page.query_selector_all("img"):
@@ -113,10 +119,30 @@ def check_layout(page, ignore=""):
             continue
         loaded = "e => { e.loading = 'eager'; return e.decode().then(() => true, () => false); }"
         assert picture.evaluate(loaded), f"not loaded: {source[:100]}"
-        inline = source.startswith("data:image/png;base64,")
-        content = base64.b64decode(source.partition(",")[2]) if inline else picture.screenshot()
-        pixels = imread(io.BytesIO(content), format="png")
-        assert pixels.reshape(-1, pixels.shape[-1]).std(axis=0).max() > 0, f"one colour: {source[:100]}"
+        if source.startswith("data:"):
+            varied = picture.evaluate(VARIED)
+        else:  # a page opened from a file may not read the pixels of another file
+            pixels = imread(io.BytesIO(picture.screenshot()), format="png")
+            varied = pixels.reshape(-1, pixels.shape[-1]).std(axis=0).max() > 0
+        assert varied, f"one colour: {source[:100]}"
     cut = page.evaluate(CUT_OFF, ignore)
     assert not cut, "\n".join(cut[:10])
     assert not page.complaints, "\n".join(page.complaints)
+
+
+def check_report(path):
+    """Assert that a report is whole on a phone and on a desktop, light and dark, with three numbers on a phone's
+    first screen."""
+    seen = []
+    for scheme in ("light", "dark"):
+        with open_page(path, width=390, height=844, scheme=scheme) as page:
+            check_layout(page)
+            boxes = [number.bounding_box() for number in page.query_selector_all(".numbers dd")]
+            assert len(boxes) == 3
+            assert all(box["y"] + box["height"] < 844 for box in boxes)
+            assert page.evaluate("document.documentElement.scrollWidth") == 390
+            colors = page.evaluate("(s => [s.backgroundColor, s.color])(getComputedStyle(document.body))")
+            seen.append([*colors, *page.evaluate("[...document.images].map(e => e.currentSrc)")])
+            page.set_viewport_size({"width": 1280, "height": 800})
+            check_layout(page)
+    assert all(light != dark for light, dark in zip(*seen, strict=True))

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from browser import check_layout, open_page
+from browser import check_layout, check_report, open_page
 
 from selfsup_kernels.lab.bench import tables
 
@@ -48,11 +48,11 @@ def test_page_in_a_browser(folder, rows, pictures, tmp_path):
     rows = rows or [row for data in found for row in data["rows"]]
     report.write(tmp_path / "page.html", found[0]["header"], rows)
     assert not re.search(r"(src|href)=.https?:", (tmp_path / "page.html").read_text())
+    sentence, numbers = tables.answer(rows)
+    if rows is ROWS:
+        check_report(tmp_path / "page.html")
     with open_page(tmp_path / "page.html", width=390) as page:
         check_layout(page)
-        page.set_viewport_size({"width": 1280, "height": 900})
-        check_layout(page)
-        sentence, numbers = tables.answer(rows)
         assert page.inner_text("h1") == sentence
         assert page.locator(".numbers dd").all_inner_texts() == [number for number, _ in numbers]
         assert page.locator("img").count() >= pictures
@@ -93,3 +93,24 @@ def test_errors_beyond_rounding_are_flagged(dtype, error, style):
 )
 def test_what_stands_in_place_of_a_time(reason, word):
     assert tables.status(reason) == word
+
+
+def luminance(color):
+    parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    parts = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in parts]
+    return sum(weight * x for weight, x in zip((0.2126, 0.7152, 0.0722), parts, strict=True))
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_colors_contrast_with_the_page(theme):
+    """As the Web Content Accessibility Guidelines (AA) ask: 4.5 for text, 3 for the shapes of pictures."""
+    from selfsup_kernels.lab.pages import THEMES, figures
+    from selfsup_kernels.lab.profile import plots
+
+    def contrast(color):
+        low, high = sorted([luminance(color), luminance(THEMES[theme]["paper"])])
+        return (high + 0.05) / (low + 0.05)
+
+    assert {name for name in ("ink", "soft", "ours", "faster", "wrong") if contrast(THEMES[theme][name]) < 4.5} == set()
+    shapes = [*figures.COLORS.values(), *figures.OTHERS, *plots.COLORS]
+    assert {color for color in shapes if contrast(color) < 3} == set()

@@ -7,12 +7,14 @@ import json
 import re
 import subprocess
 
+import numpy as np
 import pytest
 import torch
 
 for _name in ("sklearn", "matplotlib", "rich", "jinja2", "psutil"):
     pytest.importorskip(_name, reason="the demo's dependencies are not installed")
 
+from browser import check_report
 from matplotlib import image
 
 import selfsup_kernels as sk
@@ -21,7 +23,7 @@ from selfsup_kernels.__main__ import main
 from selfsup_kernels.core import info
 from selfsup_kernels.lab import fresh
 from selfsup_kernels.lab.bench import eager, suite
-from selfsup_kernels.lab.demo import data, evaluate, report, run, train
+from selfsup_kernels.lab.demo import data, evaluate, plots, report, run, train
 from selfsup_kernels.lab.pages import progress
 
 
@@ -42,7 +44,7 @@ def quick(tmp_path_factory):
     return {
         "printed": printed.getvalue(),
         "summary": json.loads((folder / "out" / "summary.json").read_text()),
-        "page": (folder / "out" / "report.html").read_text(encoding="utf-8"),
+        "out": folder / "out",
         "figure": folder / "figure.png",
     }
 
@@ -67,16 +69,27 @@ def test_summary_has_every_number(quick):
     assert all(set(case["seconds"]) == {"eager", "ours"} for case in summary["sweep"]["cases"])
 
 
-def test_page_picture_and_printed_tables(quick):
-    page = quick["page"]
-    assert page.count('src="data:image/png;base64,') == page.count("<img") == 1
+def test_page_pictures_and_printed_lines(quick):
+    page, printed = (quick["out"] / "report.html").read_text(encoding="utf-8"), quick["printed"]
+    assert page.count('src="data:image/svg+xml;base64,') == page.count("<img") == 4
     assert not re.search(r"https?://|<script|<link|@import|url\(", page)
-    assert page.count("<dd>") == 3
-    assert page.index("agrees with eager to rounding") < page.index("<h2>")
     assert quick["summary"]["device"]["cpu"]["model"] in page
-    assert image.imread(quick["figure"])[..., :3].std() > 0.01  # something is drawn
-    for word in ("Train Contrastive, eager", "raw pixels", "agrees with eager to rounding", "Report: "):
-        assert word in quick["printed"]
+    for picture in (quick["figure"], quick["out"] / "loss.png"):
+        assert image.imread(picture)[..., :3].std() > 0.01  # something is drawn
+    expected = [
+        "2 cores",
+        "1/6 ",
+        "First picture",
+        "2/6 Train Contrastive, eager: about",
+        "6/6 ",
+        "Ours gives the same",
+    ]
+    found = [printed.index(words) for words in [*expected, "in 0 of 8 comparisons", "Report: "]]
+    assert found == sorted(found)
+
+
+def test_page_in_a_browser(quick):
+    check_report(quick["out"] / "report.html")
 
 
 @pytest.mark.parametrize("num_views", [2, 4])
@@ -146,23 +159,44 @@ def test_sweep_leaves_out_what_does_not_fit(monkeypatch, error, reason):
         return {"peak_bytes": 1000, "seconds": 0.5}
 
     monkeypatch.setattr(fresh, "call", call)
-    (row,) = run.sweep([16])
+    row = run.measure(16)
     assert row["left_out"] == {"eager": reason}
     assert (row["seconds"], row["peak_bytes"]) == ({"ours": 0.5}, {"ours": 1000})
-    assert list(report.sweep_rows({"sweep": {"cases": [row]}})) == [["16", f"left out ({reason})", "500", "-", "1 kB"]]
-    runs = {"ours": [1.0, 0.5], "eager": [1.0, 0.5]}
-    assert report.picture({"contrastive": runs, "byol": runs}, [row], "a CPU").axes
+    assert report.sweep_row(row) == ["16", f"left out ({reason})", "500", "", "< 1 MB"]
+    for _, draw in plots.sweep([row]):
+        (axis,) = plots.drawn([draw]).axes
+        assert [text.get_text() for text in axis.texts] == ["ours"]
 
 
-def test_the_answer_and_the_notes_speak_against_us_too(quick):
+def test_answer_and_notes_say_what_is_worse(quick):
     summary = json.loads(json.dumps(quick["summary"]))
     summary["auto"], summary["build"] = "reference", "the command"
     summary["agreement"]["byol"]["holds"] = False
     for case in summary["sweep"]["cases"]:
         case["seconds"] = {"eager": 1.0, "ours": 2.0}
-    text = "\n".join([report.answer(summary), *report.notes(summary)])
-    for words in ("does NOT agree with eager to rounding (BYOL)", "SLOWER than eager at batch 64, 128", "the command"):
+    summary["ours_minus_eager"]["BYOL"]["all/knn"]["significant"] = True
+    text = "\n".join([report.answer(summary), *report.notes(summary), report.verdict(summary)])
+    for words in (
+        "is 0.5x as fast",
+        "in 1 of 8 comparisons",
+        "does NOT agree with eager to rounding (BYOL)",
+        "SLOWER than eager at batch 64, 128",
+        "the command",
+    ):
         assert words in text
+
+
+@pytest.mark.parametrize(
+    ("lost", "won", "significant"), [(0, 0, False), (7, 0, False), (8, 0, True), (0, 8, True), (40, 30, False)]
+)
+def test_significant_differences_of_features(lost, won, significant):
+    """Where ours loses and wins so many of 540 digits; 5 % over eight comparisons is 2.73 standard errors."""
+    eager = np.repeat([0.0, 1.0], 270)
+    ours = eager.copy()
+    ours[:won], ours[540 - lost :] = 1.0, 0.0
+    found = evaluate.differences({"case": ours}, {"case": eager}, 8)["case"]
+    assert found["significant"] is significant
+    assert found["difference"] == pytest.approx((won - lost) / 540)
 
 
 def test_missing_dependencies_are_one_line(monkeypatch, capsys):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from selfsup_kernels.lab import pages
 from selfsup_kernels.lab.bench import baselines, tables
-from selfsup_kernels.lab.pages.figures import color_of, data_uri, figure, log_axis
+from selfsup_kernels.lab.pages.figures import color_of, figure, html, log_axis
 
 UNITS = {"time": "forward + backward (ms)", "memory": "peak memory above the inputs (MB)"}
 
@@ -17,6 +17,7 @@ def write(path, header, rows):
         "report.html",
         answer=answer,
         numbers=numbers,
+        warning=tables.EAGER_ONLY if tables.is_eager(header) else None,
         device=tables.device_line(header),
         rates=tables.rates_line(header),
         gpu=header["kind"] == "cuda",
@@ -27,14 +28,14 @@ def write(path, header, rows):
 
 
 def section(op, rows):
-    """Return the title, the pictures (source, text) of one operation, and its table."""
+    """Return the title, the pictures and the table of one operation."""
     groups = {}
     for row in rows:
         if row["part"] in ("both", "update"):
-            key = ("model", "dtype") if op == "ema" else ("views", "dim", "dtype")
+            key = ("model", "dtype") if op == "ema" else ("objective", "views", "dim", "dtype")
             groups.setdefault(tables.facts(row, key), []).append(row)
     pictures = [
-        (data_uri(drawn), f"{tables.TITLES[op]}, {title}: {column}")
+        html(drawn, f"{tables.TITLES[op]}, {title}: {column}")
         for title, some in groups.items()
         for column in (("time",) if op == "ema" else ("time", "memory"))
         if (drawn := picture(some, column, title))
@@ -58,7 +59,7 @@ def picture(rows, column, title):
     batches = sorted({row.get("batch", 0) for row in rows})
     if not points:
         return None
-    made, axes = figure(4.8, 3.8 if len(batches) > 1 else 0.4 * len(points) + 1.0)
+    made, axes = figure(4.2, 3.6 + 0.11 * len(points) if len(batches) > 1 else 0.34 * len(points) + 0.7)
     axis = axes[0, 0]
     axis.set_title(f"{title}\n{UNITS[column] if rows[0]['op'] != 'ema' else 'time (ms)'}", fontsize=10, loc="left")
     if len(batches) == 1:
@@ -77,5 +78,5 @@ def picture(rows, column, title):
     axis.set_xticks(batches, batches)
     axis.set_xlabel("batch size B")
     log_axis(axis.yaxis, values)
-    made.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8.5)
+    made.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     return made

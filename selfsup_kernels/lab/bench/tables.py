@@ -56,7 +56,7 @@ def make(op, rows) -> pages.Table:
     """Return the table of one operation; what all rows share goes into the title."""
     rows = [row for row in rows if row["op"] == op]
     varying = [key for key in FACTS if len({row.get(key) for row in rows}) > 1]
-    title = f"{TITLES[op]}, {facts(rows[0], [key for key in FACTS if key not in varying])}"
+    title = ", ".join(filter(None, [TITLES[op], facts(rows[0], [key for key in FACTS if key not in varying])]))
     head = [*(FACTS[key] for key in varying), "part", "", "p20 ms", "p50 ms", "p80 ms", "x ours", "peak"]
     head += ["rate", "of device", "error"]
     lines, styles, notes = [], [], {}
@@ -145,6 +145,11 @@ def device_line(header):
     return ", ".join([header["device"], *threads, *(f"{k} {v}" for k, v in pairs.items() if v), header["date"]])
 
 
+def is_eager(header) -> bool:
+    """Tell whether ours was measured without its C++ kernels."""
+    return header.get("cpu_capability") == results.PURE
+
+
 def rates_line(header):
     """Return the rates of the device in prose."""
     sides, products = header["matrix_product_size"], []
@@ -157,7 +162,7 @@ def rates_line(header):
 def show(console, header, rows):
     """Print the device, a table for each operation with what is missing and why, and last the sentence."""
     made = [make(op, rows) for op in TITLES if any(row["op"] == op for row in rows)]
-    first = [EAGER_ONLY] if header.get("cpu_capability") == results.PURE else []
+    first = [EAGER_ONLY] if is_eager(header) else []
     about = [*first, device_line(header), rates_line(header), FACTOR]
     pages.show(console, about[0], made, about=about[1:])
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from selfsup_kernels.core import info
 from selfsup_kernels.lab import pages
-from selfsup_kernels.lab.demo import evaluate, train
-from selfsup_kernels.lab.demo.run import TITLES
-from selfsup_kernels.lab.pages.figures import EAGER, OURS, data_uri, figure, log_axis
-from selfsup_kernels.lab.profile.summary import milliseconds, size
+from selfsup_kernels.lab.bench.tables import factor, size
+from selfsup_kernels.lab.demo import evaluate, plots, run, train
+from selfsup_kernels.lab.pages.figures import html
+from selfsup_kernels.lab.profile.summary import milliseconds
 
 
 def write(results, out, figure_path=None) -> Path:
@@ -18,9 +18,7 @@ def write(results, out, figure_path=None) -> Path:
     page = out / "report.html"
     page.write_text(render(results), encoding="utf-8")
     if figure_path is not None:
-        wide = picture(results["losses"], summary["sweep"]["cases"], device(summary), columns=4)
-        Path(figure_path).parent.mkdir(parents=True, exist_ok=True)
-        wide.savefig(figure_path, dpi=144)
+        plots.save(figure_path, panels(results), device(summary))
     pages.show(pages.console(), answer(summary), tables(summary), notes=notes(summary), page=page)
     return page
 
@@ -31,26 +29,49 @@ def device(summary) -> str:
     return f"{info.describe_cpu(facts['cpu'])}, torch {facts['torch']}{kernels}"
 
 
+def compared(summary) -> list:
+    """Return the cases of the sweep that both losses have run."""
+    return [case for case in summary["sweep"]["cases"] if len(case["seconds"]) == 2]
+
+
+def ratios(case):
+    """Return eager's time and memory over ours; None where the memory is not known."""
+    peaks = case["peak_bytes"]
+    return tuple(of["eager"] / of["ours"] if all(of.values()) else None for of in (case["seconds"], peaks))
+
+
 def answer(summary) -> str:
-    """Tell whether both trainings are the same, and what the loss takes in each."""
-    wrong = [TITLES[name] for name, facts in summary["agreement"].items() if not facts["holds"]]
-    same = f"does NOT agree with eager to rounding ({', '.join(wrong)})" if wrong else "agrees with eager to rounding"
-    ours, eager = (summary["step_seconds"][f"Contrastive, {loss}"]["loss"] for loss in ("ours", "eager"))
-    return f"Ours {same}; its contrastive loss takes {milliseconds(ours)} ms of a step, eager {milliseconds(eager)} ms."
+    """Tell in a sentence whether the losses are the same, and what ours gains."""
+    wrong = [run.TITLES[name] for name, facts in summary["agreement"].items() if not facts["holds"]]
+    text = f"Ours does NOT agree with eager to rounding ({', '.join(wrong)})" if wrong else ""
+    text = text or "Ours gives the same losses as eager, to rounding"
+    if not compared(summary):
+        return f"{text}."
+    case = compared(summary)[-1]
+    speed, memory = ratios(case)
+    text += f"; at batch {case['batch']:,} the contrastive loss is {factor(speed)} as fast"
+    return text + (f" and takes {share(memory)} of the memory." if memory else ".")
+
+
+def share(ratio) -> str:
+    """Return a share of memory: ``1/79``, or percent where ours takes more than a third."""
+    return f"1/{ratio:.0f}" if ratio > 3 else f"{100 / ratio:.0f} %"
 
 
 def numbers(summary) -> list:
-    """Return ``(value, label)`` for the top of the page: accuracy, time of a step, the loss alone."""
-    names = [f"Contrastive, {loss}" for loss in ("ours", "eager")]
-    accuracy = [f"{100 * summary['accuracy'][name]['all/linear']:.1f} %" for name in names]
-    steps = [f"{milliseconds(sum(summary['step_seconds'][name].values()))} ms" for name in names]
-    both = [case for case in summary["sweep"]["cases"] if len(case["seconds"]) == 2]
-    alone = [f"{milliseconds(both[-1]['seconds'][loss])} ms" for loss in ("ours", "eager")] if both else ["-"]
-    return [
-        (" / ".join(accuracy), "contrastive, all labels, linear probe, ours / eager"),
-        (" / ".join(steps), "a contrastive step, ours / eager"),
-        (" / ".join(alone), f"the loss alone at batch {both[-1]['batch'] if both else '-'}, ours / eager"),
+    """Return ``(value, label)`` for the top of the page: the largest difference, the gain in time and in memory."""
+    worst = max(value for facts in summary["agreement"].values() for value in facts["checks"].values())
+    found = [
+        (f"{worst:.1g}", "largest relative difference of losses, gradients and moving averages on the same inputs")
     ]
+    for case in compared(summary)[-1:]:
+        (speed, memory), alone = ratios(case), f"the contrastive loss alone at batch {case['batch']:,}"
+        ours, eager = (milliseconds(case["seconds"][loss]) for loss in ("ours", "eager"))
+        found.append((factor(speed), f"as fast: {alone}, {ours} ms instead of {eager} ms"))
+        if memory:
+            ours, eager = (size(case["peak_bytes"][loss]) for loss in ("ours", "eager"))
+            found.append((share(memory), f"of the memory: {ours} instead of {eager}"))
+    return found
 
 
 def notes(summary) -> list[str]:
@@ -58,45 +79,62 @@ def notes(summary) -> list[str]:
     if summary["auto"] == "reference":
         build = f" To build them: {summary['build']}" if summary["build"] else ""
         lines.append(f"The C++ kernels are not installed here: 'ours' is the package's eager reference.{build}")
-    cases = [case for case in summary["sweep"]["cases"] if len(case["seconds"]) == 2]
-    slower = [str(case["batch"]) for case in cases if case["seconds"]["ours"] > case["seconds"]["eager"]]
+    slower = [str(case["batch"]) for case in compared(summary) if ratios(case)[0] < 1]
     return lines + ([f"The loss alone is SLOWER than eager at batch {', '.join(slower)}."] if slower else [])
 
 
-def tables(summary):
-    facts, titles = summary["agreement"], ("loss on the same inputs", "its gradient", "moving average")
-    differences = [
-        [title, *(f"{f['checks'][key]:.1e}" if key in f["checks"] else "-" for f in facts.values())]
-        for key, title in zip(train.LIMITS, titles, strict=True)
-    ]
-    title = "The largest relative difference between ours and eager"
-    yield pages.Table(title, ("", *(TITLES[name] for name in facts)), differences)
+def verdict(summary) -> str:
+    """Tell in a sentence whether the features of ours and of eager are equally good."""
+    found = [case for cases in summary["ours_minus_eager"].values() for case in cases.values()]
+    differing = sum(case["significant"] for case in found)
+    return f"The accuracy of ours and eager differs significantly in {differing} of {len(found)} comparisons."
+
+
+def tables(summary) -> list:
+    """Return the tables of the sweep, of a step, of the differences, of ours against eager, and of the features."""
+    cases, agreement, accuracy = summary["sweep"]["cases"], summary["agreement"], summary["accuracy"]
+    title = f"The contrastive loss alone, {summary['sweep']['views']} views, D = {summary['sweep']['dim']}"
+    alone = pages.Table(title, ("batch", "eager ms", "ours ms", "eager peak", "ours peak"), list(map(sweep_row, cases)))
     rows = [
-        [name, *(f"{100 * cases[case]:.1f} %" for case in evaluate.CASES)]
-        for name, cases in summary["accuracy"].items()
-    ]
-    title = f"Accuracy of frozen features on {summary['data']['test']} held-out digits"
-    yield pages.Table(title, ("features", *evaluate.CASES.values()), rows)
-    rows = [
-        [name, *(milliseconds(times.get(part)) for part in train.TIMES), size(summary["step_peak_bytes"][name])]
+        [name, milliseconds(sum(times.values())), *(milliseconds(times.get(part)) for part in train.TIMES)]
         for name, times in summary["step_seconds"].items()
     ]
-    columns = ("run", *(part.replace("ema", "EMA") for part in train.TIMES), "peak memory")
-    yield pages.Table("Milliseconds of a training step", columns, rows)
-    title = f"The contrastive loss alone, {summary['sweep']['views']} views, D = {summary['sweep']['dim']}"
-    yield pages.Table(title, ("batch", "eager ms", "ours ms", "eager peak", "ours peak"), list(sweep_rows(summary)))
+    columns = ("run", "step", *(part.replace("ema", "EMA") for part in train.TIMES))
+    styles = ["ours" if name.endswith(", ours") else "" for name in summary["step_seconds"]]
+    steps = pages.Table("Milliseconds of a training step", columns, rows, styles)
+    rows = [
+        [title, *(f"{f['checks'][key]:.1g}" if key in f["checks"] else "-" for f in agreement.values())]
+        for key, title in zip(train.LIMITS, ("loss", "gradient", "moving average"), strict=True)
+    ]
+    title = "Largest relative difference between ours and eager, on the same inputs"
+    same = pages.Table(title, ("", *(run.TITLES[name] for name in agreement)), rows)
+    rows, styles = [], []
+    for name, found in summary["ours_minus_eager"].items():
+        for case, words in evaluate.CASES.items():
+            mean, error = 100 * found[case]["difference"], 100 * found[case]["standard_error"]
+            percents = (f"{100 * accuracy[f'{name}, {loss}'][case]:.1f}" for loss in ("eager", "ours"))
+            rows.append([f"{name}, {words}", *percents, f"{mean:+.1f} ± {error:.1f}"])
+            styles.append("wrong" if found[case]["significant"] else "")
+    columns = ("features", "eager", "ours", "ours - eager")
+    equal = pages.Table("Accuracy in percent, ours against eager", columns, rows, styles, [verdict(summary)])
+    names = {"raw pixels": "raw pixels", **{f"{title}, ours": title for title in run.TITLES.values()}}
+    rows = [[words, *(f"{100 * accuracy[name][case]:.1f}" for name in names)] for case, words in evaluate.CASES.items()]
+    pixels = pages.Table("Accuracy in percent, by the features", ("", *names.values()), rows)
+    return [alone, same, steps, equal, pixels]
 
 
-def sweep_rows(summary):
-    for case in summary["sweep"]["cases"]:
-        why = {name: f"left out ({reason})" for name, reason in case["left_out"].items()}
-        times = [why.get(name) or milliseconds(case["seconds"].get(name)) for name in ("eager", "ours")]
-        yield [str(case["batch"]), *times, *(size(case["peak_bytes"].get(name)) for name in ("eager", "ours"))]
+def sweep_row(case):
+    why = {name: f"left out ({reason})" for name, reason in case["left_out"].items()}
+    times = [why.get(name) or milliseconds(case["seconds"].get(name)) for name in ("eager", "ours")]
+    return [str(case["batch"]), *times, *(size(case["peak_bytes"].get(name)) for name in ("eager", "ours"))]
+
+
+def panels(results) -> list:
+    return [*plots.sweep(results["summary"]["sweep"]["cases"]), *plots.curves(results["losses"])]
 
 
 def render(results) -> str:
     summary = results["summary"]
-    drawn = picture(results["losses"], summary["sweep"]["cases"], device(summary))
     return pages.render(
         "selfsup_kernels.lab.demo",
         "report.html",
@@ -104,36 +142,7 @@ def render(results) -> str:
         answer=answer(summary),
         numbers=numbers(summary),
         notes=notes(summary),
-        tables=list(tables(summary)),
-        picture=data_uri(drawn),
+        tables=tables(summary),
+        pictures=[html(plots.drawn([draw]), text) for text, draw in panels(results)],
         device=device(summary),
     )
-
-
-def picture(losses, rows, device, columns=2):
-    """Draw both loss curves, and time and memory of the contrastive loss alone over the batch size."""
-    made, axes = figure(4.0 * columns, 3.6 * 4 / columns, columns, 4 // columns)
-    curves, sweep = axes.flat[:2], axes.flat[2:]
-    for axis, (name, runs) in zip(curves, losses.items(), strict=True):
-        steps = range(1, len(runs["ours"]) + 1)
-        axis.plot(steps, runs["ours"], color=OURS, linewidth=3, alpha=0.55, label="ours")
-        axis.plot(steps, runs["eager"], color=EAGER, linewidth=1.2, linestyle=(0, (4, 3)), label="eager")
-        axis.set(title=f"{TITLES[name]} training on digits", xlabel="step", ylabel="loss")
-        axis.legend(frameon=False, fontsize=9)
-    for axis, key, unit, title in (
-        (sweep[0], "seconds", 1e-3, "Time of the loss alone (ms)"),
-        (sweep[1], "peak_bytes", 2**20, "Peak memory of the loss alone (MiB)"),
-    ):
-        shown = []
-        for name, color, marker in (("eager", EAGER, "s"), ("ours", OURS, "o")):
-            known = [(row["batch"], row[key][name] / unit) for row in rows if row[key].get(name)]
-            if known:
-                axis.loglog(*zip(*known, strict=True), color=color, marker=marker, markersize=5, label=name)
-                shown += [value for _, value in known]
-        if shown:
-            axis.set_xticks([row["batch"] for row in rows], [row["batch"] for row in rows])
-            log_axis(axis.yaxis, shown)
-            axis.legend(frameon=False, fontsize=9)
-        axis.set(title=title, xlabel="batch size (4 views)")
-    made.supxlabel(device, fontsize=8, color="#52606d")
-    return made

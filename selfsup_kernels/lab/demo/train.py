@@ -56,7 +56,6 @@ class Run:
     losses: list = field(default_factory=list)
     times: dict = field(default_factory=dict)
     """Name of ``TIMES`` -> seconds."""
-    peak_bytes: int | None = None
     checks: dict = field(default_factory=dict)
     """Name of a comparison -> the largest relative difference that any step showed."""
 
@@ -94,7 +93,7 @@ def train(name, loss, images, recipe, seed, *, check_every=0, on_step=lambda val
     batches = data.batches(images, recipe.batch, recipe.views, recipe.steps, seed)
     inputs = []
     hook = method.loss.register_forward_pre_hook(lambda module, arguments: inputs.append(arguments))
-    with steps(method, trace=False) as profile:
+    with steps(method, trace=False, memory=False) as profile:
         for step, views in enumerate(profile(batches)):
             value = method(*views)
             value.backward()
@@ -117,7 +116,6 @@ def train(name, loss, images, recipe, seed, *, check_every=0, on_step=lambda val
     seconds = {row["part"]: row["seconds"] for row in profile.summary["parts"]}
     if profile.summary["steps"]["timed"]:
         run.times = {key: sum(seconds[p] for p in group) for key, group in TIMES.items() if seconds[group[0]]}
-    run.peak_bytes = profile.summary["peak_bytes"]
     return run
 
 

@@ -5,6 +5,17 @@ from typing import NamedTuple
 LEFT = ("", "part", "run", "features")
 """Titles of columns of names."""
 STYLES = {"ours": "bold cyan", "absent": "dim", "faster": "yellow", "wrong": "bold red"}
+THEMES = {
+    "light": {
+        **{"paper": "#ffffff", "ink": "#1f2933", "soft": "#52606d", "line": "#dde2e7", "tint": "#f3f5f7"},
+        **{"ours": "#1f5fbf", "faster": "#8a5200", "wrong": "#b3261e", "shade": "#00000040"},
+    },
+    "dark": {
+        **{"paper": "#14181d", "ink": "#e6e9ec", "soft": "#a9b4bf", "line": "#38414b", "tint": "#232a31"},
+        **{"ours": "#8ab8ff", "faster": "#e8b04b", "wrong": "#ff9a90", "shade": "#ffffff59"},
+    },
+}
+"""Colours of the pages, and of text, axes and grids in their pictures."""
 
 
 class Table(NamedTuple):
@@ -29,7 +40,7 @@ def render(package, template, **values) -> str:
     environment = jinja2.Environment(
         loader=jinja2.ChoiceLoader(loaders), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    return environment.get_template(template).render(**values)
+    return environment.get_template(template).render(themes=THEMES, left=LEFT, **values)
 
 
 def console(width=120):

@@ -5,10 +5,13 @@ import time
 
 
 class Progress:
-    """``with Progress() as p: p.stage("name", steps); p.advance()``."""
+    """``with Progress() as p: p.stage("name", steps); p.advance()``.
 
-    def __init__(self, stream=None):
-        self.stream = stream or sys.stdout
+    ``stages``: how many there are, to number them.
+    """
+
+    def __init__(self, stream=None, stages=0):
+        self.stream, self.stages, self.number = stream or sys.stdout, stages, 0
         self.live = None
         if self.stream.isatty():
             from rich import progress
@@ -28,15 +31,26 @@ class Progress:
         if self.live:
             self.live.stop()
 
-    def stage(self, name, total):
-        self.name, self.total, self.done = name, total, 0
+    def stage(self, name, total, seconds=None):
+        """Begin a stage of ``total`` steps, which takes about ``seconds``."""
+        self.number += 1
+        self.name, self.total, self.done = f"{self.number}/{self.stages} {name}" if self.stages else name, total, 0
+        note = f"about {seconds} s" if seconds else ""
         if self.live:
-            self.task = self.live.add_task(name, total=total, note="")
+            self.task = self.live.add_task(self.name, total=total, note=note)
+        elif note:
+            self.say(f"{self.name}: {note}")
 
     def advance(self, note=""):
         self.done += 1
         if self.live:
             self.live.update(self.task, advance=1, note=note)
         elif self.done % max(1, self.total // 4) == 0 or self.done == self.total:
-            line = f"[{time.monotonic() - self.begin:5.0f} s] {self.name}  {self.done}/{self.total}  {note}"
-            print(line.rstrip(), file=self.stream, flush=True)
+            self.say(f"{self.name}  {self.done}/{self.total}  {note}".rstrip())
+
+    def say(self, line):
+        """Print a line, above the bar if there is one."""
+        if self.live:
+            self.live.console.print(line, highlight=False, markup=False, soft_wrap=True)
+        else:
+            print(f"[{time.monotonic() - self.begin:5.0f} s] {line}", file=self.stream, flush=True)

@@ -26,18 +26,6 @@ def results(device, workload, cases, largest, seconds) -> dict:
     return made | {"answer": answer(made), "findings": list(notes(made))}
 
 
-def write_run(summary, out) -> Path:
-    """Write the report of a user's own loop."""
-    absent = info.missing("profile")
-    if absent:
-        raise ModuleNotFoundError(f"report: {', '.join(absent)} missing; run: {info.install(absent)}")
-    trace = "trace.json" if (Path(out) / "trace.json").exists() else None
-    case = {"batch": None, "variant": "yours", "status": "measured", "reason": None, "summary": summary, "trace": trace}
-    if not summary["steps"]["timed"]:
-        case |= {"status": "skipped", "reason": "the loop was too short", "summary": None}
-    return write(results(summary["device"], workload=None, cases=[case], largest=None, seconds=None), out)
-
-
 def write(results, out, console=None) -> Path:
     """Write page and data to the folder ``out``; with a console, print the tables too. Returns the page's path."""
     out = Path(out)
@@ -66,25 +54,26 @@ def answer(results) -> str:
             step = f"{percent(summary['loss_share'])} of a step of {milliseconds(summary['step_seconds'])} ms"
             words.append(step + (f" ({case['variant']})" if batch else ""))
         else:
-            words.append(f"an unknown share ({case['variant']}: {case['reason'] or 'no loss was found'})")
+            why = case["reason"] or "no loss was found"
+            words.append(f"an unknown share ({case['variant'] + ': ' if batch else ''}{why})")
     return f"{f'At batch {batch:,} the' if batch else 'The'} loss takes {' and '.join(words)}."
 
 
 def notes(results):
     """Yield why a case was not measured, and the warnings of those that were."""
     for case in results["cases"]:
-        name = case["variant"].capitalize() + (f" at batch {case['batch']:,}" if case["batch"] else "")
+        name = f"Batch {case['batch']:,}, {case['variant']}: " if case["batch"] else ""
         if case["summary"]:
-            yield from (f"{name}: {line}" for line in case["summary"]["warnings"])
-        else:
-            yield f"{name}: {case['status']}, {case['reason']}."
+            yield from (f"{name}{line}" for line in case["summary"]["warnings"])
+        elif name:  # the answer says why a loop of one's own was not measured
+            yield f"{name}{case['status']}, {case['reason']}."
 
 
 def numbers(results) -> list:
     """Return ``(value, label)`` for the top of the page: time of a step, its peak memory, the largest batch."""
     cases = {case["variant"]: case["summary"] or {} for case in largest_measured(results)}
     which = f", {' / '.join(cases)}" if len(cases) > 1 else ""
-    columns = [("step_seconds", milliseconds, "ms a step"), ("peak_bytes", size, "peak memory")]
+    columns = [("step_seconds", milliseconds, "ms of a step"), ("peak_bytes", size, "peak memory")]
     found = [(" / ".join(f(s.get(key)) for s in cases.values()), label + which) for key, f, label in columns]
     if results["largest"]:
         batches = [batch_words(facts) for facts in results["largest"]["variants"].values()]
@@ -93,18 +82,26 @@ def numbers(results) -> list:
 
 
 def tables(results):
-    head = ("batch", "", "step", "loss", "peak")
-    times, peaks = [], []
+    steps, measured = [], {}
     for case in results["cases"]:
         s, name = case["summary"], [f"{case['batch']:,}" if case["batch"] else "-", case["variant"]]
         if s is None:
-            times.append([*name, case["status"]])
+            steps.append([*name, case["status"], "", ""])
             continue
-        whole = milliseconds(s["step_seconds"]), percent(s["loss_share"]), size(s["peak_bytes"])
-        times.append([*name, *whole, *(milliseconds(row["seconds"]) for row in s["parts"])])
-        peaks.append([*name, *(size(row["peak_bytes"]) for row in s["parts"])])
-    yield pages.Table("Milliseconds of a step", (*head, *parts.PARTS), times)
-    yield pages.Table("Peak memory while each part ran", ("batch", "", *parts.PARTS), peaks)
+        steps.append([*name, milliseconds(s["step_seconds"]), percent(s["loss_share"]), size(s["peak_bytes"])])
+        measured[" ".join(name if case["batch"] else name[1:])] = {row["part"]: row for row in s["parts"]}
+    yield pages.Table("A step", ("batch", "", "ms", "loss share", "peak memory"), steps)
+    for title, key, words in (
+        ("Milliseconds of each part", "seconds", milliseconds),
+        (
+            "Peak memory while each part ran (MB)",
+            "peak_bytes",
+            lambda count: "-" if count is None else f"{count / 1e6:.3g}",
+        ),
+    ):
+        rows = [[part, *(words(case[part][key]) for case in measured.values())] for part in parts.PARTS]
+        if measured:
+            yield pages.Table(title, ("part", *measured), rows)
     if results["largest"]:
         rows = [
             [name, batch_words(s), size(s["peak_bytes"]), milliseconds(s["seconds"]), s["refused"] or "-"]
@@ -118,7 +115,7 @@ def batch_words(facts) -> str:
     """Return the largest batch of one variant in words."""
     if not facts["batch"]:
         return "none" if facts["batch"] == 0 else "not known"
-    return f"{'at least ' if facts['or_more'] else ''}{facts['batch']:,}"
+    return f"{'≥ ' if facts['or_more'] else ''}{facts['batch']:,}"
 
 
 def render(results) -> str:
@@ -133,6 +130,6 @@ def render(results) -> str:
         answer=results["answer"],
         numbers=numbers(results),
         tables=list(tables(results)),
-        picture=figures.data_uri(plots.times(measured)) if measured else None,
+        picture=figures.html(plots.times(measured), "The parts of a step as bars") if measured else None,
         traces=[case["trace"] for case in measured if case["trace"]],
     )
