@@ -5,11 +5,13 @@
 Between ``<!-- results:FOLDER/NAME -->`` and ``<!-- end -->`` stands a table of that file of results, after
 ``<!-- pictures:FOLDER -->`` the picture of InfoNCE, after ``<!-- limits:FOLDER -->`` what limits each call (with
 ``/picture``: its picture alone), after ``<!-- performance -->`` the sections of all devices, and inside a line, after
-``<!-- says:FOLDER/NAME -->``, words about that file. ``--check`` fails where a page or a picture differs from what the
-files say.
+``<!-- says:FOLDER/NAME -->``, words about that file. After ``<!-- curve:FOLDER/METHOD -->`` stands the curve of a
+method, after ``<!-- gallery -->`` every picture with a sentence. ``--check`` fails where a page or a picture differs
+from what the files say.
 """
 
 import argparse
+import functools
 import hashlib
 import json
 import math
@@ -23,6 +25,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the package of this checkout
 
+import curve_pages
 import limits
 
 from selfsup_kernels.lab.bench import baselines
@@ -31,7 +34,8 @@ from selfsup_kernels.lab.bench.results import ratio
 from selfsup_kernels.lab.bench.tables import status
 
 ROOT = Path(__file__).resolve().parent.parent
-MARKER = re.compile(r"(<!-- (results|performance|pictures|limits|says)(?::(\S+))? -->).*?(<!-- end -->)", re.DOTALL)
+KINDS = "results|performance|pictures|limits|says|curve|gallery"
+MARKER = re.compile(rf"(<!-- ({KINDS})(?::(\S+))? -->).*?(<!-- end -->)", re.DOTALL)
 LABELS = {"info_nce": "InfoNCE", "siglip": "SigLIP", "byol": "BYOL loss", "ema": "EMA"}
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 PARTS = {"forward": "forward", "backward": "backward", "both": "forward + backward", "update": "update"}
@@ -419,12 +423,6 @@ def name_of(case):
     return f"{other}{case.views}x{case.dim}-{case.dtype}"
 
 
-def digest(rows):
-    """Return the digest that a picture holds of what it shows: other versions of matplotlib make other bytes of it."""
-    text = json.dumps(["3", [[row["batch"], row["times"]] for row in rows]], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def limits_of(folder, images):
     """Return (path, rows, header) of the picture of what limits calls, or None: it is for GPUs."""
     data = load(folder, "info_nce") if (folder / "info_nce.json").exists() else {"header": {}, "rows": []}
@@ -434,20 +432,24 @@ def limits_of(folder, images):
     return images / f"{folder.name}-limits.png", rows, data["header"]
 
 
-def is_current(path, rows):
+def digest(shown):
+    """Return the digest that a picture holds of what it shows: other versions of matplotlib make other bytes of it."""
+    return hashlib.sha256(json.dumps(["3", shown], sort_keys=True).encode()).hexdigest()
+
+
+def is_current(path, shown):
     from PIL import Image
 
     if not path.exists():
         return False
     with Image.open(path) as image:
-        return image.info.get("Digest") == digest(rows)
+        return image.info.get("Digest") == digest(shown)
 
 
-def draw(path, rows, picture):
+def save(path, shown, figure):
     path.parent.mkdir(parents=True, exist_ok=True)
     # Software would hold matplotlib's version.
-    metadata = {"Software": None, "Digest": digest(rows)}
-    picture.savefig(path, format="png", dpi=144, metadata=metadata)
+    figure.savefig(path, format="png", dpi=144, metadata={"Software": None, "Digest": digest(shown)})
 
 
 # ---------------------------------------------------------------- pages
@@ -467,7 +469,7 @@ class Documents:
         """Return ``{(op, case): an image}``, whose path is relative to ``page``."""
         made = {}
         for (op, case), (path, _) in pictures(folder, self.images).items():
-            source = Path(os.path.relpath(path, page.parent)).as_posix()
+            source = self.source(path, page)
             text = f"Time of forward and backward over the batch size, {case.title()}, on logarithmic axes"
             made[op, case] = f'<img src="{source}" width="480" alt="{text}">'
         return made
@@ -475,12 +477,36 @@ class Documents:
     def limits(self, folder, page):
         """Return the picture and the table of what limits each call on a device."""
         path, rows, header = limits_of(folder, self.images)
-        source = Path(os.path.relpath(path, page.parent)).as_posix()
-        text = f"Time of forward and backward over the rows, {Case(2, rows[0]['dim'], 'bfloat16').title()}: a call, its"
-        lines = [f'<img src="{source}" width="520" alt="{text} part on the GPU, and eager PyTorch">', ""]
+        text = (
+            f"Time of forward and backward over the rows, {case_of(rows[0]).title()}: a call, its part on the GPU, and"
+        )
+        lines = [f'<img src="{self.source(path, page)}" width="520" alt="{text} eager PyTorch">', ""]
         found = [(op, load(folder, op)["rows"]) for op in LABELS if (folder / f"{op}.json").exists()]
         made = [line for op, some in found for line in limits.lines(op, LABELS[op], some, milliseconds, times)]
         return [*lines, *table(["op", *limits.LIMITS], made), "", device_line(header)]
+
+    def source(self, path, page):
+        return Path(os.path.relpath(path, page.parent)).as_posix()
+
+    def curves(self, folder):
+        """Return the header and the rows of the folder's curves."""
+        data = load(folder, "curves") if (folder / "curves.json").exists() else {"header": None, "rows": []}
+        return data["header"], data["rows"]
+
+    def gallery(self, page):
+        """Return every picture with one sentence, as Markdown lines."""
+        lines = ["", "## Training", ""]
+        for folder in self.folders:
+            for row in self.curves(folder)[1]:
+                lines += [*curve_pages.gallery(row, self.source(curve_pages.path(self.images, row), page)), ""]
+        for folder in self.folders:
+            shown = self.shown(folder, page)
+            if shown:
+                header = next(load(folder, op)["header"] for op in LABELS if (folder / f"{op}.json").exists())
+                lines += [f"## Speed: {device_name(header)}", ""]
+            for (op, case), (_, rows) in pictures(folder, self.images).items():
+                lines += [shown[op, case], "", *headline(op, rows), ""]
+        return lines
 
     def filling(self, kind, name, page):
         """Return what stands between a marker and its end."""
@@ -496,30 +522,43 @@ class Documents:
             fitting = [key for key in plan if key[0] == "info_nce" and key[1] == Case(2, key[1].dim, "float32")]
             most = max(fitting, key=lambda key: len(plan[key][1]), default=None)
             return f"\n{self.shown(self.results / name, page).get(most, '')}\n"
+        if kind == "gallery":
+            return "\n".join(["", *self.gallery(page), ""])
         folder, _, file = name.partition("/")
+        if kind == "curve":
+            header, rows = self.curves(self.results / folder)
+            (row,) = (row for row in rows if row["method"] == file)
+            source = self.source(curve_pages.path(self.images, row), page)
+            return "\n".join(["", *curve_pages.lines(header, row, source, device_line(header)), ""])
         data = load(self.results / folder, file)
         if kind == "says":
             return WORDS[file](data["rows"], data["header"])
         return "\n".join(["", *TABLES[file](data["rows"]), "", device_line(data["header"]), ""])
 
-    def update(self, write=True):
-        """Make pages and pictures again; return those that differed from what the files say."""
+    def drawn(self):
+        """Yield (path, what it shows, a function that draws it) of every picture."""
         from selfsup_kernels.lab.bench import report
 
-        changed = []
         for folder in self.folders:
-            plan = [
-                (path, rows, lambda case=case, rows=rows: report.picture(rows, "time", case.title()))
-                for (_, case), (path, rows) in pictures(folder, self.images).items()
-            ]
+            for (_, case), (path, rows) in pictures(folder, self.images).items():
+                shown = [[row["batch"], row["times"]] for row in rows]
+                yield path, shown, functools.partial(report.picture, rows, "time", case.title())
             if (found := limits_of(folder, self.images)) is not None:
                 path, rows, header = found
-                plan.append((path, rows, lambda rows=rows, header=header: limits.picture(rows, header)))
-            for path, rows, picture in plan:
-                if not is_current(path, rows):
-                    changed.append(path)
-                    if write:
-                        draw(path, rows, picture())
+                shown = [[row["batch"], row["times"], row.get("graph_ms")] for row in rows]
+                yield path, shown, functools.partial(limits.picture, rows, header)
+            for row in self.curves(folder)[1]:
+                drawing = functools.partial(curve_pages.picture, row)
+                yield curve_pages.path(self.images, row), curve_pages.shown(row), drawing
+
+    def update(self, write=True):
+        """Make pages and pictures again; return those that differed from what the files say."""
+        changed = []
+        for path, shown, drawing in self.drawn():
+            if not is_current(path, shown):
+                changed.append(path)
+                if write:
+                    save(path, shown, drawing())
         for page in self.pages:
             before = page.read_text(encoding="utf-8")
             after = MARKER.sub(lambda x, page=page: x[1] + self.filling(x[2], x[3], page) + x[4], before)

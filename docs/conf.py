@@ -43,5 +43,9 @@ html_css_files = ["site.css"]
 html_show_sourcelink = False
 html_copy_source = False
 html_domain_indices = False
+html_show_search_summary = False  # is fetched, which browsers refuse to a page that was opened from a file
 html_math_renderer = "mathml"
 pygments_style = "friendly"
+
+copybutton_prompt_text = r">>> |\.\.\. "
+copybutton_prompt_is_regexp = True

@@ -75,6 +75,13 @@ def chunked_backward(encoder, views, loss, chunk_size, *, scaler=None, backward=
         RuntimeError: gradients are disabled (``torch.no_grad()``); nothing trainable was reached, where
             ``loss.backward()`` would raise too; a DistributedDataParallel module is used in a way that does not work
             with chunks (``static_graph=True``, ``mixed_precision=``, ``join()``, a call inside its forward).
+
+    Example:
+        >>> encoder, criterion = nn.Linear(64, 32), sk.InfoNCELoss(0.1)
+        >>> x1, x2 = torch.randn(2, 256, 64)
+        >>> loss = sk.chunked_backward(encoder, [x1, x2], criterion, chunk_size=64)
+        >>> encoder.weight.grad.shape
+        torch.Size([32, 64])
     """
     if not torch.is_grad_enabled():
         raise RuntimeError("chunked_backward: expected gradients to be on, got a call under torch.no_grad()")

@@ -5,7 +5,9 @@ import io
 import re
 import sys
 import warnings
+from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import pytest
 
@@ -22,7 +24,8 @@ sys.path.insert(0, str(DOCS / "extensions"))
 
 import mathml  # noqa: E402
 
-PAGES = ("index.html", "quickstart.html", "performance.html", "objectives.html", "api/functional.html")
+PAGES = ("index.html", "quickstart.html", "performance.html", "objectives.html", "api/functional.html", "compat.html")
+PAGES += ("gallery.html", "methods/simclr.html")
 DRAWERS = ".sidebar-drawer, .toc-drawer, .skip-to-content"
 
 
@@ -53,6 +56,49 @@ def test_every_public_name_has_an_entry(site):
                 missing.append(f"{module}.{name}")
     assert not missing
     assert {"selfsup_kernels.compat.patch", "selfsup_kernels.compat.report"} <= ids
+
+
+class Links(HTMLParser):
+    """Collect the ids and the links of a page."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.ids, self.targets = set(), set()
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        for name, value in attributes:
+            if name == "id":
+                self.ids.add(value)
+            elif name in ("href", "src") and value:
+                self.targets.add(value)
+
+
+def test_links_of_the_site_are_not_broken(site):
+    pages = {page: Links(page.read_text(encoding="utf-8")) for page in site.rglob("*.html")}
+    broken, count = [], 0
+    for page, found in pages.items():
+        for target in found.targets:
+            parts = urlsplit(target)
+            if parts.scheme or parts.netloc:
+                continue
+            count += 1
+            aim = (page.parent / unquote(parts.path)).resolve() if parts.path else page
+            anchor = unquote(parts.fragment)
+            if not aim.exists() or (anchor and aim in pages and anchor not in pages[aim].ids):
+                broken.append(f"{page.relative_to(site)}: {target}")
+    assert not broken
+    assert count > 1000
+
+
+def test_the_search_works_without_a_server(site):
+    with open_page(site / "index.html") as page:
+        page.fill("input[name=q]", "info_nce_loss")
+        page.press("input[name=q]", "Enter")
+        page.wait_for_selector("#search-results li a")
+        titles = page.eval_on_selector_all("#search-results li", "all => all.map(e => e.textContent)")
+        assert any("Python function" in title for title in titles)
+        assert not page.complaints
 
 
 @pytest.mark.parametrize("width", [390, 1280])

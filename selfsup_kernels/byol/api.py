@@ -29,6 +29,12 @@ def byol_loss(predictions, targets, *, eps=1e-12, reduction="mean", impl="auto")
     Raises:
         ValueError, TypeError: an argument does not fit; the message says which and why.
         RuntimeError: ``impl`` cannot be used here, or a second derivative is requested.
+
+    Example:
+        >>> p1, p2, t1, t2 = torch.randn(4, 256, 128)
+        >>> loss = sk.byol_loss([p1, p2], [t1, t2])       # p1 against t2 and p2 against t1
+        >>> twice = sk.byol_loss(p1, t2) + sk.byol_loss(p2, t1)
+        >>> torch.testing.assert_close(2 * loss, twice)
     """
     pairs = isinstance(predictions, torch.Tensor) and predictions.dim() == 2
     p, shape = check.views("predictions", [predictions] if pairs else predictions, 1 if pairs else 2)

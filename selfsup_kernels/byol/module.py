@@ -15,6 +15,12 @@ class BYOLLoss(nn.Module):
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message says which and why.
+
+    Example:
+        >>> criterion = sk.BYOLLoss()
+        >>> predictions, targets = torch.randn(2, 2, 256, 128)        # (V, B, D) each
+        >>> criterion(predictions, targets).shape
+        torch.Size([])
     """
 
     def __init__(self, *, eps=1e-12, reduction="mean", impl="auto"):

@@ -2,8 +2,8 @@
 
 ``selfsup_kernels.compat.<library>`` holds the classes and functions of one library under their own names: change only
 the import. :func:`patch` changes an installed library in place instead, and :func:`report` counts which calls our
-kernels computed. Nothing here imports another library: a drop-in works without the original. ``docs/compat.md`` lists
-the conventions of each.
+kernels computed. Nothing here imports another library: a drop-in works without the original. ``docs/migrate`` has the
+conventions of each.
 """
 
 import importlib

@@ -38,9 +38,8 @@ class Report(dict):
 def report() -> Report:
     """Return how many calls of patched libraries our kernels computed in this process, how many not, and why.
 
-    ::
+    It prints as::
 
-        >>> print(selfsup_kernels.compat.report())
         lightly.loss.ntx_ent_loss.NTXentLoss: 390 calls ours, 10 the original's
             10: a temperature below zero
 

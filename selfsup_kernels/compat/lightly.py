@@ -48,6 +48,11 @@ class NTXentLoss(DropIn):
             fit.
         RuntimeError: the temperature is negative, which the original allows; in the forward, ``memory_bank`` or
             ``cross_entropy`` is of another kind than the constructor's.
+
+    Example:
+        >>> from selfsup_kernels.compat.lightly import NTXentLoss
+        >>> NTXentLoss(temperature=0.5)(torch.randn(256, 128), torch.randn(256, 128)).shape
+        torch.Size([])
     """
 
     original = "lightly.loss.NTXentLoss"
@@ -92,6 +97,12 @@ class MemoryBankModule(nn.Module):
 
     Raises:
         ValueError: ``size`` is negative, a number of rows without a width, or not a pair.
+
+    Example:
+        >>> from selfsup_kernels.compat.lightly import MemoryBankModule
+        >>> rows, bank = MemoryBankModule(size=(1024, 128))(torch.randn(256, 128), update=True)
+        >>> bank.shape
+        torch.Size([128, 1024])
     """
 
     def __init__(self, size, gather_distributed=False, feature_dim_first=True):
@@ -138,6 +149,12 @@ class NegativeCosineSimilarity(nn.Module):
     Args:
         dim: the feature dimension.
         eps: the floor of each norm.
+
+    Example:
+        >>> from selfsup_kernels.compat.lightly import NegativeCosineSimilarity
+        >>> prediction, target = torch.randn(2, 256, 128)
+        >>> NegativeCosineSimilarity()(prediction, target.detach()).shape
+        torch.Size([])
     """
 
     def __init__(self, dim=1, eps=1e-8):
@@ -189,6 +206,11 @@ class DCLLoss(DropIn):
         ValueError: in the forward, shapes do not fit, or there is only one sample and so no negatives, where the
             original returns minus infinity.
         RuntimeError: in the forward, the temperature is negative; at its definition, a subclass overrides ``_loss``.
+
+    Example:
+        >>> from selfsup_kernels.compat.lightly import DCLLoss
+        >>> DCLLoss(temperature=0.1)(torch.randn(256, 128), torch.randn(256, 128)).shape
+        torch.Size([])
     """
 
     original = "lightly.loss.DCLLoss"
@@ -226,6 +248,11 @@ class DCLWLoss(DCLLoss):
         temperature: a positive number.
         sigma: the divisor in the softmax of :func:`negative_mises_fisher_weights`.
         gather_distributed: take negatives from all processes; the weights use each process' own batch.
+
+    Example:
+        >>> from selfsup_kernels.compat.lightly import DCLWLoss
+        >>> DCLWLoss(temperature=0.1, sigma=0.5)(torch.randn(256, 128), torch.randn(256, 128)).shape
+        torch.Size([])
     """
 
     def __init__(self, temperature=0.1, sigma=0.5, gather_distributed=False):
@@ -236,6 +263,11 @@ def negative_mises_fisher_weights(out0, out1, sigma=0.5):
     r"""Return ``(B,)`` weights :math:`2 - B \operatorname{softmax}(\langle z_0, z_1 \rangle / \sigma)`, detached.
 
     See arXiv:2110.06848, section 3.2.
+
+    Example:
+        >>> from selfsup_kernels.compat.lightly import negative_mises_fisher_weights
+        >>> negative_mises_fisher_weights(torch.randn(256, 128), torch.randn(256, 128)).shape
+        torch.Size([256])
     """
     similarity = (out0.detach() * out1.detach()).sum(-1) / sigma
     return 2 - len(out0) * F.softmax(similarity, dim=0)
@@ -254,6 +286,10 @@ def update_momentum(model, model_ema, m):
 
     Raises:
         ValueError, TypeError, RuntimeError: as in :func:`selfsup_kernels.ema_update_`; nothing has changed.
+
+    Example:
+        >>> from selfsup_kernels.compat.lightly import update_momentum
+        >>> update_momentum(nn.Linear(64, 8), nn.Linear(64, 8), m=0.99)
     """
     ema_update_pairs_(list(model_ema.parameters()), list(model.parameters()), None, m, as_torch=True, own_memory=True)
 

@@ -45,6 +45,12 @@ class ClipLoss(DropIn):
 
     Raises:
         RuntimeError: ``use_horovod`` is set, or ``local_loss`` without ``gather_with_grad`` in several processes.
+
+    Example:
+        >>> from selfsup_kernels.compat.open_clip import ClipLoss
+        >>> images, texts = nn.functional.normalize(torch.randn(2, 256, 128), dim=-1)
+        >>> ClipLoss()(images, texts, logit_scale=100.0).shape
+        torch.Size([])
     """
 
     original = "open_clip.ClipLoss"
@@ -145,6 +151,12 @@ class SigLipLoss(DropIn):
 
     Raises:
         ValueError: an unknown ``dist_impl``.
+
+    Example:
+        >>> from selfsup_kernels.compat.open_clip import SigLipLoss
+        >>> images, texts = nn.functional.normalize(torch.randn(2, 256, 128), dim=-1)
+        >>> SigLipLoss()(images, texts, logit_scale=10.0, logit_bias=-10.0).shape
+        torch.Size([])
     """
 
     original = "open_clip.loss.SigLipLoss"

@@ -77,6 +77,12 @@ class NTXentLoss(_PairLoss):
         RuntimeError: a feature is not supported, or a subclass overrides another method of the original (raised when
             the subclass is defined).
         ValueError, TypeError: embeddings, references or labels do not fit.
+
+    Example:
+        >>> from selfsup_kernels.compat.pytorch_metric_learning import NTXentLoss
+        >>> embeddings, labels = torch.randn(256, 128), torch.randint(10, (256,))
+        >>> NTXentLoss(temperature=0.1)(embeddings, labels).shape
+        torch.Size([])
     """
 
     original = "pytorch_metric_learning.losses.NTXentLoss"
@@ -124,6 +130,12 @@ class SupConLoss(_PairLoss):
         RuntimeError: a feature is not supported, or a subclass overrides another method of the original (raised when
             the subclass is defined).
         ValueError, TypeError: embeddings, references or labels do not fit.
+
+    Example:
+        >>> from selfsup_kernels.compat.pytorch_metric_learning import SupConLoss
+        >>> embeddings, labels = torch.randn(256, 128), torch.randint(10, (256,))
+        >>> SupConLoss(temperature=0.1)(embeddings, labels).shape
+        torch.Size([])
     """
 
     original = "pytorch_metric_learning.losses.SupConLoss"

@@ -17,12 +17,24 @@ _HARDNESS = (None, "in_batch_negatives", "hard_negatives", "all_negatives")
 
 
 def cos_sim(a, b):
-    """Return the matrix of cosines. The losses only check which function they are given; they do not call it."""
+    """Return the matrix of cosines. The losses only check which function they are given; they do not call it.
+
+    Example:
+        >>> from selfsup_kernels.compat.sentence_transformers import cos_sim
+        >>> cos_sim(torch.randn(4, 8), torch.randn(6, 8)).shape
+        torch.Size([4, 6])
+    """
     return torch.nn.functional.normalize(a, dim=-1) @ torch.nn.functional.normalize(b, dim=-1).T
 
 
 def dot_score(a, b):
-    """Return the matrix of inner products; see :func:`cos_sim`."""
+    """Return the matrix of inner products; see :func:`cos_sim`.
+
+    Example:
+        >>> from selfsup_kernels.compat.sentence_transformers import dot_score
+        >>> dot_score(torch.ones(1, 8), torch.ones(1, 8))
+        tensor([[8.]])
+    """
     return a @ b.T
 
 
@@ -51,6 +63,13 @@ class MultipleNegativesRankingLoss(nn.Module):
         ValueError: an argument does not fit; the message says which and why.
         RuntimeError: the similarity is another function; hardness with ``dot_score`` or a strength above 40; at a scale
             above 40, ``"doc_to_doc"`` of pairs without ``"doc_to_query"``, or ``"query_to_query"`` with hardness.
+
+    Example:
+        >>> from selfsup_kernels.compat.sentence_transformers import MultipleNegativesRankingLoss
+        >>> criterion = MultipleNegativesRankingLoss(model=None, scale=20.0)
+        >>> queries, documents = torch.randn(2, 256, 128)
+        >>> criterion.compute_loss_from_embeddings([queries, documents]).shape
+        torch.Size([])
     """
 
     def __init__(
@@ -122,6 +141,12 @@ def multiple_negatives_ranking_loss(
         embeddings: ``[queries, documents, *hard negatives]``, each ``(B, D)``.
 
     The other arguments are those of the class.
+
+    Example:
+        >>> from selfsup_kernels.compat.sentence_transformers import multiple_negatives_ranking_loss
+        >>> queries, documents, hard_negatives = torch.randn(3, 256, 128)
+        >>> multiple_negatives_ranking_loss([queries, documents, hard_negatives]).shape
+        torch.Size([])
     """
     _check(scale, similarity_fct, directions, partition_mode, hardness_mode, hardness_strength)
     embeddings = list(embeddings)

@@ -31,6 +31,12 @@ def unsupervised_loss(z1, z2, temperature=0.05, *, group=None):
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message says which and why.
+
+    Example:
+        >>> from selfsup_kernels.compat.simcse import unsupervised_loss
+        >>> z1, z2 = torch.randn(2, 256, 128)             # the same sentences, encoded twice
+        >>> unsupervised_loss(z1, z2, temperature=0.05).shape
+        torch.Size([])
     """
     pair("z1", z1, "z2", z2)
     way = OneWay(1 / check.positive_number("temperature", temperature), True, _EPS, resolve(group))
@@ -54,6 +60,12 @@ def supervised_loss(z1, z2, z3, temperature=0.05, hard_negative_weight=0.0, *, g
     Raises:
         ValueError, TypeError: an argument does not fit; the message says which and why.
         RuntimeError: the weight is below -40.
+
+    Example:
+        >>> from selfsup_kernels.compat.simcse import supervised_loss
+        >>> sentences, entailed, contradicting = torch.randn(3, 256, 128)
+        >>> supervised_loss(sentences, entailed, contradicting).shape
+        torch.Size([])
     """
     pair("z1", z1, "z2", z2)
     pair("z1", z1, "z3", z3)

@@ -39,6 +39,12 @@ def simclr_loss_func(z, indexes, temperature=0.1, extra_pos_mask=None):
     Raises:
         ValueError, TypeError: an argument does not fit; the message says which and why.
         RuntimeError: ``extra_pos_mask`` is given.
+
+    Example:
+        >>> from selfsup_kernels.compat.solo import simclr_loss_func
+        >>> z, indexes = torch.randn(512, 128), torch.arange(256).repeat(2)
+        >>> simclr_loss_func(z, indexes, temperature=0.1).shape
+        torch.Size([])
     """
     if extra_pos_mask is not None:
         raise unsupported(
@@ -69,6 +75,11 @@ def byol_loss_func(p, z, simplified=True):
         p: ``(B, D)`` predictions.
         z: ``(B, D)`` targets, which receive no gradient.
         simplified: True for a norm floor of 1e-8 as in ``cosine_similarity``, False for 1e-12 as in ``F.normalize``.
+
+    Example:
+        >>> from selfsup_kernels.compat.solo import byol_loss_func
+        >>> byol_loss_func(torch.randn(256, 128), torch.randn(256, 128)).shape
+        torch.Size([])
     """
     pair("p", p, "z", z)
     return byol_loss(p, z, eps=1e-8 if simplified else 1e-12)
@@ -85,6 +96,11 @@ def mocov3_loss_func(query, key, temperature=0.2):
     Args:
         query, key: ``(B, D)``, normalised here.
         temperature: a number > 0.
+
+    Example:
+        >>> from selfsup_kernels.compat.solo import mocov3_loss_func
+        >>> mocov3_loss_func(torch.randn(256, 128), torch.randn(256, 128), temperature=0.2).shape
+        torch.Size([])
     """
     pair("query", query, "key", key)
     group = every_process()

@@ -28,6 +28,12 @@ class SupConLoss(nn.Module):
 
     Raises:
         ValueError: ``contrast_mode`` is unknown.
+
+    Example:
+        >>> from selfsup_kernels.compat.supcontrast import SupConLoss
+        >>> features = nn.functional.normalize(torch.randn(256, 2, 128), dim=-1)      # (B, V, D)
+        >>> SupConLoss(temperature=0.07)(features, torch.randint(10, (256,))).shape
+        torch.Size([])
     """
 
     def __init__(self, temperature=0.07, contrast_mode="all", base_temperature=0.07):

@@ -25,6 +25,12 @@ def get_ema_multi_avg_fn(decay=0.999):
 
     Raises:
         ValueError: the decay is outside [0, 1].
+
+    Example:
+        >>> from selfsup_kernels.compat.swa_utils import get_ema_multi_avg_fn
+        >>> model = nn.Linear(64, 8)
+        >>> average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.999))
+        >>> average.update_parameters(model)
     """
     if isinstance(decay, torch.Tensor):
         decay = check.scalar("decay", decay).item()

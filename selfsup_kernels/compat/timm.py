@@ -49,6 +49,12 @@ class ModelEmaV3(DropIn):
 
     Raises:
         ValueError, TypeError, RuntimeError: an update gets a model that does not match; nothing has changed.
+
+    Example:
+        >>> from selfsup_kernels.compat.timm import ModelEmaV3
+        >>> model = nn.Linear(64, 8)
+        >>> ema = ModelEmaV3(model, decay=0.9999)
+        >>> ema.update(model)
     """
 
     original = "timm.utils.ModelEmaV3"

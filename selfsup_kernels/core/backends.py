@@ -53,7 +53,12 @@ _reasons: dict[str, Unavailable | None] = {}
 
 
 def unavailable(impl: str) -> Unavailable | None:
-    """Return None if ``impl`` can run on this machine, else the reason and the fix."""
+    """Return None if ``impl`` can run on this machine, else the reason and the fix.
+
+    Example:
+        >>> print(sk.backends.unavailable("reference"))
+        None
+    """
     if impl not in _reasons:
         _reasons[impl] = _find_reason(impl)
     return _reasons[impl]
@@ -164,7 +169,11 @@ for _impl in CHOICES[1:]:
 
 
 def require(impl: str, op: str) -> None:
-    """Raise like :func:`select` if ``impl``, not ``"auto"``, cannot be used on this machine for any tensor."""
+    """Raise like :func:`select` if ``impl``, not ``"auto"``, cannot be used on this machine for any tensor.
+
+    Example:
+        >>> sk.backends.require("reference", "info_nce")
+    """
     if impl not in CHOICES:
         raise ValueError(f"impl: expected one of {', '.join(CHOICES)}, got {impl!r}")
     if impl not in ops.impls_of(op):
@@ -182,6 +191,10 @@ def select(impl: str, tensor: torch.Tensor, op: str = "info_nce", any_dtype: boo
     Raises:
         ValueError: ``impl`` is not one of :data:`CHOICES`.
         RuntimeError: this machine, or the tensor's device, cannot use ``impl``.
+
+    Example:
+        >>> sk.backends.select("reference", torch.randn(2, 3))
+        'reference'
     """
     if impl in ("auto", "cpu") and tensor.is_cpu and unavailable("cpu") is None:
         return "cpu"

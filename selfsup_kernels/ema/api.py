@@ -53,6 +53,12 @@ def ema_update_(targets, sources, momentum, *, stochastic_rounding=False, genera
             dtype, or a destination is a view of a DTensor.
         RuntimeError: a destination is expanded or partly overlaps a source or another destination; the memory of a
             tensor has been freed; ``impl`` cannot be used here.
+
+    Example:
+        >>> target, online = [torch.zeros(3)], [torch.ones(3)]
+        >>> sk.ema_update_(target, online, 0.75)
+        >>> target
+        [tensor([0.2500, 0.2500, 0.2500])]
     """
     if isinstance(targets, torch.nn.Module) or isinstance(sources, torch.nn.Module):
         targets, sources, names = match_modules(targets, sources)

@@ -65,6 +65,13 @@ class EMA(nn.Module):
     Raises:
         ValueError, TypeError: an argument does not fit; the message says which and why.
         RuntimeError: the model cannot be copied and ``module`` is None.
+
+    Example:
+        >>> model = nn.Linear(64, 8)
+        >>> ema = sk.EMA(model, momentum=0.999)
+        >>> ema.update()                                  # after each step of the optimizer
+        >>> ema.module(torch.randn(2, 64)).shape          # the averaged model
+        torch.Size([2, 8])
     """
 
     def __init__(
@@ -314,6 +321,10 @@ def cosine_momentum(step, max_steps, base=0.996, final=1.0):
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message says which and why.
+
+    Example:
+        >>> [round(sk.cosine_momentum(step, max_steps=100), 4) for step in (0, 50, 100)]
+        [0.996, 0.998, 1.0]
     """
     max_steps = check.positive_number("max_steps", max_steps)
     base, final = check.real("base", base), check.real("final", final)

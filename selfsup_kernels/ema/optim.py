@@ -295,6 +295,13 @@ class SGD(_FusedStep, torch.optim.SGD):
     Raises:
         ValueError, TypeError: an argument does not fit; the message says which and why.
         RuntimeError: ``impl`` cannot be used here, or does not implement this optimizer.
+
+    Example:
+        >>> model = nn.Linear(64, 8)
+        >>> ema = sk.EMA(model, momentum=0.99)
+        >>> optimizer = sk.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, ema=ema)
+        >>> model(torch.randn(4, 64)).sum().backward()
+        >>> optimizer.step()                              # and the average
     """
 
     _op = "fused_sgd_"
@@ -371,6 +378,13 @@ class LARS(SGD):
 
     Raises:
         ValueError, TypeError, RuntimeError: as in :class:`SGD`.
+
+    Example:
+        >>> model = nn.Linear(64, 8)
+        >>> ema = sk.EMA(model, momentum=0.99)
+        >>> optimizer = sk.optim.LARS(model.parameters(), lr=0.1, momentum=0.9, ema=ema)
+        >>> model(torch.randn(4, 64)).sum().backward()
+        >>> optimizer.step()                              # and the average
     """
 
     def __init__(
@@ -453,6 +467,13 @@ class AdamW(_FusedStep, torch.optim.AdamW):
 
     Raises:
         ValueError, TypeError, RuntimeError: as in :class:`SGD`.
+
+    Example:
+        >>> model = nn.Linear(64, 8)
+        >>> ema = sk.EMA(model, momentum=0.99)
+        >>> optimizer = sk.optim.AdamW(model.parameters(), lr=1e-3, ema=ema)
+        >>> model(torch.randn(4, 64)).sum().backward()
+        >>> optimizer.step()                              # and the average
     """
 
     _op = "fused_adamw_"

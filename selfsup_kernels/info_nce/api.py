@@ -97,6 +97,12 @@ def info_nce_loss(
         RuntimeError: ``impl`` cannot be used here; a second or a forward-mode derivative was requested; or another
             process of the group refused its arguments (arguments that differ between processes are a ValueError on
             every process).
+
+    Example:
+        >>> views = torch.randn(2, 256, 128, requires_grad=True)      # or a list of two (256, 128)
+        >>> sk.info_nce_loss(views, temperature=0.1).backward()       # NT-Xent
+        >>> sk.info_nce_loss(views, objective="cross_view", reduction="none").shape
+        torch.Size([2, 256])
     """
     if others:
         raise TypeError(
@@ -153,6 +159,12 @@ def info_nce_value_and_grad(
 
     Raises:
         ValueError, TypeError, RuntimeError: as in :func:`info_nce_loss`.
+
+    Example:
+        >>> views = torch.randn(2, 256, 128)
+        >>> loss, grad_views, grad_temperature = sk.info_nce_value_and_grad(views, temperature=0.1)
+        >>> grad_views.shape
+        torch.Size([2, 256, 128])
     """
     check.choice("reduction", reduction, ops.REDUCTIONS[1:])
     with torch.no_grad():

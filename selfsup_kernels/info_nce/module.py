@@ -29,6 +29,13 @@ class InfoNCELoss(SharesGroup, nn.Module):
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message says which and why.
+
+    Example:
+        >>> criterion = sk.InfoNCELoss(0.07, learnable_temperature=True, max_scale=100)
+        >>> loss = criterion(torch.randn(256, 128), torch.randn(256, 128))
+        >>> loss.backward()
+        >>> criterion.logit_scale.grad.shape
+        torch.Size([1])
     """
 
     def __init__(

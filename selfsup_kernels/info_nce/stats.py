@@ -55,6 +55,12 @@ def contrastive_stats(views, *, labels=None, normalize=True, eps=1e-12) -> Contr
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message says which and why.
+
+    Example:
+        >>> z = torch.randn(256, 128)
+        >>> stats = sk.contrastive_stats([z, z + 0.1 * torch.randn(256, 128)])
+        >>> print(f"{stats.top1:.1f}")
+        1.0
     """
     tensors, (num_views, batch, _) = check.views("views", views, 1 if labels is not None else 2)
     check.same_dtype_and_device(tensors, "views[{}]".format)

@@ -50,6 +50,11 @@ def export_encoder(source, *, network="online", view=None, prefix=None, backbone
         TypeError: ``source`` or ``backbone`` has another type.
         ValueError: the source has no such network, the encoder's prefix is ambiguous, or names or shapes outside the
             heads do not fit the backbone.
+
+    Example:
+        >>> method = sk.methods.SimCLR(nn.Linear(64, 32), nn.Linear(32, 16))
+        >>> sorted(sk.methods.export_encoder(method))
+        ['bias', 'weight']
     """
     if network not in NETWORKS:
         raise ValueError(f"network: expected one of {', '.join(NETWORKS)}, got {network!r}")

@@ -50,6 +50,12 @@ class BYOL(nn.Module):
         online: encoder and projector.
         predictor: the predictor.
         target: the :class:`selfsup_kernels.EMA` of ``online``.
+
+    Example:
+        >>> method = sk.methods.BYOL(nn.Linear(64, 32), nn.Linear(32, 16), nn.Linear(16, 16))
+        >>> x1, x2 = torch.randn(2, 256, 64)
+        >>> method(x1, x2).backward()
+        >>> method.update_target()                        # after the optimizer's step
     """
 
     def __init__(

@@ -49,6 +49,13 @@ class BYOLContrast(BYOL):
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message says which and why.
+
+    Example:
+        >>> method = sk.methods.BYOLContrast(nn.Linear(64, 32), nn.Linear(32, 16), nn.Linear(16, 16))
+        >>> x1, x2, x3 = torch.randn(3, 256, 64)
+        >>> method(x1, x2, x3).backward()
+        >>> sorted(method.parts)
+        ['byol', 'contrast']
     """
 
     def __init__(

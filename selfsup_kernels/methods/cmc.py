@@ -33,6 +33,11 @@ class CMC(nn.Module):
     Attributes:
         encoder, projector: a module, or an ``nn.ModuleList`` of one per view.
         loss: the :class:`selfsup_kernels.InfoNCELoss`.
+
+    Example:
+        >>> method = sk.methods.CMC([nn.Linear(64, 32), nn.Linear(48, 32)], nn.Linear(32, 16))
+        >>> image, depth = torch.randn(256, 64), torch.randn(256, 48)
+        >>> method(image, depth).backward()
     """
 
     def __init__(

@@ -68,6 +68,12 @@ class MoCo(SharesGroup, nn.Module):
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message says which and why.
+
+    Example:
+        >>> method = sk.methods.MoCo(nn.Linear(64, 32), nn.Linear(32, 16), queue_size=1024)
+        >>> query, key = torch.randn(2, 256, 64)
+        >>> method(query, key).backward()
+        >>> method.update_target()                        # after the optimizer's step
     """
 
     def __init__(

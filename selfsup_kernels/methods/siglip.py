@@ -32,6 +32,11 @@ class SigLIP(nn.Module):
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message says which and why.
+
+    Example:
+        >>> method = sk.methods.SigLIP(nn.Linear(64, 16), nn.Linear(48, 16))
+        >>> images, texts = torch.randn(256, 64), torch.randn(256, 48)
+        >>> method(images, texts).backward()
     """
 
     def __init__(

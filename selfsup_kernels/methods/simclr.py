@@ -33,6 +33,11 @@ class SimCLR(nn.Module):
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message says which and why.
+
+    Example:
+        >>> method = sk.methods.SimCLR(nn.Linear(64, 32), nn.Linear(32, 16), temperature=0.5)
+        >>> x1, x2 = torch.randn(2, 256, 64)
+        >>> method(x1, x2).backward()
     """
 
     def __init__(

@@ -68,6 +68,12 @@ def siglip_loss(
         RuntimeError: ``impl`` cannot be used here; a second or a forward-mode derivative was requested; or another
             process of the group refused its arguments (arguments that differ between processes are a ValueError on
             every process).
+
+    Example:
+        >>> images, texts = torch.randn(2, 256, 128)
+        >>> loss = sk.siglip_loss(images, texts, scale=10.0, bias=-10.0)
+        >>> sk.siglip_loss(images, texts, reduction="none").shape
+        torch.Size([256])
     """
     arguments = x, y, scale, bias, duplicates, normalize, eps, reduction, impl
     group = processes.resolve(group)
@@ -106,6 +112,12 @@ def siglip_value_and_grad(
 
     Raises:
         ValueError, TypeError, RuntimeError: as in :func:`siglip_loss`.
+
+    Example:
+        >>> images, texts = torch.randn(2, 256, 128)
+        >>> loss, grad_images, grad_texts, grad_scale, grad_bias = sk.siglip_value_and_grad(images, texts)
+        >>> grad_images.shape
+        torch.Size([256, 128])
     """
     check.choice("reduction", reduction, ops.REDUCTIONS[1:])
     with torch.no_grad():

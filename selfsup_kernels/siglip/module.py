@@ -28,6 +28,12 @@ class SigLIPLoss(SharesGroup, nn.Module):
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message says which and why.
+
+    Example:
+        >>> criterion = sk.SigLIPLoss()
+        >>> criterion(torch.randn(256, 128), torch.randn(256, 128)).backward()
+        >>> sorted(name for name, _ in criterion.named_parameters())
+        ['logit_bias', 'logit_scale']
     """
 
     def __init__(

@@ -87,7 +87,7 @@ def test_negative_cosine(shapes, dim, eps):
 
 
 def test_negative_cosine_at_the_floor():
-    """Values agree for norms on both sides of eps; below it the original's gradient differs (docs/compat.md)."""
+    """Values agree for norms on both sides of eps; below it the gradient differs (docs/migrate/lightly.md)."""
     x0, x1 = views(40, 16)
     assert ((x0.norm(dim=1) > 3).any(), (x0.norm(dim=1) < 3).any()) == (True, True)
     got, want = (library.NegativeCosineSimilarity(1, 3.0)(x0, x1) for library in (ours, lightly.loss))

@@ -51,6 +51,16 @@ def steps(model, *, optimizer=None, loss=None, ema=None, out=None, device=None, 
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message says which and why.
+
+    Example:
+        >>> method = sk.methods.SimCLR(nn.Linear(64, 32), nn.Linear(32, 16))
+        >>> optimizer = torch.optim.SGD(method.parameters(), 0.1)
+        >>> with sk.profile.steps(method, memory=False, trace=False) as run:
+        ...     for x in run(torch.randn(6, 2, 256, 64)):
+        ...         method(*x).backward()
+        ...         optimizer.step()
+        >>> run.summary["steps"]["timed"] > 0
+        True
     """
     models, losses, calls = _list(model), _list(loss), []
     if not models:
