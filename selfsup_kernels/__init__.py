@@ -5,6 +5,7 @@ See :mod:`selfsup_kernels.functional` for the losses, :mod:`selfsup_kernels.modu
 """
 
 import importlib
+import sys
 
 from selfsup_kernels import backends, compat, functional, methods, optim
 from selfsup_kernels.chunked import chunked_backward
@@ -52,4 +53,7 @@ __all__ = [
 def __getattr__(name):
     if name == "profile":  # imported when first used: it needs more of torch than a loss does
         return importlib.import_module("selfsup_kernels.profile")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    package, hint = sys.modules[__name__], ""
+    if not name.startswith("_"):
+        hint = importlib.import_module("selfsup_kernels.names").here(name, package)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}{hint}", name=name, obj=package)

@@ -14,10 +14,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from selfsup_kernels.core import validate as check
+from selfsup_kernels.core.hints import explained
 
 Tensor = torch.Tensor
 
 
+@explained("chunked_backward(encoder, views, criterion, chunk_size=64)")
 def chunked_backward(encoder, views, loss, chunk_size, *, scaler=None, backward=None, modules=()):
     r"""Compute the loss of a whole batch and its gradients, with the activations of only one chunk in memory.
 

@@ -22,8 +22,9 @@ from helpers import EXTENSION_REQUIRED, IMPLS
 from profile_cases import CountedTime
 from ranks import Ranks
 
-from selfsup_kernels import byol, info_nce
+from selfsup_kernels.byol import reference as of_byol
 from selfsup_kernels.core import backends
+from selfsup_kernels.info_nce import few_scores
 from selfsup_kernels.lab.profile.recorder import CPUClock
 
 # No deadlines, since a first call may compile; no check that examples are generated fast, which fails on a busy
@@ -100,8 +101,8 @@ def each_impl(request, monkeypatch):
 
 
 def _without_autograd(monkeypatch):
-    for loss in (byol, info_nce):
-        monkeypatch.setattr(loss.reference, "takes", lambda *_: False)
+    for module in (few_scores, of_byol):
+        monkeypatch.setattr(module, "takes", lambda *_: False)
 
 
 @pytest.fixture(scope="session")

@@ -206,7 +206,7 @@ REFUSED = {
     ),
     "a tensor": (lambda: (_z(2, 3), [_z(3), _z(3)], 0.5), TypeError, "targets: expected a list.*Tensor"),
     "a number": (lambda: ([_z(3)], [3.0], 0.5), TypeError, r"sources\[0\].*float"),
-    "a name": (lambda: ({"a": _z(3)}, {"a": _z(3)}, 0.5), TypeError, r"targets\[0\].*str"),
+    "a name": (lambda: ({"a": _z(3)}, {"a": _z(3)}, 0.5), TypeError, r"targets: .*got dict; pass its values\(\)"),
     "a module and a list": (lambda: (nn.Linear(2, 2), [_z(3)], 0.5), TypeError, "sources.*nn.Module.*list"),
     "integer source": (lambda: ([_z(3)], [_z(3, dtype=torch.int64)], 0.5), TypeError, r"sources\[0\].*int64"),
     "integer target": (lambda: ([_z(3, dtype=torch.int64)], [_z(3)], 0.5), TypeError, r"sources\[0\].*float32"),

@@ -6,7 +6,7 @@ from helpers import randn, random_labels, run
 from torch.profiler import ProfilerActivity, profile
 
 from selfsup_kernels import byol_loss, info_nce_loss
-from selfsup_kernels.info_nce import one_way, reference
+from selfsup_kernels.info_nce import few_scores, one_way, reference
 from selfsup_kernels.info_nce.objectives import LABEL_OBJECTIVES, OBJECTIVES
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -236,7 +236,7 @@ def test_the_reference_in_one_block_and_in_many(objective, form, monkeypatch):
         reference, "_blocks", lambda *a, **k: [drawn.append(block[0]) or block for block in blocks(*a, **k)]
     )
     columns = 7 * (2 if objective == "cross_view" else 3) + 5 * ("queue" in arguments)
-    monkeypatch.setattr(reference, "takes", lambda *_: False)
+    monkeypatch.setattr(few_scores, "takes", lambda *_: False)
     for samples in (7, 3, 1):
         monkeypatch.setattr(reference, "_BLOCK_BYTES", 8 * 3 * columns * samples)
         drawn.clear()

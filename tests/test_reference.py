@@ -6,7 +6,7 @@ from helpers import POOLED_OBJECTIVES, assert_within, randn, random_labels, run
 
 from selfsup_kernels import byol_loss, info_nce_loss, spec
 from selfsup_kernels.core import ops
-from selfsup_kernels.info_nce import reference
+from selfsup_kernels.info_nce import few_scores
 from selfsup_kernels.info_nce.objectives import LABEL_OBJECTIVES, OBJECTIVES
 
 X = randn(3, 5, 4, dtype=torch.float64)
@@ -115,7 +115,7 @@ def test_queue_that_is_filled_before_the_backward(objective, normalize):
     ],
 )
 def test_the_op_takes_over_at_the_size_limit(objective, queue, labelled, scores, dtype, monkeypatch):
-    monkeypatch.setattr(reference, "_MB", scores * max(dtype.itemsize, 4))
+    monkeypatch.setattr(few_scores, "_MB", scores * max(dtype.itemsize, 4))
     names, op = [], ops.overload
     monkeypatch.setattr(ops, "overload", lambda name, impl: names.append(name) or op(name, impl))
     rows = randn(queue, 4, dtype=dtype, seed=1) if queue else None

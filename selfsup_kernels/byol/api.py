@@ -6,19 +6,22 @@ from selfsup_kernels.byol import reference
 from selfsup_kernels.byol.autograd import BYOL
 from selfsup_kernels.core import backends, ops
 from selfsup_kernels.core import validate as check
+from selfsup_kernels.core.hints import explained
 from selfsup_kernels.core.transforms import active, apply
 
 
+@explained("byol_loss([p0, p1], [t0, t1])")
 def byol_loss(predictions, targets, *, eps=1e-12, reduction="mean", impl="auto"):
     r"""BYOL's regression loss over V views (arXiv:2006.07733, eq. 2), in one pass each way.
 
     For ``(B, D)`` pairs each row's loss is :math:`2 - 2 \cos(p_a, t_a)`. For V views the loss of anchor :math:`(u, a)`
     is the mean of :math:`2 - 2 \cos(p_{u,a}, t_{v,a})` over the other views :math:`v \ne u`; with V = 2 this is half
     of BYOL's symmetrised loss, the mean of its two terms instead of their sum.
+    ``byol_loss([p0, p1], [t0, t1])`` takes both in the order of the views and pairs p0 with t1 and p1 with t0.
 
     Args:
         predictions: ``(B, D)``, ``(V, B, D)`` with V >= 2, or a sequence of V ``(B, D)`` tensors.
-        targets: the same shape; receives no gradient.
+        targets: the same shape, in the same order of views; receives no gradient.
         eps: the floor of each norm (``1e-12`` as in ``F.normalize``; ``cosine_similarity`` uses ``1e-8``).
         reduction: ``"mean"``, ``"sum"``, or ``"none"`` for ``(B,)`` or ``(V, B)``.
         impl: ``"auto"``, ``"reference"``, ``"cpu"`` or, for GPUs, ``"cuda"``.
@@ -37,7 +40,9 @@ def byol_loss(predictions, targets, *, eps=1e-12, reduction="mean", impl="auto")
         >>> torch.testing.assert_close(2 * loss, twice)
     """
     pairs = isinstance(predictions, torch.Tensor) and predictions.dim() == 2
-    p, shape = check.views("predictions", [predictions] if pairs else predictions, 1 if pairs else 2)
+    p, shape = check.views(
+        "predictions", [predictions] if pairs else predictions, 1 if pairs else 2, "; one view: two (B, D) tensors"
+    )
     if pairs and not isinstance(targets, torch.Tensor):
         raise TypeError(f"targets: expected a (B, D) tensor like predictions, got {type(targets).__name__}")
     paired_target = pairs and targets.dim() == 2

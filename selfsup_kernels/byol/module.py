@@ -5,6 +5,7 @@ from torch import nn
 from selfsup_kernels.byol.api import byol_loss
 from selfsup_kernels.core import backends, ops
 from selfsup_kernels.core import validate as check
+from selfsup_kernels.core.hints import explained
 
 
 class BYOLLoss(nn.Module):
@@ -23,6 +24,7 @@ class BYOLLoss(nn.Module):
         torch.Size([])
     """
 
+    @explained("BYOLLoss()")
     def __init__(self, *, eps=1e-12, reduction="mean", impl="auto"):
         super().__init__()
         check.choice("reduction", reduction, ops.REDUCTIONS)
@@ -31,6 +33,7 @@ class BYOLLoss(nn.Module):
         self.reduction = reduction
         self.impl = impl
 
+    @explained("criterion([p0, p1], [t0, t1])")
     def forward(self, predictions, targets):
         return byol_loss(predictions, targets, eps=self.eps, reduction=self.reduction, impl=self.impl)
 

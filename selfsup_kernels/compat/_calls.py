@@ -65,7 +65,7 @@ def record(name: str, reason: str | None) -> None:
         _calls[name] = calls
     if first:
         warnings.warn(
-            f"{name}: the library's own code computes this, the kernels do not serve {reason}; warned once,"
+            f"{name}: the library's own code computes this, the kernels do not support {reason}; warned once,"
             " selfsup_kernels.compat.report() counts such calls",
             stacklevel=2,
         )

@@ -14,8 +14,8 @@ import torch
 from selfsup_kernels.core import shards
 
 
-def views(name: str, value, minimum: int) -> tuple[list[torch.Tensor], tuple[int, int, int]]:
-    """Check a ``(V, B, D)`` tensor or a sequence of V ``(B, D)`` tensors.
+def views(name: str, value, minimum: int, hint: str = "") -> tuple[list[torch.Tensor], tuple[int, int, int]]:
+    """Check a ``(V, B, D)`` tensor or a sequence of V ``(B, D)`` tensors; ``hint`` ends the message about too few.
 
     Returns:
         The tensors as they are, one or V, and ``(V, B, D)``.
@@ -23,26 +23,24 @@ def views(name: str, value, minimum: int) -> tuple[list[torch.Tensor], tuple[int
     stacked = isinstance(value, torch.Tensor)
     if stacked:
         if value.dim() != 3:
-            hint = ""
+            got = f"got a tensor of shape {tuple(value.shape)}"
             if name == "views" and value.dim() == 2:
-                two = "; as two views: views.chunk(2)" if len(value) % 2 == 0 else ""
-                hint = "; as one view: [views]" if minimum == 1 else two
-            raise ValueError(
-                f"{name}: expected a (V, B, D) tensor or a sequence of (B, D) tensors,"
-                f" got a tensor of shape {tuple(value.shape)}{hint}"
-            )
+                got += "; as one view: [views]" * (minimum == 1) + "; as two: views.chunk(2)" * (len(value) % 2 == 0)
+            raise ValueError(f"{name}: expected {VIEWS}, {got}")
         tensors = [value]
         num_views, *shape = value.shape
     else:
-        tensors = sequence(name, value)
+        tensors = sequence(name, value, VIEWS)
         num_views, shape = len(tensors), tensors[0].shape if tensors else ()
     if num_views < minimum:
-        raise ValueError(f"{name}: expected at least {minimum} views, got {num_views}")
+        raise ValueError(f"{name}: expected at least {minimum} views, got {num_views}{hint}")
     for i, tensor in enumerate(tensors):
         if not stacked and (tensor.shape != shape or len(shape) != 2):
             if tensor.dim() == 2:
+                more = i > 1 and name == "views" and tensor.shape[1:] == shape[1:]
                 raise ValueError(
                     f"{name}[{i}]: expected the shape of {name}[0], {tuple(shape)}, got {tuple(tensor.shape)}"
+                    f"{'; further negatives are passed by name, queue=' if more else ''}"
                 )
             labels = "; labels are passed by name, labels=" if tensor.dim() == 1 and tensor.dtype in LABELS else ""
             raise ValueError(f"{name}[{i}]: expected a (B, D) tensor, got shape {tuple(tensor.shape)}{labels}")
@@ -87,16 +85,17 @@ def pair(first_name: str, first, second_name: str, second) -> None:
         )
 
 
-def sequence(name: str, value) -> list[torch.Tensor]:
+def sequence(name: str, value, expected: str) -> list[torch.Tensor]:
     """Return the tensors in ``value`` as a list."""
     if not isinstance(value, (list, tuple)) and (isinstance(value, (str, bytes)) or not isinstance(value, Sequence)):
-        raise TypeError(f"{name}: expected tensors, got {type(value).__name__}")
+        raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
     for i, item in enumerate(value):
         if not isinstance(item, torch.Tensor):
             raise TypeError(f"{name}[{i}]: expected a tensor, got {type(item).__name__}")
     return list(value)
 
 
+VIEWS = "a (V, B, D) tensor or a sequence of (B, D) tensors"
 LABELS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -225,6 +224,11 @@ def momentum(value) -> tuple[torch.Tensor | None, float]:
         value = scalar("momentum", value).reshape(())
         number = value.item() if readable(value) else 0.0
     else:
+        if isinstance(value, torch.nn.Module):
+            raise TypeError(
+                f"momentum: expected a number or a tensor of one element, got {type(value).__name__};"
+                " an EMA's update() takes no model: it reads the one that the EMA was made of"
+            )
         number = real("momentum", value, "a number or a tensor of one element")
     if not 0 <= number <= 1:
         raise ValueError(f"momentum: expected a number in [0, 1], got {number}")
@@ -250,26 +254,29 @@ def readable(tensor: torch.Tensor) -> bool:
     )
 
 
-def labels(value, num_views: int, batch: int, device: torch.device) -> None:
-    """Raise unless ``value`` is a valid labels argument for such views."""
-    turned = isinstance(value, torch.Tensor) and tuple(value.shape) == (num_views,)
-    hint = f"; views are (V, B, D), here {num_views} of {batch} samples" if turned else ""
-    integers("labels", value, batch, "views", device, hint)
-
-
-def integers(name: str, value, batch: int, other: str, device: torch.device, hint: str = "") -> None:
-    """Raise unless ``value`` has one integer per sample and is on the device of the argument ``other``; ``hint`` ends
-    the message about a wrong shape."""
+def integers(name: str, value, other: str, num_views: int, batch: int, device: torch.device) -> None:
+    """Raise unless ``value`` has one integer per sample and is on the device of the argument ``other``, which has that
+    many views and samples."""
     if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{name}: expected an integer tensor, got {type(value).__name__}")
+        many = isinstance(value, (list, tuple)) or hasattr(value, "__array__")
+        remedy = f"; torch.as_tensor({name}) makes one" if many else ""
+        raise TypeError(f"{name}: expected an integer tensor, got {type(value).__name__}{remedy}")
     own(name, value)
     if value.layout != torch.strided:
         raise TypeError(f"{name}: expected a dense tensor, got layout {value.layout}")
     if value.dtype not in LABELS:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in LABELS)
         raise TypeError(f"{name}: expected a tensor of {names}, got {str(value.dtype).removeprefix('torch.')}")
-    if tuple(value.shape) != (batch,):
-        raise ValueError(f"{name}: expected shape ({batch},), one per sample, got {tuple(value.shape)}{hint}")
+    shape = tuple(value.shape)
+    if shape != (batch,):
+        hint = ""
+        if shape == (num_views,):
+            hint = f"; views are (V, B, D), here {num_views} of {batch} samples"
+        elif shape == (num_views * batch,):
+            hint = f"; the {num_views} views of a sample share one"
+        elif len(shape) == 2 and shape[0] == batch:
+            hint = f"; {name}.flatten()" if shape[1] == 1 else f"; classes of one-hot rows: {name}.argmax(1)"
+        raise ValueError(f"{name}: expected shape ({batch},), one per sample, got {shape}{hint}")
     if value.device != device:
         raise ValueError(f"{name}: expected the device of {other}, {device}, got {value.device}")
 
@@ -292,7 +299,10 @@ def queue(value, dim: int) -> None:
     own("queue", value)
     floating("queue", value)
     if value.dim() != 2 or value.shape[0] == 0 or value.shape[1] != dim:
-        raise ValueError(f"queue: expected shape (K, {dim}) with K >= 1, got {tuple(value.shape)}")
+        columns = value.dim() == 2 and value.shape[0] == dim  # as MoCo's own code keeps them
+        raise ValueError(
+            f"queue: expected shape (K, {dim}) with K >= 1, got {tuple(value.shape)}{'; queue.T' if columns else ''}"
+        )
 
 
 def one_dtype(tensors, queue):

@@ -5,11 +5,13 @@ import torch
 import selfsup_kernels.ema.ops  # noqa: F401  defines the ops
 from selfsup_kernels.core import backends, ops
 from selfsup_kernels.core import validate as check
+from selfsup_kernels.core.hints import explained
 from selfsup_kernels.ema import checks as lists
 from selfsup_kernels.ema.named_tensors import match_modules
 
 
 @torch.no_grad()
+@explained("ema_update_(target.parameters(), online.parameters(), 0.996)")
 def ema_update_(targets, sources, momentum, *, stochastic_rounding=False, generator=None, impl="auto"):
     r"""Exponential moving average of many tensors at once, in place.
 

@@ -4,7 +4,7 @@ The checks run on every step for hundreds of tensors. An op of the C++ extension
 fine; if not, Python checks pair by pair and names the tensor. No check reads values.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from operator import add, attrgetter, eq, gt
 from typing import NamedTuple
 
@@ -33,8 +33,10 @@ def is_averaged(dtype: torch.dtype) -> bool:
 
 def tensor_list(name: str, value) -> list[Tensor]:
     """Return the items of an iterable as a list; :func:`check_update` checks that they are tensors."""
-    if isinstance(value, (Tensor, str, bytes)) or not isinstance(value, Iterable):
-        raise TypeError(f"{name}: expected a list of tensors or an nn.Module, got {type(value).__name__}")
+    named = isinstance(value, Mapping) and isinstance(next(iter(value), None), str)  # a state_dict
+    if named or isinstance(value, (Tensor, str, bytes)) or not isinstance(value, Iterable):
+        remedy = "; pass its values()" if named else ""
+        raise TypeError(f"{name}: expected a list of tensors or an nn.Module, got {type(value).__name__}{remedy}")
     return list(value)
 
 

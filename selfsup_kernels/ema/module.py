@@ -11,6 +11,7 @@ from torch import nn
 
 from selfsup_kernels.core import backends, shards, wrappers
 from selfsup_kernels.core import validate as check
+from selfsup_kernels.core.hints import explained
 from selfsup_kernels.ema import checks as lists
 from selfsup_kernels.ema.api import ema_update_pairs_, update_at_once
 from selfsup_kernels.ema.model_copy import copy_of, unchanged_on_error
@@ -26,6 +27,9 @@ class EMA(nn.Module):
     moves with ``.to()``, is part of the ``state_dict`` and follows ``train()`` and ``eval()`` of the module that owns
     the EMA. It starts in the model's mode. Its parameters do not require grad, so an optimizer leaves them alone. The
     model itself is not registered: it appears in neither ``state_dict()`` nor ``parameters()`` of the EMA.
+
+    Save ``ema.state_dict()`` to resume the EMA, and ``ema.module.state_dict()`` to load the averaged weights into
+    another model.
 
     Every update reads the model's tensors again: it follows parameters that were moved, replaced or resized, and
     raises if the names no longer match. If the copy has come to share memory with the model (``load_state_dict`` of
@@ -74,6 +78,7 @@ class EMA(nn.Module):
         torch.Size([2, 8])
     """
 
+    @explained("EMA(model, momentum=0.996)")
     def __init__(
         self,
         model,
@@ -119,7 +124,7 @@ class EMA(nn.Module):
             warnings.warn(
                 f"EMA: the copy is {low.pop()}, where updates with a momentum near 1 round to nothing; use"
                 " dtype=torch.float32 or stochastic_rounding=True",
-                stacklevel=2,
+                stacklevel=3,
             )
 
     _kept = None
@@ -307,6 +312,7 @@ def _memory(tensor):
     return tensor.untyped_storage().data_ptr() or None
 
 
+@explained("cosine_momentum(step, max_steps)")
 def cosine_momentum(step, max_steps, base=0.996, final=1.0):
     r"""Return BYOL's scheduled momentum (arXiv:2006.07733, section 3.3): a half cosine from ``base`` to ``final``.
 

@@ -6,8 +6,9 @@ import torch
 
 from selfsup_kernels.core import backends, ops, processes
 from selfsup_kernels.core import validate as check
+from selfsup_kernels.core.hints import explained, plain
 from selfsup_kernels.core.transforms import active, apply
-from selfsup_kernels.info_nce import exchange, reference
+from selfsup_kernels.info_nce import exchange, few_scores
 from selfsup_kernels.info_nce.autograd import InfoNCE
 from selfsup_kernels.info_nce.call import Call
 from selfsup_kernels.info_nce.exchange import GroupInfoNCE, relative
@@ -15,9 +16,10 @@ from selfsup_kernels.info_nce.objectives import LABEL_OBJECTIVES, OBJECTIVES, SY
 from selfsup_kernels.tiles.layout import Layout, check_size
 
 
+@explained("info_nce_loss([z0, z1], temperature=0.1, labels=y)")
 def info_nce_loss(
     views,
-    *others,
+    *,
     temperature=0.1,
     objective="supcon_out",
     labels=None,
@@ -104,11 +106,6 @@ def info_nce_loss(
         >>> sk.info_nce_loss(views, objective="cross_view", reduction="none").shape
         torch.Size([2, 256])
     """
-    if others:
-        raise TypeError(
-            f"views: expected all views in one argument, [z0, z1] or (V, B, D), and the other arguments by name,"
-            f" got {1 + len(others)} positional arguments"
-        )
     arguments = (views, temperature, objective, labels, duplicates, logq, queue, core_view)
     arguments += (normalize, eps, reduction, impl)
     group = processes.resolve(group)
@@ -117,8 +114,8 @@ def info_nce_loss(
         if queue is None:
             check.samples(checked.call.batch)
         impl, stacked, call, (temperature, ids, logq, *tensors), _ = checked
-        if impl == "reference" and logq is None and reference.takes(tensors[-1], call):
-            loss = reference.by_autograd(call, temperature, ids, *tensors)
+        if impl == "reference" and logq is None and few_scores.takes(tensors[-1], call):
+            loss = few_scores.by_autograd(call, temperature, ids, *tensors)
         else:
             loss = apply(InfoNCE, impl, stacked, call, temperature, ids, relative(logq, tensors[-1].dtype), *tensors)
             loss = loss.view(call.num_views, -1) if loss.dim() else loss
@@ -129,6 +126,7 @@ def info_nce_loss(
     return _as_given(loss, checked)
 
 
+@explained("info_nce_value_and_grad([z0, z1], temperature=0.1)")
 def info_nce_value_and_grad(
     views,
     *,
@@ -201,8 +199,7 @@ def check_objective(value) -> str:
         return value
     hint = ""
     if isinstance(value, str):
-        plain = "".join(filter(str.isalnum, value.lower()))
-        known = [repr(name) for name in OBJECTIVES if name.replace("_", "") == plain] or SYNONYMS.get(plain)
+        known = [repr(name) for name in OBJECTIVES if plain(name) == plain(value)] or SYNONYMS.get(plain(value))
         hint = f"; its name here is {' or '.join(known)}" if known else ""
     check.choice("objective", value, OBJECTIVES, hint)
     return value
@@ -225,8 +222,9 @@ def _check_info_nce(
     views, temperature, objective, labels, duplicates, logq, queue, core_view, normalize, eps, reduction, impl
 ):
     """Check the arguments of :func:`info_nce_loss` and make the record of the call."""
-    alone = labels is not None and objective != "cross_view"  # one view has positives
-    tensors, (num_views, batch, dim) = check.views("views", views, 1 if alone else 2)
+    least = 1 if labels is not None and objective != "cross_view" else 2  # with labels one view has positives
+    hint = "; one view needs labels" if labels is None else ""
+    tensors, (num_views, batch, dim) = check.views("views", views, least, hint)
     first, device = tensors[0], tensors[0].device
     autocast = check.autocasts(device)
     check.same_dtype_and_device(tensors, "views[{}]".format, not autocast)
@@ -242,7 +240,7 @@ def _check_info_nce(
     if stacked and num_views > batch and views.is_contiguous():  # a transposed tensor was turned on purpose
         check.warn_once("views", f"views: (V, B, D), got {num_views} views of {batch} samples; is it (B, V, D)?")
     if labels is not None:
-        check.labels(labels, num_views, batch, device)
+        check.integers("labels", labels, "views", num_views, batch, device)
         if objective not in LABEL_OBJECTIVES:
             raise ValueError(f"labels: expected an objective of {', '.join(LABEL_OBJECTIVES)}, got {objective!r}")
         if core_view is not None:
@@ -250,7 +248,7 @@ def _check_info_nce(
         if duplicates is not None:
             raise ValueError("duplicates: expected None together with labels, whose classes have no negatives inside")
     if duplicates is not None:
-        check.integers("duplicates", duplicates, batch, "views", device)
+        check.integers("duplicates", duplicates, "views", num_views, batch, device)
     if logq is not None:
         check.logq(logq, num_views, batch, device)
         if queue is not None:

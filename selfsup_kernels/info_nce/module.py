@@ -7,6 +7,7 @@ from torch import nn
 
 from selfsup_kernels.core import backends, ops
 from selfsup_kernels.core import validate as check
+from selfsup_kernels.core.hints import explained
 from selfsup_kernels.core.processes import SharesGroup, check_kind, shown
 from selfsup_kernels.info_nce.api import check_objective, info_nce_loss
 
@@ -38,6 +39,7 @@ class InfoNCELoss(SharesGroup, nn.Module):
         torch.Size([1])
     """
 
+    @explained("InfoNCELoss(temperature=0.1, objective='cross_view')")
     def __init__(
         self,
         temperature=0.1,
@@ -107,6 +109,7 @@ class InfoNCELoss(SharesGroup, nn.Module):
             state_dict[name] = value.reshape(self.logit_scale.shape)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
+    @explained("criterion(z0, z1, labels=y)")
     def forward(self, *views, labels=None, duplicates=None, logq=None, queue=None):
         """Return the loss: ``forward(views)`` of a ``(V, B, D)`` tensor or a sequence, or ``forward(z0, z1, ...)``."""
         if self.training and self.max_scale is not None:

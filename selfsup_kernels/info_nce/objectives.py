@@ -70,18 +70,14 @@ LABEL_OBJECTIVES = tuple(name for name, objective in TABLE.items() if objective.
 
 SYNONYMS = {
     "clip": ["'cross_view'"],
-    "cliploss": ["'cross_view'"],
     "cmc": ["'cross_view'"],
     "ntxent": ["'supcon_out'"],
-    "ntxentloss": ["'supcon_out'"],
     "simclr": ["'supcon_out'"],
     "supcon": ["'supcon_out'"],
-    "supconloss": ["'supcon_out'"],
     "infonce": ["'supcon_out' (both views' rows are negatives)", "'cross_view' (those of the other view alone)"],
     "dcl": ["'decoupled'"],
-    "dclloss": ["'decoupled'"],
 }
-"""Common names of objectives, in lower case without punctuation, and their names here, for the error message."""
+"""Common names of objectives, as ``core.hints.plain`` returns them, and their names here, for the error message."""
 
 
 def positive_views(u: int, num_views: int, core_view: int) -> list[int]:

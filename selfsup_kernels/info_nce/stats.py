@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 
 from selfsup_kernels.core import validate as check
+from selfsup_kernels.core.hints import explained
 
 _CHUNK_ELEMENTS = 1 << 22
 """The number of similarities in memory at a time: 16 MB in float32."""
@@ -22,6 +23,7 @@ class ContrastiveStats(NamedTuple):
 
 
 @torch.no_grad()
+@explained("contrastive_stats([z0, z1])")
 def contrastive_stats(views, *, labels=None, normalize=True, eps=1e-12) -> ContrastiveStats:
     r"""Return retrieval accuracy, similarities, alignment and uniformity of a batch of embeddings.
 
@@ -62,7 +64,8 @@ def contrastive_stats(views, *, labels=None, normalize=True, eps=1e-12) -> Contr
         >>> print(f"{stats.top1:.1f}")
         1.0
     """
-    tensors, (num_views, batch, _) = check.views("views", views, 1 if labels is not None else 2)
+    least = 1 if labels is not None else 2
+    tensors, (num_views, batch, _) = check.views("views", views, least, "; one view needs labels")
     check.same_dtype_and_device(tensors, "views[{}]".format)
     check.samples(batch)
     device, dtype = tensors[0].device, tensors[0].dtype
@@ -70,7 +73,7 @@ def contrastive_stats(views, *, labels=None, normalize=True, eps=1e-12) -> Contr
     if labels is None:
         classes = torch.arange(batch, device=device)
     else:
-        check.labels(labels, num_views, batch, device)
+        check.integers("labels", labels, "views", num_views, batch, device)
         classes = torch.unique(labels, return_inverse=True)[1]
 
     with torch.autocast(device.type, enabled=False):

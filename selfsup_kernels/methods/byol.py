@@ -7,6 +7,7 @@ from torch import nn
 
 from selfsup_kernels.byol.module import BYOLLoss
 from selfsup_kernels.core import backends
+from selfsup_kernels.core.hints import explained
 from selfsup_kernels.ema.module import EMA
 from selfsup_kernels.methods._views import collect_views, require_modules
 
@@ -58,6 +59,7 @@ class BYOL(nn.Module):
         >>> method.update_target()                        # after the optimizer's step
     """
 
+    @explained("BYOL(encoder, projector, predictor)")
     def __init__(
         self,
         encoder,

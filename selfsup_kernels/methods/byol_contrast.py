@@ -7,6 +7,7 @@ import torch
 from selfsup_kernels.byol.api import byol_loss
 from selfsup_kernels.core import backends
 from selfsup_kernels.core import validate as check
+from selfsup_kernels.core.hints import explained
 from selfsup_kernels.core.processes import global_mean, resolve
 from selfsup_kernels.info_nce.module import InfoNCELoss
 from selfsup_kernels.methods._views import collect_views
@@ -58,6 +59,7 @@ class BYOLContrast(BYOL):
         ['byol', 'contrast']
     """
 
+    @explained("BYOLContrast(encoder, projector, predictor)")
     def __init__(
         self,
         encoder,

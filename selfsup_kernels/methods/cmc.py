@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from selfsup_kernels.core.hints import explained
 from selfsup_kernels.info_nce.module import InfoNCELoss
 from selfsup_kernels.methods._views import collect_views
 
@@ -40,6 +41,7 @@ class CMC(nn.Module):
         >>> method(image, depth).backward()
     """
 
+    @explained("CMC(encoder, projector)")
     def __init__(
         self,
         encoder,

@@ -8,6 +8,7 @@ from torch import nn
 
 from selfsup_kernels.core import backends
 from selfsup_kernels.core import validate as check
+from selfsup_kernels.core.hints import explained
 from selfsup_kernels.core.processes import SharesGroup, check_kind, gather_rows, global_mean, resolve, shown
 from selfsup_kernels.ema.module import EMA
 from selfsup_kernels.info_nce.queue import queue_log_sums
@@ -76,6 +77,7 @@ class MoCo(SharesGroup, nn.Module):
         >>> method.update_target()                        # after the optimizer's step
     """
 
+    @explained("MoCo(encoder, projector)")
     def __init__(
         self,
         encoder,

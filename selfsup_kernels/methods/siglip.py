@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from selfsup_kernels.core.hints import explained
 from selfsup_kernels.methods._views import require_modules
 from selfsup_kernels.siglip.module import SigLIPLoss
 
@@ -39,6 +40,7 @@ class SigLIP(nn.Module):
         >>> method(images, texts).backward()
     """
 
+    @explained("SigLIP(image_tower, text_tower)")
     def __init__(
         self,
         image_tower,

@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from selfsup_kernels.core.hints import explained
 from selfsup_kernels.info_nce.module import InfoNCELoss
 from selfsup_kernels.methods._views import collect_views, require_modules
 
@@ -40,6 +41,7 @@ class SimCLR(nn.Module):
         >>> method(x1, x2).backward()
     """
 
+    @explained("SimCLR(encoder, projector)")
     def __init__(
         self,
         encoder,

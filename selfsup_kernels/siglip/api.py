@@ -6,12 +6,14 @@ import torch
 
 from selfsup_kernels.core import backends, ops, processes
 from selfsup_kernels.core import validate as check
+from selfsup_kernels.core.hints import explained
 from selfsup_kernels.core.transforms import active, apply
 from selfsup_kernels.siglip import exchange
 from selfsup_kernels.siglip.autograd import SigLIP, narrow
 from selfsup_kernels.siglip.call import Call
 
 
+@explained("siglip_loss(image, text)")
 def siglip_loss(
     x,
     y,
@@ -87,6 +89,7 @@ def siglip_loss(
     return _as_given(loss, checked)
 
 
+@explained("siglip_value_and_grad(image, text)")
 def siglip_value_and_grad(
     x,
     y,
@@ -177,7 +180,7 @@ def _check(x, y, scale, bias, duplicates, normalize, eps, reduction, impl):
     check.near("scale", scale_tensor, "x", device)
     check.near("bias", bias_tensor, "x", device)
     if duplicates is not None:
-        check.integers("duplicates", duplicates, batch, "x", device)
+        check.integers("duplicates", duplicates, "x", 1, batch, device)
         duplicates = duplicates.to(torch.int64)
     reduction = check.choice("reduction", reduction, ops.REDUCTIONS)
     eps = check.positive_number("eps", eps)

@@ -7,6 +7,7 @@ from torch import nn
 
 from selfsup_kernels.core import backends, ops
 from selfsup_kernels.core import validate as check
+from selfsup_kernels.core.hints import explained
 from selfsup_kernels.core.processes import SharesGroup, check_kind, shown
 from selfsup_kernels.siglip.api import siglip_loss
 
@@ -36,6 +37,7 @@ class SigLIPLoss(SharesGroup, nn.Module):
         ['logit_bias', 'logit_scale']
     """
 
+    @explained("SigLIPLoss()")
     def __init__(
         self,
         scale=10.0,
@@ -77,6 +79,7 @@ class SigLIPLoss(SharesGroup, nn.Module):
         """The bias, a number or, if it is learnable, a tensor of shape ``(1,)``."""
         return self._bias if self.logit_bias is None else check.scalar("logit_bias", self.logit_bias)
 
+    @explained("criterion(image, text)")
     def forward(self, x, y, duplicates=None):
         """Return the loss of ``(B, D)`` embeddings x and y, row i of both of one sample."""
         return siglip_loss(

@@ -16,7 +16,7 @@ from process import CLASS
 
 from selfsup_kernels.byol import reference as of_byol
 from selfsup_kernels.core import ops
-from selfsup_kernels.info_nce import reference as of_info_nce
+from selfsup_kernels.info_nce import few_scores
 
 FUNCTIONS = {
     "info_nce_loss": (info_nce.info_nce, 55, "info_nce"),
@@ -64,9 +64,9 @@ def run(seed, number, impl, device):
     chosen = classes or draw
     mine = {name: weight for name, (_, weight, op) in FUNCTIONS.items() if impl in ops.impls_of(op)}
     (name,) = chosen.choices(list(mine), list(mine.values()))
-    takes = of_info_nce.takes, of_byol.takes
+    takes = few_scores.takes, of_byol.takes
     if place.by_op:
-        of_info_nce.takes = of_byol.takes = lambda *_: False
+        few_scores.takes = of_byol.takes = lambda *_: False
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # our hints, and overflow warnings of Triton's interpreter
@@ -78,5 +78,5 @@ def run(seed, number, impl, device):
         frame = traceback.extract_tb(error.__traceback__)[-1]
         message = f"{type(error).__name__}: {error} ({Path(frame.filename).name}:{frame.lineno})"
     finally:
-        of_info_nce.takes, of_byol.takes = takes
+        few_scores.takes, of_byol.takes = takes
     return name, place.says.partition(" ")[0] or "?", "WRONG", " ".join(f"{message} [{place.says}]".split())

@@ -159,9 +159,9 @@ def _overflow_by_numpy(original):
     return check
 
 
-_MENDED = [(InterpreterBuilder, name, _in_float32) for name in ("binary_op", "unary_op", "ternary_op", "create_fma")]
-_MENDED += [(InterpreterBuilder, name, _in_float32) for name in ("create_rsqrt", "create_dot")]
-_MENDED += [
+_REPLACED = [(InterpreterBuilder, name, _in_float32) for name in ("binary_op", "unary_op", "ternary_op", "create_fma")]
+_REPLACED += [(InterpreterBuilder, name, _in_float32) for name in ("create_rsqrt", "create_dot")]
+_REPLACED += [
     (InterpreterBuilder, "cast_impl", _cast),
     (InterpreterBuilder, "create_fp_to_fp", _to_bfloat16_or_float16),
     (InterpreterBuilder, "create_atomic_rmw", _refused_atomic),
@@ -177,10 +177,10 @@ _originals: list = []
 
 def install():
     """Install the patches, once per process."""
-    for owner, name, mend in _MENDED if not _originals else ():
+    for owner, name, replacement in _REPLACED if not _originals else ():
         original = owner.__dict__.get(name)
         _originals.append((owner, name, original))
-        setattr(owner, name, mend(original))
+        setattr(owner, name, replacement(original))
     assert isinstance(interpreter.interpreter_builder, InterpreterBuilder)
 
 

@@ -237,7 +237,7 @@ def test_unsupported_features_go_to_the_library_under_a_patch(name, monkeypatch)
     }
     with sk.compat.patch("pytorch-metric-learning"):
         for feature, (loss, arguments) in _beyond(name, x, labels, ref).items():
-            with pytest.warns(UserWarning, match=f"the kernels do not serve .*{feature}"):
+            with pytest.warns(UserWarning, match=f"the kernels do not support .*{feature}"):
                 got = value_and_grads(lambda e, f=loss, a=arguments: f(e, *a[1:]), [x])
             assert torch.equal(got[0], want[feature][0])
             assert torch.equal(got[1][0], want[feature][1][0])
