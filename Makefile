@@ -195,7 +195,7 @@ WHEEL_ARCH ?= 8.0+PTX 8.6 9.0a 10.0 12.0
 wheel: $(DEPENDENCIES)  ## a wheel for machines without compiler, CUDA toolkit and Triton, in dist (needs nvcc)
 	rm -rf build/wheel dist
 	TORCH_CUDA_ARCH_LIST="$(WHEEL_ARCH)" FORCE_CUDA=1 $(PY) -m build --no-isolation --outdir build/wheel
-	$(PY) -m auditwheel repair --strip --exclude 'libtorch*.so' --exclude 'libc10*.so' -w dist build/wheel/*.whl
+	PATH="$(abspath $(dir $(PY))):$$PATH" $(PY) -m auditwheel repair --strip --exclude 'libtorch*.so' --exclude 'libc10*.so' -w dist build/wheel/*.whl
 	cp build/wheel/*.tar.gz dist
 	$(PY) tests/wheel/contents.py dist --architectures "$(WHEEL_ARCH)"
 
