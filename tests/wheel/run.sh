@@ -11,8 +11,9 @@ trap 'rm -rf "$outside"' EXIT
 
 [ -x "$env/bin/python" ] || "$python" -m venv "$env"
 "$env/bin/python" -m pip install --quiet "$torch" numpy pytest pytest-xdist hypothesis rich psutil
-"$env/bin/python" -m pip uninstall --quiet --yes triton selfsup-kernels
+"$env/bin/python" -m pip uninstall --quiet --yes selfsup-kernels
 "$env/bin/python" -m pip install --quiet --no-index dist/*.whl # torch is all that it may ask for
+"$env/bin/python" -m pip uninstall --quiet --yes triton        # which CUDA builds of torch bring
 
 cp -r tests "$outside/tests"
 cp pyproject.toml "$outside"
