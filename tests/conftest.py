@@ -12,13 +12,14 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 if os.environ.get("SELFSUP_KERNELS_CPU_CAPABILITY") == "default":
     os.environ.setdefault("ATEN_CPU_CAPABILITY", "default")
 
+import collections
 import importlib.util
 import time
 
 import hypothesis
 import pytest
 import torch
-from helpers import EXTENSION_REQUIRED, IMPLS
+from helpers import EVERY_CASE, EXTENSION_REQUIRED, IMPLS, covering
 from profile_cases import CountedTime
 from ranks import Ranks
 
@@ -65,6 +66,21 @@ def pytest_configure(config):
     path = os.environ.get("SELFSUP_KERNELS_FAILED_TESTS")
     if path and not hasattr(config, "workerinput"):  # workers of xdist report to the main process, which writes
         config.pluginmanager.register(KeepsFailures(path))
+
+
+def pytest_collection_modifyitems(config, items):
+    """Of tests marked `thinned`, keep enough cases that any two values of the parameters meet."""
+    if EVERY_CASE:
+        return
+    tests = collections.defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("thinned"):
+            tests[item.path, item.originalname].append(item)
+    kept = {item for cases in tests.values() for item in covering(cases)}
+    left = [item for cases in tests.values() for item in cases if item not in kept]
+    if left:
+        items[:] = [item for item in items if item not in set(left)]
+        config.hook.pytest_deselected(items=left)
 
 
 def pytest_report_header(config):

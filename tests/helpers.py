@@ -1,6 +1,7 @@
 """Code shared by the tests: implementations, random inputs, a brute force in loops, and error bounds."""
 
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -21,7 +22,7 @@ from selfsup_kernels.info_nce.objectives import OBJECTIVES, TABLE, Columns, Ids
 EXTENSION_REQUIRED = not build.environment_flag("SELFSUP_KERNELS_SKIP_BUILD")
 """Unless the variable is set, missing C++ kernels end the test session instead of skipping their tests."""
 EVERY_CASE = os.environ.get("SELFSUP_KERNELS_EVERY_CASE", "0") not in ("", "0")
-"""Triton's interpreter is slow: without this it skips some of the cases that run on a GPU."""
+"""Runs the cases that are left out where time is short: of tests marked `thinned`, and in Triton's interpreter."""
 IMPLS = [impl for impl in ("reference", "cpu") if backends.unavailable(impl) is None]
 """The implementations that take CPU tensors; those for GPUs are tested in `tests/gpu`."""
 PAIRED_OBJECTIVES = [o for o in OBJECTIVES if TABLE[o].columns != Columns.ALL]
@@ -34,6 +35,17 @@ FLOAT32_BOUND = 2e-4
 TF32_EPS = 2**-9
 """Tensor cores truncate a float32 to 10 bits, an error of up to 2^-10 (rounding would give eps / 2). Both operands are
 then too small, and a product by up to this factor."""
+
+
+def covering(items):
+    """Choose cases until each two values that are in some case together are in a chosen one; always the case that adds
+    most of them."""
+    pairs = {item: set(itertools.combinations(sorted(map(str, item.callspec.params.items())), 2)) for item in items}
+    missing, chosen = set().union(*pairs.values()), []
+    while missing:
+        chosen.append(max(items, key=lambda item: len(pairs[item] & missing)))
+        missing -= pairs[chosen[-1]]
+    return chosen or items
 
 
 def benchmarks_script(name):

@@ -19,7 +19,7 @@ import interpreter16
 import pytest
 import tiles
 import torch
-from helpers import EVERY_CASE, LOW_PRECISION
+from helpers import EVERY_CASE, LOW_PRECISION, covering
 
 from selfsup_kernels.core import backends
 from selfsup_kernels.tiles import configs, launcher
@@ -97,17 +97,6 @@ def in_turn(items):
     for item in thinned:
         if item not in kept:
             item.add_marker(pytest.mark.skip(reason="left to SELFSUP_KERNELS_EVERY_CASE=1"))
-
-
-def covering(items):
-    """Choose cases until each two values that are in some case together are in a chosen one; always the case that adds
-    most of them."""
-    pairs = {item: set(itertools.combinations(sorted(map(str, item.callspec.params.items())), 2)) for item in items}
-    missing, chosen = set().union(*pairs.values()), []
-    while missing:
-        chosen.append(max(items, key=lambda item: len(pairs[item] & missing)))
-        missing -= pairs[chosen[-1]]
-    return chosen or items
 
 
 @pytest.fixture
