@@ -5,6 +5,8 @@ A call takes what the host needs to launch its kernels, or what the GPU needs to
 GPU's part is the time of a replayed CUDA graph (``graph_ms``), in which the host launches nothing.
 """
 
+from cells import LABELS, milliseconds, times
+
 from selfsup_kernels.lab.bench.baselines import OURS
 from selfsup_kernels.lab.bench.results import ratio
 from selfsup_kernels.lab.pages.figures import EAGER, figure, log_axis
@@ -44,7 +46,7 @@ def groups(rows):
     return {key: sorted(some, key=lambda row: row.get("batch") or 0) for key, some in found.items()}
 
 
-def lines(op, label, rows, milliseconds, times):
+def lines(op, rows):
     """Return the lines of the table: the cases of each limit, with the time of ours and eager's over it."""
 
     def cell(row):
@@ -57,7 +59,7 @@ def lines(op, label, rows, milliseconds, times):
     made = []
     for key, some in groups(rows).items():
         cells = ["<br>".join(cell(row) for row in some if limit(row) == kind) for kind in LIMITS]
-        made.append([f"{label}, {', '.join(filter(None, key))}", *cells])
+        made.append([f"{LABELS[op]}, {', '.join(filter(None, key))}", *cells])
     return made
 
 

@@ -14,152 +14,45 @@ import argparse
 import functools
 import hashlib
 import json
-import math
 import os
 import re
 import statistics
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the package of this checkout
 
 import curve_pages
 import limits
+from cells import (
+    LABELS,
+    PLAIN,
+    Case,
+    case_of,
+    cases,
+    device_line,
+    device_name,
+    load,
+    milliseconds,
+    peak,
+    rate_cell,
+    size,
+    table,
+    time_cell,
+    times,
+)
+from sections import headline, section
 
 from selfsup_kernels.lab.bench import baselines
 from selfsup_kernels.lab.bench.baselines import OURS
 from selfsup_kernels.lab.bench.results import ratio
-from selfsup_kernels.lab.bench.tables import status
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = "results|performance|pictures|limits|says|curve|gallery"
 MARKER = re.compile(rf"(<!-- ({KINDS})(?::(\S+))? -->).*?(<!-- end -->)", re.DOTALL)
-LABELS = {"info_nce": "InfoNCE", "siglip": "SigLIP", "byol": "BYOL loss", "ema": "EMA"}
-DTYPES = ("float32", "bfloat16", "float16", "float64")
-PARTS = {"forward": "forward", "backward": "backward", "both": "forward + backward", "update": "update"}
 FEWEST = 3
 """Batch sizes that make a curve."""
-
-
-PLAIN = "supcon_out"
-"""The objective of rows that name none."""
-
-
-class Case(NamedTuple):
-    """Name what the rows of one table, and of one picture, have in common."""
-
-    views: int
-    dim: int
-    dtype: str
-    objective: str = PLAIN
-
-    def title(self):
-        other = "" if self.objective == PLAIN else f"{self.objective}, "
-        return f"{other}{self.views} views, D = {self.dim}, {self.dtype}"
-
-
-def case_of(row):
-    return Case(row["views"], row["dim"], row["dtype"], row.get("objective", PLAIN))
-
-
-def load(folder, name):
-    return json.loads((Path(folder) / f"{name}.json").read_text(encoding="utf-8"))
-
-
-def cases(rows):
-    """Return ``{case: its rows}``, by objective, views, dimension and dtype, and inside by batch and part."""
-    parts, groups = list(PARTS), {}
-
-    def place(row):
-        case = case_of(row)
-        objective = "" if case.objective == PLAIN else case.objective  # the default first
-        sizes = case.views, case.dim, DTYPES.index(case.dtype)
-        return objective, *sizes, row["batch"], parts.index(row["part"])
-
-    for row in sorted(rows, key=place):
-        groups.setdefault(case_of(row), []).append(row)
-    return groups
-
-
-def names(rows):
-    """Return the columns: ours, our explicit implementations, the baselines, without those that no case can have."""
-    found = dict.fromkeys(name for row in rows for name in row["times"])
-    for row in rows:
-        found |= dict.fromkeys(
-            n for n, why in row["unavailable"].items() if status(why) in ("out of memory", "skipped")
-        )
-    return sorted(found, key=lambda name: (name != OURS, not baselines.impl_of(name)))
-
-
-# ---------------------------------------------------------------- cells
-
-
-def table(head, lines):
-    return ["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *("| " + " | ".join(x) + " |" for x in lines)]
-
-
-def milliseconds(value):
-    if value >= 1000:
-        return f"{value / 1000:.1f} s" if value >= 10000 else f"{value / 1000:.2f} s"
-    return f"{value:.0f} ms" if value >= 100 else f"{value:.1f} ms" if value >= 10 else f"{value:.2f} ms"
-
-
-def times(value):
-    """Write a factor: ``0.92x``, ``3.1x``, ``713x``."""
-    return f"{value:.2f}x" if value < 1 else f"{value:.1f}x" if value < 100 else f"{value:.0f}x"
-
-
-def tflops(value):
-    return f"{value:.3g} TFLOP/s" if value >= 1 else f"{1000 * value:.0f} GFLOP/s"
-
-
-def size(count):
-    if count is None or count < 1e6:
-        return "-" if count is None else "< 1 MB"
-    value, unit = (count / 1e9, "GB") if count >= 1e9 else (count / 1e6, "MB")
-    return f"{value:.1f} {unit}" if value < 10 else f"{value:.0f} {unit}"
-
-
-def peak(row, name):
-    return row.get("peak_bytes", {}).get(name)
-
-
-def why_not(row, name):
-    """Return what stands in place of a number, in a word or two."""
-    return status(row["unavailable"][name]) if name in row["unavailable"] else "-"
-
-
-def time_cell(row, name):
-    if name not in row["times"]:
-        return why_not(row, name)
-    over = "" if baselines.impl_of(name) or ratio(row, name) is None else f" ({times(ratio(row, name))})"
-    return milliseconds(row["times"][name]["p50_ms"]) + over
-
-
-def rate_cell(row):
-    """Return what ours reached, and the share of the rate that was measured in the same run."""
-    if "tflops" not in row and "gb_per_s" not in row:
-        return "-"
-    rate = tflops(row["tflops"]) if "tflops" in row else f"{row['gb_per_s']:.0f} GB/s"
-    return rate if row.get("fraction") is None else f"{rate}, {row['fraction']:.0%}"
-
-
-def graph_cell(row):
-    """Return ours as a replayed CUDA graph, which is what the GPU needs, and the others' times over it."""
-    found = row.get("graph_ms") or {}
-    if row["part"] not in ("both", "update") or OURS not in found:
-        return "-"
-    others = [f"{name} {times(value / found[OURS])}" for name, value in found.items() if not baselines.impl_of(name)]
-    return milliseconds(found[OURS]) + (f" ({', '.join(others)})" if others else "")
-
-
-def where(row):
-    if row["op"] == "ema":
-        return f"{row['model']}, {row['source']}"
-    other = "" if case_of(row).objective == PLAIN else f"{row['objective']}, "
-    return f"{other}{row['views']} views, B = {row['batch']}, D = {row['dim']}, {row['dtype']}"
 
 
 # ---------------------------------------------------------------- short tables
@@ -254,156 +147,6 @@ WORDS = {"compat": compat_words, "info_nce": loss_words}
 TABLES |= {"compat": compat, "scaling": scaling, "pairs": pairs}
 
 
-# ---------------------------------------------------------------- the sections of docs/performance.md
-
-
-def section(folder, shown):
-    """Make the section of one device, as Markdown lines; ``shown`` has an image for each (op, case)."""
-    found = {op: load(folder, op) for op in LABELS if (folder / f"{op}.json").exists()}
-    header = next(iter(found.values()))["header"]
-    lines = [f"## {device_name(header)}", "", *facts(header), ""]
-    for op in ("info_nce", "siglip", "byol"):
-        lines += [*headline(op, found[op]["rows"]), ""] if op in found else []
-    lines += ["### Where ours is slower", "", *slower(found)]
-    for op, data in found.items():
-        lines += ["", f"### {LABELS[op]}"]
-        if facts(data["header"])[0] != facts(header)[0]:  # measured in another run
-            lines += ["", *facts(data["header"])]
-        if op == "ema":
-            lines += ["", *times_table(data["rows"])]
-        for case, rows in cases(data["rows"]).items() if op != "ema" else ():
-            lines += ["", f"#### {case.title()}", ""]
-            lines += [shown[op, case], ""] if (op, case) in shown else []
-            lines += [*times_table(rows), *memory_table(case, rows)]
-        lines += [*absences(data["rows"]), *errors(data["rows"])]
-    return lines
-
-
-def device_name(header):
-    threads = header.get("threads")
-    return header["device"] + (f", {threads} thread{'s' * (threads > 1)}" if threads else "")
-
-
-def device_line(header):
-    """Write the device and the versions of a results file, as one line."""
-    facts = [header["cpu_capability"]] if header.get("threads") and header.get("cpu_capability") else []
-    keys = ("torch",) if header.get("threads") else ("driver", "cuda", "torch", "triton")
-    facts += [f"{key} {header[key]}" for key in keys if header.get(key)]
-    facts += [f"commit {header['commit']}"] if header.get("commit") else []
-    return ", ".join([device_name(header), *facts, f"measured {header['date']}"]) + "."
-
-
-def facts(header):
-    """Write what the numbers below were measured on."""
-    lines = [device_line(header)]
-    if header["peers"]:
-        lines.append(f"Compared with: {', '.join(f'{name} {v}' for name, v in sorted(header['peers'].items()))}.")
-    rates = [f"{tflops(value)} ({dtype})" for dtype, value in header["matrix_product_tflops"].items()]
-    lines.append(f"A large matrix product ran at {', '.join(rates)} in the same run.")
-    for key, what in (("copy_gb_per_s", "A copy"), ("in_place_gb_per_s", "Scaling numbers in place")):
-        lines.append(f"{what} ran at {header[key]:.0f} GB/s, read and written bytes together.")
-    return lines
-
-
-def headline(op, rows):
-    """Write one sentence, of the first case at the largest batch at which eager PyTorch was measured."""
-    both = [r for r in next(iter(cases(rows).values())) if r["part"] == "both" and ratio(r, "eager")]
-    if not both:
-        return []
-    row = both[-1]
-    cells = [
-        f"{label} {time_cell(row, n)} and {size(peak(row, n))}" for label, n in (("ours", OURS), ("eager", "eager"))
-    ]
-    return [f"{LABELS[op]}, {where(row)}, forward + backward: {', '.join(cells)}."]
-
-
-def times_table(rows):
-    op, columns = rows[0]["op"], names(rows)
-    graph = any(graph_cell(row) != "-" for row in rows)
-    lines = []
-    for row in rows:
-        if op == "ema":
-            name = f"{row['model']}, {row['tensors']} tensors, {row['source']} to {row['target']}"
-        else:
-            name = f"{row['batch']}, {PARTS[row['part']]}"
-        cells = [time_cell(row, n) for n in columns] + ([graph_cell(row)] if graph else [])
-        lines.append([name, *cells, rate_cell(row)])
-    rate = "of a matrix product" if op in ("info_nce", "siglip") else "of the bandwidth"
-    return table(["model" if op == "ema" else "B", *columns, *(["CUDA graph"] if graph else []), rate], lines)
-
-
-def memory_table(case, rows):
-    both = [r for r in rows if r["part"] == "both" and any(r["peak_bytes"].values())]
-    if not both:
-        return []
-    columns = names(both)
-    width = {"float64": 8, "float32": 4}.get(case.dtype, 2)
-    lines = []
-    for row in both:
-        cells = [size(peak(row, n)) if peak(row, n) is not None else why_not(row, n) for n in columns]
-        ours, inputs = peak(row, OURS), case.views * row["batch"] * case.dim * width
-        lines.append([str(row["batch"]), *cells, f"{ours / inputs:.1f}x" if ours is not None else "-"])
-    head = ["B", *columns, "ours, times the embeddings"]
-    return ["", "Most memory of forward + backward, above the inputs:", "", *table(head, lines)]
-
-
-def absences(rows):
-    """Write why a time is missing, and what has to be known of a baseline: each reason once, with where it applies."""
-    found = {}
-    for row in rows:
-        for pair in row["unavailable"].items():
-            found.setdefault(pair, []).append(where(row))
-        for pair in row["notes"].items():
-            found.setdefault(pair, [])
-    lines = []
-    for (name, text), places in found.items():
-        places = list(dict.fromkeys(places))
-        everywhere = not places or len(places) == len({where(row) for row in rows})
-        shown = "; ".join(places) if len(places) <= 3 else f"{len(places)} cases"
-        lines.append(f"- {name}: {text}" + ("" if everywhere else f" ({shown})"))
-    return ["", *lines] if lines else []
-
-
-def errors(rows):
-    """Make the table of the largest error of each baseline against float64; JSON has None for what is not finite."""
-    worst = {}
-    for row in rows:
-        for name, values in row["errors"].items():
-            found = worst.setdefault((row["dtype"], name), {})
-            for key in values.keys() - {"rows"}:
-                found[key] = max(found.get(key, 0.0), math.inf if values[key] is None else values[key])
-    if not worst:
-        return []
-    keys = [key for key in ("loss", "gradient", "value") if any(key in values for values in worst.values())]
-    lines = [
-        [dtype, name, *(f"{values[k]:.0e}" if k in values else "-" for k in keys)]
-        for (dtype, name), values in sorted(worst.items(), key=lambda item: (item[0][0], item[0][1] != OURS))
-    ]
-    title = "Largest error over the rows above, relative to float64:"
-    return ["", title, "", *table(["dtype", "", *keys], lines)]
-
-
-def slower(found):
-    """Make the table of the cases in which a baseline is faster than ours, by case and baseline, the worst first."""
-    groups = {}
-    for op, data in found.items():
-        for row in data["rows"]:
-            case = f"{row['model']}, {row['source']} to {row['target']}" if op == "ema" else ""
-            case = case or case_of(row).title()
-            for name in row["times"]:
-                if not baselines.impl_of(name) and (ratio(row, name) or 1) < 1:
-                    groups.setdefault((f"{LABELS[op]}, {case}", name), []).append(row)
-    if not groups:
-        return ["In none of the cases below."]
-    lines = []
-    for (case, name), rows in sorted(groups.items(), key=lambda item: min(ratio(row, item[0][1]) for row in item[1])):
-        spots = ["update" if r["op"] == "ema" else f"{r['batch']} {PARTS[r['part']]}" for r in rows]
-        worst = min(range(len(rows)), key=lambda i: ratio(rows[i], name))
-        pair = f"{time_cell(rows[worst], OURS)}, {name} {time_cell(rows[worst], name)}"
-        lines.append([case, name, "; ".join(spots), f"{spots[worst]}: {pair}" if len(rows) > 1 else pair])
-    return table(["case", "baseline", "where", "the worst"], lines)
-
-
 # ---------------------------------------------------------------- pictures
 
 
@@ -482,7 +225,7 @@ class Documents:
         )
         lines = [f'<img src="{self.source(path, page)}" width="520" alt="{text} eager PyTorch">', ""]
         found = [(op, load(folder, op)["rows"]) for op in LABELS if (folder / f"{op}.json").exists()]
-        made = [line for op, some in found for line in limits.lines(op, LABELS[op], some, milliseconds, times)]
+        made = [line for op, some in found for line in limits.lines(op, some)]
         return [*lines, *table(["op", *limits.LIMITS], made), "", device_line(header)]
 
     def source(self, path, page):

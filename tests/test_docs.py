@@ -16,6 +16,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 pytest.importorskip("matplotlib", reason="the pictures of the documents are matplotlib's")
 
+import sections  # noqa: E402
 import tables  # noqa: E402
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
@@ -109,10 +110,10 @@ def test_a_gpu_renders(documents, page, lines):
 
 def test_cuda_graph_times_have_a_column_if_they_were_measured():
     rows = [info_nce_row(256, "forward", 2.0, 1.5), info_nce_row(256, "both", 2.0, 1.5)]
-    assert "CUDA graph" not in tables.times_table(rows)[0]
+    assert "CUDA graph" not in sections.times_table(rows)[0]
     for row in rows:
         row["graph_ms"] = {"selfsup_kernels": 0.25, "impl='cuda'": 0.5, "eager": 1.0}
-    head, _, forward, both = tables.times_table(rows)
+    head, _, forward, both = sections.times_table(rows)
     assert head.endswith("| CUDA graph | of a matrix product |")
     assert forward.split(" | ")[-2] == "-"
     assert both.split(" | ")[-2] == "0.25 ms (eager 4.0x)"
@@ -121,7 +122,7 @@ def test_cuda_graph_times_have_a_column_if_they_were_measured():
 def test_a_non_finite_error_is_shown_as_the_largest():
     rows = [info_nce_row(256, "both", 2.0, 1.5), info_nce_row(512, "both", 2.0, 1.5)]
     rows[0]["errors"] = {"selfsup_kernels": {"loss": 1e-7, "gradient": None, "rows": 16}}
-    assert "| float32 | selfsup_kernels | 2e-07 | inf |" in tables.errors(rows)
+    assert "| float32 | selfsup_kernels | 2e-07 | inf |" in sections.errors(rows)
 
 
 def test_a_changed_result_changes_page_and_picture(documents, monkeypatch, capsys):
