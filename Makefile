@@ -34,6 +34,7 @@ SOURCES += $(CUDA_SOURCES)
 endif
 NVCC := $(firstword $(wildcard $(addsuffix /bin/nvcc,$(CUDA_HOME) $(CUDA_PATH))) $(shell command -v nvcc) \
   $(wildcard /usr/local/cuda/bin/nvcc))
+EXECUTABLE = $(shell $(PY) -c 'import sys; print(sys.executable)')
 # The tests that depend on the library and on torch; not those of the build, the demo and the commands.
 OP_TESTS := tests/test_ops.py tests/test_info_nce.py tests/test_info_nce_parts.py tests/test_distributed.py tests/test_info_nce_precision.py tests/test_byol.py \
   tests/test_ema.py tests/test_optim.py tests/test_ema_memory.py tests/test_ema_rounding.py tests/test_memory_layout.py tests/test_properties.py tests/test_compile.py tests/test_bad_input.py
@@ -55,8 +56,8 @@ REQUIREMENTS = import sys; from pip._vendor import tomli; \
 
 # Enough to build the package and to run the demo.
 .venv/.environment: pyproject.toml Makefile
-	test -x .venv/bin/python || $(PYTHON) -m venv .venv
-	@echo "Installing torch, the build tools and the demo's packages in .venv: 1.2 GB with a CPU build of torch."
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
+	@echo "Installing torch, the build tools and the demo's packages in .venv: 1.2 GB with a CPU build of torch, several GB with a CUDA build."
 	$(PY) -c '$(REQUIREMENTS)' demo > .venv/requirements.txt
 	$(PY) -m pip install "$(TORCH)" -r .venv/requirements.txt
 	touch $@
@@ -145,7 +146,7 @@ lint: $(DEPENDENCIES)  ## ruff and clang-format, without changing files
 
 # Builds a copy of the tree with AddressSanitizer and UBSan, and runs the tests marked `sanitize`.
 asan: $(DEPENDENCIES)  ## tests under AddressSanitizer and UBSan
-	bash tests/sanitizer/run.sh "$(abspath $(dir $(PY)))/$(notdir $(PY))"
+	bash tests/sanitizer/run.sh "$(EXECUTABLE)"
 
 # Tests the libraries built against $(TORCH), without a rebuild, under $(COMPAT_TORCH), and the GPU kernels under
 # $(COMPAT_TRITON), whose interpreter does not support the newest numpy. If there is an nvcc, the CUDA library has to
@@ -193,16 +194,18 @@ kernels: setup  ## the Triton kernels compiled ahead of time: ARCH="80 86 90 100
 # of this machine and later (auditwheel finds the tag); it contains nothing of PyTorch.
 WHEEL_ARCH ?= 8.0+PTX 8.6 9.0a 10.0 12.0
 wheel: $(DEPENDENCIES)  ## a wheel for machines without compiler, CUDA toolkit and Triton, in dist (needs nvcc)
+	$(if $(NVCC),,$(error make wheel needs nvcc, on PATH or in CUDA_HOME))
 	rm -rf build/wheel dist
 	TORCH_CUDA_ARCH_LIST="$(WHEEL_ARCH)" FORCE_CUDA=1 $(PY) -m build --no-isolation --outdir build/wheel
-	PATH="$(abspath $(dir $(PY))):$$PATH" $(PY) -m auditwheel repair --strip --exclude 'libtorch*.so' --exclude 'libc10*.so' -w dist build/wheel/*.whl
+	PATH="$(dir $(EXECUTABLE)):$$PATH" $(PY) -m auditwheel repair --strip --exclude 'libtorch*.so' --exclude 'libc10*.so' -w dist build/wheel/*.whl
 	cp build/wheel/*.tar.gz dist
 	$(PY) tests/wheel/contents.py dist --architectures "$(WHEEL_ARCH)"
 
 # Installs the wheel of dist into a new environment that has only torch, and runs the tests of the ops there.
 WHEEL_TORCH ?= torch==2.11.0 $(TORCH)
 wheel-check: $(DEPENDENCIES)  ## install the wheel of dist without compiler, toolkit and Triton, and test it: WHEEL_TORCH=
-	for torch in $(WHEEL_TORCH); do bash tests/wheel/run.sh $(abspath $(dir $(PY)))/$(notdir $(PY)) $$torch $(OP_TESTS) || exit 1; done
+	for torch in $(foreach t,$(WHEEL_TORCH),"$(t)"); do \
+	  bash tests/wheel/run.sh "$(EXECUTABLE)" "$$torch" $(OP_TESTS) || exit 1; done
 
 # Compiles every configuration of the GPU kernels without a GPU. ARGUMENTS="--arch 90 --json FILE" and the like.
 gpu-static: $(DEPENDENCIES)  ## every GPU kernel compiled, without a GPU

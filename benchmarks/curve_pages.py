@@ -71,7 +71,7 @@ def lines(header, row, source, device):
         f"The line is the mean of {len(runs)} seeds, the band their range. A linear probe, trained with",
         f"{used['labels']} labels of each class (mean over {used['draws']} draws), recognises this share of",
         f"{used['test']} other digits from {row['features']}: {answer(row)}. {device}",
-        "`python benchmarks/curves.py` repeats the run.",
+        "`python benchmarks/curves.py --out FOLDER` repeats the run.",
     ]
     return [image(row, source), "", " ".join(sentences)]
 

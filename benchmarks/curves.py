@@ -8,6 +8,7 @@ raw pixels and the encoder before training in the same way. ``benchmarks/tables.
 """
 
 import argparse
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -17,9 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 import cmc
 import digits
-import siglip
 import torch
-from digits import DIM, encoder, head
+from digits import DIM, encoder, half_tower, head
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -89,7 +89,7 @@ METHODS = {
     "moco": Plain(lambda: sk.methods.MoCo(encoder(), head(), queue_size=1024, momentum=0.99, temperature=0.2)),
     "byol": Plain(lambda: sk.methods.BYOL(encoder(), head(), head(DIM), momentum=0.98)),
     "cmc": Edges(lambda: sk.methods.CMC([encoder(1), encoder(2)], [head(), head()], temperature=0.2)),
-    "siglip": Halves(lambda: sk.methods.SigLIP(siglip.tower(), siglip.tower()), num_views=1),
+    "siglip": Halves(lambda: sk.methods.SigLIP(half_tower(), half_tower()), num_views=1),
     "byol_contrast": Plain(
         lambda: sk.methods.BYOLContrast(encoder(), head(), head(DIM), 0.98, temperature=0.2, contrast_weight=0.5), 3
     ),
@@ -148,8 +148,9 @@ def main(arguments=None):
     images, _, test, _ = digits.load()
     settings = {"train": len(images), "test": len(test), "batch": BATCH, "learning_rate": LEARNING_RATE}
     settings |= {"labels": LABELS, "draws": DRAWS}
-    header = results.header(timing.Clock("cpu"), ops=()) | {"commit": commit.strip(), "settings": settings}
-    rows = []
+    header = results.header(timing.Clock("cpu"), compared=()) | {"commit": commit.strip(), "settings": settings}
+    path = options.out / "curves.json" if options.out else None
+    rows = json.loads(path.read_text())["rows"] if path and path.exists() else []  # of methods that do not run now
     for name in options.method:
         plan = METHODS[name]
         pixels = accuracy(nn.Flatten(), plan.images)
@@ -162,9 +163,10 @@ def main(arguments=None):
                 f" {run['accuracy'][0]:.3f} to {run['accuracy'][-1]:.3f}, of raw pixels {row['pixels']:.3f}",
                 flush=True,
             )
-        rows.append(row)
-    if options.out:
-        results.write_json(options.out / "curves.json", header, rows)
+        made = {found["method"]: found for found in [*rows, row]}
+        rows = [made[method] for method in METHODS if method in made]
+        if path:
+            results.write_json(path, header, rows)
 
 
 if __name__ == "__main__":

@@ -53,7 +53,8 @@ def lines(op, rows):
         baseline = "foreach_lerp" if op == "ema" else "eager"
         factor = ratio(row, baseline)
         size = "" if op == "ema" else f"{row['batch']}: "
-        gpu = f", GPU {milliseconds(on_gpu(row))}" if limit(row) == HOST else ""
+        share = "" if row.get("fraction") is None else f", {row['fraction']:.0%}"
+        gpu = f", GPU {milliseconds(on_gpu(row))}" if limit(row) == HOST else share
         return f"{size}{milliseconds(called(row))}{gpu}" + (f" ({times(factor)})" if factor else "")
 
     made = []
@@ -84,9 +85,11 @@ def picture(rows, header):
     axis.loglog(counts, [called(row) for row in rows], color=OURS_COLOR, marker="o", label="ours, a call")
     axis.loglog(*zip(*gpu, strict=True), color=OURS_COLOR, marker="o", linestyle=":", label="ours, the GPU's part")
     axis.loglog(*zip(*least, strict=True), color="#7d8590", linestyle="--", label="4 M²D at the matrix product's rate")
-    last = max((n for n, row in zip(counts, rows, strict=True) if limit(row) == HOST), default=counts[0])
-    first = min(n for n in counts if n > last)
-    for start, end, text in ((counts[0], last, "host"), (first, counts[-1], "matrix products")):
+    for kind in (HOST, MATRIX):
+        limited = [n for n, row in zip(counts, rows, strict=True) if limit(row) == kind]
+        if len(limited) < 2:  # one point is no band
+            continue
+        start, end, text = limited[0], limited[-1], kind
         axis.axvspan(start, end, color=OURS_COLOR, alpha=0.07, linewidth=0)
         axis.text((start * end) ** 0.5, 0.97, text, transform=axis.get_xaxis_transform(), ha="center", va="top")
     axis.set_xticks(counts, counts)

@@ -219,11 +219,11 @@ class Documents:
 
     def limits(self, folder, page):
         """Return the picture and the table of what limits each call on a device."""
-        path, rows, header = limits_of(folder, self.images)
-        text = (
-            f"Time of forward and backward over the rows, {case_of(rows[0]).title()}: a call, its part on the GPU, and"
-        )
-        lines = [f'<img src="{self.source(path, page)}" width="520" alt="{text} eager PyTorch">', ""]
+        if (made := limits_of(folder, self.images)) is None:
+            return []
+        path, rows, header = made
+        text = f"Time over the rows, {case_of(rows[0]).title()}: a call, its part on the GPU, and eager PyTorch"
+        lines = [f'<img src="{self.source(path, page)}" width="520" alt="{text}">', ""]
         found = [(op, load(folder, op)["rows"]) for op in LABELS if (folder / f"{op}.json").exists()]
         made = [line for op, some in found for line in limits.lines(op, some)]
         return [*lines, *table(["op", *limits.LIMITS], made), "", device_line(header)]

@@ -5,15 +5,21 @@ from selfsup_kernels.core.hints import plain
 from selfsup_kernels.info_nce.objectives import SYNONYMS
 
 NAMES = {
+    "adamw": "optim.AdamW",
     "alignment": "contrastive_stats",
     "averagedmodel": "EMA",
+    "contrastive": "InfoNCELoss",
     "cosineschedule": "cosine_momentum",
+    "emamodel": "EMA",
+    "exponentialmovingaverage": "EMA",
     "gradcache": "chunked_backward",
+    "lars": "optim.LARS",
     "modelema": "EMA",
     "modelemav2": "EMA",
     "modelemav3": "EMA",
     "negativecosinesimilarity": "BYOLLoss",
     "normalizedmse": "BYOLLoss",
+    "sgd": "optim.SGD",
     "uniformity": "contrastive_stats",
     "updatemomentum": "ema_update_",
 }

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import benchmarks_script
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -238,3 +239,26 @@ def test_the_example_of_a_docstring_runs(thing):
     said = []
     doctest.DocTestRunner(verbose=False).run(found, out=said.append)
     assert not said, "".join(said)
+
+
+def test_the_curves_are_recorded_method_by_method(tmp_path):
+    """A run of one method keeps the curves of the others."""
+    pytest.importorskip("sklearn", reason="the curves train on scikit-learn's digits")
+    curves = benchmarks_script("curves")
+    for name in ("siglip", "cmc"):
+        curves.main(["--method", name, "--epochs", "1", "--seeds", "1", "--out", str(tmp_path)])
+    found = tables.load(tmp_path, "curves")
+    assert [row["method"] for row in found["rows"]] == ["cmc", "siglip"]
+    assert all(len(row["runs"][0]["accuracy"]) == 2 for row in found["rows"])
+    assert found["header"]["settings"]["train"] == 1300
+
+
+def test_the_picture_of_what_limits_a_call_takes_any_sizes():
+    """All cases may be limited by the host, or there may be one size."""
+    header = {"device": "Imagined GPU", "matrix_product_tflops": {"bfloat16": 800.0}}
+    shape = {"op": "info_nce", "dim": 256, "dtype": "bfloat16"}
+    rows = [info_nce_row(batch, "both", 2.0, 1.5, graph_ms={"selfsup_kernels": 0.1}, **shape) for batch in (64, 128)]
+    for some in (rows, rows[:1]):
+        shown = tables.limits.shown(some)
+        assert {tables.limits.limit(row) for row in shown} == {"host"}
+        assert tables.limits.picture(shown, header)

@@ -201,7 +201,7 @@ def test_an_unknown_class():
 
 
 def test_other_names_of_classes_are_of_classes_that_exist():
-    assert set(names.NAMES.values()) <= set(sk.__all__)
+    assert set(names.NAMES.values()) <= {*sk.__all__, *(f"optim.{name}" for name in sk.optim.__all__)}
     assert all(name == hints.plain(name) for name in [*names.NAMES, *SYNONYMS])
 
 

@@ -35,6 +35,7 @@ ARGUMENTS = {
     "process_group": ["group="],
     "t": ["temperature="],
     "target": ["labels=", "targets="],
+    "temp": ["temperature="],
     "targets": ["labels="],
     "temperature": ["scale=1 / temperature"],
     "tau": ["temperature=", "momentum="],

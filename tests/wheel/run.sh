@@ -5,12 +5,13 @@ set -euo pipefail
 python=$1 torch=$2
 shift 2
 cd "$(dirname "$0")/../.."
-env=$PWD/build/wheel-env-${torch//[^a-z0-9.]/-}
+ls dist/*.whl >/dev/null # else: make wheel
+env=$PWD/build/wheel-env-$("$python" -c 'import sys; print(sys.implementation.cache_tag)')-${torch//[^a-z0-9.]/-}
 outside=$(mktemp -d)
 trap 'rm -rf "$outside"' EXIT
 
-[ -x "$env/bin/python" ] || "$python" -m venv "$env"
-"$env/bin/python" -m pip install --quiet "$torch" numpy pytest pytest-xdist hypothesis rich psutil
+[ -x "$env/bin/python" ] || "$python" -m venv "$env" || { rm -rf "$env"; exit 1; }
+"$env/bin/python" -m pip install --quiet --upgrade "$torch" numpy pytest pytest-xdist hypothesis rich psutil
 "$env/bin/python" -m pip uninstall --quiet --yes selfsup-kernels
 "$env/bin/python" -m pip install --quiet --no-index dist/*.whl # torch is all that it may ask for
 "$env/bin/python" -m pip uninstall --quiet --yes triton        # which CUDA builds of torch bring
