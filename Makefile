@@ -202,10 +202,11 @@ wheel: $(DEPENDENCIES)  ## a wheel for machines without compiler, CUDA toolkit a
 	$(PY) tests/wheel/contents.py dist --architectures "$(WHEEL_ARCH)"
 
 # Installs the wheel of dist into a new environment that has only torch, and runs the tests of the ops there.
+WHEEL_TESTS ?= $(foreach name,bad_input byol compile distributed ema info_nce info_nce_pairs optim siglip,tests/test_$(name).py)
 WHEEL_TORCH ?= torch==2.11.0 $(TORCH)
 wheel-check: $(DEPENDENCIES)  ## install the wheel of dist without compiler, toolkit and Triton, and test it: WHEEL_TORCH=
 	for torch in $(foreach t,$(WHEEL_TORCH),"$(t)"); do \
-	  bash tests/wheel/run.sh "$(EXECUTABLE)" "$$torch" $(OP_TESTS) || exit 1; done
+	  bash tests/wheel/run.sh "$(EXECUTABLE)" "$$torch" $(WHEEL_TESTS) || exit 1; done
 
 # Compiles every configuration of the GPU kernels without a GPU. ARGUMENTS="--arch 90 --json FILE" and the like.
 gpu-static: $(DEPENDENCIES)  ## every GPU kernel compiled, without a GPU
