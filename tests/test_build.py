@@ -34,7 +34,7 @@ def tree(tmp_path):
     copy.mkdir()
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
-    left = shutil.ignore_patterns("*.so", "_build_info.json", "__pycache__")
+    left = shutil.ignore_patterns("*.so", "_build_info.json", "_kernels.zip", "__pycache__")
     for name in ("selfsup_kernels", "csrc"):
         shutil.copytree(ROOT / name, copy / name, ignore=left)
     return copy
