@@ -259,7 +259,8 @@ class Documents:
         if kind == "limits":
             name, _, part = name.partition("/")
             lines = self.limits(self.results / name, page)
-            return "\n".join(["", *(lines[:1] if part == "picture" else lines), ""])
+            # A blank line ends the picture's paragraph: Sphinx copies only images that stand alone in theirs.
+            return "\n".join(["", *(lines[:2] if part == "picture" else lines), ""])
         if kind == "pictures":  # of InfoNCE with two views in float32, the case with most batch sizes
             plan = pictures(self.results / name, self.images)
             fitting = [key for key in plan if key[0] == "info_nce" and key[1] == Case(2, key[1].dim, "float32")]
