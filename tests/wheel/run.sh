@@ -16,7 +16,7 @@ trap 'rm -rf "$outside"' EXIT
 "$env/bin/python" -m pip install --quiet --no-index dist/*.whl # torch is all that it may ask for
 "$env/bin/python" -m pip uninstall --quiet --yes triton        # which CUDA builds of torch bring
 
-cp -r tests docs pyproject.toml "$outside" # a test compares with a page
+cp -r tests benchmarks pyproject.toml "$outside" # a test counts bytes with a benchmark
 compiled=$outside/libcuda.so.1 # the stub driver, on which the machine code of the wheel is loaded
 include=$("$python" -c 'import triton; print(triton.__path__[0])')/backends/nvidia/include
 "${CC:-gcc}" -shared -fPIC -Wl,-soname,libcuda.so.1 -I"$include" tests/gpu/stub_driver/driver.c -o "$compiled"
