@@ -16,7 +16,7 @@ trap 'rm -rf "$outside"' EXIT
 "$env/bin/python" -m pip install --quiet --no-index dist/*.whl # torch is all that it may ask for
 "$env/bin/python" -m pip uninstall --quiet --yes triton        # which CUDA builds of torch bring
 
-cp -r tests benchmarks pyproject.toml "$outside" # a test counts bytes with a benchmark
+cp -r tests pyproject.toml "$outside"
 compiled=$outside/libcuda.so.1 # the stub driver, on which the machine code of the wheel is loaded
 include=$("$python" -c 'import triton; print(triton.__path__[0])')/backends/nvidia/include
 "${CC:-gcc}" -shared -fPIC -Wl,-soname,libcuda.so.1 -I"$include" tests/gpu/stub_driver/driver.c -o "$compiled"
@@ -25,4 +25,5 @@ cd "$outside"
 bare() { env -i HOME="$outside" PATH="$env/bin" OMP_NUM_THREADS=1 "$@"; }
 bare selfsup-kernels info
 bare python tests/wheel/installed.py "$outside"
-bare python -m pytest -n 2 --dist worksteal "$@" -k "not inductor" # which compiles C++
+# One test compiles C++, another needs a benchmark of the checkout.
+bare python -m pytest -n 2 --dist worksteal "$@" -k "not inductor and not bytes_received"
