@@ -220,3 +220,16 @@ def test_progress_bar_on_a_terminal():
         bar.advance("loss 1.25")
     assert "Train" in stream.getvalue()
     assert "100%" in stream.getvalue()
+
+
+def test_lines_of_progress_in_a_file(monkeypatch):
+    """Each quarter of the steps has one, and each step after half a minute without any."""
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    stream = io.StringIO()
+    with progress.Progress(stream) as bar:
+        bar.stage("Train", 8)
+        for seconds in (1, 2, 40, 41, 42):
+            now[0] = seconds
+            bar.advance()
+    assert stream.getvalue().splitlines() == ["[    2 s] Train  2/8", "[   40 s] Train  3/8", "[   41 s] Train  4/8"]

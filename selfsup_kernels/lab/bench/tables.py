@@ -15,7 +15,8 @@ NO_SHARE = (
 
 
 def answer(rows):
-    """Return ``(sentence, numbers)``: the largest case of forward and backward against its fastest baseline.
+    """Return ``(text, numbers)``: the largest case of forward and backward against its fastest baseline, and in how
+    many of all cases ours is the fastest.
 
     ``numbers`` are up to three pairs of a number and what it is: the ratio of times, the ratio of memory, the share of
     the device's rate.
@@ -26,9 +27,8 @@ def answer(rows):
         return "Nothing was measured: the reasons are below.", []
     first = next(op for op in TITLES if any(row["op"] == op for row in measured))
     row = max((row for row in measured if row["op"] == first), key=lambda row: (row.get("batch"), row.get("numbers")))
-    same = [name for name in others(row) if not is_different(row, name)] or others(row)
-    ours, best = results.ours(row), min(same, key=lambda name: results.ratio(row, name), default=None)
-    text = f"{TITLES[row['op']]} ({facts(row)}) takes {milliseconds(row['times'][ours]['p50_ms'])} ms"
+    ours, best = results.ours(row), fastest(row)
+    text = f"{name_of(row)} takes {milliseconds(row['times'][ours]['p50_ms'])} ms"
     numbers = []
     if best:
         text += f"; {best}, the fastest baseline, takes {milliseconds(row['times'][best]['p50_ms'])} ms"
@@ -40,7 +40,30 @@ def answer(rows):
     if row.get("fraction"):
         of = "matrix product" if "tflops" in row else "memory"
         numbers.append((f"{100 * row['fraction']:.0f} %", f"of the rate of the device's {of}"))
-    return text + ".", numbers
+    return f"{text}.{every_case(measured)}", numbers
+
+
+def every_case(rows) -> str:
+    """Return a sentence on all cases with baselines, or "" if there is only one."""
+    ratios = [(results.ratio(row, best), best, row) for row in rows if (best := fastest(row))]
+    if len(ratios) < 2:
+        return ""
+    least, best, row = min(ratios, key=lambda found: found[0])
+    if least >= 1:
+        return f" Ours is the fastest in all {len(ratios)} cases."
+    count = sum(ratio >= 1 for ratio, *_ in ratios)
+    times = f"{best} takes {factor(least)} the time of ours"
+    return f" Ours is the fastest in {count} of {len(ratios)} cases; the worst is {name_of(row)}: {times}."
+
+
+def fastest(row):
+    """Return the fastest baseline that computes the same loss; without one, the fastest; None without baselines."""
+    same = [name for name in others(row) if not is_different(row, name)] or others(row)
+    return min(same, key=lambda name: results.ratio(row, name), default=None)
+
+
+def name_of(row):
+    return f"{TITLES[row['op']]} ({facts(row)})"
 
 
 def others(row):

@@ -4,6 +4,10 @@ import sys
 import time
 
 
+SILENT = 30.0
+"""Seconds without a line, in a file, after which the next step has one."""
+
+
 class Progress:
     """``with Progress() as p: p.stage("name", steps); p.advance()``.
 
@@ -22,7 +26,7 @@ class Progress:
             self.live = progress.Progress(*columns, console=Console(file=self.stream))
 
     def __enter__(self):
-        self.begin = time.monotonic()
+        self.begin = self.said = time.monotonic()
         if self.live:
             self.live.start()
         return self
@@ -45,7 +49,9 @@ class Progress:
         self.done += 1
         if self.live:
             self.live.update(self.task, advance=1, note=note)
-        elif self.done % max(1, self.total // 4) == 0 or self.done == self.total:
+        elif (
+            self.done % max(1, self.total // 4) == 0 or self.done == self.total or time.monotonic() - self.said > SILENT
+        ):
             self.say(f"{self.name}  {self.done}/{self.total}  {note}".rstrip())
 
     def say(self, line):
@@ -53,4 +59,5 @@ class Progress:
         if self.live:
             self.live.console.print(line, highlight=False, markup=False, soft_wrap=True)
         else:
-            print(f"[{time.monotonic() - self.begin:5.0f} s] {line}", file=self.stream, flush=True)
+            self.said = time.monotonic()
+            print(f"[{self.said - self.begin:5.0f} s] {line}", file=self.stream, flush=True)
