@@ -27,7 +27,7 @@ class Case(NamedTuple):
 
     def title(self):
         other = "" if self.objective == PLAIN else f"{self.objective}, "
-        return f"{other}{self.views} views, D = {self.dim}, {self.dtype}"
+        return f"{other}{counted(self.views, 'view')}, D = {self.dim}, {self.dtype}"
 
 
 def case_of(row):
@@ -35,7 +35,35 @@ def case_of(row):
 
 
 def load(folder, name):
-    return json.loads((Path(folder) / f"{name}.json").read_text(encoding="utf-8"))
+    """Read a file of results, without the columns of kernels that the package no longer has (``removed`` in its
+    header). Where the removed one was the default, the other kernel of that run is ours."""
+    data = json.loads((Path(folder) / f"{name}.json").read_text(encoding="utf-8"))
+    removed = data["header"].get("removed", ())
+    for row in data["rows"] if removed else ():
+        if OURS in removed:
+            _other_kernel_is_ours(row)
+            continue
+        for column in PER_COLUMN:
+            row[column] = {key: value for key, value in row.get(column, {}).items() if key not in removed}
+    return data
+
+
+PER_COLUMN = ("times", "peak_bytes", "errors", "graph_ms")
+
+
+def _other_kernel_is_ours(row):
+    """Rename the kernel that has a column of its own, and scale the rates, which are of ours."""
+    other = next(name for name in row["times"] if baselines.impl_of(name) and name != OURS)
+    rates = {"times": ("gb_per_s", "fraction"), "graph_ms": ("graph_fraction",)}
+    for column, keys in rates.items():
+        before, after = (row.get(column, {}).get(name) for name in (OURS, other))
+        if before and after:
+            faster = before["p50_ms"] / after["p50_ms"] if column == "times" else before / after
+            row |= {key: row[key] * faster for key in keys if row.get(key)}
+    for column in PER_COLUMN:
+        cells = row.get(column, {})
+        if other in cells:
+            row[column] = {OURS: cells[other]} | {key: v for key, v in cells.items() if key not in (OURS, other)}
 
 
 def cases(rows):
@@ -122,16 +150,20 @@ def graph_cell(row):
     return milliseconds(found[OURS]) + (f" ({', '.join(others)})" if others else "")
 
 
+def counted(number, what):
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
 def where(row):
     if row["op"] == "ema":
         return f"{row['model']}, {row['source']}"
     other = "" if case_of(row).objective == PLAIN else f"{row['objective']}, "
-    return f"{other}{row['views']} views, B = {row['batch']}, D = {row['dim']}, {row['dtype']}"
+    return f"{other}{counted(row['views'], 'view')}, B = {row['batch']}, D = {row['dim']}, {row['dtype']}"
 
 
 def device_name(header):
     threads = header.get("threads")
-    return header["device"] + (f", {threads} thread{'s' * (threads > 1)}" if threads else "")
+    return header["device"] + (f", {counted(threads, 'thread')}" if threads else "")
 
 
 def device_line(header):

@@ -253,6 +253,21 @@ def test_the_curves_are_recorded_method_by_method(tmp_path):
     assert found["header"]["settings"]["train"] == 1300
 
 
+@pytest.mark.parametrize(
+    ("gone", "milliseconds", "rate"), [("selfsup_kernels", 2.0, 50.0), ("impl='cuda'", 1.0, 100.0)]
+)
+def test_columns_of_removed_kernels_are_left_out(tmp_path, gone, milliseconds, rate):
+    """If the default was removed, the other kernel is ours, with its rates."""
+    row = info_nce_row(64, "both", 1.0, 3.0, gb_per_s=100.0, graph_ms={"selfsup_kernels": 1.0, "impl='cuda'": 4.0})
+    row["times"]["impl='cuda'"] = {"p50_ms": 2.0}
+    data = {"header": {"removed": [gone]}, "rows": [row | {"graph_fraction": 0.8}]}
+    (tmp_path / "byol.json").write_text(json.dumps(data))
+    (found,) = tables.load(tmp_path, "byol")["rows"]
+    assert list(found["times"]) == ["selfsup_kernels", "eager"]
+    assert (found["times"]["selfsup_kernels"]["p50_ms"], found["gb_per_s"]) == (milliseconds, rate)
+    assert (found["graph_ms"]["selfsup_kernels"], found["graph_fraction"]) == ((4.0, 0.2) if rate == 50 else (1.0, 0.8))
+
+
 def test_the_picture_of_what_limits_a_call_takes_any_sizes():
     """All cases may be limited by the host, or there may be one size."""
     header = {"device": "Imagined GPU", "matrix_product_tflops": {"bfloat16": 800.0}}

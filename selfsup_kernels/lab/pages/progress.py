@@ -3,7 +3,6 @@
 import sys
 import time
 
-
 SILENT = 30.0
 """Seconds without a line, in a file, after which the next step has one."""
 
