@@ -217,10 +217,11 @@ def _extension():
                     super().run()
             except (Exception, SystemExit) as error:
                 said = "".join(f"\n  {line}" for line in _errors(lines) or [f"{type(error).__name__}: {error}"])
-                again = f"MAX_JOBS=1 {command}" if "Killed" in said else f"CXX=<GCC 11, Clang 14 or later> {command}"
+                again = "MAX_JOBS=1 " if "Killed" in said else build.another_compiler()
+                without = f"or, for a slower package without kernels: SELFSUP_KERNELS_SKIP_BUILD=1 {command}"
                 _fail(
-                    f"the C++ compiler {build.compiler()} failed:{said}",
-                    f"{again}\n  or, for a slower package without kernels: SELFSUP_KERNELS_SKIP_BUILD=1 {command}",
+                    f"the C++ compiler {build.compiler()} failed (GCC 11, Clang 14 or later is needed):{said}",
+                    f"{again}{command}\n  {without}",
                 )
             facts = {
                 "torch": torch.__version__,

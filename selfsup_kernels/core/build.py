@@ -261,6 +261,8 @@ _PACKAGES = {
     "apk": ("apk add", "g++", "python3-dev"),
 }
 """For each package manager: its command and its packages of a C++ compiler and of Python's headers."""
+COMPILERS = (*(f"g++-{n}" for n in range(16, 10, -1)), *(f"clang++-{n}" for n in range(22, 13, -1)), "clang++", "g++")
+"""Those that compile C++20, by the names of distributions; the last two may be older."""
 
 
 def compiler() -> str | None:
@@ -283,13 +285,34 @@ def cannot_compile() -> tuple[str, str] | None:
         return None
     if shutil.which("xcode-select"):
         return why, "xcode-select --install && "
-    manager = next(filter(shutil.which, _PACKAGES), None)
+    _, package, headers = _PACKAGES[_manager() or "apt-get"]
+    first = _install(package if without_compiler else headers)
+    return why, first or f"install {'g++ or clang++' if without_compiler else 'them'}, then "
+
+
+def another_compiler() -> str:
+    """Return a prefix for the build command, for a compiler other than the one that failed: one that is here, or Clang,
+    which every package manager has under the same name."""
+    failed = Path(compiler() or "").resolve()
+    for name in COMPILERS:
+        found = shutil.which(name)
+        if found and Path(found).resolve() != failed:
+            return f"CXX={name} "
+    return f"{_install('clang') or 'install Clang 14 or later, then '}CXX=clang++ "
+
+
+def _manager() -> str | None:
+    return next(filter(shutil.which, _PACKAGES), None)
+
+
+def _install(package) -> str | None:
+    """Return a prefix that installs a package; None without a known package manager."""
+    manager = _manager()
     if manager is None:
-        return why, f"install {'g++ or clang++' if without_compiler else 'them'}, then "
-    command, package, headers = _PACKAGES[manager]
+        return None
     sudo = "sudo " if os.geteuid() and shutil.which("sudo") else ""
     update = f"{sudo}apt-get update && " if manager == "apt-get" else ""
-    return why, f"{update}{sudo}{command} {package if without_compiler else headers} && "
+    return f"{update}{sudo}{_PACKAGES[manager][0]} {package} && "
 
 
 def environment_flag(name: str) -> bool:
