@@ -96,6 +96,8 @@ def test_search_where_nothing_fits_time_is_short_or_no_peak_is_told(monkeypatch)
     monkeypatch.setattr(fresh, "call", grows(lambda batch: 3e8, 2e12))
     told = largest.measure(Workload(), int(2e12), 256, 0.0).json()
     assert (told["batch"], told["or_more"], report.batch_words(told)) == (256, True, "≥ 256")
+    (note,) = report.notes({"cases": [], "largest": {"variants": {"ours": told}}})
+    assert "--seconds" in note
     monkeypatch.setattr(fresh, "call", lambda *_, **__: pytest.fail("a process for nothing"))
     monkeypatch.setattr(host_memory, "status", lambda name: None)
     told = largest.measure(Workload(), int(2e9), 256, 1e9).json()

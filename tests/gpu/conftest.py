@@ -68,33 +68,15 @@ def pytest_collection_modifyitems(items):
 
 
 def in_turn(items):
-    """Select cases of the interpreted kernels' tests.
-
-    In 16 bits: keep one combination of path and dtype per case of a test, a different one for each case. If a test has
-    few cases, keep two combinations per case, one for each dtype. In float32: keep enough cases that any two values of
-    the test's parameters, the path among them, occur together.
-    """
-    low = collections.defaultdict(lambda: collections.defaultdict(list))
-    exact = collections.defaultdict(list)
+    """Select cases of the interpreted kernels' tests: enough of each test, in float32 and in 16 bits, that any two
+    values of its parameters, path and dtype among them, occur together."""
+    tests = collections.defaultdict(list)
     for item in items:
-        given = dict(item.callspec.params) if hasattr(item, "callspec") else {}
-        if not given or getattr(item.module, "IMPL", None) != "triton":
-            continue
-        if given.get("dtype") in LOW_PRECISION:
-            if "path" not in given:
-                continue
-            form = tiles.WAYS.index(given.pop("path")), LOW_PRECISION.index(given.pop("dtype"))
-            low[item.path, item.originalname][str(given)].append((form, item))
-        elif "path" in given:
-            exact[item.path, item.originalname].append(item)
-    kept = {item for cases in exact.values() for item in covering(cases)}
-    for cases in low.values():
-        for number, case in enumerate(cases.values()):
-            forms = [item for _, item in sorted(case, key=lambda pair: pair[0])]
-            turns = [number] if len(cases) >= len(forms) else [number, number + 3]
-            kept |= {forms[k % len(forms)] for k in turns}
-    thinned = [*itertools.chain(*exact.values()), *(i for cases in low.values() for c in cases.values() for _, i in c)]
-    for item in thinned:
+        given = item.callspec.params if hasattr(item, "callspec") else {}
+        if given and getattr(item.module, "IMPL", None) == "triton":
+            tests[item.path, item.originalname].append(item)
+    kept = {item for cases in tests.values() for item in covering(cases)}
+    for item in itertools.chain(*tests.values()):
         if item not in kept:
             item.add_marker(pytest.mark.skip(reason="left to SELFSUP_KERNELS_EVERY_CASE=1"))
 

@@ -60,13 +60,15 @@ def answer(results) -> str:
 
 
 def notes(results):
-    """Yield why a case was not measured, and the warnings of those that were."""
+    """Yield why a case was not measured, the warnings of those that were, and where the search did not end."""
     for case in results["cases"]:
         name = f"Batch {case['batch']:,}, {case['variant']}: " if case["batch"] else ""
         if case["summary"]:
             yield from (f"{name}{line}" for line in case["summary"]["warnings"])
         elif name:  # the answer says why a loop of one's own was not measured
             yield f"{name}{case['status']}, {case['reason']}."
+    if results["largest"] and any(facts["or_more"] for facts in results["largest"]["variants"].values()):
+        yield '"≥": the time ended before memory was refused; a longer --seconds searches on.'
 
 
 def numbers(results) -> list:
