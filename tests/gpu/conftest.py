@@ -19,7 +19,7 @@ import interpreter16
 import pytest
 import tiles
 import torch
-from helpers import EVERY_CASE, LOW_PRECISION, covering
+from helpers import EVERY_CASE, covering
 
 from selfsup_kernels.core import backends
 from selfsup_kernels.tiles import configs, launcher
