@@ -160,10 +160,10 @@ def compile_kernel(kernel, grid, *args, **options):
         constants |= value._asdict() if hasattr(value, "_asdict") else {name: value}
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # where ptxas refuses, Triton prints the whole listing
-            compiled = kernel.warmup(*map(launcher.for_triton, args), grid=grid, **options)
+            compiled = kernel.warmup(*map(launcher.for_triton, args), grid=grid, **options, **launcher.ALWAYS)
         return Launch(kernel.__name__, constants, others, compiled.hash, None, None), compiled
     except Exception as error:  # a compiler fails in many ways
-        refused = re.search(r"ptxas (?:fatal|error)\s*: .*", str(error))
+        refused = re.search(r"ptxas\S* (?:fatal|error)\s*: .*", str(error))
         text = refused[0] if refused else " ".join(str(error).split())[-200:]  # the reason comes last, after the place
         text = f"{type(error).__name__}: {text}"
         return Launch(kernel.__name__, constants, others, f"{kernel.__name__} {options} {text}", None, text), None

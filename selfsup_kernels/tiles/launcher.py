@@ -16,6 +16,11 @@ INTERPRETED = backends.triton_is_interpreted()
 """Kernels run in Triton's interpreter, on CPU tensors. Decided once, when the kernels are decorated."""
 
 
+ALWAYS = {"enable_fp_fusion": True}
+"""Triton's options of every kernel: Triton 3.9 warns that later versions will not fuse a product and a sum unless told
+to."""
+
+
 class _Recording(threading.local):
     recorder = None
 
@@ -32,7 +37,7 @@ def launch(kernel: str, grid: tuple, *args, **options):
     each call, and may be replaced)."""
     found, recorder = _from_archive(kernel, args, options), recording.recorder
     if found is None:
-        compiled = kernel_of(kernel)[grid](*map(for_triton, args), **options)
+        compiled = kernel_of(kernel)[grid](*map(for_triton, args), **options, **ALWAYS)
         if recorder is not None:
             recorder.launched_by_triton(compiled, grid, args)
     elif 0 not in grid:

@@ -9,6 +9,9 @@ With the patches an operation on bfloat16 operands computes in float32, which ho
 result to nearest, ties to even: one rounding of the exact result for +, -, *, / and sqrt, since float32 has more than
 twice the bits. A dot accumulates in its accumulator's dtype, as a GPU does. Conversions of float64 round once.
 
+A comparison of scalars stays a bool where it is repeated for a block: the interpreter makes it an integer, which it then
+refuses as a mask from Triton 3.9 on.
+
 Loads, stores, selections and bitcasts only move the bits and are not patched. Reductions and atomic operations in 16
 bits raise: no kernel uses them, and one that did would accumulate in 16 bits on a GPU, but in more here.
 
@@ -111,6 +114,15 @@ def _refused_reduction(original):
     return check_tensor
 
 
+def _splat_of_bool(original):
+    def create_splat(self, ret_ty, arg):
+        if arg.data.dtype != np.bool_:
+            return original(self, ret_ty, arg)
+        return TensorHandle(np.full(ret_ty.shape, arg.data), tl.int1)
+
+    return create_splat
+
+
 def _get_bf16(self, value):
     return TensorHandle(narrow(np.array([value], np.float64)), tl.bfloat16)
 
@@ -164,6 +176,7 @@ _REPLACED += [(InterpreterBuilder, name, _in_float32) for name in ("create_rsqrt
 _REPLACED += [
     (InterpreterBuilder, "cast_impl", _cast),
     (InterpreterBuilder, "create_fp_to_fp", _to_bfloat16_or_float16),
+    (InterpreterBuilder, "create_splat", _splat_of_bool),
     (InterpreterBuilder, "create_atomic_rmw", _refused_atomic),
     (InterpreterBuilder, "get_bf16", lambda original: _get_bf16),  # Triton's builder has none
     (ReduceScanOpInterface, "check_tensor", _refused_reduction),

@@ -23,7 +23,7 @@ int (*stub_encode)(
     int fill);
 int (*stub_launch)(const CUlaunchConfig* config, int kernel, void** parameters);
 
-// The attributes of an H100. The table ends with 0, which is not an attribute.
+// The attributes of an H100, other ones are 0. The table ends with 0, which is not an attribute.
 static const int kDevice[][2] = {
     {CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN, 232448},
     {CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR, 233472},
@@ -63,7 +63,8 @@ CUresult cuDeviceGetAttribute(int* value, CUdevice_attribute attribute, CUdevice
       return CUDA_SUCCESS;
     }
   }
-  return CUDA_ERROR_INVALID_VALUE;
+  *value = 0;
+  return CUDA_SUCCESS;
 }
 
 // Contexts belong to threads, and autograd's have none at first.
@@ -102,7 +103,8 @@ CUresult cuFuncGetAttribute(int* value, CUfunction_attribute attribute, CUfuncti
 }
 
 CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute attribute, int value) {
-  return stub_set_attribute == NULL ? CUDA_SUCCESS : stub_set_attribute(number(function), attribute, value);
+  if (stub_set_attribute != NULL) return stub_set_attribute(number(function), attribute, value);
+  return attribute == CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
 }
 
 CUresult cuFuncSetCacheConfig(CUfunction function, CUfunc_cache config) { return CUDA_SUCCESS; }
@@ -152,7 +154,23 @@ CUresult cuLaunchKernel(
   return cuLaunchKernelEx(&config, function, parameters, extra);
 }
 
+CUresult cuCtxGetDevice(CUdevice* device) {
+  *device = 0;
+  return CUDA_SUCCESS;
+}
+
+CUresult cuModuleUnload(CUmodule module) { return CUDA_SUCCESS; }
+
+CUresult cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus* status) {
+  *status = CU_STREAM_CAPTURE_STATUS_NONE;
+  return CUDA_SUCCESS;
+}
+
 // What Triton's module is linked with, and the package has no use for.
+CUresult cuPointerGetAttributes(unsigned count, CUpointer_attribute* which, void** values, CUdeviceptr pointer) {
+  return CUDA_ERROR_NOT_SUPPORTED;
+}
+
 CUresult cuCtxGetLimit(size_t* value, CUlimit limit) { return CUDA_ERROR_NOT_SUPPORTED; }
 
 CUresult cuCtxSetLimit(CUlimit limit, size_t value) { return CUDA_ERROR_NOT_SUPPORTED; }

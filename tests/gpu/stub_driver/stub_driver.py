@@ -139,10 +139,11 @@ class Stub:
 
     def _set_attribute(self, kernel, attribute, value):
         cubin = self.cubins[kernel]
-        if attribute == DYNAMIC_SHARED:
-            if value + cubin.static > machine_code.RESOURCES[90].block_shared:
-                return self._refuse(f"{cubin.name}: {value} bytes of dynamic shared memory")
-            cubin.opted = value
+        if attribute != DYNAMIC_SHARED:
+            return INVALID  # of later GPUs: Triton tries it
+        if value + cubin.static > machine_code.RESOURCES[90].block_shared:
+            return self._refuse(f"{cubin.name}: {value} bytes of dynamic shared memory")
+        cubin.opted = value
         return 0
 
     def _encode(self, to, kind, rank, address, dims, strides, box, steps, interleave, swizzle, fill):
