@@ -9,7 +9,7 @@ With the patches an operation on bfloat16 operands computes in float32, which ho
 result to nearest, ties to even: one rounding of the exact result for +, -, *, / and sqrt, since float32 has more than
 twice the bits. A dot accumulates in its accumulator's dtype, as a GPU does. Conversions of float64 round once.
 
-A comparison of scalars stays a bool where it is repeated for a block: the interpreter makes it an integer, which it then
+A comparison of scalars stays a bool where it is repeated for a block. The interpreter makes it an integer, which it
 refuses as a mask from Triton 3.9 on.
 
 Loads, stores, selections and bitcasts only move the bits and are not patched. Reductions and atomic operations in 16
