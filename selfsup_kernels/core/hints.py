@@ -64,7 +64,8 @@ def explained(usage: str) -> Callable[[Function], Function]:
                     raise
                 unknown = next((name for name in kwargs if name not in names), None)
                 remedy = f"call it like {usage}" if unknown is None else _meant(unknown, names)
-                raise TypeError(f"{error}; {remedy}") from None
+                said = str(error).partition(". Did you mean")[0]  # Python 3.13 suggests a name itself
+                raise TypeError(f"{said}; {remedy}") from None
 
         return call
 
