@@ -240,7 +240,7 @@ def main(arguments=None) -> int:
     print(f"{name}, compute capability {major}.{minor}, torch {torch.__version__}; results in {folder}", flush=True)
     os.environ.pop("TRITON_INTERPRET", None)
     # A failed build is a step that failed, not a reason for the tests of the Triton kernels not to run.
-    os.environ |= {"PYTHONUNBUFFERED": "1", "SELFSUP_KERNELS_SKIP_BUILD": "1"}
+    os.environ |= {"PYTHONUNBUFFERED": "1", "SELFSUP_KERNELS_SKIP_BUILD": "1", "SELFSUP_KERNELS_EVERY_CASE": "1"}
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     # Most of the tests' time is compiling; each process has a context and tensors of its own on the GPU.
     processes = min(16, os.cpu_count() or 1, 1 + torch.cuda.get_device_properties(0).total_memory // (2 << 30))

@@ -19,7 +19,7 @@ import time
 import hypothesis
 import pytest
 import torch
-from helpers import EVERY_CASE, EXTENSION_REQUIRED, IMPLS, covering
+from helpers import EVERY_CASE, EXTENSION_REQUIRED, IMPLS, covering, parameters
 from profile_cases import CountedTime
 from ranks import Ranks
 
@@ -69,18 +69,19 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Of tests marked `thinned`, keep enough cases that any two values of the parameters meet."""
+    """Of a test with three parameters or more, keep enough cases that any two values meet: most faults need no more
+    (Kuhn et al., Software fault interactions and implications for software testing, 2004)."""
     if EVERY_CASE:
         return
     tests = collections.defaultdict(list)
     for item in items:
-        if item.get_closest_marker("thinned"):
+        if len(parameters(item)) > 2:
             tests[item.path, item.originalname].append(item)
     kept = {item for cases in tests.values() for item in covering(cases)}
-    left = [item for cases in tests.values() for item in cases if item not in kept]
+    left = {item for cases in tests.values() for item in cases if item not in kept}
     if left:
-        items[:] = [item for item in items if item not in set(left)]
-        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if item not in left]
+        config.hook.pytest_deselected(items=list(left))
 
 
 def pytest_report_header(config):

@@ -22,7 +22,7 @@ from selfsup_kernels.info_nce.objectives import OBJECTIVES, TABLE, Columns, Ids
 EXTENSION_REQUIRED = not build.environment_flag("SELFSUP_KERNELS_SKIP_BUILD")
 """Unless the variable is set, missing C++ kernels end the test session instead of skipping their tests."""
 EVERY_CASE = os.environ.get("SELFSUP_KERNELS_EVERY_CASE", "0") not in ("", "0")
-"""Runs the cases that are left out where time is short: of tests marked `thinned`, and in Triton's interpreter."""
+"""Runs all cases of the tests, and the longest ones in Triton's interpreter."""
 IMPLS = [impl for impl in ("reference", "cpu") if backends.unavailable(impl) is None]
 """The implementations that take CPU tensors; those for GPUs are tested in `tests/gpu`."""
 PAIRED_OBJECTIVES = [o for o in OBJECTIVES if TABLE[o].columns != Columns.ALL]
@@ -37,15 +37,25 @@ TF32_EPS = 2**-9
 then too small, and a product by up to this factor."""
 
 
-def covering(items):
-    """Choose cases until each two values that are in some case together are in a chosen one; always the case that adds
-    most of them."""
-    pairs = {item: set(itertools.combinations(sorted(map(str, item.callspec.params.items())), 2)) for item in items}
+def parameters(item) -> list:
+    """Return what a case of a test was chosen by, as names and identities of values: one entry of each
+    ``parametrize``, which may set several arguments, and of each fixture with parameters."""
+    marks = [mark.args[0] for mark in item.iter_markers("parametrize")]
+    groups = [tuple(names.replace(",", " ").split() if isinstance(names, str) else names) for names in marks]
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    groups += [(name,) for name in params if not any(name in names for names in groups)]
+    return sorted((names, tuple(id(params[name]) for name in names)) for names in groups if names)
+
+
+def covering(cases):
+    """Choose cases of a test until each two values of its parameters that are in some case together are in a chosen
+    one; always the case that adds most of them."""
+    pairs = {case: set(itertools.combinations(parameters(case), 2)) for case in cases}
     missing, chosen = set().union(*pairs.values()), []
     while missing:
-        chosen.append(max(items, key=lambda item: len(pairs[item] & missing)))
+        chosen.append(max(cases, key=lambda case: len(pairs[case] & missing)))
         missing -= pairs[chosen[-1]]
-    return chosen or items
+    return chosen
 
 
 def benchmarks_script(name):

@@ -107,7 +107,6 @@ def test_rows_that_are_not_normalised(op_impl, form):
         compare_info_nce(op_impl, 2 * randn(2, 40, 12), 1.5, normalize=False, **arguments)
 
 
-@pytest.mark.thinned
 @pytest.mark.sanitize
 @pytest.mark.parametrize("sizes", [(23, 1, 40), (140, 113)], ids=str)
 @pytest.mark.parametrize("dtype", [F64, torch.float32], ids=str)

@@ -12,7 +12,6 @@ pytestmark = pytest.mark.sanitize
 SIZES = [(23, 1, 40), (140, 113), (310,)]  # small tiles, blocks of several views, one process
 
 
-@pytest.mark.thinned
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -26,7 +25,6 @@ def test_core_view(impl, core):
     compare_parts(impl, randn(3, 64, 8, dtype=torch.float64), SIZES[0], "supcon_out", core=core)
 
 
-@pytest.mark.thinned
 @pytest.mark.parametrize("classes", [1, 3, 10**6])
 @pytest.mark.parametrize("objective", LABEL_OBJECTIVES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)

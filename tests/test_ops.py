@@ -63,7 +63,6 @@ def test_every_op_is_tested_here():
         assert set(getattr(torch.ops.selfsup_kernels, name).overloads()) == {"reference", "cpu"} | gpu
 
 
-@pytest.mark.thinned
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("form", FORMS)
 def test_opcheck_info_nce(impl, form, dtype):
@@ -77,7 +76,6 @@ def test_opcheck_info_nce(impl, form, dtype):
     torch.library.opcheck(ops.overload("info_nce_backward", impl), backward, test_utils=UTILS)
 
 
-@pytest.mark.thinned
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_views", [1, 3])
 @pytest.mark.parametrize("reduction", range(len(ops.REDUCTIONS)))
@@ -90,7 +88,6 @@ def test_opcheck_byol(impl, reduction, num_views, dtype):
     torch.library.opcheck(ops.overload("byol_backward", impl), arguments, test_utils=UTILS)
 
 
-@pytest.mark.thinned
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("form", ["plain", "tensor momentum", "stochastic"])
 def test_opcheck_ema(impl, form, dtype):

@@ -353,7 +353,6 @@ def test_memory_is_linear_in_the_rows(impl, duplicates, monkeypatch):
     assert embedded < peak < 3 * embedded + 2**23 < 4 * batch * batch * (0.5 if impl == "cpu" else 1)
 
 
-@pytest.mark.thinned
 @pytest.mark.sanitize
 @pytest.mark.parametrize("form", ["plain", "duplicates", "none", "first"])
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -62,7 +62,6 @@ def one(group, impl, reduction, with_duplicates):
     )
 
 
-@pytest.mark.thinned
 @pytest.mark.parametrize("with_duplicates", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("impl", IMPLS)

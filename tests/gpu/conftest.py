@@ -2,14 +2,10 @@
 it. Without one, Triton's kernels run in its interpreter (TRITON_INTERPRET=1) and CUDA's in the emulator
 (SELFSUP_KERNELS_CUDA_EMULATOR=LIBRARY), on CPU tensors.
 
-Both are slow, so such runs are small. Triton's interpreter, which interpreter16.py corrects for bfloat16, runs a
-selection of InfoNCE's cases: any two values of a test's parameters meet in float32, with the paths (the fixture
-`path`) among the parameters, and in 16 bits each test meets each dtype and most paths. With
-SELFSUP_KERNELS_EVERY_CASE=1 it runs all cases and the long tests. Tests that need a real GPU are marked `cuda`.
+Both are slow, so such runs are small, and the longest tests run only with SELFSUP_KERNELS_EVERY_CASE=1.
+interpreter16.py corrects Triton's interpreter for bfloat16. Tests that need a real GPU are marked `cuda`.
 """
 
-import collections
-import itertools
 import os
 import sys
 import tempfile
@@ -19,7 +15,6 @@ import interpreter16
 import pytest
 import tiles
 import torch
-from helpers import EVERY_CASE, covering
 
 from selfsup_kernels.core import backends
 from selfsup_kernels.tiles import configs, launcher
@@ -63,22 +58,6 @@ def pytest_collection_modifyitems(items):
         here = "gpu" in item.path.parts[-2:] and item.get_closest_marker("cuda")
         if here and (SIMULATED or not torch.cuda.is_available()):
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
-    if backends.triton_is_interpreted() and not EVERY_CASE:
-        in_turn(items)
-
-
-def in_turn(items):
-    """Select cases of the interpreted kernels' tests: enough of each test, in float32 and in 16 bits, that any two
-    values of its parameters, path and dtype among them, occur together."""
-    tests = collections.defaultdict(list)
-    for item in items:
-        given = item.callspec.params if hasattr(item, "callspec") else {}
-        if given and getattr(item.module, "IMPL", None) == "triton":
-            tests[item.path, item.originalname].append(item)
-    kept = {item for cases in tests.values() for item in covering(cases)}
-    for item in itertools.chain(*tests.values()):
-        if item not in kept:
-            item.add_marker(pytest.mark.skip(reason="left to SELFSUP_KERNELS_EVERY_CASE=1"))
 
 
 @pytest.fixture
