@@ -3,6 +3,7 @@
 The exchange is the same as on the CPU, where `tests/test_distributed.py` runs 2, 3 and 4 processes.
 """
 
+import interpreter16
 import pytest
 import torch
 import torch.distributed as dist
@@ -41,6 +42,7 @@ def test_two_emulated_processes():
 
 def of_two(group, views, labels, queue):
     """Run the loss in one of two processes: rank 0 has 9 samples, rank 1 has 4."""
+    interpreter16.install()
     mine = slice(0, 9) if dist.get_rank(group) == 0 else slice(9, 13)
     labels = None if labels is None else labels[mine]
     return run(sk.info_nce_loss, views[:, mine], 0.2, labels=labels, queue=queue, group=group, impl="triton")

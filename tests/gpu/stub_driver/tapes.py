@@ -98,8 +98,11 @@ cases = {
 found = {"same": {name: replayed(Case(**options)) for name, options in cases.items()}}
 
 # Tapes with a fault. A kernel for addresses that are not aligned has the same name, grid and parameters.
+before = len(stub.launches)
+Case().by_python()
 Case(given=[torch.randn(100 * 64 + 1, dtype=torch.bfloat16)[1:].view(100, 64) for _ in range(2)]).by_python()
 unaligned = Watched.all[0].launches[0].function
+variants = {launch.variant for launch in stub.launches[before:] if launch.kernel == "load_rows_kernel"}
 faults = {
     "a launch less": lambda t: t._replace(launches=t.launches[:-1]),
     "two launches exchanged": lambda t: t._replace(launches=[t.launches[1], t.launches[0], *t.launches[2:]]),
@@ -111,6 +114,8 @@ faults = {
     "another box": lambda t: changed(t, parameters=[*map(halved, t.launches[1].parameters)]),
     "no workspace of its own": lambda t: t._replace(launches=[*map(in_the_workspace, t.launches)]),
 }
+if len(variants) == 1:  # Triton 3.9 makes the same code for both
+    del faults["another variant"]
 
 
 def changed(t, **fields):
