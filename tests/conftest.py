@@ -68,9 +68,15 @@ def pytest_configure(config):
         config.pluginmanager.register(KeepsFailures(path))
 
 
+DEAR = {"found", "calls", "site", "run", "quick", "written"}
+"""Fixtures of modules that take a minute."""
+
+
 def pytest_collection_modifyitems(config, items):
     """Of a test with three parameters or more, keep enough cases that any two values meet: most faults need no more
     (Kuhn et al., Software fault interactions and implications for software testing, 2004)."""
+    # xdist gives the first tests to one process, so what these share is made once.
+    items.sort(key=lambda item: DEAR.isdisjoint(item.fixturenames))
     if EVERY_CASE:
         return
     tests = collections.defaultdict(list)

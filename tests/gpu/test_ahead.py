@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(backends.unavailable("cpu") is not None, reason=
 
 @pytest.fixture(scope="module")
 def found():
-    return on_the_stub("ahead.py", TRITON_DISABLE_LINE_INFO="1")
+    return on_the_stub("ahead.py")
 
 
 def test_launches_equal_those_of_triton(found):
