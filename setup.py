@@ -217,10 +217,12 @@ def _extension():
                     super().run()
             except (Exception, SystemExit) as error:
                 said = "".join(f"\n  {line}" for line in _errors(lines) or [f"{type(error).__name__}: {error}"])
-                again = "MAX_JOBS=1 " if "Killed" in said else build.another_compiler()
+                killed = "Killed" in said  # for lack of memory
+                again = "MAX_JOBS=1 " if killed else build.another_compiler()
+                needs = "" if killed else " (GCC 11, Clang 14 or later is needed)"
                 without = f"or, for a slower package without kernels: SELFSUP_KERNELS_SKIP_BUILD=1 {command}"
                 _fail(
-                    f"the C++ compiler {build.compiler()} failed (GCC 11, Clang 14 or later is needed):{said}",
+                    f"the C++ compiler {build.compiler()} failed{needs}:{said}",
                     f"{again}{command}\n  {without}",
                 )
             facts = {

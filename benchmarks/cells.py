@@ -53,17 +53,18 @@ PER_COLUMN = ("times", "peak_bytes", "errors", "graph_ms")
 
 def _other_kernel_is_ours(row):
     """Rename the kernel that has a column of its own, and scale the rates, which are of ours."""
-    other = next(name for name in row["times"] if baselines.impl_of(name) and name != OURS)
-    rates = {"times": ("gb_per_s", "fraction"), "graph_ms": ("graph_fraction",)}
+    other = next((name for name in row["times"] if baselines.impl_of(name) and name != OURS), None)
+    rates = {"times": ("tflops", "gb_per_s", "fraction"), "graph_ms": ("graph_fraction",)}
     for column, keys in rates.items():
         before, after = (row.get(column, {}).get(name) for name in (OURS, other))
+        faster = 0.0
         if before and after:
             faster = before["p50_ms"] / after["p50_ms"] if column == "times" else before / after
-            row |= {key: row[key] * faster for key in keys if row.get(key)}
+        row |= {key: row[key] * faster or None for key in keys if row.get(key)}
     for column in PER_COLUMN:
         cells = row.get(column, {})
-        if other in cells:
-            row[column] = {OURS: cells[other]} | {key: v for key, v in cells.items() if key not in (OURS, other)}
+        ours = {OURS: cells[other]} if other in cells else {}
+        row[column] = ours | {key: value for key, value in cells.items() if key not in (OURS, other)}
 
 
 def cases(rows):

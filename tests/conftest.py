@@ -19,7 +19,7 @@ import time
 import hypothesis
 import pytest
 import torch
-from helpers import EVERY_CASE, EXTENSION_REQUIRED, IMPLS, covering, parameters
+from helpers import EVERY_CASE, EXTENSION_REQUIRED, IMPLS, covering, implementation, parameters
 from profile_cases import CountedTime
 from ranks import Ranks
 
@@ -74,7 +74,8 @@ DEAR = {"found", "calls", "site", "run", "quick", "written"}
 
 def pytest_collection_modifyitems(config, items):
     """Of a test with three parameters or more, keep enough cases that any two values meet: most faults need no more
-    (Kuhn et al., Software fault interactions and implications for software testing, 2004)."""
+    (Kuhn et al., Software fault interactions and implications for software testing, 2004). So for each implementation,
+    but of eager PyTorch, which has the same code for all types and sizes, keep enough that each value occurs."""
     # xdist gives the first tests to one process, so what these share is made once.
     items.sort(key=lambda item: DEAR.isdisjoint(item.fixturenames))
     if EVERY_CASE:
@@ -82,8 +83,10 @@ def pytest_collection_modifyitems(config, items):
     tests = collections.defaultdict(list)
     for item in items:
         if len(parameters(item)) > 2:
-            tests[item.path, item.originalname].append(item)
-    kept = {item for cases in tests.values() for item in covering(cases)}
+            tests[item.path, item.originalname, implementation(item)].append(item)
+    kept = {
+        item for (*_, impl), cases in tests.items() for item in covering(cases, 1 if "reference" in str(impl) else 2)
+    }
     left = {item for cases in tests.values() for item in cases if item not in kept}
     if left:
         items[:] = [item for item in items if item not in left]

@@ -47,14 +47,19 @@ def parameters(item) -> list:
     return sorted((names, tuple(id(params[name]) for name in names)) for names in groups if names)
 
 
-def covering(cases):
-    """Choose cases of a test until each two values of its parameters that are in some case together are in a chosen
-    one; always the case that adds most of them."""
-    pairs = {case: set(itertools.combinations(parameters(case), 2)) for case in cases}
-    missing, chosen = set().union(*pairs.values()), []
+def implementation(item):
+    """Return the implementation that a case tests, if a fixture chose it."""
+    return next((v for name, v in item.callspec.params.items() if name in ("impl", "op_impl", "each_impl")), None)
+
+
+def covering(cases, together=2):
+    """Choose cases of a test until as many values of its parameters as ``together`` that are in some case are together
+    in a chosen one; always the case that adds most of them."""
+    met = {case: set(itertools.combinations(parameters(case), together)) for case in cases}
+    missing, chosen = set().union(*met.values()), []
     while missing:
-        chosen.append(max(cases, key=lambda case: len(pairs[case] & missing)))
-        missing -= pairs[chosen[-1]]
+        chosen.append(max(cases, key=lambda case: len(met[case] & missing)))
+        missing -= met[chosen[-1]]
     return chosen
 
 

@@ -25,7 +25,9 @@ def test_narrower_instruction_sets(capability):
         )
 
     ask = ("-c", "import torch; from selfsup_kernels import _C; print(_C.cpu_capability())")
-    used, widest = run(*ask).stdout.strip(), run(*ask, environment=unset).stdout.strip()
+    answers = [run(*ask), run(*ask, environment=unset)]
+    assert not any(answer.returncode for answer in answers), answers
+    used, widest = (answer.stdout.strip() for answer in answers)
     order = ["default", "avx2", "avx512"]
     assert used == min(capability, widest, key=order.index)
     if used != widest:

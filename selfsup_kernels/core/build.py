@@ -291,13 +291,15 @@ def cannot_compile() -> tuple[str, str] | None:
 
 
 def another_compiler() -> str:
-    """Return a prefix for the build command, for a compiler other than the one that failed: one that is here, or Clang,
-    which every package manager has under the same name."""
+    """Return a prefix for the build command, for a compiler other than the one that failed: one that is here, or one of
+    the other kind to install."""
     failed = Path(compiler() or "").resolve()
     for name in COMPILERS:
         found = shutil.which(name)
         if found and Path(found).resolve() != failed:
             return f"CXX={name} "
+    if "clang" in failed.name:
+        return f"{_install(_PACKAGES[_manager() or 'apt-get'][1]) or 'install GCC 11 or later, then '}CXX=g++ "
     return f"{_install('clang') or 'install Clang 14 or later, then '}CXX=clang++ "
 
 

@@ -45,7 +45,8 @@ def answer(rows):
 
 def every_case(rows) -> str:
     """Return a sentence on all cases with baselines, or "" if there is only one."""
-    ratios = [(results.ratio(row, best), best, row) for row in rows if (best := fastest(row))]
+    found = [(row, best) for row in rows if (best := fastest(row)) and not is_different(row, best)]
+    ratios = [(results.ratio(row, best), best, row) for row, best in found]
     if len(ratios) < 2:
         return ""
     least, best, row = min(ratios, key=lambda found: found[0])

@@ -114,7 +114,7 @@ faults = {
     "another box": lambda t: changed(t, parameters=[*map(halved, t.launches[1].parameters)]),
     "no workspace of its own": lambda t: t._replace(launches=[*map(in_the_workspace, t.launches)]),
 }
-if len(variants) == 1:  # Triton 3.9 makes the same code for both
+if len(variants) == 1 and tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9):  # the same code for both
     del faults["another variant"]
 
 
