@@ -208,12 +208,14 @@ def _toolkit():
     return {"nvcc": str(kit.nvcc), "version": kit.name}
 
 
-def _describe_ahead(ahead):
+def _describe_ahead(ahead, triton):
     if "error" in ahead:
         return _text(ahead)
     kernels = ", ".join(f"{count} for {architecture}" for architecture, count in ahead["kernels"].items())
+    if kernels:
+        return f"compiled ahead of time: {kernels}"
     failure = f"; in the install {ahead['failure']}" if ahead["failure"] else ""
-    return f"compiled ahead of time: {kernels}" if kernels else f"compiled in first calls, for seconds{failure}"
+    return f"compiled in first calls on a GPU, for seconds{failure}" if triton else f"none{failure}"
 
 
 def render(facts, verbose=False) -> str:
@@ -227,7 +229,7 @@ def render(facts, verbose=False) -> str:
         f"Python           {facts['python']} on {facts['platform']}",
         f"torch            {_text(facts['torch'])}",
         f"triton           {_text(facts['triton'] or 'not installed')}",
-        f"Triton kernels   {_describe_ahead(facts['ahead'])}",
+        f"Triton kernels   {_describe_ahead(facts['ahead'], facts['triton'])}",
         f"CPU              {describe_cpu(facts['cpu'])}",
     ]
     cuda = facts["cuda"]
